@@ -1,0 +1,122 @@
+"""Training speed on a CPU: our trainer, a minimal loop over the same network, and transformers' model in that loop.
+
+    pip install models/qwen3 transformers
+    python benchmarks/training_cpu.py
+
+All three start from the same weights, read the same batches, and take turns step by step in one process, so that a
+change of the machine's speed hits all alike; the losses of their first step must agree before anything is timed.
+Ratios are to the minimal loop (1.00 is the practical limit, more is faster), per round of turns: median (lowest to
+highest). CPU time counts all threads and is the steadier column on a shared machine.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from minimal import Minimal
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen3ForCausalLM
+
+from core.checkpoint.hf import save_hf
+from core.data.packing import IGNORE, Batch
+from core.train.trainer import Trainer
+from qwen3.configs import qwen3_debug
+
+Step = Callable[[int], float]
+
+
+def make_trainer(folder: Path, rows: int, length: int) -> Trainer:
+    config = qwen3_debug()
+    config.dump_folder = str(folder / "run")
+    config.training.local_batch_size, config.training.seq_len = rows, length
+    config.validator.enable = False
+    return config.build()
+
+
+def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Trainer) -> Step:
+    """Forward, backward, clip and fused AdamW, and nothing else."""
+    c = trainer.config.optimizer
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+
+    def step(number: int) -> float:
+        batch: Batch = trainer.batches(number)[0]
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * trainer.schedule.factor(number)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(batch.tokens_BL).flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.config.training.max_norm)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
+    """Into the hand-written network, whose weights stand in another order than the names say."""
+    names = {"norm1": "attention_norm", "norm2": "ffn_norm", "gate": "w1", "up": "w3", "down": "w2"}
+    names |= {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
+    with torch.no_grad():
+        model.embed.weight.copy_(stored["tok_embeddings.weight"])
+        model.norm.weight.copy_(stored["norm.weight"])
+        for name, weight in model.blocks.named_parameters():
+            i, part, _ = name.split(".")
+            (source,) = (s for s in stored if s.startswith(f"layers.{i}.") and f".{names.get(part, part)}." in s)
+            weight.copy_(stored[source])
+
+
+def peers(folder: Path, rows: int, length: int) -> dict[str, Step]:
+    trainer = make_trainer(folder, rows, length)
+    save_hf(trainer.model, folder / "hf")
+    minimal = Minimal(trainer.model.to_hf_config(), length)
+    copy_weights(minimal, trainer.model.state_dict())
+    reference = Qwen3ForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
+    return {
+        "minimal": plain_loop(minimal, minimal, trainer),
+        "armature": lambda number: trainer.step(number).loss,
+        "transformers": plain_loop(reference, lambda tokens: reference(tokens, use_cache=False).logits, trainer),
+    }
+
+
+def measure(steps: dict[str, Step], rounds: int, turns: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) seconds per step of each peer, for each round of `turns` steps."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name, step in steps.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            for turn in range(turns):
+                step(2 + number * turns + turn)
+            times[name].append(((time.perf_counter() - wall) / turns, (time.process_time() - cpu) / turns))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = peers(Path(folder), args.rows, args.length)
+        first = {name: step(1) for name, step in steps.items()}
+        assert max(first.values()) - min(first.values()) < 1e-4, f"the peers are not the same network: {first}"
+        times = measure(steps, args.rounds, args.turns)
+    print(f"\n{'':14}{'tokens/s':>10}  {'ratio by wall time':24}{'ratio by CPU time':24}")
+    for name, rows in times.items():
+        ratios = [sorted(m[k] / own[k] for m, own in zip(times["minimal"], rows, strict=True)) for k in (0, 1)]
+        speed = args.rows * args.length / statistics.median(wall for wall, _ in rows)
+        shown = "".join(f"{f'{statistics.median(r):.3f} ({r[0]:.2f} to {r[-1]:.2f})':24}" for r in ratios)
+        print(f"{name:14}{speed:>10,.0f}  {shown}")
+
+
+if __name__ == "__main__":
+    main()

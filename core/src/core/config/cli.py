@@ -1,0 +1,187 @@
+"""The command line of every training package: choose a recipe or a file, change any setting, run."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from core.config.configurable import Configurable, field_names
+from core.config.errors import UserError, did_you_mean, exit_on_user_error
+from core.config.fields import walk
+from core.config.options import Option, field_docs, options
+from core.config.record import from_json, to_json
+from core.config.validate import validate
+
+Config = Configurable.Config
+Flag = tuple[str, list[str]]
+"""An option as it was written, and the words behind it."""
+OWN_FLAGS = {"config": 1, "help": 0, "h": 0, "print_config": 0}
+"""Options that are no settings, and how many words each takes."""
+SYNTAX = """\
+usage: {program} --config NAME|FILE.json [--section.field VALUE ...]
+
+  --config NAME|FILE.json   a recipe, or the config.json of an earlier run
+  --help                    this text; with --config all settings of that recipe
+  --print-config            print the resolved settings as JSON, and end
+
+Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable and
+unset by --section.no-enable; lists take their items one after another: --section.names a b.
+"""
+
+
+def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
+    """Resolve a configuration from the command line, validate it, build it and run it.
+
+    `configs` is the module of the recipes: its public functions without arguments, which return the Config of something
+    that has a `run()`. Command line goes before recipe or file, and those before the defaults of the classes. A mistake
+    of the user ends the program with code 2 and one line that says what to do.
+    """
+    with exit_on_user_error():
+        flags = split(sys.argv[1:] if argv is None else argv)
+        own = own_flags(flags)
+        wants_help = bool(own.keys() & {"help", "h"})
+        if "config" not in own:
+            show(recipe_help(configs))
+            if wants_help:
+                return
+            raise UserError("choose a recipe: --config NAME")
+        config = load(own["config"], configs)
+        if wants_help:
+            show(field_help(own["config"], config))
+            return
+        override(config, [(flag, words) for flag, words in flags if plain(flag) not in OWN_FLAGS])
+        validate(config)
+        if "print_config" in own:
+            show(to_json(config).rstrip())
+            return
+        config.build().run()
+
+
+def split(argv: Sequence[str]) -> list[Flag]:
+    """Every option with the words behind it; `--name=word` takes that word alone."""
+    flags: list[Flag] = []
+    closed = True
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            name, equals, value = word.partition("=")
+            flags.append((name, [value] if equals else []))
+            closed = bool(equals)
+        elif closed:
+            raise UserError(f"{word} belongs to no option: write --section.field {word}")
+        else:
+            flags[-1][1].append(word)
+    return flags
+
+
+def own_flags(flags: Sequence[Flag]) -> dict[str, str]:
+    """The options that are no settings, by name, with their word. Raises `UserError` for a wrong number of words."""
+    own = {}
+    for flag, words in flags:
+        if (n := OWN_FLAGS.get(plain(flag), len(words))) != len(words):
+            raise UserError(f"{flag} takes {n or 'no'} value{'s' * (n != 1)}, got {' '.join(words) or 'nothing'}")
+        if plain(flag) in OWN_FLAGS:
+            own[plain(flag)] = " ".join(words)
+    return own
+
+
+def plain(name: str) -> str:
+    """A name as it is compared: without leading dashes, and with `_` for every `-`."""
+    return name.lstrip("-").replace("-", "_")
+
+
+def recipes(configs: ModuleType) -> dict[str, Callable[[], Config]]:
+    """The public functions without arguments that the module defines, in its order."""
+    return {
+        name: function
+        for name, function in vars(configs).items()
+        if inspect.isfunction(function)
+        and function.__module__ == configs.__name__
+        and not name.startswith("_")
+        and not inspect.signature(function).parameters
+    }
+
+
+def load(source: str, configs: ModuleType) -> Config:
+    """The configuration of a recipe or of a JSON file. Raises `UserError` if there is none, or the file is not one.
+
+    A configuration with a field `recipe` is told the name of its recipe.
+    """
+    if source.endswith(".json"):
+        try:
+            return from_json(Path(source).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            raise UserError(f"cannot read {source}:\n{getattr(error, 'strerror', None) or error}") from error
+    known = recipes(configs)
+    if (name := plain(source)) not in known:
+        hint = did_you_mean(name, known, n=3) or f"the recipes are {', '.join(known)}"
+        raise UserError(f"no recipe {source}; {hint}")
+    config = known[name]()
+    if not isinstance(config, Config):
+        raise TypeError(f"{configs.__name__}.{name} gives no Config: let the name of what is no recipe start with _")
+    if "recipe" in field_names(type(config)):
+        setattr(config, "recipe", name)  # noqa: B010 - not every Config has it
+    return config
+
+
+def override(config: Config, flags: Sequence[Flag]) -> None:
+    """Set the fields of the tree that the options name. Raises one `UserError` for all that cannot be set."""
+    known = {plain(option.path): option for path, node in walk(config) for option in options(node, path)}
+    problems = []
+    for flag, words in flags:
+        try:
+            option, words = find(flag, words, known)
+            setattr(option.node, option.name, option.read(words))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def find(flag: str, words: list[str], known: dict[str, Option]) -> tuple[Option, list[str]]:
+    """The option that a flag names and the words for its value; `--a.no-b` is `--a.b False`."""
+    path = plain(flag)
+    if path in known:
+        return known[path], words
+    section, dot, name = path.rpartition(".")
+    option = known.get(f"{section}{dot}{name.removeprefix('no_')}")
+    if option is not None and option.annotation is bool:
+        if words:
+            raise UserError(f"{flag} takes no value, got {' '.join(words)}")
+        return option, ["False"]
+    same_name = [f"--{other.path}" for key, other in known.items() if key.rpartition(".")[2] == name]
+    near = [f"--{other.path}" for other in known.values()]
+    hint = did_you_mean(flag, same_name, n=3, cutoff=0.0) or did_you_mean(flag, near)
+    raise UserError(f"no option {flag}; {hint or '--config NAME --help lists them all'}")
+
+
+def recipe_help(configs: ModuleType) -> str:
+    """How to call the program, and its recipes with the first line of their docstrings."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    known = recipes(configs)
+    width = max(map(len, known), default=0)
+    firsts = {name: (inspect.getdoc(function) or "").partition("\n")[0] for name, function in known.items()}
+    lines = [f"  {name:{width}}   {first}".rstrip() for name, first in firsts.items()]
+    return "\n".join([SYNTAX.format(program=program), "recipes:", *lines])
+
+
+def field_help(source: str, config: Config) -> str:
+    """Every setting with its value in this configuration, its default where that is another, and its meaning."""
+    lines = [f"{source}: every setting as --path TYPE = value here, and the default where it is another"]
+    nodes = dict(walk(config))
+    for path, node in nodes.items():
+        parent, _, name = path.rpartition(".")
+        doc = field_docs(type(nodes[parent])).get(name, "") if path and parent in nodes else ""
+        lines += ["", f"{path or 'run'} ({type(node).__qualname__}): {doc}".rstrip(": ")]
+        lines += [option.text() for option in options(node, path)]
+    return "\n".join(lines)
+
+
+def show(text: str) -> None:
+    """Print to a reader that may leave early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or Python complains once more when it ends

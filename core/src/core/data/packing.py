@@ -1,0 +1,46 @@
+"""Windows of a token stream become training samples; everything a model must know of documents is derived here.
+
+Letters: B samples, L tokens of a sample (the sequence length).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """Samples side by side, each cut from the token stream; all tensors are int64 of shape (B, L).
+
+    For the stream `a b | c d e | f` (documents divided by bars) and L = 5:
+
+        tokens_BL       a  b  c  d  e
+        labels_BL       b  -  d  e  -      the next token; - is IGNORE, where the next token opens another document
+        positions_BL    0  1  0  1  2      restart with each document
+        documents_BL    0  0  1  1  1      number of the document within its row: only equal numbers may see each other
+
+    A sample that begins inside a document counts positions from its own first token, so they stay below L.
+    """
+
+    tokens_BL: Tensor
+    labels_BL: Tensor
+    positions_BL: Tensor
+    documents_BL: Tensor
+
+
+def pack(windows: np.ndarray, starts: np.ndarray) -> Batch:
+    """The samples of `windows`: (B, L+1) tokens, with `starts` (B, L+1) true where a token opens a document."""
+    opens_BL = starts[:, :-1].copy()
+    opens_BL[:, :1] = False
+    column_L = np.arange(opens_BL.shape[1])
+    opened_at_BL = np.maximum.accumulate(np.where(opens_BL, column_L, 0), axis=1)
+    labels_BL = np.where(starts[:, 1:], IGNORE, windows[:, 1:].astype(np.int64))
+    return Batch(
+        tokens_BL=torch.from_numpy(windows[:, :-1].astype(np.int64)),
+        labels_BL=torch.from_numpy(labels_BL),
+        positions_BL=torch.from_numpy(column_L - opened_at_BL),
+        documents_BL=torch.from_numpy(np.cumsum(opens_BL, axis=1, dtype=np.int64)),
+    )

@@ -1,0 +1,47 @@
+"""Tokenises a corpus ahead of a run: `python -m core.data.prepare --help`."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from core.config.configurable import Configurable
+from core.config.errors import exit_on_user_error
+from core.config.validate import validate
+from core.data.corpus import SPLITS, Corpus
+from core.data.tokenizer import Tokenizer
+from core.runtime.log import start_logging
+
+
+class Preparation(Configurable):
+    """Prepares the corpus of a run with the same settings, and says what it holds."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Corpus.Config):
+        tokenizer: str | None = None
+        """A SentencePiece `.model`, a Hugging Face `tokenizer.json` or a folder with one; None is the bundled model."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def run(self) -> None:
+        """Prepare, unless the cache has it, and print where it is and how much."""
+        tokenizer = Tokenizer(Tokenizer.Config(path=self.config.tokenizer))
+        corpus = Corpus(self.config, tokenizer=tokenizer)
+        print(f"{corpus.name} with {tokenizer.description}\n{corpus.folder}")
+        for split in SPLITS:
+            extent = corpus.manifest.splits[split]
+            density = f", {extent.bytes / extent.tokens:.2f} bytes/token" if extent.tokens else ""
+            print(f"{split:10}  {extent.documents:,} documents, {extent.tokens:,} tokens{density}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    start_logging()
+    with exit_on_user_error():
+        config = tyro.cli(Preparation.Config, prog="python -m core.data.prepare", args=argv)
+        validate(config)
+        config.build().run()
+
+
+if __name__ == "__main__":
+    main()

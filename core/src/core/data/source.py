@@ -1,0 +1,140 @@
+"""Where text comes from: the standard library of the running Python, local files, or Hugging Face datasets."""
+
+import importlib.util
+import os
+import sys
+import sysconfig
+import tokenize
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from core.config.errors import UserError
+from core.data.text_files import BadLines, OnBadLine, find_files, read_documents, text_of
+
+STANDARD_LIBRARY = "stdlib"
+HUB = "hf:"
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_TOPICS = "pydoc_data/topics.py"
+
+
+class Source(ABC):
+    """Documents in a fixed order, which may be read any number of times."""
+
+    def __init__(self, name: str, on_bad_line: OnBadLine) -> None:
+        self.name = name
+        self.on_bad_line: OnBadLine = on_bad_line
+
+    @abstractmethod
+    def fingerprint(self) -> list[Any]:
+        """What changes when the text does (data for JSON), found without reading the text."""
+
+    @abstractmethod
+    def _texts(self, bad: BadLines) -> Iterator[str]: ...
+
+    def documents(self) -> Iterator[str]:
+        """One pass over all documents; those without a visible character are left out.
+
+        Raises UserError at an unreadable line (unless these are left out: their number is logged at the end of the
+        pass) and at the end of a pass that found no document.
+        """
+        bad = BadLines(self.on_bad_line)
+        found = False
+        for text in self._texts(bad):
+            if text and not text.isspace():
+                found = True
+                yield text
+        bad.summarise(self.name)
+        if not found:
+            raise UserError(f"{self.name} yields no text, with {bad.count} unreadable lines left out")
+
+
+class StandardLibrary(Source):
+    """The .py files of the running Python's standard library without its tests, then the topics of `help()`.
+
+    A file that Python itself could not decode (PEP 263) is passed over.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        super().__init__(STANDARD_LIBRARY, "error")
+        self.root = root or Path(sysconfig.get_path("stdlib"))
+
+    def fingerprint(self) -> list[Any]:
+        return [sys.version, *([name, (self.root / name).stat().st_size] for name in self._files())]
+
+    def _files(self) -> list[str]:
+        found = []
+        for folder, subfolders, names in os.walk(self.root):
+            subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+            found += [Path(folder, name).relative_to(self.root).as_posix() for name in names if name.endswith(".py")]
+        return sorted(name for name in found if name != _TOPICS)
+
+    def _texts(self, bad: BadLines) -> Iterator[str]:
+        for name in self._files():
+            try:
+                with tokenize.open(self.root / name) as file:
+                    text = file.read()
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            yield text
+        for topic in sorted(topics):
+            yield topics[topic]
+
+
+class TextFiles(Source):
+    """Local files named by a path, a folder or a glob pattern."""
+
+    def __init__(self, dataset: str, text_field: str, on_bad_line: OnBadLine) -> None:
+        super().__init__(dataset, on_bad_line)
+        self.text_field = text_field
+        self.files = find_files(dataset)
+
+    def fingerprint(self) -> list[Any]:
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+
+    def _texts(self, bad: BadLines) -> Iterator[str]:
+        for file in self.files:
+            yield from read_documents(file, self.text_field, bad)
+
+
+class HubDataset(Source):
+    """A Hugging Face dataset, streamed: `hf:NAME`, `hf:NAME:CONFIG`, either with `@SPLIT` behind (default `train`).
+
+    NAME may also be a local folder that the `datasets` package can read.
+    """
+
+    def __init__(self, dataset: str, text_field: str, on_bad_line: OnBadLine) -> None:
+        super().__init__(dataset, on_bad_line)
+        self.text_field = text_field
+        if importlib.util.find_spec("datasets") is None:
+            raise UserError(f"{dataset} needs the package datasets: in the checkout run pip install './core[hf]'")
+        import datasets
+
+        address, _, split = dataset.removeprefix(HUB).partition("@")
+        name, _, config = address.partition(":")
+        try:
+            self._builder = datasets.load_dataset_builder(name, config or None)
+            self._rows = self._builder.as_streaming_dataset(split or "train")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot open the Hugging Face dataset {dataset}: {error}") from error
+
+    def fingerprint(self) -> list[Any]:
+        return [self._builder.config_id, self._builder.hash]
+
+    def _texts(self, bad: BadLines) -> Iterator[str]:
+        try:
+            for number, row in enumerate(self._rows, start=1):
+                yield from text_of(row, self.text_field, f"{self.name}, row {number}", bad)
+        except OSError as error:
+            raise UserError(f"cannot read the Hugging Face dataset {self.name}: {error}") from error
+
+
+def open_source(dataset: str, text_field: str, on_bad_line: OnBadLine) -> Source:
+    """The source that a `dataset` setting names; UserError when it is not there."""
+    if dataset == STANDARD_LIBRARY:
+        return StandardLibrary()
+    if dataset.startswith(HUB):
+        return HubDataset(dataset, text_field, on_bad_line)
+    return TextFiles(dataset, text_field, on_bad_line)

@@ -1,0 +1,190 @@
+"""Documents in local files: .txt and .jsonl, plain or .gz, read by lines so that a file may be larger than memory."""
+
+import codecs
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from core.config.errors import UserError
+from core.runtime.log import LOGGER
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+DOCUMENT_CHARACTERS = 2**17
+"""A text file up to this length is one document; a longer one is cut into several, best between paragraphs."""
+LINE_BYTES = 2**28
+"""A longer line of a .jsonl file is unreadable: it is most likely no line of JSON."""
+_PART_BYTES = 2**16
+
+OnBadLine = Literal["error", "skip"]
+Lines: TypeAlias = gzip.GzipFile | BufferedReader
+
+
+class BadLines:
+    """What cannot be read: the first is an error, or all are left out and counted."""
+
+    def __init__(self, policy: OnBadLine) -> None:
+        self.policy = policy
+        self.count = 0
+        self.first = ""
+
+    def add(self, place: str, reason: str) -> None:
+        """Report what stands at `place` ("file:line"); raises UserError unless the policy is "skip"."""
+        if self.policy == "error":
+            raise UserError(f"{place}: {reason}. Mend the data, or leave such lines out with on_bad_line skip")
+        self.first = self.first or f"{place}: {reason}"
+        self.count += 1
+
+    def summarise(self, name: str) -> None:
+        """Log how many were left out, if any."""
+        if self.count:
+            LOGGER.warning("%s: left out %s unreadable lines; the first: %s", name, f"{self.count:,}", self.first)
+
+
+def find_files(dataset: str) -> list[Path]:
+    """The files that a path, a folder (searched in depth) or a glob pattern stands for, in a fixed order.
+
+    In a folder, hidden files and files of other kinds are passed over; named or matched by a pattern they are errors.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        inside = sorted(path.rglob("*"))
+        files = [p for p in inside if _suffix(p) and p.is_file() and not _hidden(p.relative_to(path))]
+        if not files:
+            raise UserError(f"the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+        return [p.resolve() for p in files]
+    if path.exists():
+        files = [path]
+    elif glob.has_magic(dataset):
+        files = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+        if not files:
+            raise UserError(f"no file matches {dataset}: check the pattern (** searches folders in depth)")
+    else:
+        raise UserError(f"there is no {path}: give stdlib, a file, a folder, a glob pattern or hf:NAME")
+    for file in files:
+        if not _suffix(file):
+            raise UserError(f"cannot tell what {file} holds: its name must end in {', '.join(SUFFIXES)}")
+    return [p.resolve() for p in files]
+
+
+def _suffix(path: Path) -> str | None:
+    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read_documents(path: Path, text_field: str, bad: BadLines) -> Iterator[str]:
+    """The documents of one file, in order."""
+    with _reading(path), _open(path) as file:
+        if ".jsonl" in (_suffix(path) or ""):
+            yield from _json_lines(file, path, text_field, bad)
+        else:
+            yield from _cut(_text_parts(file, path, bad))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _open(path: Path) -> Lines:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iterator[str]:
+    number = 0
+    while line := file.readline(LINE_BYTES):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+            bad.add(f"{path}:{number}", f"the line is longer than {LINE_BYTES:,} bytes")
+            while (line := file.readline(LINE_BYTES)) and not line.endswith(b"\n"):
+                pass
+        elif not line.isspace():
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                bad.add(f"{path}:{number}", f"not UTF-8 ({error.reason} at byte {error.start})")
+            except (ValueError, RecursionError) as error:
+                bad.add(f"{path}:{number}", f"not JSON ({error})")
+            else:
+                yield from text_of(row, text_field, f"{path}:{number}", bad)
+
+
+def text_of(row: object, text_field: str, place: str, bad: BadLines) -> Iterator[str]:
+    """The text in a row's field, or nothing when the row is reported as unreadable."""
+    if not isinstance(row, dict):
+        bad.add(place, f"expected an object with the field {text_field!r}, got a value of type {type(row).__name__}")
+    elif text_field not in row:
+        fields = ", ".join(map(repr, row)) or "none"
+        bad.add(place, f"no field {text_field!r}; there are: {fields} (choose one with text_field)")
+    elif not isinstance(text := row[text_field], str):
+        bad.add(place, f"expected text in the field {text_field!r}, got a value of type {type(text).__name__}")
+    elif not _is_unicode(text):
+        bad.add(place, f"the field {text_field!r} holds half of a surrogate pair, which is no character")
+    else:
+        yield text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_parts(file: Lines, path: Path, bad: BadLines) -> Iterator[str]:
+    """The text of a file in lines, very long lines in several parts; a part that is not UTF-8 is reported."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number = 1
+    first = True
+    while True:
+        part = file.readline(_PART_BYTES)
+        if first:
+            part = part.removeprefix(codecs.BOM_UTF8)
+        first = False
+        ends = part.endswith(b"\n")
+        try:
+            yield decoder.decode(part, final=ends or not part)
+        except UnicodeDecodeError as error:
+            decoder.reset()
+            bad.add(f"{path}:{number}", f"not UTF-8 ({error.reason})")
+        if not part:
+            return
+        number += ends
+
+
+def _cut(parts: Iterator[str]) -> Iterator[str]:
+    """The text that `parts` make up, in documents of at most DOCUMENT_CHARACTERS."""
+    pieces: list[str] = []
+    length = 0
+    for part in parts:
+        pieces.append(part)
+        length += len(part)
+        while length > DOCUMENT_CHARACTERS:
+            text = "".join(pieces)
+            end = _end_of_document(text)
+            yield text[:end]
+            pieces, length = [text[end:]], length - end
+    yield "".join(pieces)
+
+
+def _end_of_document(text: str) -> int:
+    """Where to cut: after the last blank line in the second half of what is allowed, else line, else word."""
+    for mark in ("\n\n", "\n", " "):
+        place = text.rfind(mark, DOCUMENT_CHARACTERS // 2, DOCUMENT_CHARACTERS)
+        if place >= 0:
+            return place + len(mark)
+    return DOCUMENT_CHARACTERS

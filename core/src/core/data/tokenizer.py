@@ -1,0 +1,164 @@
+"""Text to token ids and back: the bundled SentencePiece model, a user's own, or a Hugging Face tokenizer.json.
+
+The bundled model, `tokenizer.model`, was trained by `core.data.train_tokenizer`, which states the command.
+"""
+
+import hashlib
+import importlib.resources
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+
+
+class _Model(Protocol):
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    kind: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Tokenizer(Configurable):
+    """Turns text into token ids and back. Adds no special tokens: whoever joins documents puts bos and eos between."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        path: str | None = None
+        """A SentencePiece `.model`, a Hugging Face `tokenizer.json` or a folder with one; None is the bundled model."""
+
+    def __init__(self, config: Config) -> None:
+        path = Path(config.path).expanduser() if config.path is not None else None
+        self._model: _Model
+        if path is None:
+            content = (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
+            self._model, name = _SentencePiece(content, "the bundled model"), "bundled"
+        else:
+            path = path / "tokenizer.json" if path.is_dir() else path
+            content, name = _read(path), str(path)
+            self._model = _SentencePiece(content, name) if path.suffix == ".model" else _HuggingFace(content, path)
+        self.vocab_size: int = self._model.vocab_size
+        self.bos_id: int | None = self._model.bos_id
+        self.eos_id: int | None = self._model.eos_id
+        self.fingerprint: str = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
+        """Equal for tokenizers that give the same ids."""
+        self.description: str = f"{self._model.kind}, {self.vocab_size:,} tokens ({name})"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self._model.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, encoded on all cores."""
+        return self._model.encode_batch(texts)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each document as it stands in a token stream: bos, text, eos, as far as the tokenizer has them."""
+        before = [] if self.bos_id is None else [self.bos_id]
+        after = [] if self.eos_id is None else [self.eos_id]
+        return [before + ids + after for ids in self._model.encode_batch(texts)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; bos, eos and other control tokens give none."""
+        return self._model.decode(ids)
+
+
+def _read(path: Path) -> bytes:
+    if path.suffix not in (".model", ".json"):
+        raise UserError(f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer.json or a folder with one")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+class _SentencePiece:
+    """A SentencePiece model.
+
+    SentencePiece writes a space as U+2581, so that character itself would come back as a space. In a model that keeps
+    white space exactly and has the 256 byte pieces it is therefore spelt in bytes, and every text comes back as it was.
+    """
+
+    kind = "SentencePiece"
+    _SPACE = "\u2581"
+
+    def __init__(self, content: bytes, name: str) -> None:
+        import sentencepiece
+
+        try:
+            self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"{name} is no SentencePiece model: {error}") from error
+        self.vocab_size: int = self._processor.get_piece_size()
+        if self.vocab_size == 0:
+            raise UserError(f"{name} is no SentencePiece model: it holds no pieces")
+        self.bos_id = self._optional(self._processor.bos_id())
+        self.eos_id = self._optional(self._processor.eos_id())
+        spelling = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in self._SPACE.encode()]
+        probe = "  a  b  "
+        exact = self._processor.decode(self._processor.encode(probe)) == probe
+        self._spelling = spelling if exact and all(map(self._processor.is_byte, spelling)) else None
+
+    @staticmethod
+    def _optional(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._processor.encode(list(texts))
+        if self._spelling is not None:
+            for number, text in enumerate(texts):
+                if self._SPACE in text:
+                    first, *others = self._processor.encode(text.split(self._SPACE))
+                    encoded[number] = first + [token for ids in others for token in self._spelling + ids]
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+
+class _HuggingFace:
+    """A `tokenizer.json`; bos and eos are those of the `tokenizer_config.json` beside it, if there is one."""
+
+    kind = "Hugging Face tokenizer"
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        if importlib.util.find_spec("tokenizers") is None:
+            raise UserError(f"{path} needs the package tokenizers: in the checkout run pip install './core[hf]'")
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the package raises no narrower class
+            raise UserError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        settings = path.with_name("tokenizer_config.json")
+        try:
+            special = json.loads(settings.read_bytes()) if settings.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{settings} is not JSON: {error}") from error
+        self.bos_id = self._special(special.get("bos_token"), settings)
+        self.eos_id = self._special(special.get("eos_token"), settings)
+
+    def _special(self, token: str | dict[str, Any] | None, settings: Path) -> int | None:
+        text = token["content"] if isinstance(token, dict) else token
+        if text is None:
+            return None
+        number = self._tokenizer.token_to_id(text)
+        if number is None:
+            raise UserError(f"{settings} names the token {text!r}, which the tokenizer.json beside it does not have")
+        return number
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)

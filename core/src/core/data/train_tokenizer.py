@@ -1,0 +1,120 @@
+"""Trains a SentencePiece tokenizer on any source: `python -m core.data.train_tokenizer --help`.
+
+The bundled model was made, with Python 3.11 and SentencePiece 0.2.3, from the root of the checkout by
+
+    python -m core.data.train_tokenizer --dataset stdlib --vocab-size 2048 --output core/src/core/data/tokenizer.model
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from core.config.configurable import Configurable
+from core.config.errors import UserError, exit_on_user_error
+from core.config.validate import validate
+from core.data.source import open_source
+from core.data.text_files import OnBadLine
+from core.runtime.log import LOGGER, start_logging
+
+_PIECE_CHARACTERS = 4000
+
+
+class TokenizerTraining(Configurable):
+    """Trains a byte-pair model that gives every text back exactly: no normalisation, byte fallback."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        dataset: str = "stdlib"
+        """What to train on: stdlib, a file, a folder, a glob pattern or hf:NAME, as for `--dataloader.dataset`."""
+        text_field: str = "text"
+        """The field of a .jsonl line or dataset row that holds the text."""
+        on_bad_line: OnBadLine = "error"
+        """Whether an unreadable line ends the training or is left out."""
+        vocab_size: int = 2048
+        """Number of tokens, of which 256 are the bytes and 3 the unknown token, bos and eos."""
+        text_mb: int = 256
+        """Text to train on at most, in millions of characters; it is held in memory. Reading stops there."""
+        output: str = "tokenizer.model"
+        """The file to write."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            """Sizes that give no tokenizer, and a name that the tokenizer would not be known by."""
+            if self.vocab_size < 300:
+                yield "vocab_size", f"{self.vocab_size} leaves no room beside the 256 bytes: use 300 or more"
+            if self.text_mb < 1:
+                yield "text_mb", f"must be at least 1, not {self.text_mb}"
+            if not self.output.endswith(".model"):
+                yield "output", f"{self.output} must end in .model, by which a SentencePiece tokenizer is known"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.source = open_source(config.dataset, config.text_field, config.on_bad_line)
+
+    def run(self) -> None:
+        """Train, and write the model in one piece."""
+        model = self._train()
+        output = Path(self.config.output).expanduser()
+        unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+        try:
+            unfinished.write_bytes(model)
+            unfinished.replace(output)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}") from error
+        LOGGER.info("%s: %s bytes, %s tokens", output, f"{len(model):,}", f"{self.config.vocab_size:,}")
+
+    def _train(self) -> bytes:
+        import sentencepiece
+
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=self._pieces(),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=self.config.vocab_size,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                byte_fallback=True,
+                split_digits=True,
+                character_coverage=0.9995,
+                max_sentence_length=4 * _PIECE_CHARACTERS,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            size = self.config.vocab_size
+            raise UserError(f"{self.source.name} gives no tokenizer of {size} tokens: {error}") from error
+        return model.getvalue()
+
+    def _pieces(self) -> Iterator[str]:
+        """The text in pieces that end with a line, so that line ends become part of tokens."""
+        room = self.config.text_mb * 1_000_000
+        for document in self.source.documents():
+            start, end = 0, 0
+            while end < len(document):
+                limit = start + _PIECE_CHARACTERS
+                end = limit if limit >= len(document) else document.rfind("\n", start, limit) + 1 or limit
+                yield document[start:end]
+                start = end
+            room -= len(document)
+            if room <= 0:
+                LOGGER.info("%s: trained on its first %s million characters", self.source.name, self.config.text_mb)
+                return
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    start_logging()
+    with exit_on_user_error():
+        config = tyro.cli(TokenizerTraining.Config, prog="python -m core.data.train_tokenizer", args=argv)
+        validate(config)
+        config.build().run()
+
+
+if __name__ == "__main__":
+    main()

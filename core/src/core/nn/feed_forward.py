@@ -1,0 +1,39 @@
+"""The gated feed-forward network.
+
+Letters: B rows, L length, D width, F hidden width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.config.configurable import Configurable
+from core.nn.init import Scale
+from core.nn.layers import Linear
+from core.nn.module import Module
+
+
+class FeedForward(Module, Configurable):
+    """SwiGLU (arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    AXES = {"w1": ("ffn", "embed"), "w3": ("ffn", "embed"), "w2": ("embed", "ffn")}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        hidden_dim: int
+        """Width between the two matrix products."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if self.hidden_dim < 1:
+                yield "hidden_dim", f"hidden_dim {self.hidden_dim} must be at least 1"
+
+    def __init__(self, config: Config, *, dim: int, scale: Scale) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, config.hidden_dim, std=scale.std)
+        self.w3 = Linear(dim, config.hidden_dim, std=scale.std)
+        self.w2 = Linear(config.hidden_dim, dim, std=scale.residual)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_BLD)) * self.w3(x_BLD))

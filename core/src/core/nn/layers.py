@@ -1,0 +1,63 @@
+"""The smallest parts: Linear, Embedding, RMSNorm.
+
+Letters: I input width, O output width, V vocabulary, D width of the residual stream.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.nn.init import Constant, Normal
+from core.nn.module import Flops, Module
+
+
+class Linear(Module):
+    """y = x W^T (+ b) with weight (O, I), drawn with standard deviation `std`; its parent names the axes."""
+
+    def __init__(self, n_in: int, n_out: int, *, std: float, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.start = {"weight": Normal(std), "bias": Constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def flops_per_token(self, seq_len: int) -> Flops:
+        return Flops(matmul=2 * self.weight.numel())
+
+
+class Head(Linear):
+    """The language-model head: logits over the vocabulary, weight (V, D)."""
+
+    AXES = {"weight": ("vocab", "embed")}
+
+
+class Embedding(Module):
+    """A row of `weight` (V, D) for each token id."""
+
+    AXES = {"weight": ("vocab", "embed")}
+
+    def __init__(self, vocab_size: int, dim: int, *, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.start = {"weight": Normal(std)}
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        return F.embedding(tokens_BL, self.weight)
+
+
+class RMSNorm(Module):
+    """x / rms(x) * weight over the last dimension (arXiv:1910.07467), starting at ones; its parent names the axis.
+
+    The result has the dtype of x, so that a kernel behind it sees one dtype under mixed precision.
+    """
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.start = {"weight": Constant(1.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

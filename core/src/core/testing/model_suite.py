@@ -1,0 +1,227 @@
+"""What every model must pass: a model's test file fills in one class, and pytest runs these tests on its model.
+
+Letters: B rows, L length, V vocabulary.
+"""
+
+import json
+import re
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.checkpoint.hf import load_hf, save_hf, to_hf_name
+from core.config.cli import recipes
+from core.config.golden import golden_texts
+from core.config.record import from_json, to_json
+from core.config.validate import validate
+from core.data.loader import DataLoader
+from core.data.packing import Batch
+from core.data.tokenizer import Tokenizer
+from core.nn.attention import Where
+from core.nn.decoder import Decoder
+from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
+from core.testing.toy import on_cpu, on_meta, randomise
+from core.train.loss import cross_entropy
+from core.train.trainer import Trainer
+
+FLOPS_SEQ_LEN = 4096
+
+
+class ModelSuite:
+    """The tests of a model package. Derive a class named Test... from this one and fill in its attributes."""
+
+    decoder: ClassVar[type[Decoder]]
+    """The model."""
+    configs: ClassVar[ModuleType]
+    """The module of its recipes; the one called <package>_debug must learn on a CPU."""
+    golden: ClassVar[Path]
+    """The folder of the recipes' golden texts."""
+    sizes: ClassVar[dict[str, Decoder.Config]]
+    """Every size by name."""
+    parameters: ClassVar[dict[str, int]]
+    """The published number of parameters of every size."""
+    flops: ClassVar[dict[str, Flops]]
+    """Training FLOPs per token of every size in rows of FLOPS_SEQ_LEN tokens, worked out by hand."""
+    hf_model: ClassVar[Any]
+    """The class of transformers that computes the same."""
+    hf_configs: ClassVar[dict[str, Any]]
+    """Configurations of transformers by name: tiny models that differ in whatever the family may differ in."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test for every size, tiny configuration and recipe, where a test asks for one."""
+        choices = {"size": self.sizes, "tiny": self.hf_configs, "recipe": recipes(self.configs)}
+        for argument, names in choices.items():
+            if argument in metafunc.fixturenames:
+                metafunc.parametrize(argument, names)
+
+    def test_parameter_count(self, size: str) -> None:
+        assert parameter_count(on_meta(self.sizes[size])) == self.parameters[size]
+
+    def test_flops_per_token(self, size: str) -> None:
+        counted = training_flops_per_token(on_meta(self.sizes[size]), FLOPS_SEQ_LEN)
+        assert counted == self.flops[size], f"counted {counted}, worked out by hand {self.flops[size]}"
+
+    def test_every_weight_names_its_axes(self, size: str) -> None:
+        model = on_meta(self.sizes[size])
+        named = {weight.name: weight.axes for weight in weights(model)}
+        assert named.keys() == dict(model.named_parameters()).keys()
+        for name, axes in named.items():
+            assert len(axes) == model.get_parameter(name).dim() and all(axes), f"{name}: {axes}"
+
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    def test_key_table_is_a_bijection(self, size: str, tied: bool) -> None:
+        names = list(on_meta(replace(self.sizes[size], tie_embeddings=tied)).state_dict())
+        table = self.decoder.HF_KEYS
+        inverse = {theirs: ours for ours, theirs in table.items()}
+        keys = [to_hf_name(name, table) for name in names]
+        assert len(set(keys)) == len(names)
+        assert [to_hf_name(key, inverse) for key in keys] == names
+        used = {name if name in table else re.sub(r"\.\d+\.", ".{i}.", name, count=1) for name in names}
+        assert used == table.keys(), f"entries for no weight: {table.keys() - used}"
+
+    def test_hf_config_round_trip(self, size: str) -> None:
+        stated = json.loads(json.dumps(on_meta(self.sizes[size]).to_hf_config()))
+        assert self.decoder.from_hf_config(stated) == self.sizes[size]
+
+    def test_reads_hugging_face(self, tiny: str, tmp_path: Path) -> None:
+        theirs = self.hf_model(deepcopy(self.hf_configs[tiny])).eval()
+        randomise(theirs, seed=1)
+        theirs.save_pretrained(tmp_path)
+        config = self.decoder.from_hf_config(json.loads((tmp_path / "config.json").read_text()))
+        validate(config)
+        ours = on_cpu(config)
+        load_hf(ours, tmp_path)
+        assert_same_logits(ours, theirs, config)
+
+    def test_hugging_face_reads_ours(self, tiny: str, tmp_path: Path) -> None:
+        config = self.tiny_config(tiny)
+        ours = on_cpu(config)
+        randomise(ours, seed=2)
+        save_hf(ours, tmp_path)
+        theirs, report = self.hf_model.from_pretrained(tmp_path, output_loading_info=True)
+        wrong = {kind: keys for kind, keys in report.items() if keys}
+        assert not wrong, f"transformers reports {wrong}"
+        assert_same_logits(ours, theirs.eval(), config)
+
+    def test_every_weight_gets_a_gradient(self, tiny: str) -> None:
+        config = self.tiny_config(tiny)
+        model = on_cpu(config)
+        tokens_BL = random_tokens(config)
+        cross_entropy(model(tokens_BL), tokens_BL.roll(-1, dims=1)).backward()
+        for name, weight in model.named_parameters():
+            assert weight.grad is not None and weight.grad.isfinite().all(), f"{name}: {weight.grad}"
+            assert weight.grad.any(), f"{name}: the gradient is zero everywhere"
+
+    @torch.no_grad()
+    def test_document_mask_stops_leaks(self, tiny: str) -> None:
+        config = self.tiny_config(tiny)
+        model = on_cpu(config)
+        randomise(model, seed=3)
+        batch = two_documents(random_tokens(config))
+        first_BL = batch.documents_BL == 0
+        changed_BL = torch.where(first_BL, (batch.tokens_BL + 1) % config.vocab_size, batch.tokens_BL)
+        where = Where(batch.positions_BL, batch.documents_BL)
+        leak_BLV = (model(batch.tokens_BL, where) - model(changed_BL, where))[~first_BL].abs()
+        assert leak_BLV.max() < 1e-6, f"document 2 moved by {leak_BLV.max():.1e} when document 1 changed"
+        seen_BLV = (model(batch.tokens_BL) - model(changed_BL))[~first_BL].abs()
+        assert seen_BLV.max() > 1e-3, "without the mask document 2 must see document 1"
+
+    @torch.no_grad()
+    def test_packed_documents_equal_single_ones(self, tiny: str) -> None:
+        config = self.tiny_config(tiny)
+        model = on_cpu(config)
+        randomise(model, seed=4)
+        batch = two_documents(random_tokens(config))
+        packed_BLV = model(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))
+        for tokens_L, documents_L, packed_LV in zip(batch.tokens_BL, batch.documents_BL, packed_BLV, strict=True):
+            for number in (0, 1):
+                alone_LV = model(tokens_L[documents_L == number][None])[0]
+                torch.testing.assert_close(packed_LV[documents_L == number], alone_LV, rtol=0, atol=1e-5)
+
+    def test_recipe_is_valid_and_data(self, recipe: str) -> None:
+        config = self.run_config(recipe)
+        validate(config)
+        assert from_json(to_json(config)) == config
+
+    def test_recipe_equals_its_golden_text(self, recipe: str) -> None:
+        file = self.golden / f"{recipe}.txt"
+        found = file.read_text(encoding="utf-8") if file.exists() else None
+        update = f"python -m core.config.golden {package(self.configs)} {self.golden}"
+        assert found == golden_texts(self.configs)[recipe], f"{file} is not what the recipe says; to update: {update}"
+
+    def test_every_golden_text_has_a_recipe(self) -> None:
+        assert {file.stem for file in self.golden.glob("*.txt")} == recipes(self.configs).keys()
+
+    def test_recipe_runs_offline(self, recipe: str) -> None:
+        config = self.run_config(recipe)
+        assert (config.dataloader, config.tokenizer) == (DataLoader.Config(), Tokenizer.Config())
+        assert config.tokenizer.build().vocab_size <= config.model.vocab_size
+
+    def test_loss_falls_on_real_text(self, tmp_path: Path) -> None:
+        (tmp_path / "topics.txt").write_text("\n".join(topics.values()), encoding="utf-8")
+        config = self.run_config(f"{package(self.configs)}_debug")
+        config.model.n_layers = 2
+        config.training = replace(config.training, steps=30, seq_len=64, local_batch_size=8, device="cpu")
+        config.lr_scheduler.warmup_steps = 5
+        config.validator.enable = False
+        config.metrics.log_freq = 1
+        config.dataloader.dataset = str(tmp_path / "topics.txt")
+        config.dataloader.validation_fraction = 0.0
+        config.dataloader.cache_folder = str(tmp_path / "cache")
+        losses = losses_of(config, tmp_path / "run")
+        at_end = sum(losses[-5:]) / 5
+        assert at_end < losses[0] - 1.0, f"loss went from {losses[0]:.2f} to {at_end:.2f}"
+
+    def run_config(self, recipe: str) -> Trainer.Config:
+        """The run that a recipe of ours describes."""
+        config = recipes(self.configs)[recipe]()
+        assert isinstance(config, Trainer.Config)
+        return config
+
+    def tiny_config(self, tiny: str) -> Decoder.Config:
+        """Our configuration of one of `hf_configs`."""
+        return self.decoder.from_hf_config(self.hf_configs[tiny].to_dict())
+
+
+def package(configs: ModuleType) -> str:
+    """Name of the package that a module of recipes belongs to."""
+    return configs.__name__.partition(".")[0]
+
+
+def random_tokens(config: Decoder.Config) -> Tensor:
+    """Three rows of token ids (B, L), at most 40 long."""
+    shape = 3, min(40, config.max_seq_len)
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def two_documents(tokens_BL: Tensor) -> Batch:
+    """Each row as two documents, cut at another place in every row."""
+    n_rows, length = tokens_BL.shape
+    cut_B1 = torch.tensor([(i + 1) * length // (n_rows + 1) for i in range(n_rows)])[:, None]
+    index_BL = torch.arange(length).expand(n_rows, length)
+    second_BL = index_BL >= cut_B1
+    return Batch(tokens_BL, tokens_BL, torch.where(second_BL, index_BL - cut_B1, index_BL), second_BL.long())
+
+
+@torch.no_grad()
+def assert_same_logits(ours: Decoder, theirs: Any, config: Decoder.Config) -> None:
+    """Logits of both models within 1e-5 on random tokens, and large enough for that to mean something."""
+    tokens_BL = random_tokens(config)
+    expected_BLV = theirs(tokens_BL).logits
+    assert expected_BLV.std() > 0.1
+    torch.testing.assert_close(ours(tokens_BL), expected_BLV, rtol=0, atol=1e-5)
+
+
+def losses_of(config: Trainer.Config, folder: Path) -> list[float]:
+    """The logged losses of a run of `config` in `folder`."""
+    config.dump_folder = str(folder)
+    validate(config)
+    config.build().run()
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,52 @@
+"""Whether a run can fit, before anything is allocated."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from core.config.errors import UserError
+from core.nn.module import parameter_count
+from core.runtime.device import GIB, free_memory
+from core.train.settings import Training
+
+
+class Estimate(NamedTuple):
+    """Bytes that a run needs whatever else it does: a lower bound, without the activations of the blocks."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in self._asdict().items())
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def estimate(model: nn.Module, vocab_size: int, training: Training) -> Estimate:
+    """Weights, gradients and two moments in `training.dtype`; logits of one microbatch and their gradient in fp32."""
+    stored = parameter_count(model) * (4 if training.dtype == "float32" else 2)
+    logits = training.local_batch_size * training.seq_len * vocab_size * 4
+    return Estimate(stored, stored, 2 * stored, 2 * logits)
+
+
+def check_memory(need: Estimate, device: torch.device, training: Training) -> None:
+    """Raise `UserError` with both numbers and what would help when `need` exceeds the free memory of `device`."""
+    free = free_memory(device)
+    if free is None or need.total <= free:
+        return
+    helps = []
+    if need.logits > need.total / 4 and training.local_batch_size > 1:
+        helps.append("--training.local_batch_size 1 (logits shrink with it)")
+    if training.dtype == "float32":
+        helps.append("--training.dtype bfloat16 (weights, gradients and moments halve)")
+    helps.append("a smaller recipe (the debug recipe fits everywhere) or a device with more memory")
+    raise UserError(
+        f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free. What would help: "
+        + "; ".join(helps)
+    )

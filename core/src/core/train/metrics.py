@@ -1,0 +1,131 @@
+"""What a run reports: metrics.jsonl always, a console line, TensorBoard and Weights & Biases on request."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+
+log = logging.getLogger("armature")
+
+
+@dataclass(kw_only=True, slots=True)
+class Record:
+    """One line of metrics.jsonl; None (null) where a number is not known or was not measured."""
+
+    step: int
+    loss: float
+    """Mean over the step's valid tokens, in nats."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    tokens: int
+    """Tokens read since the run began."""
+    tokens_per_second: float
+    """Mean since the last line."""
+    step_time_s: float
+    """Mean since the last line."""
+    memory_gib: float
+    """Peak so far: of the accelerator's allocator, or of the process."""
+    mfu: float | None
+    """Model FLOPs per second as a share of the device's peak."""
+    validation_loss: float | None = None
+
+
+class Metrics(Configurable):
+    """Writes every record to `folder`/metrics.jsonl and to the loggers that were asked for, while the block runs."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        log_freq: int = 10
+        """Steps between two lines; the first and the last step are always reported."""
+        enable_tensorboard: bool = False
+        """Also write TensorBoard events (needs the `tensorboard` extra)."""
+        save_tb_folder: str = "tb"
+        """Folder of the TensorBoard events, below the run folder."""
+        enable_wandb: bool = False
+        """Also report to Weights & Biases (needs the `wandb` extra; WANDB_* variables choose project and name)."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if self.log_freq < 1:
+                yield "log_freq", f"log_freq {self.log_freq} must be at least 1"
+            for chosen, package in ((self.enable_tensorboard, "tensorboard"), (self.enable_wandb, "wandb")):
+                if chosen and find_spec(package) is None:
+                    yield (
+                        f"enable_{package}",
+                        f"the package {package} is not installed: pip install {package}, or leave it off",
+                    )
+
+    def __init__(self, config: Config, *, folder: Path, settings: dict[str, Any]) -> None:
+        self.config, self.folder, self.settings = config, folder, settings
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+
+    def __enter__(self) -> "Metrics":
+        self._file = (self.folder / "metrics.jsonl").open("x", buffering=1)
+        if self.config.enable_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.folder / self.config.save_tb_folder))
+        if self.config.enable_wandb:
+            import wandb
+
+            self._wandb = wandb.init(dir=str(self.folder), config=self.settings)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def due(self, step: int, last_step: int) -> bool:
+        return step == 1 or step == last_step or step % self.config.log_freq == 0
+
+    def write(self, record: Record) -> None:
+        row = asdict(record)
+        self._file.write(json.dumps(row) + "\n")
+        known = {name: value for name, value in row.items() if name != "step" and value is not None}
+        if self._tensorboard is not None:
+            for name, value in known.items():
+                self._tensorboard.add_scalar(name, value, record.step)
+        if self._wandb is not None:
+            self._wandb.log(known, step=record.step)
+
+
+def console_line(record: Record, last_step: int, remaining_s: float) -> str:
+    """The record as one line for people, with the time left."""
+    parts = [
+        f"step {record.step:>{len(str(last_step))}}/{last_step}",
+        f"loss {record.loss:.4f}",
+        f"grad norm {record.grad_norm:.3f}",
+        f"lr {record.lr:.2e}",
+        f"{record.tokens_per_second:,.0f} tokens/s",
+        f"{record.memory_gib:.2f} GiB",
+    ]
+    if record.mfu is not None:
+        parts.append(f"mfu {record.mfu:.1%}")
+    if record.validation_loss is not None:
+        parts.append(f"validation loss {record.validation_loss:.4f}")
+    return "  ".join([*parts, f"left {duration(remaining_s)}"])
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as people read them: 2 h 05 min, 3 min 07 s, 12 s."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    if h:
+        return f"{h} h {m:02} min"
+    return f"{m} min {s:02} s" if m else f"{s} s"
+
+
+def check_new_run(folder: Path) -> None:
+    """Raise `UserError` when `folder` already holds a run, whose record a new one would mix with its own."""
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"dump_folder {folder} already holds a run: choose another, or leave it out for a new one")

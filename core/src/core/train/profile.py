@@ -1,0 +1,78 @@
+"""Traces of single steps, for chrome://tracing and Perfetto."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.config.configurable import Configurable
+
+log = logging.getLogger("armature")
+
+
+class Profiler(Configurable):
+    """Records some steps of every `profile_freq` with torch.profiler while the block runs."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        enable_profiling: bool = False
+        """Write traces."""
+        save_traces_folder: str = "profile_traces"
+        """Where, below the run folder; one file per recording, named by its last step."""
+        profile_freq: int = 10
+        """Steps from the start of one recording to the start of the next."""
+        profiler_warmup: int = 3
+        """Steps that the profiler watches without recording, right before."""
+        profiler_active: int = 1
+        """Steps in one recording."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            for name in ("profile_freq", "profiler_active"):
+                if getattr(self, name) < 1:
+                    yield name, f"{name} {getattr(self, name)} must be at least 1"
+            needed = self.profiler_warmup + self.profiler_active
+            if self.profile_freq < needed:
+                yield (
+                    "profile_freq",
+                    f"profile_freq {self.profile_freq} must be at least profiler_warmup + profiler_active = {needed}",
+                )
+
+    def __init__(self, config: Config, *, folder: Path) -> None:
+        self.folder = folder / config.save_traces_folder
+        self._profile = None
+        if config.enable_profiling:
+            wait = config.profile_freq - config.profiler_warmup - config.profiler_active
+            self._profile = torch.profiler.profile(
+                schedule=torch.profiler.schedule(
+                    wait=wait, warmup=config.profiler_warmup, active=config.profiler_active
+                ),
+                on_trace_ready=self._write,
+                record_shapes=True,
+            )
+
+    def _write(self, profile: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{profile.step_num}.json"
+        profile.export_chrome_trace(str(file))
+        log.info(f"trace written to {file}")
+
+    def __enter__(self) -> "Profiler":
+        if self._profile is not None:
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(*error)
+
+    def step(self) -> None:
+        """Say that a step is over."""
+        if self._profile is not None:
+            with warnings.catch_warnings():
+                # A recording is written out when it ends, so nothing is lost by clearing it.
+                warnings.filterwarnings("ignore", message=".*Profiler clears events at the end of each cycle")
+                self._profile.step()

@@ -1,0 +1,79 @@
+"""Settings of a run that belong to no single part."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from core.config.configurable import Configurable
+
+
+@dataclass(kw_only=True, slots=True)
+class Training(Configurable.Config):
+    """How long, how much at once, and in which precision."""
+
+    steps: int = 10_000
+    """Optimizer updates of the run."""
+    seq_len: int = 2048
+    """Tokens in a row."""
+    local_batch_size: int = 8
+    """Rows in one microbatch on one data rank."""
+    global_batch_size: int = -1
+    """Rows in one step over all ranks and microbatches; -1 is one microbatch per rank."""
+    mask: Literal["causal", "document"] = "causal"
+    """What a token may look at: all before it in its row, or only those of its own document (positions restart)."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this joint norm."""
+    device: str = "auto"
+    """auto (the accelerator, or else the CPU), cpu, or cuda."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored weights and of the optimizer's moments."""
+    mixed_precision_param: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that matrix products compute in; auto is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is
+    many times slower."""
+    gc_freq: int = 50
+    """Python's cycle collector runs every so many steps, at a moment of our choice."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("steps", "seq_len", "local_batch_size", "gc_freq"):
+            if getattr(self, name) < 1:
+                yield name, f"{name} {getattr(self, name)} must be at least 1"
+        if self.max_norm <= 0:
+            yield "max_norm", f"max_norm {self.max_norm} must be above 0"
+        if self.global_batch_size != -1 and (
+            self.global_batch_size < 1 or self.global_batch_size % max(self.local_batch_size, 1)
+        ):
+            yield (
+                "global_batch_size",
+                f"global_batch_size {self.global_batch_size} must be a multiple of local_batch_size "
+                f"{self.local_batch_size}, or -1",
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.local_batch_size if self.global_batch_size == -1 else self.global_batch_size
+
+
+@dataclass(kw_only=True, slots=True)
+class Compile(Configurable.Config):
+    """torch.compile, block by block."""
+
+    enable: bool = False
+    """Compile what `components` names."""
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
+    """Every block of the model, the loss, or both."""
+    backend: str = "inductor"
+    """Backend of torch.compile."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Debug(Configurable.Config):
+    """Seeds, determinism, and what to do when numbers break."""
+
+    seed: int = 0
+    """Starts the weights, the order of the data, and every other draw."""
+    deterministic: bool = False
+    """Only algorithms whose result is the same every time; an operation without one is an error."""
+    detect_anomaly: bool = False
+    """Name the operation whose backward made a NaN (slow)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient norm that is not finite does: end the run before the update, or leave the step out."""

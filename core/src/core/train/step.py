@@ -1,0 +1,96 @@
+"""One training step: microbatches, forward, backward, clip, update."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from core.config.errors import UserError
+from core.data.packing import IGNORE, Batch
+from core.nn.attention import Where
+from core.optim.clip import clip_gradients
+from core.optim.optimizer import Optimizer
+
+
+class Objective:
+    """The summed loss of a batch in nats: what training lowers and validation measures.
+
+    `mask` "document" lets tokens see only their own document and counts positions inside it; "causal" reads a row as
+    one document. `dtype` is the type that matrix products compute in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        mask: Literal["causal", "document"],
+    ) -> None:
+        self.model, self.loss, self.device, self.dtype, self.mask = model, loss, device, dtype, mask
+
+    def __call__(self, batch: Batch) -> Tensor:
+        tokens, labels = (t.to(self.device, non_blocking=True) for t in (batch.tokens_BL, batch.labels_BL))
+        where = None
+        if self.mask == "document":
+            where = Where(batch.positions_BL.to(self.device), batch.documents_BL.to(self.device))
+        with self._precision():
+            return self.loss(self.model(tokens, where), labels)
+
+    def _precision(self) -> AbstractContextManager:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+class StepInfo(NamedTuple):
+    """What one step did: mean loss in nats over its valid tokens, the norm before clipping, and whether it counted."""
+
+    loss: float
+    grad_norm: float
+    updated: bool
+
+
+def valid_tokens(batches: Sequence[Batch]) -> int:
+    """Number of labels that count for the loss."""
+    return sum(int((batch.labels_BL != IGNORE).sum()) for batch in batches)
+
+
+def train_step(
+    objective: Objective,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    lr: float,
+    max_norm: float,
+    on_nonfinite: Literal["stop", "skip"],
+) -> StepInfo:
+    """Accumulate the gradient of the mean loss over all valid tokens of all `batches`, clip it, and update once.
+
+    The denominator is the step's, not a microbatch's: the gradient does not depend on how the step is split.
+    Raises `UserError` before any update when the step has no valid token, or when its loss or gradient norm is not
+    finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are.
+    """
+    n_valid = valid_tokens(batches)
+    if n_valid == 0:
+        raise UserError(f"step {step}: none of its {len(batches)} microbatches has a token that counts for the loss")
+    optimizer.zero_grad()
+    total = torch.zeros((), device=objective.device)
+    for batch in batches:
+        loss = objective(batch) / n_valid
+        loss.backward()
+        total += loss.detach()
+    norm = clip_gradients(optimizer.gradients(), max_norm)
+    info = StepInfo(total.item(), norm.item(), updated=True)
+    if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
+        if on_nonfinite == "stop":
+            raise UserError(
+                f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped before the update; "
+                "lower optimizer.lr, or insist with --debug.on_nonfinite skip"
+            )
+        return info._replace(updated=False)
+    optimizer.step(lr)
+    return info

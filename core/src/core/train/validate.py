@@ -1,0 +1,57 @@
+"""The loss on text that training never sees."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+from core.data.loader import DataLoader
+from core.train.step import Objective, valid_tokens
+
+
+class Validator(Configurable):
+    """Mean loss per token over the held-out documents."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        enable: bool = False
+        """Validate during the run."""
+        freq: int = 100
+        """Steps between two validations; the last step is always validated."""
+        steps: int = -1
+        """Microbatches per validation, always the same ones; -1 is all held-out text."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if self.freq < 1:
+                yield "freq", f"freq {self.freq} must be at least 1"
+            if self.steps != -1 and self.steps < 1:
+                yield "steps", f"steps {self.steps} must be at least 1, or -1 for all"
+
+    def __init__(self, config: Config, *, loader: DataLoader, objective: Objective, batch_size: int) -> None:
+        self.config, self.loader, self.objective, self.batch_size = config, loader, objective, batch_size
+        available = loader.windows_per_epoch
+        assert available is not None, "held-out text is indexed in every mode"
+        self.rows = available if config.steps == -1 else min(config.steps * batch_size, available)
+
+    def due(self, step: int, last_step: int) -> bool:
+        return step == last_step or step % self.config.freq == 0
+
+    @torch.no_grad()
+    def loss(self, stop: Callable[[], bool]) -> float | None:
+        """Nats per valid token, every token weighing the same; None when `stop` asked to give up half-way."""
+        total, count = 0.0, 0
+        self.objective.model.eval()
+        try:
+            for first in range(0, self.rows, self.batch_size):
+                if stop():
+                    return None
+                batch = self.loader.read(first, min(self.batch_size, self.rows - first))
+                total += self.objective(batch).item()
+                count += valid_tokens([batch])
+        finally:
+            self.objective.model.train()
+        if count == 0:
+            raise UserError("the held-out text has no token that counts for the loss")
+        return total / count

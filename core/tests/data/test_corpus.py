@@ -1,0 +1,297 @@
+import json
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.config.errors import UserError
+from core.config.validate import validate
+from core.data import corpus as corpus_module
+from core.data import text_files
+from core.data.corpus import SPLITS, Corpus, Progress
+from core.data.sampling import held_out
+from core.data.shards import Extent, Manifest
+from core.data.tokenizer import Tokenizer
+
+TEXTS = [f"Document {i} says {'something ' * (i % 7)}and ends.\n" for i in range(60)]
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def config(dataset, tmp_path) -> Corpus.Config:
+    return Corpus.Config(dataset=str(dataset), cache_folder=str(tmp_path / "kept"), validation_fraction=0.2)
+
+
+def tokens_of(corpus, split) -> list[int]:
+    stream = corpus.split(split)
+    tokens, _ = stream.windows(np.array([0]), stream.extent.tokens - 1)
+    return tokens[0].tolist()
+
+
+def check_content(corpus, tokenizer) -> None:
+    chosen = held_out(0, len(TEXTS), 0.2)
+    for split, texts in (
+        ("train", [text for text, held in zip(TEXTS, chosen, strict=True) if not held]),
+        ("validation", [text for text, held in zip(TEXTS, chosen, strict=True) if held]),
+    ):
+        expected = [token for ids in tokenizer.encode_documents(texts) for token in ids]
+        assert tokens_of(corpus, split) == expected
+        n_bytes = sum(len(text.encode()) for text in texts)
+        assert corpus.split(split).extent == Extent(documents=len(texts), tokens=len(expected), bytes=n_bytes)
+
+
+def count_preparations(monkeypatch) -> list[str]:
+    """Each preparation from now on adds an entry."""
+    counted, write = [], corpus_module._write
+    monkeypatch.setattr(corpus_module, "_write", lambda *a: counted.append("prepared") or write(*a))
+    return counted
+
+
+def test_every_document_is_in_its_split_once(config, tokenizer, monkeypatch):
+    for size in (1, 300, 2**20):
+        monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", size)
+        config.cache_folder += str(size)
+        check_content(config.build(tokenizer=tokenizer), tokenizer)
+
+
+def test_second_use_finds_the_cache(config, tokenizer, monkeypatch, tmp_path):
+    counted = count_preparations(monkeypatch)
+    corpus = config.build(tokenizer=tokenizer)
+    assert corpus.folder.parent == tmp_path / "kept" / "corpora" and corpus.folder.name.startswith("set-jsonl-")
+    assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
+    again = config.build(tokenizer=tokenizer)
+    assert counted == ["prepared"] and again.folder == corpus.folder
+    check_content(again, tokenizer)
+    n_documents = corpus.split("train").extent.documents
+    assert corpus.describe("train") == (
+        f"{config.dataset}: {n_documents} documents, 0.0 M tokens (train), cached in {corpus.folder}"
+    )
+
+
+def test_whatever_changes_the_tokens_changes_the_place(config, dataset, tokenizer, tmp_path):
+    class OtherTokenizer(Tokenizer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.fingerprint = "other"
+
+    folders = [config.build(tokenizer=tokenizer).folder, config.build(tokenizer=OtherTokenizer.Config().build()).folder]
+    config.validation_fraction = 0.3
+    folders.append(config.build(tokenizer=tokenizer).folder)
+    config.on_bad_line = "skip"
+    folders.append(config.build(tokenizer=tokenizer).folder)
+    dataset.write_text('{"text": "x", "body": "y"}\n' * 20)
+    folders.append(config.build(tokenizer=tokenizer).folder)
+    config.text_field = "body"
+    folders.append(config.build(tokenizer=tokenizer).folder)
+    dataset.rename(tmp_path / "other.jsonl")
+    config.dataset = str(tmp_path / "other.jsonl")
+    folders.append(config.build(tokenizer=tokenizer).folder)
+    assert len(set(folders)) == len(folders) == 7
+
+
+@pytest.mark.parametrize("damage", ["shard", "manifest"])
+def test_damaged_cache_is_named_and_prepared_anew(config, tokenizer, logged, damage):
+    corpus = config.build(tokenizer=tokenizer)
+    if damage == "shard":
+        (corpus.folder / "train-00000.tokens").write_bytes(b"short")
+    else:
+        (corpus.folder / "manifest.json").unlink()
+    assert logged == []
+    check_content(config.build(tokenizer=tokenizer), tokenizer)
+    assert len(logged) == 1
+    assert logged[0].startswith(f"WARNING: the prepared corpus {corpus.folder} is damaged (")
+    assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
+
+
+@pytest.mark.parametrize("where", ["encode_documents", "manifest"])
+def test_exception_while_preparing_leaves_nothing(config, tokenizer, monkeypatch, where, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(Tokenizer, where, stop) if where == "encode_documents" else (Manifest, "write", stop))
+        with pytest.raises(KeyboardInterrupt):
+            config.build(tokenizer=tokenizer)
+    assert list((tmp_path / "kept" / "corpora").iterdir()) == []
+    check_content(config.build(tokenizer=tokenizer), tokenizer)
+
+
+KILLED = """
+import os, signal, sys
+from core.data import corpus, shards
+from core.data.tokenizer import Tokenizer
+corpus._BATCH_CHARACTERS = 300
+when, dataset, cache = sys.argv[1:]
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+if when == "half":
+    encode, texts_left = Tokenizer.encode_documents, iter(range(3))
+    Tokenizer.encode_documents = lambda *args: die() if next(texts_left, None) is None else encode(*args)
+elif when == "before the manifest":
+    shards.Manifest.write = die
+else:
+    corpus.Corpus._publish = die
+config = corpus.Corpus.Config(dataset=dataset, cache_folder=cache, validation_fraction=0.2)
+config.build(tokenizer=Tokenizer.Config().build())
+"""
+
+
+@pytest.mark.parametrize("when", ["half", "before the manifest", "before the move"])
+def test_killed_preparation_leaves_nothing_that_looks_complete(config, tokenizer, logged, when, monkeypatch):
+    command = [sys.executable, "-c", KILLED, when, config.dataset, config.cache_folder]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    [left] = (Path(config.cache_folder) / "corpora").iterdir()
+    counted = count_preparations(monkeypatch)
+    corpus = config.build(tokenizer=tokenizer)
+    assert counted == ["prepared"] and corpus.folder != left
+    assert logged == [f"WARNING: {left} is left of an interrupted preparation, or another process is at work there"]
+    check_content(corpus, tokenizer)
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from core.data import corpus
+from core.data.tokenizer import Tokenizer
+dataset, cache, here, other = sys.argv[1:]
+corpus._BATCH_CHARACTERS = 300
+encode = Tokenizer.encode_documents
+def meet(self, texts):
+    Path(here).touch()
+    while not Path(other).exists():
+        time.sleep(0.001)
+    return encode(self, texts)
+Tokenizer.encode_documents = meet
+config = corpus.Corpus.Config(dataset=dataset, cache_folder=cache, validation_fraction=0.2)
+stream = config.build(tokenizer=Tokenizer.Config().build()).split("train")
+print(stream.extent.tokens)
+"""
+
+
+@pytest.mark.parametrize("damaged_before", [False, True])
+def test_two_preparations_at_once_end_with_one_right_cache(config, tokenizer, tmp_path, damaged_before, monkeypatch):
+    if damaged_before:
+        (config.build(tokenizer=tokenizer).folder / "manifest.json").write_text("{")
+    marks = [str(tmp_path / "first"), str(tmp_path / "second")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE, config.dataset, config.cache_folder, *order],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for order in (marks, marks[::-1])
+    ]
+    outputs = [process.communicate(timeout=60)[0].split()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    counted = count_preparations(monkeypatch)
+    corpus = config.build(tokenizer=tokenizer)
+    assert counted == []
+    assert outputs == [str(corpus.split("train").extent.tokens)] * 2
+    check_content(corpus, tokenizer)
+    assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
+
+
+def test_the_slower_of_two_preparations_takes_what_the_quicker_made(config, tokenizer, monkeypatch):
+    write, quicker = corpus_module._write, []
+
+    def slow(*args):
+        if not quicker:
+            quicker.append(None)
+            quicker[0] = config.build(tokenizer=tokenizer).folder.stat().st_ino
+        return write(*args)
+
+    monkeypatch.setattr(corpus_module, "_write", slow)
+    corpus = config.build(tokenizer=tokenizer)
+    assert corpus.folder.stat().st_ino == quicker[0]
+    check_content(corpus, tokenizer)
+
+
+def test_cache_folder(config, tokenizer, tmp_path, monkeypatch):
+    config.cache_folder = None
+    assert config.build(tokenizer=tokenizer).folder.parent == tmp_path / "cache" / "armature" / "corpora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert config.build(tokenizer=tokenizer).folder.parent == tmp_path / "home/.cache/armature/corpora"
+    config.cache_folder = "~/mine"
+    assert config.build(tokenizer=tokenizer).folder.parent == tmp_path / "home/mine/corpora"
+
+
+def test_cache_folder_that_cannot_be_written(config, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    config.cache_folder = str(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match=r"cannot keep .*file/below.*--dataloader\.cache_folder"):
+        config.build(tokenizer=tokenizer)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    config.cache_folder = str(tmp_path / "kept")
+    monkeypatch.setattr(corpus_module.SplitWriter, "write", full)
+    with pytest.raises(UserError, match=r"cannot keep .*No space left on device.*--dataloader\.cache_folder"):
+        config.build(tokenizer=tokenizer)
+    assert list((tmp_path / "kept" / "corpora").iterdir()) == []
+
+
+def test_user_errors_of_the_source_pass_through(config, tokenizer, dataset):
+    with open(dataset, "a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(UserError, match=r"set\.jsonl:61: not JSON"):
+        config.build(tokenizer=tokenizer)
+    assert list((Path(config.cache_folder) / "corpora").iterdir()) == []
+
+
+def test_settings_are_checked():
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(UserError, match=f"validation_fraction: must be at least 0 and below 1, not {fraction}"):
+            validate(Corpus.Config(validation_fraction=fraction))
+    with pytest.raises(UserError, match="on_bad_line"):
+        validate(Corpus.Config(on_bad_line="ignore"))
+    validate(Corpus.Config(validation_fraction=0.0))
+
+
+def test_preparation_needs_no_more_memory_for_more_text(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", 2**13)
+    monkeypatch.setattr(text_files, "DOCUMENT_CHARACTERS", 2**13)
+    peaks = []
+    for n_lines in (2_000, 20_000):
+        path = tmp_path / f"{n_lines}.txt"
+        path.write_text(("word " * 19 + "word\n") * n_lines)
+        tracemalloc.start()
+        try:
+            corpus = Corpus.Config(dataset=str(path)).build(tokenizer=tokenizer)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert sum(corpus.split(split).extent.bytes for split in SPLITS) == path.stat().st_size == 100 * n_lines
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_progress_is_a_live_line_on_a_terminal_only(monkeypatch, capsys, logged):
+    monkeypatch.setattr(corpus_module, "_LIVE_INTERVAL_S", 1e-9)
+    monkeypatch.setattr(corpus_module, "_LOG_INTERVAL_S", 1e-9)
+    with Progress("set") as progress:
+        progress.add(2000, 3_000_000)
+    assert capsys.readouterr().err == ""
+    assert len(logged) == 1 and logged[0].startswith("INFO: tokenising set: 2,000 documents, 3.0 MB, ")
+    assert logged[0].endswith(" MB/s")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("set") as progress:
+        progress.add(1, 1)
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rtokenising set: 1 documents, 0.0 MB, ") and shown.endswith("\r\033[K")
+    assert "\n" not in shown
+    assert len(logged) == 1
+    monkeypatch.setattr(corpus_module, "_LIVE_INTERVAL_S", 100.0)
+    with Progress("set") as progress:
+        progress.add(1, 1)
+    assert capsys.readouterr().err == "\r\033[K"

@@ -1,0 +1,141 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
+import pytest
+
+from core.config.errors import UserError
+from core.data.source import StandardLibrary, TextFiles, open_source
+
+
+def test_standard_library_is_many_megabytes_of_real_text():
+    source = open_source("stdlib", "text", "error")
+    assert isinstance(source, StandardLibrary)
+    documents = list(source.documents())
+    assert documents == list(source.documents())
+    assert sum(map(len, documents)) > 8_000_000
+    assert all(topic in documents for topic in topics.values())
+    assert any('"""Random variable generators.' in document for document in documents)
+    assert not any("topics = {'assert'" in document for document in documents)
+    assert source.fingerprint() == open_source("stdlib", "text", "error").fingerprint()
+
+
+def test_standard_library_leaves_out_tests_packages_and_what_python_cannot_decode(tmp_path):
+    files = {
+        "b.py": b"b = 1\n",
+        "a/__init__.py": b"",
+        "a/latin.py": b"# -*- coding: latin-1 -*-\n# \xe9\n",
+        "a/no_utf8.py": b"# \xe9\n",
+        "a/no_utf8_later.py": b"\n" * 9 + b"# \xe9\n",
+        "a/no_codec.py": b"# coding: no-such-codec\n",
+        "a/tests/c.py": b"c = 1\n",
+        "test/d.py": b"d = 1\n",
+        "site-packages/e.py": b"e = 1\n",
+        "pydoc_data/topics.py": b"topics = {}\n",
+        "a/data.txt": b"no source",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    source = StandardLibrary(tmp_path)
+    found = list(source.documents())
+    assert found == ["# -*- coding: latin-1 -*-\n# é\n", "b = 1\n", *(topics[name] for name in sorted(topics))]
+    before = source.fingerprint()
+    (tmp_path / "b.py").write_bytes(b"b = 10\n")
+    assert source.fingerprint() != before
+
+
+def test_fingerprint_of_files_follows_name_size_and_time(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    os.utime(path, ns=(10**18, 10**18))
+    seen = [TextFiles(str(tmp_path), "text", "error").fingerprint()]
+    assert TextFiles(str(tmp_path), "text", "error").fingerprint() == seen[0]
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    seen.append(TextFiles(str(tmp_path), "text", "error").fingerprint())
+    path.write_text("four")
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    seen.append(TextFiles(str(tmp_path), "text", "error").fingerprint())
+    (tmp_path / "b.txt").write_text("")
+    seen.append(TextFiles(str(tmp_path), "text", "error").fingerprint())
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_documents_of_several_files_without_blank_ones(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n')
+    (tmp_path / "b.txt").write_text("c")
+    (tmp_path / "c.txt").write_text("\n\n")
+    source = open_source(str(tmp_path), "text", "error")
+    assert list(source.documents()) == ["a", "b", "c"]
+
+
+def test_bad_lines_are_counted_in_the_log(tmp_path, logged):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + "no JSON\n" * 1234)
+    assert list(open_source(str(path), "text", "skip").documents()) == ["a"]
+    assert logged == [
+        f"WARNING: {path}: left out 1,234 unreadable lines; the first: {path}:2: "
+        "not JSON (Expecting value: line 1 column 1 (char 0))"
+    ]
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
+        list(open_source(str(path), "text", "error").documents())
+
+
+def test_source_that_yields_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for content, count in (("", 0), ("\n", 0), ('{"text": " "}', 0), ("no JSON\n", 1)):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"a.jsonl yields no text, with {count} unreadable lines left out"):
+            list(open_source(str(path), "text", "skip").documents())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local folder that `datasets` reads, with the package's own cache out of the user's way."""
+    datasets = pytest.importorskip("datasets", reason="the hf extra is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    rows = [{"text": f"row {i}", "n": i} for i in range(5)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "test.jsonl").write_text('{"text": "held", "n": 9}\n')
+    return folder
+
+
+def test_hub_dataset_is_streamed(hub):
+    source = open_source(f"hf:{hub}", "text", "error")
+    assert list(source.documents()) == [f"row {i}" for i in range(5)] == list(source.documents())
+    assert list(open_source(f"hf:{hub}:default@test", "text", "error").documents()) == ["held"]
+    before = source.fingerprint()
+    assert before == open_source(f"hf:{hub}", "text", "error").fingerprint()
+    (hub / "train.jsonl").write_text('{"text": "other", "n": 1}')
+    assert open_source(f"hf:{hub}", "text", "error").fingerprint() != before
+    json.dumps(before)
+
+
+def test_hub_dataset_with_wrong_names(hub):
+    for dataset in (f"hf:{hub}/none", f"hf:{hub}:none", f"hf:{hub}@none"):
+        with pytest.raises(UserError, match="cannot open the Hugging Face dataset hf:.*none"):
+            open_source(dataset, "text", "error")
+    with pytest.raises(UserError, match="row 1: expected text in the field 'n', got a value of type int"):
+        list(open_source(f"hf:{hub}", "n", "error").documents())
+
+
+def test_hub_dataset_without_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"hf:name needs the package datasets: .* pip install './core\[hf\]'"):
+        open_source("hf:name", "text", "error")
+
+
+def test_no_optional_or_slow_package_is_imported_before_it_is_chosen():
+    code = (
+        "import sys, core.data.corpus, core.data.prepare, core.data.train_tokenizer\n"
+        "print(sorted({'datasets', 'tokenizers', 'sentencepiece', 'torch'} & sys.modules.keys()))\n"
+        "import core.data.loader\n"
+        "print(sorted({'datasets', 'tokenizers', 'sentencepiece'} & sys.modules.keys()))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n") == ["[]", "[]", ""]

@@ -1,0 +1,166 @@
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from core.config.errors import UserError
+from core.data import text_files
+from core.data.text_files import BadLines, find_files, read_documents
+
+
+def documents(path: Path, policy="error", field="text") -> list[str]:
+    return list(read_documents(path, field, BadLines(policy)))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "A.TXT"])
+def test_text_file_is_one_document_exactly_as_it_is(tmp_path, name):
+    text = "\nA line.\r\n\r\n  Another,\ta \u2028 third: é日本\nno line end"
+    assert documents(write(tmp_path / name, text)) == [text]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_each_json_line_is_a_document(tmp_path, name):
+    texts = ["one", "two\nlines", "é \u2028 \x85 日本 👩", ""]
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    assert documents(write(tmp_path / name, "\r\n\n".join(lines))) == texts
+    assert documents(write(tmp_path / name, '{"body": "x"}\n'), field="body") == ["x"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "text"), ("a.jsonl", '{"text": "text"}')])
+def test_byte_order_mark_is_no_text(tmp_path, name, content):
+    assert documents(write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())) == ["text"]
+
+
+BAD_LINES = [
+    (b'{"text": "cut off', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'["text"]', "expected an object with the field 'text', got a value of type list"),
+    (b'{"body": "x", "id": 1}', "no field 'text'; there are: 'body', 'id' .*text_field"),
+    (b"{}", "no field 'text'; there are: none"),
+    (b'{"text": 3}', "expected text in the field 'text', got a value of type int"),
+    (b'{"text": null}', "expected text in the field 'text', got a value of type NoneType"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "\\ud800"}', "the field 'text' holds half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_unreadable_json_line(tmp_path, line, reason):
+    path = write(tmp_path / "a.jsonl", b'{"text": "before"}\n\n' + line + b'\n{"text": "after"}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl:3: {reason}.*on_bad_line skip"):
+        documents(path)
+    bad = BadLines("skip")
+    assert list(read_documents(path, "text", bad)) == ["before", "after"]
+    assert bad.count == 1 and bad.first.startswith(f"{path}:3: ")
+
+
+def test_json_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "LINE_BYTES", 100)
+    fits = json.dumps({"text": "x" * 87})
+    path = write(tmp_path / "a.jsonl", fits + "\n" + json.dumps({"text": "x" * 1000}) + "\n" + '{"text": "after"}')
+    assert len(fits) == 99
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the line is longer than 100 bytes"):
+        documents(path)
+    assert documents(path, "skip") == ["x" * 87, "after"]
+
+
+def test_bad_utf8_in_text(tmp_path):
+    path = write(tmp_path / "a.txt", b"one\nt\xffwo\nthree \xc3")
+    with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8 \(invalid start byte\)"):
+        documents(path)
+    bad = BadLines("skip")
+    assert list(read_documents(path, "text", bad)) == ["one\nthree "]
+    assert bad.count == 2
+
+
+def test_character_across_two_parts_of_a_long_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_PART_BYTES", 7)
+    text = "日本語のとても長い行 👩👩👩 " * 20
+    assert documents(write(tmp_path / "a.txt", text)) == [text]
+    with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8"):
+        documents(write(tmp_path / "a.txt", ("é" * 50 + "\n" + "é" * 50).encode() + b"\xff\xff"))
+    assert documents(write(tmp_path / "a.txt", b"aaaaaa\xc3" + b"\xffbbb\nnext"), "skip") == ["aaaaaanext"]
+
+
+def test_long_text_is_cut_between_paragraphs(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(text_files, "_PART_BYTES", 30)
+    paragraphs = "".join(f"paragraph {i}\nwith two lines\n\n" for i in range(40))
+    for text in (paragraphs, paragraphs.replace("\n\n", "\n"), paragraphs.replace("\n", " "), "x" * 1234, "x" * 100):
+        found = documents(write(tmp_path / "a.txt", text))
+        assert "".join(found) == text
+        assert all(len(document) <= 100 for document in found)
+        assert len(found) <= 2 * len(text) / 100 + 1
+    found = documents(write(tmp_path / "a.txt", paragraphs))
+    assert all(document.startswith("paragraph") and document.endswith("\n\n") for document in found[:-1])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+def test_file_larger_than_memory_is_read_in_bounded_memory(tmp_path, name):
+    line = json.dumps({"text": "word " * 200}) + "\n"
+    path = write(tmp_path / name, line * 12_000)
+    tracemalloc.start()
+    try:
+        size = sum(len(document) for document in read_documents(path, "text", BadLines("error")))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size >= 12_000_000
+    assert peak < 2_000_000
+
+
+def test_damaged_archive(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    whole = gzip.compress(b"text " * 10_000)
+    for content in (whole[:-20], b"no archive", whole[:30] + b"\0\0\0" + whole[33:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read .*a\.txt\.gz"):
+            documents(path, "skip")
+
+
+def test_folder_is_searched_in_depth_in_a_fixed_order(tmp_path):
+    for name in ("b.txt", "a/z.jsonl", "a/y.txt.gz", "c/d/e.jsonl.gz", "README.md", ".hidden.txt", ".git/x.txt"):
+        write(tmp_path / name, "{}")
+    (tmp_path / "folder.txt").mkdir()
+    found = [file.relative_to(tmp_path).as_posix() for file in find_files(str(tmp_path))]
+    assert found == ["a/y.txt.gz", "a/z.jsonl", "b.txt", "c/d/e.jsonl.gz"]
+
+
+def test_glob_and_literal_names(tmp_path):
+    for name in ("a1.txt", "a2.txt", "b.txt", "deep/a3.txt", "[1].txt"):
+        write(tmp_path / name, "x")
+
+    def names(pattern):
+        return [file.name for file in find_files(str(tmp_path / pattern))]
+
+    assert names("a*.txt") == ["a1.txt", "a2.txt"]
+    assert names("**/a*.txt") == ["a1.txt", "a2.txt", "a3.txt"]
+    assert names("[1].txt") == ["[1].txt"]
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.txt", "x")
+    assert find_files("~/a.txt") == find_files("~/*.txt") == [tmp_path.resolve() / "a.txt"]
+
+
+def test_files_that_are_not_there(tmp_path):
+    write(tmp_path / "only" / "a.parquet", "x")
+    with pytest.raises(UserError, match="there is no .*none.txt: give stdlib, a file"):
+        find_files(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match=r"no file matches .*none\*"):
+        find_files(str(tmp_path / "none*"))
+    with pytest.raises(UserError, match="only holds no file ending in .txt, .jsonl"):
+        find_files(str(tmp_path / "only"))
+    for dataset in ("only/a.parquet", "only/*"):
+        with pytest.raises(UserError, match=r"cannot tell what .*a\.parquet holds: its name must end in \.txt"):
+            find_files(str(tmp_path / dataset))

@@ -1,0 +1,139 @@
+"""Devices, seeds, signals and the log."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from core.config.errors import UserError
+from core.runtime import device as devices
+from core.runtime.device import free_memory, peak_flops, peak_memory, select_device
+from core.runtime.log import start_logging
+from core.runtime.seed import seed_everything
+from core.runtime.signals import SIGNALS, StopRequest
+
+CPU = torch.device("cpu")
+HAS_CUDA = torch.cuda.is_available()
+
+
+def test_auto_is_the_accelerator_or_the_cpu():
+    assert select_device("auto").type == ("cuda" if HAS_CUDA else "cpu")
+    assert select_device("cpu") == CPU
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="asks for a device that this machine has")
+def test_absent_accelerator_is_refused():
+    with pytest.raises(UserError, match='"cuda" asked for, this machine has no accelerator'):
+        select_device("cuda")
+
+
+def test_nonsense_device_is_refused():
+    with pytest.raises(UserError, match='"gpu" is not a device: use auto, cpu or cuda'):
+        select_device("gpu")
+
+
+def test_memory_grows_with_what_is_held():
+    before, free = peak_memory(CPU), free_memory(CPU)
+    held = torch.ones(2**26)
+    assert peak_memory(CPU) - before > 200 * 2**20
+    assert free is not None and free_memory(CPU) < free - 100 * 2**20
+    del held
+
+
+def test_container_limit_counts(tmp_path, monkeypatch):
+    real = devices.Path
+
+    def path(*parts):
+        return tmp_path / parts[-1] if parts[0] == "/sys/fs/cgroup" else real(*parts)
+
+    monkeypatch.setattr(devices, "Path", path)
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) > 2**20
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory(CPU) == 300
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Something new", None),
+    ],
+)
+def test_peaks_by_name(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == flops
+
+
+def test_a_cpu_has_no_stated_peak():
+    assert peak_flops(CPU) is None
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+def test_one_seed_starts_every_generator():
+    seed_everything(3, deterministic=False)
+    first = draws()
+    assert draws() != first
+    seed_everything(3, deterministic=False)
+    assert draws() == first
+    seed_everything(4, deterministic=False)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_determinism_is_set_and_taken_back():
+    seed_everything(0, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    seed_everything(0, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_is_a_request_and_handlers_return(number, capsys):
+    start_logging()
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.signal == number
+    assert signal.getsignal(number) == before
+    assert f"{number.name}: stopping after the current step" in capsys.readouterr().out
+
+
+def test_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal
+from core.runtime.signals import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop
+    os.kill(os.getpid(), signal.SIGTERM)
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM and "still here" not in done.stdout
+
+
+def test_log_is_plain_and_marks_warnings(capsys):
+    start_logging()
+    start_logging()
+    log = logging.getLogger("armature")
+    log.info("read 3 files")
+    log.warning("one was empty")
+    assert capsys.readouterr().out == "read 3 files\nwarning: one was empty\n"

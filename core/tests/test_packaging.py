@@ -1,0 +1,158 @@
+"""The packages as pip sees them: what a model asks for in and outside a checkout, and what a wheel holds."""
+
+import email
+import importlib.util
+import json
+import re
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+
+import core
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted(path.parent for path in ROOT.glob("models/*/pyproject.toml"))
+RANGE = "armature-core>=0.1,<0.2"
+
+each_model = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+each_package = pytest.mark.parametrize("folder", [ROOT / "core", *MODELS], ids=lambda folder: folder.name)
+
+
+def read_toml(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def build_wheel(folder: Path, into: Path) -> tuple[set[str], email.message.Message]:
+    """The names of a wheel's files, without those of its .dist-info, and its metadata."""
+    path = next(WheelBuilder(str(folder)).build(directory=str(into), versions=["standard"]))
+    with zipfile.ZipFile(path) as wheel:
+        metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        return files, email.message_from_bytes(wheel.read(metadata))
+
+
+@each_model
+def test_model_accepts_the_core_beside_it(folder: Path) -> None:
+    # Inside a checkout pip takes core by its place and never compares versions, so nothing else would notice.
+    hook = read_toml(folder)["tool"]["hatch"]["metadata"]["hooks"]["custom"]
+    assert core.__version__ in Requirement(hook["core"]).specifier
+
+
+@each_model
+def test_versions_go_in_step(folder: Path) -> None:
+    text = (folder / "src" / folder.name / "__init__.py").read_text(encoding="utf-8")
+    assert re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1] == core.__version__
+
+
+@each_model
+def test_model_passes_every_extra_on(folder: Path) -> None:
+    extras = read_toml(ROOT / "core")["project"]["optional-dependencies"]
+    assert read_toml(folder)["project"]["optional-dependencies"] == {
+        name: [f"armature-core[{name}]"] for name in extras
+    }
+
+
+@each_package
+def test_wheel_holds_the_source_and_names_no_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_BUILD_TRACKER", raising=False)
+    files, metadata = build_wheel(folder, tmp_path)
+    wanted = {path.relative_to(folder / "src").as_posix() for path in (folder / "src").rglob("*") if path.is_file()}
+    assert files == {name for name in wanted if "__pycache__" not in name}
+    assert f"{folder.name}/py.typed" in files
+    assert not [need for need in metadata.get_all("Requires-Dist") if "@" in need]
+    assert str(ROOT) not in str(metadata)
+
+
+def test_a_model_needs_core_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_BUILD_TRACKER", raising=False)
+    for folder in MODELS:
+        needs = build_wheel(folder, tmp_path)[1].get_all("Requires-Dist")
+        assert [need for need in map(Requirement, needs) if not need.marker] == [Requirement(RANGE)]
+
+
+def test_the_tokenizer_ships_even_if_git_ignores_it(tmp_path: Path) -> None:
+    files = {
+        ".git/HEAD": "",
+        ".gitignore": "*.model\n",
+        "core/pyproject.toml": (ROOT / "core/pyproject.toml").read_text(encoding="utf-8"),
+        "core/README.md": "",
+        "core/src/core/__init__.py": '__version__ = "0.1.0"\n',
+        "core/src/core/data/default.model": "pieces",
+        "core/src/core/nn/other.model": "a stray file",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert build_wheel(tmp_path / "core", tmp_path)[0] == {"core/__init__.py", "core/data/default.model"}
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    """core/hatch_model.py, which is no part of any package."""
+    spec = importlib.util.spec_from_file_location("hatch_model", ROOT / "core/hatch_model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with core and one model, built by pip into an empty environment."""
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core/pyproject.toml").touch()
+    (tmp_path / "models/qwen3").mkdir(parents=True)
+    (tmp_path / "site").mkdir()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: {"purelib": str(tmp_path / "site")}[name])
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "set")
+    return tmp_path
+
+
+def requirement(hook: ModuleType, checkout: Path) -> str:
+    """What the model of a checkout asks for."""
+    metadata: dict[str, Any] = {}
+    hook.CoreRequirement(str(checkout / "models/qwen3"), {"core": RANGE}).update(metadata)
+    (need,) = metadata["dependencies"]
+    return need
+
+
+def install_core(checkout: Path, source: Path, editable: bool) -> None:
+    """Leave the traces of `pip install [-e] source` in the environment."""
+    info = checkout / "site/armature_core-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: armature-core\nVersion: 0.1.0\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {"editable": editable}}))
+
+
+def test_pip_takes_core_from_the_checkout(hook: ModuleType, checkout: Path) -> None:
+    assert requirement(hook, checkout) == f"armature-core @ {(checkout / 'core').as_uri()}"
+
+
+def test_other_builders_get_the_range(hook: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_BUILD_TRACKER")
+    assert requirement(hook, checkout) == RANGE
+
+
+def test_outside_a_checkout_pip_gets_the_range(hook: ModuleType, checkout: Path) -> None:
+    (checkout / "core/pyproject.toml").unlink()
+    assert requirement(hook, checkout) == RANGE
+
+
+def test_an_editable_core_of_this_checkout_stays(hook: ModuleType, checkout: Path) -> None:
+    install_core(checkout, checkout / "core", editable=True)
+    assert requirement(hook, checkout) == RANGE
+
+
+@pytest.mark.parametrize(("source", "editable"), [("core", False), ("elsewhere/core", True)])
+def test_any_other_core_is_replaced(hook: ModuleType, checkout: Path, source: str, editable: bool) -> None:
+    install_core(checkout, checkout / source, editable)
+    assert requirement(hook, checkout).startswith("armature-core @ file:")

@@ -1,0 +1,300 @@
+"""A run: what it checks first, what it writes, that it repeats, and how it ends."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import toy_run
+
+from core.config.errors import UserError
+from core.config.record import from_json
+from core.config.validate import validate
+from core.data.packing import IGNORE
+from core.nn.attention import Where
+from core.train import memory, trainer
+from core.train.metrics import Record, console_line, duration
+from core.train.validate import Validator
+
+FIELDS = set(Record.__dataclass_fields__)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(config) -> list[dict]:
+    validate(config)
+    config.build().run()
+    return metrics(Path(config.dump_folder))
+
+
+def test_run_writes_its_record_and_learns(tmp_path, capsys):
+    config = toy_run(tmp_path, steps=40)
+    config.metrics.log_freq = 10
+    records = run(config)
+    assert [r["step"] for r in records] == [1, 10, 20, 30, 40]
+    assert all(set(r) == FIELDS for r in records)
+    first, last = records[0], records[-1]
+    assert first["loss"] == pytest.approx(math.log(2048), abs=0.3)
+    assert last["loss"] < first["loss"] - 2
+    assert last["tokens"] == 40 * 4 * 16
+    assert last["mfu"] is None and last["validation_loss"] is None
+    assert last["tokens_per_second"] == pytest.approx(4 * 16 / last["step_time_s"])
+    assert 0.01 < last["memory_gib"] < 30
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for part in ("parameters", "FLOPs/token", "180 documents", "bundled", "cpu", "config.json", "left 0 s"):
+        assert part in out
+
+
+def test_config_is_written_before_the_first_step_and_repeats_the_run(tmp_path, monkeypatch):
+    config = toy_run(tmp_path)
+
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            config.build().run()
+    folder = Path(config.dump_folder)
+    again = from_json((folder / "config.json").read_text())
+    assert again == config and metrics(folder) == []
+    results = []
+    for name in "ab":
+        again.dump_folder = str(tmp_path / name)
+        results.append([(r["loss"], r["grad_norm"], r["lr"]) for r in run(again)])
+    assert results[0] == results[1]
+    again.dump_folder, again.debug.seed = str(tmp_path / "c"), 1
+    assert [(r["loss"], r["grad_norm"], r["lr"]) for r in run(again)] != results[0]
+
+
+def test_accumulation_gives_the_same_run(tmp_path):
+    whole = toy_run(tmp_path, steps=5)
+    split = toy_run(tmp_path, steps=5)
+    split.dump_folder = str(tmp_path / "split")
+    split.training.local_batch_size, split.training.global_batch_size = 1, 4
+    for a, b in zip(run(whole), run(split), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["tokens"] == a["tokens"]
+
+
+def test_validation_weighs_every_token_alike(tmp_path):
+    config = toy_run(tmp_path, steps=3)
+    config.validator = Validator.Config(enable=True, freq=2)
+    config.metrics.log_freq = 100
+    config.training.mask = "document"
+    run_ = config.build()
+    run_.run()
+    records = metrics(Path(config.dump_folder))
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert [r["validation_loss"] is None for r in records] == [True, False, False]
+    loader, total, count = run_._load("validation"), 0.0, 0
+    for row in range(loader.windows_per_epoch):
+        batch = loader.read(row, 1)
+        with torch.no_grad():
+            logits = run_.model(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))[0].double()
+        for position, label in enumerate(batch.labels_BL[0].tolist()):
+            if label != IGNORE:
+                total -= logits[position].log_softmax(-1)[label].item()
+                count += 1
+    assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-6)
+    assert run_.model.training
+
+
+def test_data_bound_the_run(tmp_path, capsys):
+    config = toy_run(tmp_path, steps=10_000)
+    config.dataloader.epochs = 1
+    run_ = config.build()
+    rows = run_.loader.n_samples
+    assert run_.last_step == rows // 4 < 10_000
+    run_.run()
+    assert f"the data last for {rows // 4:,} of 10,000 steps" in capsys.readouterr().out
+    config.dump_folder, config.training.local_batch_size = str(tmp_path / "b"), rows + 1
+    with pytest.raises(UserError, match=f"the data have {rows} rows of 16 tokens, one step takes {rows + 1}"):
+        config.build()
+
+
+def test_existing_run_is_not_overwritten(tmp_path):
+    config = toy_run(tmp_path, steps=1)
+    before = run(config)
+    with pytest.raises(UserError, match="already holds a run"):
+        config.build()
+    assert metrics(Path(config.dump_folder)) == before
+
+
+def test_default_folder_is_new_and_named_after_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = toy_run(tmp_path)
+    config.dump_folder = None
+    first = trainer.run_folder(config)
+    assert re.fullmatch(r"outputs/toy-\d{8}-\d{6}", str(first))
+    first.mkdir(parents=True)
+    monkeypatch.setattr(trainer.time, "strftime", lambda form: first.name.removeprefix("toy-"))
+    assert trainer.run_folder(config) == first.with_name(first.name + "-2")
+
+
+def test_vocabulary_must_fit(tmp_path):
+    config = toy_run(tmp_path)
+    config.model.vocab_size = 1000
+    with pytest.raises(UserError, match="the tokenizer has 2,048 tokens, model.vocab_size is 1,000: set --model.vocab"):
+        config.build()
+    assert not Path(config.dump_folder).exists()
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    config = toy_run(tmp_path)
+    config.dataloader.dataset = "/nowhere"
+    config.training.seq_len = config.model.max_seq_len
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10 * 2**20)
+    config.model.dim = 4096
+    with pytest.raises(UserError) as caught:
+        config.build()
+    for part in ("needs at least", "cpu has 0.0 GiB free", "weights", "--training.dtype bfloat16", "debug recipe"):
+        assert part in str(caught.value)
+
+
+def test_estimate_is_what_the_tensors_take(tmp_path):
+    config = toy_run(tmp_path, steps=1)
+    run_ = config.build()
+    need = memory.estimate(run_.model, 2048, config.training)
+    run_.run()
+    weights = sum(p.numel() * p.element_size() for p in run_.model.parameters())
+    moments = sum(state[k].nbytes for state in run_.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
+    assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.model.parameters())
+    assert need.optimizer == moments and need.logits == 2 * 4 * 16 * 2048 * 4
+
+
+def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2"):
+        toy_run(tmp_path).build()
+
+
+def test_flex_cannot_train_on_a_cpu(tmp_path):
+    config = toy_run(tmp_path)
+    config.model.attention.backend = "flex"
+    with pytest.raises(UserError, match="cannot train on a cpu: use --model.attention.backend sdpa"):
+        config.build()
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    config = toy_run(tmp_path)
+    config.training.seq_len = 65
+    config.training.global_batch_size = 6
+    config.model.attention.n_kv_heads = 3
+    config.validator.steps = 0
+    config.optimizer.lr = -1.0
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    text = str(caught.value)
+    for path in (
+        "training.seq_len: seq_len 65 exceeds model.max_seq_len 64",
+        "training.global_batch_size: global_batch_size 6 must be a multiple of local_batch_size 4",
+        "model.attention.n_kv_heads: n_kv_heads 3 must divide n_heads 4",
+        "validator.steps: steps 0",
+        "optimizer.lr: lr -1.0",
+    ):
+        assert path in text
+
+
+def test_skipped_steps_are_reported(tmp_path, capsys):
+    config = toy_run(tmp_path, steps=2)
+    config.debug.on_nonfinite = "skip"
+    run_ = config.build()
+    run_.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    run_.run()
+    assert "warning: step 2 left out" in capsys.readouterr().out
+    assert [r["grad_norm"] for r in metrics(run_.folder)] == [math.inf, math.inf]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks a block's input
+def test_compiled_run_equals_the_eager_one(tmp_path):
+    eager, compiled = toy_run(tmp_path, steps=3), toy_run(tmp_path, steps=3)
+    compiled.dump_folder = str(tmp_path / "compiled")
+    compiled.compile.enable, compiled.compile.backend = True, "aot_eager"
+    for a, b in zip(run(eager), run(compiled), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_tensorboard_and_traces(tmp_path):
+    config = toy_run(tmp_path, steps=4)
+    config.metrics.enable_tensorboard = True
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq, config.profiling.profiler_warmup = 2, 1
+    records = run(config)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tb"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
+    traces = sorted((tmp_path / "run/profile_traces").iterdir())
+    assert [t.name for t in traces] == ["step-2.json", "step-4.json"]
+    names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
+    assert "aten::mm" in names
+
+
+def test_missing_logger_is_told_where_it_is_chosen(tmp_path, monkeypatch):
+    from core.train import metrics as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    config = toy_run(tmp_path)
+    config.metrics.enable_wandb = True
+    with pytest.raises(UserError, match="metrics.enable_wandb: .*pip install wandb"):
+        validate(config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_signal_ends_the_run_after_its_step(tmp_path, number):
+    config = toy_run(tmp_path, steps=10_000_000)
+    config.lr_scheduler.warmup_steps = 10
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from toy import toy_run;"
+        "config = toy_run(Path(sys.argv[2]), steps=10_000_000); config.build().run()"
+    )
+    command = [sys.executable, "-u", "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(process.stdout.readline, "")
+        seen = next(line for line in lines if re.match(r"step +\d+/", line))
+        os.kill(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert seen and process.returncode == 0 and not err
+    last = metrics(Path(config.dump_folder))[-1]["step"]
+    assert f"stopped by {number.name} after step {last} of 10000000; kept in {config.dump_folder}" in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (187, "3 min 07 s"), (7505, "2 h 05 min")]
+)
+def test_durations_are_read_by_people(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_console_line_shows_what_is_known():
+    record = Record(
+        step=5,
+        loss=2.0,
+        grad_norm=1.0,
+        lr=1e-3,
+        tokens=10,
+        tokens_per_second=1234.5,
+        step_time_s=1,
+        memory_gib=2,
+        mfu=None,
+    )
+    line = console_line(record, 100, 95)
+    assert line.startswith("step   5/100  loss 2.0000") and "mfu" not in line and line.endswith("left 1 min 35 s")
+    record.mfu, record.validation_loss = 0.4321, 1.5
+    assert "mfu 43.2%  validation loss 1.5000" in console_line(record, 100, 95)

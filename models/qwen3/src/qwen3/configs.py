@@ -1,0 +1,70 @@
+"""Qwen3's recipes: each is a function that returns the whole configuration of a run."""
+
+from core.optim.optimizer import Optimizer
+from core.optim.schedule import Schedule
+from core.train.settings import Training
+from core.train.trainer import Trainer
+from core.train.validate import Validator
+from qwen3.model import size
+
+
+def qwen3_debug() -> Trainer.Config:
+    """A small Qwen3 that learns the standard library's text on a laptop's CPU in about two minutes."""
+    return Trainer.Config(
+        model=size("debug"),
+        training=Training(steps=120, seq_len=256, local_batch_size=8),
+        optimizer=Optimizer.Config(lr=3e-3),
+        lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
+        validator=Validator.Config(enable=True, freq=60, steps=8),
+    )
+
+
+def qwen3_0_6b() -> Trainer.Config:
+    """Qwen3 0.6B."""
+    return Trainer.Config(
+        model=size("0.6B"),
+        training=Training(steps=10, seq_len=4096, local_batch_size=4),
+        optimizer=Optimizer.Config(lr=3e-4),
+        lr_scheduler=Schedule.Config(warmup_steps=2),
+    )
+
+
+def qwen3_1_7b() -> Trainer.Config:
+    """Qwen3 1.7B."""
+    config = qwen3_0_6b()
+    config.model = size("1.7B")
+    config.training.steps = 100
+    config.optimizer.lr = 8e-4
+    config.lr_scheduler.warmup_steps = 20
+    return config
+
+
+def qwen3_4b() -> Trainer.Config:
+    """Qwen3 4B."""
+    config = qwen3_14b()
+    config.model = size("4B")
+    return config
+
+
+def qwen3_8b() -> Trainer.Config:
+    """Qwen3 8B."""
+    config = qwen3_14b()
+    config.model = size("8B")
+    return config
+
+
+def qwen3_14b() -> Trainer.Config:
+    """Qwen3 14B."""
+    config = qwen3_1_7b()
+    config.model = size("14B")
+    config.training.steps = 3000
+    config.lr_scheduler.warmup_steps = 600
+    return config
+
+
+def qwen3_32b() -> Trainer.Config:
+    """Qwen3 32B."""
+    config = qwen3_14b()
+    config.model = size("32B")
+    config.training.local_batch_size = 2
+    return config

@@ -1,0 +1,214 @@
+"""Qwen3 against its published numbers and against transformers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from core.config.errors import UserError
+from core.config.validate import validate
+from core.nn.module import Flops
+from core.nn.rope import RoPE
+from core.testing.model_suite import ModelSuite
+from qwen3 import configs
+from qwen3.model import SIZES, Qwen3, size
+
+LLAMA = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def tiny(**changes: Any) -> Qwen3Config:
+    """A Qwen3 of two blocks, of the width 32 and 128 tokens, but for the changes."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    return Qwen3Config(**{**settings, **changes})
+
+
+def drawn(seed: int) -> Qwen3Config:
+    """A tiny Qwen3 with everything about it drawn at random."""
+    draw = random.Random(seed)
+    n_kv_heads = draw.choice([1, 2, 3])
+    return tiny(
+        vocab_size=draw.randrange(50, 200),
+        hidden_size=draw.choice([24, 40, 64]),
+        intermediate_size=draw.randrange(16, 100),
+        num_hidden_layers=draw.choice([1, 3]),
+        num_attention_heads=n_kv_heads * draw.choice([1, 2, 5]),
+        num_key_value_heads=n_kv_heads,
+        head_dim=draw.choice([2, 6, 16, 32]),
+        tie_word_embeddings=draw.random() < 0.5,
+        rms_norm_eps=10.0 ** -draw.randrange(3, 7),
+        rope_parameters={"rope_type": "default", "rope_theta": 10.0 ** draw.randrange(2, 7)},
+    )
+
+
+class TestQwen3(ModelSuite):
+    decoder = Qwen3
+    configs = configs
+    golden = Path(__file__).parent / "golden"
+    sizes = {name: size(name) for name in SIZES}
+    parameters = {
+        "debug": 5_246_592,
+        "0.6B": 596_049_920,
+        "1.7B": 1_720_574_976,
+        "4B": 4_022_468_096,
+        "8B": 8_190_735_360,
+        "14B": 14_768_307_200,
+        "32B": 32_762_123_264,
+    }
+    # With D the width, L blocks, N query and K key/value heads of width H, F the hidden width, V the vocabulary, and
+    # S = 4096 tokens in a row, a token costs forward and backward
+    #   matmul    = 6 (L (D (2 N H + 2 K H) + 3 D F) + V D)     2 forward and 4 backward for each weight, head included
+    #   attention = 12 L N H S                                  q k^T and p v, 2 S N H each, three times
+    # debug: L (..) = 6 (256 (512 + 256) + 589824) = 4718592, V D = 524288: 6 * 5242880 = 31457280
+    flops = {
+        "debug": Flops(31_457_280, 75_497_472),
+        "0.6B": Flops(3_575_906_304, 2_818_572_288),
+        "1.7B": Flops(10_322_706_432, 2_818_572_288),
+        "4B": Flops(24_133_632_000, 7_247_757_312),
+        "8B": Flops(45_408_583_680, 7_247_757_312),
+        "14B": Flops(83_939_819_520, 10_066_329_600),
+        "32B": Flops(191_901_204_480, 25_769_803_776),
+    }
+    hf_model = Qwen3ForCausalLM
+    hf_configs = {
+        "tied": tiny(),
+        "untied": tiny(tie_word_embeddings=False),
+        "one_kv_head": tiny(num_attention_heads=6, num_key_value_heads=1),
+        "no_groups": tiny(num_key_value_heads=4),
+        "narrow_heads": tiny(head_dim=4),
+        "wide_heads": tiny(head_dim=64, tie_word_embeddings=False),
+        "llama": tiny(rope_parameters=LLAMA),
+        "yarn": tiny(rope_parameters=YARN),
+        "yarn_exact": tiny(rope_parameters={**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}),
+        "yarn_mscale": tiny(rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}),
+        **{f"drawn_{seed}": drawn(seed) for seed in range(4)},
+    }
+
+
+PUBLISHED = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+"""What version 4 of transformers wrote for the 0.6B size; the context beyond 40,960 positions is left to the user."""
+SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in PUBLISHED.items() if name != key}
+
+
+def test_reads_version_4() -> None:
+    config = Qwen3.from_hf_config(PUBLISHED)
+    validate(config)
+    assert config == size("0.6B")
+
+
+def test_reads_version_5() -> None:
+    new = without("rope_theta") | {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}}
+    assert Qwen3.from_hf_config(new) == size("0.6B")
+
+
+def test_reads_scaling_of_both_versions() -> None:
+    """The long context that Qwen3's model cards give: yarn, four times 32,768 positions."""
+    expected = RoPE.Config(theta=1e6, scaling="yarn", scaling_factor=4.0, original_seq_len=32768)
+    old = PUBLISHED | {"rope_scaling": SCALED}
+    older = PUBLISHED | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+    new = without("rope_theta") | {"rope_parameters": {**SCALED, "rope_theta": 1e6, "attention_factor": 1.1386294361}}
+    for hf in (old, older, new):
+        config = Qwen3.from_hf_config(hf)
+        validate(config)
+        assert config.rope == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True, not False"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, not False"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1, not 0.0"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
+        ({"model_type": "llama"}, "not one of qwen3: model_type is 'llama'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, '"longrope" is not supported'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, '"dynamic" is not supported'),
+        ({"rope_scaling": {**SCALED, "attention_factor": 1.0}}, r"attention_factor 1.0 is not the 1.1386"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_unsupported_is_an_error(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Qwen3.from_hf_config(PUBLISHED | change)
+
+
+def test_all_differences_are_named_at_once() -> None:
+    with pytest.raises(UserError, match="attention_bias is True.*use_sliding_window is True"):
+        Qwen3.from_hf_config(PUBLISHED | {"attention_bias": True, "use_sliding_window": True})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "rope_theta",
+    ],
+)
+def test_a_missing_key_is_named(key: str) -> None:
+    for hf in (without(key), PUBLISHED | {key: None}):
+        with pytest.raises(UserError, match=key):
+            Qwen3.from_hf_config(hf)
+
+
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "high_freq_factor"])
+def test_a_missing_rotary_key_is_named(key: str) -> None:
+    scaling = {name: value for name, value in LLAMA.items() if name != key}
+    with pytest.raises(UserError, match=key):
+        Qwen3.from_hf_config(PUBLISHED | {"rope_scaling": scaling})

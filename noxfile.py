@@ -1,0 +1,133 @@
+"""The chores: plain `nox` runs what CI runs, `nox -t qwen3` one package's part of it, `nox --list` names them all.
+
+A package is a folder: core, and every models/*/ with a pyproject.toml. Torch is most of a gigabyte, so the session
+`shared` installs third-party packages once, into its own environment; the small environments of the other sessions,
+which hold nothing but our packages, see it through a .pth file. A sibling model stays invisible to a model's session.
+"""
+
+import email
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "house", "typecheck", "train", "tests"]
+
+ROOT = Path(__file__).parent
+MODELS = sorted(path.parent.name for path in ROOT.glob("models/*/pyproject.toml"))
+FOLDERS = {"core": "core"} | {model: f"models/{model}" for model in MODELS}
+EXTRAS = ["hf", "tensorboard"]
+TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "transformers>=4.56"]
+
+each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in FOLDERS])
+each_model = nox.parametrize("model", [nox.param(name, id=name, tags=[name]) for name in MODELS])
+
+
+@nox.session(default=False)
+def shared(session: nox.Session) -> None:
+    """Install core's dependencies, its extras and the test tools, once for all sessions."""
+    project = nox.project.load_toml(ROOT / "core/pyproject.toml")["project"]
+    extras = [requirement for extra in EXTRAS for requirement in project["optional-dependencies"][extra]]
+    session.install(*project["dependencies"], *extras, *TEST_TOOLS)
+
+
+def see_shared(session: nox.Session) -> Path:
+    """Let the session's environment see the shared one; gives the shared site-packages."""
+    environment = Path(session.virtualenv.location).resolve()
+    own = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    inner = Path(own.strip()).resolve().relative_to(environment)
+    theirs = environment.with_name("shared") / inner
+    (environment / inner / "shared.pth").write_text(f"{theirs}\n")
+    return theirs
+
+
+def install(session: nox.Session, package: str) -> None:
+    """Install one of our packages; a model brings core."""
+    see_shared(session)
+    session.install("--no-build-isolation", f"./{FOLDERS[package]}")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the style and the format with ruff."""
+    session.install("ruff>=0.14")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def house(session: nox.Session) -> None:
+    """Check the rules that are text: floors, circles, budgets and their like."""
+    session.install("pytest>=8")
+    session.run("python", "-m", "pytest", "tests", *session.posargs)
+
+
+@nox.session(requires=["shared"])
+def typecheck(session: nox.Session) -> None:
+    """Check the types with pyrefly."""
+    session.install("pyrefly>=1.4,<2")
+    paths = [f"--search-path={folder}/src" for folder in FOLDERS.values()]
+    session.run("pyrefly", "check", f"--site-package-path={see_shared(session)}", *paths)
+
+
+@nox.session(requires=["shared"])
+@each_package
+def tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests against its installed copy; arguments after -- go to pytest."""
+    install(session, package)
+    # Several ranks share the cores: a pool of threads in each would have them wait for one another.
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *session.posargs, env=threads)
+
+
+def run_debug(session: nox.Session, model: str, *options: str) -> None:
+    """Train a model's debug recipe in a folder outside the checkout."""
+    with tempfile.TemporaryDirectory() as away, session.chdir(away):
+        session.run("python", "-m", f"{model}.train", "--config", f"{model}_debug", *options)
+
+
+@nox.session(requires=["shared"])
+@each_model
+def train(session: nox.Session, model: str) -> None:
+    """Train a model's debug recipe for five steps."""
+    install(session, model)
+    run_debug(session, model, "--training.steps", "5")
+
+
+@nox.session(default=False, reuse_venv=False)
+@nox.parametrize("model", [nox.param(name, id=name) for name in MODELS])
+def fresh(session: nox.Session, model: str) -> None:
+    """Install as the README says, sharing nothing, and do the whole debug run."""
+    session.install(FOLDERS[model])
+    session.env["XDG_CACHE_HOME"] = str(Path(session.create_tmp()).resolve())  # no text that an earlier run prepared
+    run_debug(session, model)
+
+
+def check_wheel(session: nox.Session, wheel: Path) -> None:
+    """Stop if the metadata of a wheel asks for a place instead of a version, or names a path of this machine."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = next(archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/METADATA")).decode()
+    headers = email.message_from_string(text)
+    places = [need for need in headers.get_all("Requires-Dist", []) if "@" in need]
+    places += [f"{key}: {value}" for key, value in headers.items() if re.search(r"file:|(?<![\w:/.])/\w", value)]
+    places += [str(ROOT)] * (str(ROOT) in text)
+    if places:
+        session.error(f"{wheel.name} names places of this machine: {places}")
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Build every wheel into dist/, and refuse one that names a path of this machine."""
+    session.install("build", "hatchling>=1.27")
+    for old in ROOT.glob("dist/armature_*"):
+        old.unlink()
+    for folder in FOLDERS.values():
+        session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", folder)
+    for wheel in sorted(ROOT.glob("dist/armature_*.whl")):
+        check_wheel(session, wheel)
+        session.log(f"dist/{wheel.name} is clean")
