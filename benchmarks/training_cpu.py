@@ -35,6 +35,8 @@ def make_trainer(folder: Path, rows: int, length: int) -> Trainer:
     config.dump_folder = str(folder / "run")
     config.training.local_batch_size, config.training.seq_len = rows, length
     config.validator.enable = False
+    config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
+    config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
     return config.build()
 
 

@@ -138,9 +138,10 @@ def test_llama_has_all_three_cases() -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("rounded", [True, False])
 @pytest.mark.parametrize(("fast", "slow"), [(32.0, 1.0), (8.0, 0.25), (1.01, 1.0)])
-def test_yarn_frequencies(head_dim: int, rounded: bool, fast: float, slow: float) -> None:
+@pytest.mark.parametrize("theta", [20.0, 10_000.0])
+def test_yarn_frequencies(head_dim: int, rounded: bool, fast: float, slow: float, theta: float) -> None:
     config = RoPE.Config(
-        theta=10_000.0,
+        theta=theta,
         scaling="yarn",
         scaling_factor=40.0,
         original_seq_len=4096,

@@ -4,26 +4,21 @@ import math
 
 import pytest
 import torch
-from toy import toy_model
 
 from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
 from core.nn.attention import Where
-from core.nn.init import init_weights, materialise
-from core.nn.module import weights
+from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
+from core.testing.toy import Toy, on_cpu
 from core.train.loss import cross_entropy
 from core.train.step import Objective, train_step, valid_tokens
 
 CPU = torch.device("cpu")
 
 
-def build(seed: int = 0):
-    with torch.device("meta"):
-        model = toy_model(vocab_size=50).build()
-    materialise(model, CPU, torch.float32)
-    init_weights(((w.name, w.value, w.start) for w in weights(model)), seed)
-    return model
+def build() -> Decoder:
+    return on_cpu(Toy.Config(vocab_size=50))
 
 
 def objective(model, *, mask="causal", dtype=torch.float32) -> Objective:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import toy_run
+from toy_run import toy_run
 
 from core.config.errors import UserError
 from core.config.record import from_json
@@ -258,7 +258,7 @@ def test_signal_ends_the_run_after_its_step(tmp_path, number):
     config = toy_run(tmp_path, steps=10_000_000)
     config.lr_scheduler.warmup_steps = 10
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from toy import toy_run;"
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from toy_run import toy_run;"
         "config = toy_run(Path(sys.argv[2]), steps=10_000_000); config.build().run()"
     )
     command = [sys.executable, "-u", "-c", code, str(Path(__file__).parent), str(tmp_path)]

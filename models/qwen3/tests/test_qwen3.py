@@ -67,7 +67,7 @@ class TestQwen3(ModelSuite):
     golden = Path(__file__).parent / "golden"
     sizes = {name: size(name) for name in SIZES}
     parameters = {
-        "debug": 5_246_592,
+        "debug": 1_049_984,
         "0.6B": 596_049_920,
         "1.7B": 1_720_574_976,
         "4B": 4_022_468_096,
@@ -79,9 +79,9 @@ class TestQwen3(ModelSuite):
     # S = 4096 tokens in a row, a token costs forward and backward
     #   matmul    = 6 (L (D (2 N H + 2 K H) + 3 D F) + V D)     2 forward and 4 backward for each weight, head included
     #   attention = 12 L N H S                                  q k^T and p v, 2 S N H each, three times
-    # debug: L (..) = 6 (256 (512 + 256) + 589824) = 4718592, V D = 524288: 6 * 5242880 = 31457280
+    # debug: L (..) = 4 (128 (256 + 128) + 147456) = 786432, V D = 262144: 6 * 1048576 = 6291456
     flops = {
-        "debug": Flops(31_457_280, 75_497_472),
+        "debug": Flops(6_291_456, 25_165_824),
         "0.6B": Flops(3_575_906_304, 2_818_572_288),
         "1.7B": Flops(10_322_706_432, 2_818_572_288),
         "4B": Flops(24_133_632_000, 7_247_757_312),
@@ -172,6 +172,7 @@ def test_reads_scaling_of_both_versions() -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, '"dynamic" is not supported'),
         ({"rope_scaling": {**SCALED, "attention_factor": 1.0}}, r"attention_factor 1.0 is not the 1.1386"),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25 is not supported"),
     ],
 )
 def test_unsupported_is_an_error(change: dict[str, Any], message: str) -> None:

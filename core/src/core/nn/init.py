@@ -70,7 +70,8 @@ def init_weights(starts: Iterable[tuple[str, Tensor, Start]], seed: int) -> None
     for name, value, start in starts:
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(value.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        out = value if value.dtype == torch.float32 else torch.empty(value.shape, device=value.device)
+        exact = value.dtype == torch.float32
+        out = value if exact else torch.empty(value.shape, dtype=torch.float32, device=value.device)
         start.draw(out, generator)
-        if out is not value:
+        if not exact:
             value.copy_(out)

@@ -151,8 +151,9 @@ def rope_from_hf(hf: dict, *, layout: Literal["half", "interleaved"]) -> RoPE.Co
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "llama3", "yarn"):
         raise UserError(f'rope type "{kind}" is not supported: only default, llama3 and yarn are')
-    if rope.get("partial_rotary_factor", 1.0) != 1:
-        raise UserError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported: only 1 is")
+    part = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+    if part != 1:
+        raise UserError(f"partial_rotary_factor {part} is not supported: only 1 is")
     if kind == "default":
         return config
     config.scaling = "llama" if kind == "llama3" else "yarn"

@@ -12,10 +12,10 @@ def qwen3_debug() -> Trainer.Config:
     """A small Qwen3 that learns the standard library's text on a laptop's CPU in about two minutes."""
     return Trainer.Config(
         model=size("debug"),
-        training=Training(steps=120, seq_len=256, local_batch_size=8),
-        optimizer=Optimizer.Config(lr=3e-3),
+        training=Training(steps=400, seq_len=256, local_batch_size=8),
+        optimizer=Optimizer.Config(lr=4e-3),
         lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
-        validator=Validator.Config(enable=True, freq=60, steps=8),
+        validator=Validator.Config(enable=True, freq=100, steps=16),
     )
 
 

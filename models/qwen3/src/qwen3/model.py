@@ -86,7 +86,7 @@ FIXED = {
 
 SIZES = {
     # name: dim, layers, heads, key/value heads, head width, feed-forward, vocabulary, positions, tied
-    "debug": (256, 6, 8, 4, 32, 768, 2_048, 4_096, True),
+    "debug": (128, 4, 4, 2, 32, 384, 2_048, 4_096, True),
     "0.6B": (1024, 28, 16, 8, 128, 3_072, 151_936, 40_960, True),
     "1.7B": (2048, 28, 16, 8, 128, 6_144, 151_936, 40_960, True),
     "4B": (2560, 36, 32, 8, 128, 9_728, 151_936, 40_960, True),
