@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent
 MODELS = sorted(path.parent.name for path in ROOT.glob("models/*/pyproject.toml"))
 FOLDERS = {"core": "core"} | {model: f"models/{model}" for model in MODELS}
 EXTRAS = ["hf", "tensorboard"]
-TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "transformers>=4.56"]
+TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "transformers>=5"]
 
 each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in FOLDERS])
 each_model = nox.parametrize("model", [nox.param(name, id=name, tags=[name]) for name in MODELS])

@@ -9,15 +9,14 @@ Ratios are to the minimal loop (1.00 is the practical limit, more is faster), pe
 highest). CPU time counts all threads and is the steadier column on a shared machine.
 """
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from minimal import Minimal
+from side_by_side import Step, arguments, in_turns, make_trainer, ratios  # before torch: it sets how threads wait
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM
@@ -25,19 +24,6 @@ from transformers import Qwen3ForCausalLM
 from core.checkpoint.hf import save_hf
 from core.data.packing import IGNORE, Batch
 from core.train.trainer import Trainer
-from qwen3.configs import qwen3_debug
-
-Step = Callable[[int], float]
-
-
-def make_trainer(folder: Path, rows: int, length: int) -> Trainer:
-    config = qwen3_debug()
-    config.dump_folder = str(folder / "run")
-    config.training.local_batch_size, config.training.seq_len = rows, length
-    config.validator.enable = False
-    config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
-    config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
-    return config.build()
 
 
 def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Trainer) -> Step:
@@ -75,10 +61,9 @@ def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
             weight.copy_(stored[source])
 
 
-def peers(folder: Path, rows: int, length: int) -> dict[str, Step]:
-    trainer = make_trainer(folder, rows, length)
+def peers(trainer: Trainer, folder: Path) -> dict[str, Step]:
     save_hf(trainer.model, folder / "hf")
-    minimal = Minimal(trainer.model.to_hf_config(), length)
+    minimal = Minimal(trainer.model.to_hf_config(), trainer.config.training.seq_len)
     copy_weights(minimal, trainer.model.state_dict())
     reference = Qwen3ForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
     return {
@@ -88,35 +73,17 @@ def peers(folder: Path, rows: int, length: int) -> dict[str, Step]:
     }
 
 
-def measure(steps: dict[str, Step], rounds: int, turns: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds per step of each peer, for each round of `turns` steps."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for number in range(rounds):
-        for name, step in steps.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            for turn in range(turns):
-                step(2 + number * turns + turn)
-            times[name].append(((time.perf_counter() - wall) / turns, (time.process_time() - cpu) / turns))
-    return times
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--turns", type=int, default=2)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        steps = peers(Path(folder), args.rows, args.length)
+        # The peers keep everything for backward, so ours does too.
+        steps = peers(make_trainer(Path(folder), args, mode="none"), Path(folder))
         first = {name: step(1) for name, step in steps.items()}
         assert max(first.values()) - min(first.values()) < 1e-4, f"the peers are not the same network: {first}"
-        times = measure(steps, args.rounds, args.turns)
+        times = in_turns(steps, args.rounds)
     print(f"\n{'':14}{'tokens/s':>10}  {'ratio by wall time':24}{'ratio by CPU time':24}")
-    for name, rows in times.items():
-        ratios = [sorted(m[k] / own[k] for m, own in zip(times["minimal"], rows, strict=True)) for k in (0, 1)]
-        speed = args.rows * args.length / statistics.median(wall for wall, _ in rows)
-        shown = "".join(f"{f'{statistics.median(r):.3f} ({r[0]:.2f} to {r[-1]:.2f})':24}" for r in ratios)
+    for name, shown in ratios(times, to="minimal", faster=True).items():
+        speed = args.rows * args.length / statistics.median(wall for wall, _ in times[name])
         print(f"{name:14}{speed:>10,.0f}  {shown}")
 
 

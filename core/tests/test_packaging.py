@@ -20,6 +20,12 @@ import core
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.parent for path in ROOT.glob("models/*/pyproject.toml"))
 RANGE = "armature-core>=0.1,<0.2"
+DEPENDENCIES = {
+    "": {"numpy", "safetensors", "sentencepiece", "torch", "tyro"},
+    "hf": {"datasets", "huggingface-hub", "tokenizers"},
+    "tensorboard": {"tensorboard"},
+    "wandb": {"wandb"},
+}
 
 each_model = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 each_package = pytest.mark.parametrize("folder", [ROOT / "core", *MODELS], ids=lambda folder: folder.name)
@@ -57,6 +63,15 @@ def test_model_passes_every_extra_on(folder: Path) -> None:
     assert read_toml(folder)["project"]["optional-dependencies"] == {
         name: [f"armature-core[{name}]"] for name in extras
     }
+
+
+def test_another_dependency_is_a_decision() -> None:
+    project = read_toml(ROOT / "core")["project"]
+    asked = {"": project["dependencies"], **project["optional-dependencies"]}
+    decisions = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/decisions").glob("*.md"))
+    for extra, requirements in asked.items():
+        others = {Requirement(need).name for need in requirements} - DEPENDENCIES.get(extra, set())
+        assert not [name for name in others if f"`{name}`" not in decisions]
 
 
 @each_package

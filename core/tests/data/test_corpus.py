@@ -154,7 +154,9 @@ def test_killed_preparation_leaves_nothing_that_looks_complete(config, tokenizer
     counted = count_preparations(monkeypatch)
     corpus = config.build(tokenizer=tokenizer)
     assert counted == ["prepared"] and corpus.folder != left
-    assert logged == [f"WARNING: {left} is left of an interrupted preparation, or another process is at work there"]
+    assert logged == [
+        f"WARNING: {left} is left of an interrupted preparation: remove it, unless another process is at work there"
+    ]
     check_content(corpus, tokenizer)
 
 
@@ -222,14 +224,15 @@ def test_cache_folder(config, tokenizer, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert config.build(tokenizer=tokenizer).folder.parent == tmp_path / "home/.cache/armature/corpora"
-    config.cache_folder = "~/mine"
-    assert config.build(tokenizer=tokenizer).folder.parent == tmp_path / "home/mine/corpora"
+    config.cache_folder, config.dataset = "~/mine", str(Path(config.dataset).with_name("*.*"))
+    folder = config.build(tokenizer=tokenizer).folder
+    assert folder.parent == tmp_path / "home/mine/corpora" and folder.name.isalnum()
 
 
 def test_cache_folder_that_cannot_be_written(config, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     config.cache_folder = str(tmp_path / "file" / "below")
-    with pytest.raises(UserError, match=r"cannot keep .*file/below.*--dataloader\.cache_folder"):
+    with pytest.raises(UserError, match=r"cannot keep .*file/below.*choose another place with cache_folder"):
         config.build(tokenizer=tokenizer)
 
     def full(*args):
@@ -237,7 +240,9 @@ def test_cache_folder_that_cannot_be_written(config, tokenizer, tmp_path, monkey
 
     config.cache_folder = str(tmp_path / "kept")
     monkeypatch.setattr(corpus_module.SplitWriter, "write", full)
-    with pytest.raises(UserError, match=r"cannot keep .*No space left on device.*--dataloader\.cache_folder"):
+    with pytest.raises(
+        UserError, match=r"cannot keep .*No space left on device.*choose another place with cache_folder"
+    ):
         config.build(tokenizer=tokenizer)
     assert list((tmp_path / "kept" / "corpora").iterdir()) == []
 

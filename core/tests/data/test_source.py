@@ -86,9 +86,10 @@ def test_bad_lines_are_counted_in_the_log(tmp_path, logged):
 
 def test_source_that_yields_nothing(tmp_path):
     path = tmp_path / "a.jsonl"
-    for content, count in (("", 0), ("\n", 0), ('{"text": " "}', 0), ("no JSON\n", 1)):
+    for content in ("", "\n", '{"text": " "}', "no JSON\n"):
         path.write_text(content)
-        with pytest.raises(UserError, match=f"a.jsonl yields no text, with {count} unreadable lines left out"):
+        left_out = ", with 1 unreadable lines left out" if "no" in content else ""
+        with pytest.raises(UserError, match=f"a.jsonl yields no text{left_out}$"):
             list(open_source(str(path), "text", "skip").documents())
 
 

@@ -147,10 +147,20 @@ def test_glob_and_literal_names(tmp_path):
     assert names("[1].txt") == ["[1].txt"]
 
 
+def test_the_name_tells_what_a_link_holds(tmp_path):
+    blob = write(tmp_path / "blobs" / "5f3a", gzip.compress(b'{"text": "one"}\n'))
+    for link in ("a.jsonl.gz", "folder/a.jsonl.gz"):
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(blob)
+    for dataset in ("a.jsonl.gz", "a.*", "folder"):
+        [file] = find_files(str(tmp_path / dataset))
+        assert documents(file) == ["one"]
+
+
 def test_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "a.txt", "x")
-    assert find_files("~/a.txt") == find_files("~/*.txt") == [tmp_path.resolve() / "a.txt"]
+    assert find_files("~/a.txt") == find_files("~/*.txt") == [tmp_path / "a.txt"]
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -29,7 +29,7 @@ def test_bundled_model(tokenizer):
     assert len(model.read_bytes()) < 60_000
     assert tokenizer.vocab_size == 2048
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    assert "2,048" in tokenizer.description and "bundled" in tokenizer.description
+    assert tokenizer.description == "SentencePiece, 2,048 tokens (bundled)"
 
 
 @pytest.mark.parametrize("text", TRAPS)
@@ -122,6 +122,7 @@ def test_huggingface_tokenizer_without_settings_has_no_bos(json_folder):
     with_settings = Tokenizer.Config(path=str(json_folder)).build()
     assert (with_settings.bos_id, with_settings.eos_id) == (None, None)
     assert with_settings.encode_documents(["a"]) == [with_settings.encode("a")]
+    assert " tokens, none that ends a document (" in with_settings.description
     (json_folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<eos>"}')
     assert Tokenizer.Config(path=str(json_folder)).build().fingerprint != with_settings.fingerprint
 

@@ -128,3 +128,17 @@ def test_state_dict_holds_weights_alone() -> None:
 def test_sizes_must_be_positive(field: str) -> None:
     with pytest.raises(UserError, match=f"{field}: {field} 0 must be at least 1"):
         validate(Toy.Config(**{field: 0}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_eps": -1e-6}, "norm_eps: norm_eps -1e-06 must not be negative"),
+        ({"norm_eps": float("nan")}, "norm_eps: norm_eps nan"),
+        ({"init_std": 0.0}, "init_std: init_std 0.0 must be above 0"),
+        ({"init_std": float("nan")}, "init_std: init_std nan"),
+    ],
+)
+def test_numbers_that_make_no_sense(change: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(Toy.Config(**change))

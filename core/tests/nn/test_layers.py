@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from core.config.errors import UserError
 from core.config.validate import validate
@@ -44,6 +45,14 @@ def test_rms_norm(eps: float) -> None:
             v / (mean_square + eps) ** 0.5 * w for v, w in zip(row.tolist(), layer.weight.tolist(), strict=True)
         ]
         torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_rms_norm_keeps_the_dtype_that_autocast_on_cuda_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There rms_norm is on the list of operations that compute in fp32 and hand fp32 on."""
+    plain = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda x, n, w, eps: plain(x.float(), n, w.float(), eps))
+    x = torch.randn(3, 4).bfloat16()
+    assert RMSNorm(4, eps=1e-6)(x).dtype == torch.bfloat16
 
 
 def test_rms_norm_keeps_the_dtype_of_its_input() -> None:

@@ -1,5 +1,6 @@
 """The optimizer against PyTorch's own classes, bit for bit, and which weights it shrinks or leaves alone."""
 
+import math
 from typing import Any
 
 import pytest
@@ -166,9 +167,12 @@ def test_gradients_and_zero_grad() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": -1.0}, "lr: lr -1.0 must not be negative"),
-        ({"eps": -1e-8}, "eps: eps -1e-08 must not be negative"),
-        ({"weight_decay": -0.1}, "weight_decay: weight_decay -0.1 must not be negative"),
+        ({"lr": -1.0}, "lr: lr -1.0 must be a finite number, not negative"),
+        ({"lr": math.nan}, "lr: lr nan must be"),
+        ({"weight_decay": math.inf}, "weight_decay: weight_decay inf must be"),
+        ({"eps": 0.0}, "eps: eps 0.0 must be above 0"),
+        ({"eps": math.nan}, "eps: eps nan must be above 0"),
+        ({"weight_decay": -0.1}, "weight_decay: weight_decay -0.1 must be a finite number, not negative"),
         ({"beta1": 1.0}, r"beta1: beta1 1.0 must be in \[0, 1\)"),
         ({"beta2": -0.1}, r"beta2: beta2 -0.1 must be in \[0, 1\)"),
         ({"name": "SGD"}, "name: expected 'AdamW' or 'Adam', got 'SGD'"),

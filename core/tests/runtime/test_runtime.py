@@ -29,8 +29,16 @@ def test_auto_is_the_accelerator_or_the_cpu():
 
 @pytest.mark.skipif(HAS_CUDA, reason="asks for a device that this machine has")
 def test_absent_accelerator_is_refused():
-    with pytest.raises(UserError, match='"cuda" asked for, this machine has no accelerator'):
+    with pytest.raises(UserError, match='"cuda" asked for, this machine has no accelerator .*: use auto or cpu'):
         select_device("cuda")
+
+
+def test_absent_second_accelerator_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert select_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match='"cuda:2" asked for, the last of 2 here is cuda:1'):
+        select_device("cuda:2")
 
 
 def test_nonsense_device_is_refused():
@@ -57,7 +65,8 @@ def test_container_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(CPU) > 2**20
     (tmp_path / "memory.max").write_text("1000\n")
-    assert free_memory(CPU) == 300
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
+    assert free_memory(CPU) == 300 + 150
 
 
 @pytest.mark.parametrize(
@@ -97,9 +106,11 @@ def test_one_seed_starts_every_generator():
     assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
-def test_determinism_is_set_and_taken_back():
+def test_determinism_is_set_and_taken_back(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     seed_everything(0, deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     seed_everything(0, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
 

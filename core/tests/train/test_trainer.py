@@ -18,8 +18,10 @@ from core.config.record import from_json
 from core.config.validate import validate
 from core.data.packing import IGNORE
 from core.nn.attention import Where
-from core.train import memory, trainer
+from core.train import folder, memory, trainer
 from core.train.metrics import Record, console_line, duration
+from core.train.profile import Profiler
+from core.train.settings import Compile, Debug, Training
 from core.train.validate import Validator
 
 FIELDS = set(Record.__dataclass_fields__)
@@ -64,9 +66,9 @@ def test_config_is_written_before_the_first_step_and_repeats_the_run(tmp_path, m
         patch.setattr(trainer, "train_step", stop)
         with pytest.raises(KeyboardInterrupt):
             config.build().run()
-    folder = Path(config.dump_folder)
-    again = from_json((folder / "config.json").read_text())
-    assert again == config and metrics(folder) == []
+    written = Path(config.dump_folder)
+    again = from_json((written / "config.json").read_text())
+    assert again == config and metrics(written) == []
     results = []
     for name in "ab":
         again.dump_folder = str(tmp_path / name)
@@ -110,6 +112,16 @@ def test_validation_weighs_every_token_alike(tmp_path):
     assert run_.model.training
 
 
+def test_validation_gives_up_half_way_when_asked(tmp_path):
+    config = toy_run(tmp_path)
+    config.validator = Validator.Config(enable=True)
+    run_ = config.build()
+    assert run_.validator.rows > 2 * run_.validator.batch_size
+    answers = iter([False, True])
+    assert run_.validator.loss(lambda: next(answers)) is None
+    assert run_.model.training
+
+
 def test_data_bound_the_run(tmp_path, capsys):
     config = toy_run(tmp_path, steps=10_000)
     config.dataloader.epochs = 1
@@ -131,15 +143,25 @@ def test_existing_run_is_not_overwritten(tmp_path):
     assert metrics(Path(config.dump_folder)) == before
 
 
-def test_default_folder_is_new_and_named_after_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_taken_folder_is_told_before_anything_is_prepared(tmp_path):
     config = toy_run(tmp_path)
-    config.dump_folder = None
-    first = trainer.run_folder(config)
-    assert re.fullmatch(r"outputs/toy-\d{8}-\d{6}", str(first))
-    first.mkdir(parents=True)
-    monkeypatch.setattr(trainer.time, "strftime", lambda form: first.name.removeprefix("toy-"))
-    assert trainer.run_folder(config) == first.with_name(first.name + "-2")
+    for wrong in ("", str(tmp_path / "text/000.txt")):
+        config.dump_folder = wrong
+        with pytest.raises(UserError, match="is not a folder: choose another with --dump_folder"):
+            config.build()
+    assert not (tmp_path / "cache").exists()
+    config.dump_folder = str(tmp_path / "text/000.txt/below")
+    with pytest.raises(UserError, match="cannot make the run's folder .*below: File exists; choose another"):
+        config.build()
+
+
+def test_every_run_gets_a_folder_of_its_own_named_after_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = folder.make_run_folder(None, "toy")
+    assert re.fullmatch(r"outputs/toy-\d{8}-\d{6}", str(first)) and first.is_dir()
+    monkeypatch.setattr(folder.time, "strftime", lambda form: first.name.removeprefix("toy-"))
+    others = [folder.make_run_folder(None, "toy") for _ in range(2)]
+    assert others == [first.with_name(f"{first.name}-{n}") for n in (2, 3)] and all(f.is_dir() for f in others)
 
 
 def test_vocabulary_must_fit(tmp_path):
@@ -160,6 +182,41 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_read(tmp_path, mo
         config.build()
     for part in ("needs at least", "cpu has 0.0 GiB free", "weights", "--training.dtype bfloat16", "debug recipe"):
         assert part in str(caught.value)
+
+
+def test_memory_that_runs_out_later_is_told_with_the_mend(tmp_path, monkeypatch):
+    config = toy_run(tmp_path)
+
+    def too_much(*args, **settings):
+        raise torch.OutOfMemoryError("tried to allocate 7 GiB")
+
+    monkeypatch.setattr(trainer, "train_step", too_much)
+    with pytest.raises(UserError, match="cpu ran out of memory: tried to allocate 7 GiB") as caught:
+        config.build().run()
+    assert "--training.local_batch_size 1 --training.global_batch_size 4" in str(caught.value)
+
+
+def test_weights_in_bfloat16_compute_in_bfloat16(tmp_path, capsys):
+    config = toy_run(tmp_path, steps=2)
+    config.training.dtype = "bfloat16"
+    assert all(math.isfinite(r["loss"]) for r in run(config))
+    assert "weights bfloat16, compute bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "device", "compute"),
+    [
+        ("float32", "auto", "cpu", torch.float32),
+        ("float32", "auto", "cuda", torch.bfloat16),
+        ("float32", "bfloat16", "cpu", torch.bfloat16),
+        ("float32", "float32", "cuda", torch.float32),
+        ("bfloat16", "auto", "cpu", torch.bfloat16),
+        ("bfloat16", "auto", "cuda", torch.bfloat16),
+    ],
+)
+def test_compute_dtype(dtype, chosen, device, compute):
+    training = Training(dtype=dtype, mixed_precision_param=chosen)
+    assert training.compute_dtype(torch.device(device)) == compute
 
 
 def test_estimate_is_what_the_tensors_take(tmp_path):
@@ -206,6 +263,33 @@ def test_every_mistake_is_told_at_once(tmp_path):
         assert path in text
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("training", Training(max_norm=math.nan), "training.max_norm: max_norm nan must be above 0"),
+        (
+            "training",
+            Training(dtype="bfloat16", mixed_precision_param="float32"),
+            "training.mixed_precision_param: .*set dtype float32, or auto here",
+        ),
+        ("compile", Compile(enable=True, components=[]), "compile.components: .*name model, loss or both"),
+        ("compile", Compile(enable=True, backend="nvcc"), "compile.backend: backend nvcc is not known .*inductor"),
+        ("debug", Debug(seed=-1), r"debug.seed: seed -1 must be from 0 to 2\^63 - 1"),
+        ("debug", Debug(seed=2**63), "debug.seed: seed 9223372036854775808"),
+        ("debug", Debug(detect_anomaly=True, on_nonfinite="skip"), "debug.on_nonfinite: .*choose one"),
+        ("profiling", Profiler.Config(profiler_warmup=-1), "profiling.profiler_warmup: .*at least 0"),
+        ("validator", Validator.Config(enable=True), "dataloader.validation_fraction: .*raise it, or --validator.no-"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, section, value, message):
+    config = toy_run(tmp_path)
+    config.training.seq_len = 8
+    config.dataloader.validation_fraction = 0.0
+    setattr(config, section, value)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
 def test_skipped_steps_are_reported(tmp_path, capsys):
     config = toy_run(tmp_path, steps=2)
     config.debug.on_nonfinite = "skip"
@@ -213,7 +297,9 @@ def test_skipped_steps_are_reported(tmp_path, capsys):
     run_.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
     run_.run()
     assert "warning: step 2 left out" in capsys.readouterr().out
-    assert [r["grad_norm"] for r in metrics(run_.folder)] == [math.inf, math.inf]
+    lines = (run_.folder / "metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [r["grad_norm"] for r in strict] == [None, None] and all(math.isfinite(r["loss"]) for r in strict)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks a block's input

@@ -89,6 +89,7 @@ class TestQwen3(ModelSuite):
         "14B": Flops(83_939_819_520, 10_066_329_600),
         "32B": Flops(191_901_204_480, 25_769_803_776),
     }
+    products = {0: "wq wk* wv wo* w1 w3* w2"}
     hf_model = Qwen3ForCausalLM
     hf_configs = {
         "tied": tiny(),

@@ -1,4 +1,4 @@
-"""The command line of every training package: choose a recipe or a file, change any setting, run."""
+"""The command lines: choose a recipe or a file where there is a choice, change any setting, run."""
 
 import inspect
 import os
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from core.config.configurable import Configurable, field_names
-from core.config.errors import UserError, did_you_mean, exit_on_user_error
-from core.config.fields import walk
+from core.config.configurable import Configurable, field_names, owner_of
+from core.config.errors import UserError, did_you_mean, exit_plainly
+from core.config.fields import alternatives, walk
 from core.config.options import Option, field_docs, options
 from core.config.record import from_json, to_json
 from core.config.validate import validate
@@ -17,8 +17,6 @@ from core.config.validate import validate
 Config = Configurable.Config
 Flag = tuple[str, list[str]]
 """An option as it was written, and the words behind it."""
-OWN_FLAGS = {"config": 1, "help": 0, "h": 0, "print_config": 0}
-"""Options that are no settings, and how many words each takes."""
 SYNTAX = """\
 usage: {program} --config NAME|FILE.json [--section.field VALUE ...]
 
@@ -38,52 +36,69 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
     that has a `run()`. Command line goes before recipe or file, and those before the defaults of the classes. A mistake
     of the user ends the program with code 2 and one line that says what to do.
     """
-    with exit_on_user_error():
-        flags = split(sys.argv[1:] if argv is None else argv)
-        own = own_flags(flags)
-        wants_help = bool(own.keys() & {"help", "h"})
-        if "config" not in own:
-            show(recipe_help(configs))
-            if wants_help:
-                return
+    with exit_plainly():
+        own, settings = own_flags(split(argv), {"config": 1, "help": 0, "print_config": 0})
+        if "config" in own:
+            settle_and_run(load(own["config"], configs), own["config"], own, settings)
+            return
+        show(recipe_help(configs))
+        if "help" not in own:
             raise UserError("choose a recipe: --config NAME")
-        config = load(own["config"], configs)
-        if wants_help:
-            show(field_help(own["config"], config))
-            return
-        override(config, [(flag, words) for flag, words in flags if plain(flag) not in OWN_FLAGS])
-        validate(config)
-        if "print_config" in own:
-            show(to_json(config).rstrip())
-            return
-        config.build().run()
 
 
-def split(argv: Sequence[str]) -> list[Flag]:
-    """Every option with the words behind it; `--name=word` takes that word alone."""
+def run(config: Config, argv: Sequence[str] | None = None) -> None:
+    """The command line of a program without recipes: it changes this configuration; all else is as in `main`."""
+    with exit_plainly():
+        own, settings = own_flags(split(argv), {"help": 0})
+        purpose = (inspect.getdoc(owner_of(type(config))) or "").partition("\n")[0]
+        settle_and_run(config, f"{program()}: {purpose}", own, settings)
+
+
+def settle_and_run(config: Config, title: str, own: dict[str, str], settings: Sequence[Flag]) -> None:
+    """What the options ask for: help, under this title, or the resolved settings, or the run."""
+    if "help" in own:
+        show(field_help(title, config))
+        return
+    override(config, settings)
+    validate(config)
+    if "print_config" in own:
+        show(to_json(config).rstrip())
+        return
+    config.build().run()
+
+
+def split(argv: Sequence[str] | None) -> list[Flag]:
+    """Every option with the words behind it; `--name=word` takes that word alone. None: as the process was called."""
     flags: list[Flag] = []
     closed = True
-    for word in argv:
+    for word in sys.argv[1:] if argv is None else argv:
         if word.startswith("--") or word == "-h":
             name, equals, value = word.partition("=")
             flags.append((name, [value] if equals else []))
             closed = bool(equals)
         elif closed:
-            raise UserError(f"{word} belongs to no option: write --section.field {word}")
+            raise UserError(f"{word} belongs to no option: write --NAME {word}")
         else:
             flags[-1][1].append(word)
     return flags
 
 
-def own_flags(flags: Sequence[Flag]) -> dict[str, str]:
-    """The options that are no settings, by name, with their word. Raises `UserError` for a wrong number of words."""
-    own = {}
+def own_flags(flags: Sequence[Flag], known: dict[str, int]) -> tuple[dict[str, str], list[Flag]]:
+    """The options that are no settings, by name, with their word; and the others.
+
+    `known` says how many words each takes; for another number of them a `UserError` is raised.
+    """
+    own: dict[str, str] = {}
+    settings: list[Flag] = []
     for flag, words in flags:
-        if (n := OWN_FLAGS.get(plain(flag), len(words))) != len(words):
+        name = "help" if flag == "-h" else plain(flag)
+        if name not in known:
+            settings.append((flag, words))
+        elif (n := known[name]) == len(words):
+            own[name] = " ".join(words)
+        else:
             raise UserError(f"{flag} takes {n or 'no'} value{'s' * (n != 1)}, got {' '.join(words) or 'nothing'}")
-        if plain(flag) in OWN_FLAGS:
-            own[plain(flag)] = " ".join(words)
-    return own
+    return own, settings
 
 
 def plain(name: str) -> str:
@@ -146,30 +161,34 @@ def find(flag: str, words: list[str], known: dict[str, Option]) -> tuple[Option,
         return known[path], words
     section, dot, name = path.rpartition(".")
     option = known.get(f"{section}{dot}{name.removeprefix('no_')}")
-    if option is not None and option.annotation is bool:
+    if option is not None and bool in alternatives(option.annotation):
         if words:
             raise UserError(f"{flag} takes no value, got {' '.join(words)}")
         return option, ["False"]
     same_name = [f"--{other.path}" for key, other in known.items() if key.rpartition(".")[2] == name]
     near = [f"--{other.path}" for other in known.values()]
     hint = did_you_mean(flag, same_name, n=3, cutoff=0.0) or did_you_mean(flag, near)
-    raise UserError(f"no option {flag}; {hint or '--config NAME --help lists them all'}")
+    raise UserError(f"no option {flag}; {hint or '--help lists them all'}")
+
+
+def program() -> str:
+    """How this program was called."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def recipe_help(configs: ModuleType) -> str:
     """How to call the program, and its recipes with the first line of their docstrings."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     known = recipes(configs)
     width = max(map(len, known), default=0)
     firsts = {name: (inspect.getdoc(function) or "").partition("\n")[0] for name, function in known.items()}
     lines = [f"  {name:{width}}   {first}".rstrip() for name, first in firsts.items()]
-    return "\n".join([SYNTAX.format(program=program), "recipes:", *lines])
+    return "\n".join([SYNTAX.format(program=program()), "recipes:", *lines])
 
 
-def field_help(source: str, config: Config) -> str:
+def field_help(title: str, config: Config) -> str:
     """Every setting with its value in this configuration, its default where that is another, and its meaning."""
-    lines = [f"{source}: every setting as --path TYPE = value here, and the default where it is another"]
+    lines = [title, "Every setting as --path TYPE = value here, and the default of its class where that is another:"]
     nodes = dict(walk(config))
     for path, node in nodes.items():
         parent, _, name = path.rpartition(".")

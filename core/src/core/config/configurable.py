@@ -82,6 +82,7 @@ def owner_of(config: type[Configurable.Config]) -> type | None:
 
 
 def field_names(config: type[Configurable.Config]) -> list[str]:
+    """The names of all fields, inherited ones first."""
     return [field.name for field in fields(config)]
 
 

@@ -22,13 +22,17 @@ def did_you_mean(wrong: str, names: Iterable[str], n: int = 1, cutoff: float = 0
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the program with `error: ...` on standard error and code 2 where a `UserError` is raised inside.
+def exit_plainly() -> Iterator[None]:
+    """End the program without a traceback where the user made a mistake or pressed Ctrl-C inside.
 
-    Any other exception is a defect and keeps its traceback.
+    A `UserError` is printed as `error: ...` on standard error and gives code 2, Ctrl-C gives code 130. Any other
+    exception is a defect and keeps its traceback.
     """
     try:
         yield
     except UserError as error:
         print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -31,10 +31,12 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_config(option: Any) -> bool:
+    """Whether a type is a class of Configs."""
     return isinstance(option, type) and issubclass(option, Configurable.Config)
 
 
 def is_enum(option: Any) -> bool:
+    """Whether a type is an enum."""
     return isinstance(option, type) and issubclass(option, Enum)
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from core.config.cli import recipes
 from core.config.configurable import Configurable
-from core.config.errors import UserError, exit_on_user_error
+from core.config.errors import UserError, exit_plainly
 from core.config.record import flatten
 
 
@@ -25,6 +25,7 @@ def golden_texts(configs: ModuleType) -> dict[str, str]:
 
 
 def header(name: str) -> str:
+    """The first line of a recipe's golden file."""
     return f"# recipe {name}"
 
 
@@ -52,7 +53,7 @@ def update(configs: ModuleType, folder: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m core.config.golden PACKAGE FOLDER`: update FOLDER for the recipes of PACKAGE.configs."""
-    with exit_on_user_error():
+    with exit_plainly():
         words = sys.argv[1:] if argv is None else argv
         if len(words) != 2:
             raise UserError("usage: python -m core.config.golden PACKAGE FOLDER")

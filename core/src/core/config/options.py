@@ -54,7 +54,7 @@ class Option:
         spec = reader(self.annotation)
         field = next(field for field in fields(self.node) if field.name == self.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        shown = [f"{self._shown(self.value)}"]
+        shown = [self._shown(self.value)]
         if default is not MISSING and default != self.value:
             shown.append(f"default {self._shown(default)}")
         metavar = "" if self.annotation is bool else f" {spec.metavar}"

@@ -30,4 +30,5 @@ def wrong_field_types(config: Configurable.Config) -> list[Problem]:
 
 
 def inside(path: str, root: str) -> bool:
+    """Whether a path is `root` or lies below it."""
     return not root or f"{path}.".startswith(f"{root}.")

@@ -71,8 +71,8 @@ class Corpus(Configurable):
             "tokenizer": tokenizer.fingerprint,
             "source": _digest(source.fingerprint()),
         }
-        name = re.sub(r"\W+", "-", Path(config.dataset).name).strip("-")[:40]
-        self.folder = _cache_folder(config.cache_folder) / "corpora" / f"{name}-{_digest(made_from)[:16]}"
+        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{_digest(made_from)[:16]}").strip("-")
+        self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
         self.manifest = self._find() or self._prepare(source, tokenizer, made_from, config.validation_fraction)
 
@@ -99,7 +99,9 @@ class Corpus(Configurable):
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             for left in self.folder.parent.glob(f"{self.folder.name}.*"):
-                LOGGER.warning("%s is left of an interrupted preparation, or another process is at work there", left)
+                LOGGER.warning(
+                    "%s is left of an interrupted preparation: remove it, unless another process is at work there", left
+                )
             unfinished = self._beside()
             unfinished.mkdir()
             try:
@@ -117,7 +119,7 @@ class Corpus(Configurable):
         except OSError as error:
             raise UserError(
                 f"cannot keep the tokenised corpus in {self.folder.parent}: {error}; "
-                "choose another place with --dataloader.cache_folder"
+                "choose another place with cache_folder"
             ) from error
         return manifest
 
@@ -153,7 +155,7 @@ def _cache_folder(chosen: str | None) -> Path:
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
-        raise UserError("no home folder to keep a cache in: choose a place with --dataloader.cache_folder") from error
+        raise UserError("no home folder to keep a cache in: choose a place with cache_folder") from error
     return home / "armature"
 
 

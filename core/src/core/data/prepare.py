@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import tyro
-
+from core.config import cli
 from core.config.configurable import Configurable
-from core.config.errors import exit_on_user_error
-from core.config.validate import validate
 from core.data.corpus import SPLITS, Corpus
 from core.data.tokenizer import Tokenizer
 from core.runtime.log import start_logging
@@ -34,14 +31,6 @@ class Preparation(Configurable):
             print(f"{split:10}  {extent.documents:,} documents, {extent.tokens:,} tokens{density}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    start_logging()
-    with exit_on_user_error():
-        config = tyro.cli(Preparation.Config, prog="python -m core.data.prepare", args=argv)
-        validate(config)
-        config.build().run()
-
-
 if __name__ == "__main__":
-    main()
+    start_logging()
+    cli.run(Preparation.Config())

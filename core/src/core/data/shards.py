@@ -91,7 +91,6 @@ class Manifest:
     vocab_size: int
     splits: dict[str, Extent]
     shard_tokens: int
-    format: int = FORMAT
 
     def write(self, folder: Path) -> None:
         """Complete the folder: the last file to be written."""

@@ -48,7 +48,8 @@ class Source(ABC):
                 yield text
         bad.summarise(self.name)
         if not found:
-            raise UserError(f"{self.name} yields no text, with {bad.count} unreadable lines left out")
+            left_out = f", with {bad.count:,} unreadable lines left out" if bad.count else ""
+            raise UserError(f"{self.name} yields no text{left_out}")
 
 
 class StandardLibrary(Source):

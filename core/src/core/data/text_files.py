@@ -57,7 +57,7 @@ def find_files(dataset: str) -> list[Path]:
         files = [p for p in inside if _suffix(p) and p.is_file() and not _hidden(p.relative_to(path))]
         if not files:
             raise UserError(f"the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
-        return [p.resolve() for p in files]
+        return [p.absolute() for p in files]
     if path.exists():
         files = [path]
     elif glob.has_magic(dataset):
@@ -69,7 +69,7 @@ def find_files(dataset: str) -> list[Path]:
     for file in files:
         if not _suffix(file):
             raise UserError(f"cannot tell what {file} holds: its name must end in {', '.join(SUFFIXES)}")
-    return [p.resolve() for p in files]
+    return [p.absolute() for p in files]
 
 
 def _suffix(path: Path) -> str | None:

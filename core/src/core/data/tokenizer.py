@@ -48,8 +48,9 @@ class Tokenizer(Configurable):
         self.bos_id: int | None = self._model.bos_id
         self.eos_id: int | None = self._model.eos_id
         self.fingerprint: str = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
-        """Equal for tokenizers that give the same ids."""
-        self.description: str = f"{self._model.kind}, {self.vocab_size:,} tokens ({name})"
+        """Differs wherever the ids of a text may."""
+        no_eos = ", none that ends a document" if self.eos_id is None else ""
+        self.description: str = f"{self._model.kind}, {self.vocab_size:,} tokens{no_eos} ({name})"
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""

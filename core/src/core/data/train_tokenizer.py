@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from core.config import cli
 from core.config.configurable import Configurable
-from core.config.errors import UserError, exit_on_user_error
-from core.config.validate import validate
+from core.config.errors import UserError
 from core.data.source import open_source
 from core.data.text_files import OnBadLine
 from core.runtime.log import LOGGER, start_logging
@@ -52,19 +50,21 @@ class TokenizerTraining(Configurable):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.output = Path(config.output).expanduser()
+        if not self.output.parent.is_dir():
+            raise UserError(f"cannot write {self.output}: there is no folder {self.output.parent}")
         self.source = open_source(config.dataset, config.text_field, config.on_bad_line)
 
     def run(self) -> None:
         """Train, and write the model in one piece."""
         model = self._train()
-        output = Path(self.config.output).expanduser()
-        unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+        unfinished = self.output.with_name(f"{self.output.name}.{os.getpid()}")
         try:
             unfinished.write_bytes(model)
-            unfinished.replace(output)
+            unfinished.replace(self.output)
         except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror}") from error
-        LOGGER.info("%s: %s bytes, %s tokens", output, f"{len(model):,}", f"{self.config.vocab_size:,}")
+            raise UserError(f"cannot write {self.output}: {error.strerror}") from error
+        LOGGER.info("%s: %s bytes, %s tokens", self.output, f"{len(model):,}", f"{self.config.vocab_size:,}")
 
     def _train(self) -> bytes:
         import sentencepiece
@@ -107,14 +107,6 @@ class TokenizerTraining(Configurable):
                 return
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    start_logging()
-    with exit_on_user_error():
-        config = tyro.cli(TokenizerTraining.Config, prog="python -m core.data.train_tokenizer", args=argv)
-        validate(config)
-        config.build().run()
-
-
 if __name__ == "__main__":
-    main()
+    start_logging()
+    cli.run(TokenizerTraining.Config())

@@ -75,7 +75,10 @@ class SDPA:
 
 
 class Flex:
-    """PyTorch's flex_attention: skips masked blocks; compiled on an accelerator, no backward on a CPU."""
+    """PyTorch's flex_attention: skips masked blocks; compiled on an accelerator, no backward on a CPU.
+
+    Inside a compiled block the block's compiler sees the plain function.
+    """
 
     def check_trains_on(self, device: torch.device) -> None:
         """Raise `UserError` on a CPU, where PyTorch 2.13 has no backward for it."""
@@ -92,7 +95,8 @@ class Flex:
     def __call__(self, q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask: Mask) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        attend = flex_attention if q_BNLH.device.type == "cpu" else _compiled(flex_attention)
+        plain = q_BNLH.device.type == "cpu" or torch.compiler.is_compiling()
+        attend = flex_attention if plain else _compiled(flex_attention)
         return attend(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=q_BNLH.shape[1] != k_BKLH.shape[1])
 
 

@@ -68,6 +68,10 @@ class Decoder(Module, Configurable, ABC):
             for name in ("dim", "n_layers", "vocab_size", "max_seq_len"):
                 if getattr(self, name) < 1:
                     yield name, f"{name} {getattr(self, name)} must be at least 1"
+            if not self.norm_eps >= 0:
+                yield "norm_eps", f"norm_eps {self.norm_eps} must not be negative"
+            if not self.init_std > 0:
+                yield "init_std", f"init_std {self.init_std} must be above 0"
 
     def __init__(self, config: Config) -> None:
         super().__init__()

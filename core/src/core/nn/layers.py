@@ -50,7 +50,8 @@ class Embedding(Module):
 class RMSNorm(Module):
     """x / rms(x) * weight over the last dimension (arXiv:1910.07467), starting at ones; its parent names the axis.
 
-    The result has the dtype of x, so that a kernel behind it sees one dtype under mixed precision.
+    The result has the dtype of x, so that a kernel behind it sees one dtype under mixed precision (autocast on CUDA
+    computes rms_norm in fp32 and would hand that on).
     """
 
     def __init__(self, dim: int, *, eps: float) -> None:
@@ -60,4 +61,4 @@ class RMSNorm(Module):
         self.start = {"weight": Constant(1.0)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)

@@ -66,13 +66,13 @@ class RoPE(Module, Configurable):
         """yarn: part of that temperature which attention itself applies to the softmax, divided out here."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            if self.theta <= 1:
+            if not self.theta > 1:
                 yield "theta", f"theta {self.theta} must be above 1"
-            if self.scaling != "none" and self.scaling_factor < 1:
+            if self.scaling != "none" and not self.scaling_factor >= 1:
                 yield "scaling_factor", f"scaling_factor {self.scaling_factor} must be at least 1"
             if self.scaling != "none" and self.original_seq_len < 1:
                 yield "original_seq_len", f"original_seq_len {self.original_seq_len} must be at least 1"
-            if self.scaling == "llama" and self.high_freq_factor <= self.low_freq_factor:
+            if self.scaling == "llama" and not self.high_freq_factor > self.low_freq_factor:
                 yield (
                     "high_freq_factor",
                     f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Literal
 
 import torch
@@ -39,9 +40,11 @@ class Optimizer(Configurable):
         """Which of PyTorch's kernels does the update."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            for name in ("lr", "eps", "weight_decay"):
-                if getattr(self, name) < 0:
-                    yield name, f"{name} {getattr(self, name)} must not be negative"
+            for name in ("lr", "weight_decay"):
+                if not 0 <= getattr(self, name) < inf:
+                    yield name, f"{name} {getattr(self, name)} must be a finite number, not negative"
+            if not 0 < self.eps < inf:
+                yield "eps", f"eps {self.eps} must be above 0: a weight without a gradient would divide 0 by 0"
             for name in ("beta1", "beta2"):
                 if not 0 <= getattr(self, name) < 1:
                     yield name, f"{name} {getattr(self, name)} must be in [0, 1)"

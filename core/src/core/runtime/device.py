@@ -38,8 +38,12 @@ def select_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f'training.device "{name}" is not a device: use auto, cpu or cuda') from error
-    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise UserError(f'training.device "{name}" asked for, this machine has {accelerator or "no accelerator"}')
+    if device.type != "cpu":
+        if accelerator is None or accelerator.type != device.type:
+            found = accelerator or "no accelerator that this PyTorch can use"
+            raise UserError(f'training.device "{name}" asked for, this machine has {found}: use auto or cpu')
+        if (device.index or 0) >= (n := torch.accelerator.device_count()):
+            raise UserError(f'training.device "{name}" asked for, the last of {n} here is {device.type}:{n - 1}')
     return device
 
 
@@ -69,11 +73,12 @@ def _available_memory() -> int | None:
 
 
 def _container_memory() -> int | None:
-    """What a control group (version 2) leaves to its processes."""
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    """What a control group (version 2) leaves to its processes; cached files that nobody uses make way."""
+    limit, used, parts = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current", "stat"))
     if not limit.exists() or (text := limit.read_text().strip()) == "max":
         return None
-    return int(text) - int(used.read_text())
+    cached = dict(line.split() for line in parts.read_text().splitlines()).get("inactive_file", "0")
+    return int(text) - int(used.read_text()) + int(cached)
 
 
 def peak_memory(device: torch.device) -> int:

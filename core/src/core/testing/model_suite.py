@@ -5,6 +5,7 @@ Letters: B rows, L length, V vocabulary.
 
 import json
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.activation_checkpoint.meter import Meter
+from core.activation_checkpoint.ops import saved_ops
 from core.checkpoint.hf import load_hf, save_hf, to_hf_name
 from core.config.cli import recipes
 from core.config.golden import golden_texts
@@ -27,6 +30,7 @@ from core.data.tokenizer import Tokenizer
 from core.nn.attention import Where
 from core.nn.decoder import Decoder
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
+from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.toy import on_cpu, on_meta, randomise
 from core.train.loss import cross_entropy
 from core.train.trainer import Trainer
@@ -49,6 +53,9 @@ class ModelSuite:
     """The published number of parameters of every size."""
     flops: ClassVar[dict[str, Flops]]
     """Training FLOPs per token of every size in rows of FLOPS_SEQ_LEN tokens, worked out by hand."""
+    products: ClassVar[dict[int, str]]
+    """Linear layers of a block in the order of forward, by the number of the block; selective checkpointing repeats
+    those with a star."""
     hf_model: ClassVar[Any]
     """The class of transformers that computes the same."""
     hf_configs: ClassVar[dict[str, Any]]
@@ -119,6 +126,47 @@ class ModelSuite:
             assert weight.grad is not None and weight.grad.isfinite().all(), f"{name}: {weight.grad}"
             assert weight.grad.any(), f"{name}: the gradient is zero everywhere"
 
+    @pytest.mark.parametrize("mask", ["causal", "document"])
+    def test_checkpointing_changes_no_gradient(self, tiny: str, mask: str) -> None:
+        expected = gradients(*self.training(tiny, "none", mask))
+        for mode in ("selective", "full"):
+            assert_equal_gradients(gradients(*self.training(tiny, mode, mask)), expected)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
+    def test_compiled_checkpointing_gives_the_same_gradients(self) -> None:
+        tiny = next(iter(self.hf_configs))
+        expected = gradients(*self.training(tiny, "none", "document"))
+        for mode in ("selective", "full"):
+            torch._dynamo.reset()
+            model, loss = self.training(tiny, mode, "document")
+            for block in model.layers.values():
+                block.compile(backend="aot_eager", fullgraph=True)
+            for name, gradient in gradients(model, loss).items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        torch._dynamo.reset()
+
+    def test_checkpointing_saves_fewer_bytes(self, tiny: str) -> None:
+        saved = []
+        for mode in ("none", "selective", "full"):
+            _, loss = self.training(tiny, mode)
+            with Meter() as meter:
+                result = loss()
+            saved.append(meter.alive)
+            del result
+        assert saved[0] > saved[1] > saved[2] > 0
+
+    def test_heavy_operations_are_on_the_list(self, tiny: str) -> None:
+        _, loss = self.training(tiny, "none")
+        heavy = heavy_ops(loss)
+        assert heavy and heavy <= saved_ops(), f"not in core.activation_checkpoint.ops: {heavy - saved_ops()}"
+
+    def test_checkpointing_repeats_every_second_product(self, tiny: str) -> None:
+        found = products(*self.training(tiny, "selective"))
+        for number, expected in self.products.items():
+            block = {name: again for name, again in found.items() if name.startswith(f"layers.{number}.")}
+            written = " ".join(name.rpartition(".")[2] + "*" * again for name, again in block.items())
+            assert written == expected, f"block {number}"
+
     @torch.no_grad()
     def test_document_mask_stops_leaks(self, tiny: str) -> None:
         config = self.tiny_config(tiny)
@@ -178,6 +226,16 @@ class ModelSuite:
         losses = losses_of(config, tmp_path / "run")
         at_end = sum(losses[-5:]) / 5
         assert at_end < losses[0] - 1.0, f"loss went from {losses[0]:.2f} to {at_end:.2f}"
+
+    def training(self, tiny: str, mode: str, mask: str = "causal") -> tuple[Decoder, Callable[[], Tensor]]:
+        """A model with drawn weights whose blocks are checkpointed, and its loss on three rows of two documents."""
+        config = self.tiny_config(tiny)
+        model = on_cpu(config)
+        randomise(model, seed=5)
+        checkpoint_blocks(model, mode)
+        batch = two_documents(random_tokens(config))
+        where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+        return model, lambda: cross_entropy(model(batch.tokens_BL, where), batch.tokens_BL.roll(-1, dims=1))
 
     def run_config(self, recipe: str) -> Trainer.Config:
         """The run that a recipe of ours describes."""

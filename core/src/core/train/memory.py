@@ -1,5 +1,7 @@
-"""Whether a run can fit, before anything is allocated."""
+"""Whether a run can fit, asked before anything is allocated, and what would help where it does not."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -40,13 +42,27 @@ def check_memory(need: Estimate, device: torch.device, training: Training) -> No
     free = free_memory(device)
     if free is None or need.total <= free:
         return
+    raise UserError(
+        f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free. {_what_helps(training)}"
+    )
+
+
+@contextmanager
+def memory_advice(device: torch.device, training: Training) -> Iterator[None]:
+    """Where `device` runs out of memory while the block runs, a `UserError` says what would help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(training)}") from error
+
+
+def _what_helps(training: Training) -> str:
     helps = []
-    if need.logits > need.total / 4 and training.local_batch_size > 1:
-        helps.append("--training.local_batch_size 1 (logits shrink with it)")
+    if training.local_batch_size > 1:
+        rows = training.rows_per_step
+        helps.append(f"--training.local_batch_size 1 --training.global_batch_size {rows} (the same steps, row by row)")
+    helps.append("a lower --training.seq_len")
     if training.dtype == "float32":
         helps.append("--training.dtype bfloat16 (weights, gradients and moments halve)")
     helps.append("a smaller recipe (the debug recipe fits everywhere) or a device with more memory")
-    raise UserError(
-        f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free. What would help: "
-        + "; ".join(helps)
-    )
+    return f"What would help: {'; '.join(helps)}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -9,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from core.config.configurable import Configurable
-from core.config.errors import UserError
 
 log = logging.getLogger("armature")
 
 
 @dataclass(kw_only=True, slots=True)
 class Record:
-    """One line of metrics.jsonl; None (null) where a number is not known or was not measured."""
+    """One line of metrics.jsonl; null there for a number that is not known, was not measured, or is not finite."""
 
     step: int
     loss: float
@@ -89,7 +89,8 @@ class Metrics(Configurable):
         return step == 1 or step == last_step or step % self.config.log_freq == 0
 
     def write(self, record: Record) -> None:
-        row = asdict(record)
+        values = asdict(record).items()
+        row = {name: value if value is None or math.isfinite(value) else None for name, value in values}
         self._file.write(json.dumps(row) + "\n")
         known = {name: value for name, value in row.items() if name != "step" and value is not None}
         if self._tensorboard is not None:
@@ -123,9 +124,3 @@ def duration(seconds: float) -> str:
     if h:
         return f"{h} h {m:02} min"
     return f"{m} min {s:02} s" if m else f"{s} s"
-
-
-def check_new_run(folder: Path) -> None:
-    """Raise `UserError` when `folder` already holds a run, whose record a new one would mix with its own."""
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"dump_folder {folder} already holds a run: choose another, or leave it out for a new one")

@@ -31,9 +31,9 @@ class Profiler(Configurable):
         """Steps in one recording."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            for name in ("profile_freq", "profiler_active"):
-                if getattr(self, name) < 1:
-                    yield name, f"{name} {getattr(self, name)} must be at least 1"
+            for name, least in (("profile_freq", 1), ("profiler_warmup", 0), ("profiler_active", 1)):
+                if getattr(self, name) < least:
+                    yield name, f"{name} {getattr(self, name)} must be at least {least}"
             needed = self.profiler_warmup + self.profiler_active
             if self.profile_freq < needed:
                 yield (

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from core.config.configurable import Configurable
 
 
@@ -22,14 +24,14 @@ class Training(Configurable.Config):
     mask: Literal["causal", "document"] = "causal"
     """What a token may look at: all before it in its row, or only those of its own document (positions restart)."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this joint norm."""
+    """Gradients are scaled down to this joint norm; inf leaves them as they are."""
     device: str = "auto"
     """auto (the accelerator, or else the CPU), cpu, or cuda."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the stored weights and of the optimizer's moments."""
     mixed_precision_param: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that matrix products compute in; auto is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is
-    many times slower."""
+    """Type that matrix products compute in; auto is bfloat16 on an accelerator and the type of the weights on a CPU,
+    where bfloat16 is many times slower."""
     gc_freq: int = 50
     """Python's cycle collector runs every so many steps, at a moment of our choice."""
 
@@ -37,7 +39,7 @@ class Training(Configurable.Config):
         for name in ("steps", "seq_len", "local_batch_size", "gc_freq"):
             if getattr(self, name) < 1:
                 yield name, f"{name} {getattr(self, name)} must be at least 1"
-        if self.max_norm <= 0:
+        if not self.max_norm > 0:
             yield "max_norm", f"max_norm {self.max_norm} must be above 0"
         if self.global_batch_size != -1 and (
             self.global_batch_size < 1 or self.global_batch_size % max(self.local_batch_size, 1)
@@ -47,10 +49,21 @@ class Training(Configurable.Config):
                 f"global_batch_size {self.global_batch_size} must be a multiple of local_batch_size "
                 f"{self.local_batch_size}, or -1",
             )
+        if self.dtype == "bfloat16" and self.mixed_precision_param == "float32":
+            yield (
+                "mixed_precision_param",
+                "mixed_precision_param float32 cannot be had from weights in bfloat16: set dtype float32, or auto here",
+            )
 
     @property
     def rows_per_step(self) -> int:
         return self.local_batch_size if self.global_batch_size == -1 else self.global_batch_size
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The type of matrix products on `device`."""
+        if self.mixed_precision_param != "auto":
+            return getattr(torch, self.mixed_precision_param)
+        return getattr(torch, self.dtype) if device.type == "cpu" else torch.bfloat16
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,16 +77,32 @@ class Compile(Configurable.Config):
     backend: str = "inductor"
     """Backend of torch.compile."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.enable:
+            return
+        if not self.components:
+            yield "components", "components is empty: name model, loss or both, or unset enable"
+        if self.backend not in torch.compiler.list_backends(exclude_tags=()):
+            usual = ", ".join(torch.compiler.list_backends())
+            yield "backend", f"backend {self.backend} is not known to torch.compile: use one of {usual}"
+
 
 @dataclass(kw_only=True, slots=True)
 class Debug(Configurable.Config):
     """Seeds, determinism, and what to do when numbers break."""
 
     seed: int = 0
-    """Starts the weights, the order of the data, and every other draw."""
+    """Starts the weights, the order of the data, and every other draw; from 0 to 2^63 - 1."""
     deterministic: bool = False
-    """Only algorithms whose result is the same every time; an operation without one is an error."""
+    """Only algorithms whose result is the same every time; an operation without one is an error. A CPU repeats itself
+    without this."""
     detect_anomaly: bool = False
-    """Name the operation whose backward made a NaN (slow)."""
+    """End with a traceback to the operation whose backward made the first NaN (slow)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient norm that is not finite does: end the run before the update, or leave the step out."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not 0 <= self.seed < 2**63:
+            yield "seed", f"seed {self.seed} must be from 0 to 2^63 - 1"
+        if self.detect_anomaly and self.on_nonfinite == "skip":
+            yield "on_nonfinite", "detect_anomaly ends the run at the first NaN, skip goes on: choose one of the two"

@@ -42,7 +42,10 @@ class Objective:
             return self.loss(self.model(tokens, where), labels)
 
     def _precision(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        """Autocast without its cache, which would keep a copy of every weight until the forward ends."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
 
 class StepInfo(NamedTuple):

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
+from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import to_dict, to_json
@@ -26,9 +26,10 @@ from core.runtime.device import GIB, describe, peak_flops, peak_memory, select_d
 from core.runtime.log import start_logging
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
+from core.train.folder import check_run_folder, make_run_folder
 from core.train.loss import cross_entropy
-from core.train.memory import check_memory, estimate
-from core.train.metrics import Metrics, Record, check_new_run, console_line
+from core.train.memory import check_memory, estimate, memory_advice
+from core.train.metrics import Metrics, Record, console_line
 from core.train.profile import Profiler
 from core.train.settings import Compile, Debug, Training
 from core.train.step import Objective, StepInfo, train_step
@@ -64,25 +65,39 @@ class Trainer(Configurable):
         """What is reported, and where."""
         profiling: Profiler.Config = field(default_factory=Profiler.Config)
         """Traces of single steps."""
+        activation_checkpoint: ActivationCheckpoint.Config = field(default_factory=ActivationCheckpoint.Config)
+        """What backward keeps, and what it computes again."""
         compile: Compile = field(default_factory=Compile)
         """torch.compile."""
         debug: Debug = field(default_factory=Debug)
         """Seeds, determinism, and what to do when numbers break."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
+            compiled = self.compile.enable and "model" in self.compile.components
+            if self.activation_checkpoint.mode == "memory_budget" and not compiled:
+                yield (
+                    "activation_checkpoint.mode",
+                    "memory_budget is torch.compile's choice: add --compile.enable with model in compile.components, "
+                    "or use selective",
+                )
             if self.training.seq_len > self.model.max_seq_len:
                 yield (
                     "training.seq_len",
                     f"seq_len {self.training.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}: "
                     "shorten the rows or raise the model's limit",
                 )
+            if self.validator.enable and self.dataloader.validation_fraction == 0:
+                yield (
+                    "dataloader.validation_fraction",
+                    "validation_fraction 0 holds nothing out for the validator: raise it, or --validator.no-enable",
+                )
 
     def __init__(self, config: Config) -> None:
         start_logging()
         self.config = config
         check_one_process()
+        check_run_folder(config.dump_folder)
         self.device = select_device(config.training.device)
-        self.folder = run_folder(config)
         seed_everything(config.debug.seed, deterministic=config.debug.deterministic)
         self.tokenizer = config.tokenizer.build()
         check_vocabulary(self.tokenizer, config.model.vocab_size)
@@ -94,6 +109,7 @@ class Trainer(Configurable):
         self.loader = self._load("train")
         self.last_step = last_step(config.training, self.loader)
         self.flops_per_token = training_flops_per_token(self.model, config.training.seq_len)
+        self.folder = make_run_folder(config.dump_folder, config.recipe)
         self._start_model()
         self.metrics = config.metrics.build(folder=self.folder, settings=to_dict(config))
 
@@ -109,7 +125,9 @@ class Trainer(Configurable):
         init_weights(((w.name, w.value, w.start) for w in weights(self.model)), c.debug.seed)
         self.optimizer = c.optimizer.build(weights=self.model.named_parameters())
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
-        self.compute_dtype = compute_dtype(c.training, self.device)
+        self.compute_dtype = c.training.compute_dtype(self.device)
+        self.checkpointing = c.activation_checkpoint.build(folder=self.folder)
+        self.checkpointing.apply(self.model)
         loss = cross_entropy
         if c.compile.enable and "model" in c.compile.components:
             for block in self.model.layers.values():
@@ -127,6 +145,11 @@ class Trainer(Configurable):
         """What will be trained, on what, where, and what is written: the head of a run on the console."""
         c, flops = self.config, self.flops_per_token
         training = c.training
+        optional = {
+            c.metrics.save_tb_folder: c.metrics.enable_tensorboard,
+            c.profiling.save_traces_folder: c.profiling.enable_profiling,
+        }
+        files = ["config.json", "metrics.jsonl", *(name for name, chosen in optional.items() if chosen)]
         rows = {
             "model": f"{type(self.model).__name__} ({c.recipe or 'no recipe'})",
             "parameters": f"{parameter_count(self.model):,}",
@@ -137,7 +160,7 @@ class Trainer(Configurable):
                 "torch.", ""
             ),
             "steps": f"{self.last_step:,} of {training.rows_per_step} x {training.seq_len:,} tokens",
-            "written to": f"{self.folder} (config.json, metrics.jsonl)",
+            "written to": f"{self.folder} ({', '.join(files)})",
         }
         return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
 
@@ -146,11 +169,11 @@ class Trainer(Configurable):
         log.info(self.summary())
         if self.last_step < self.config.training.steps:
             log.info(f"the data last for {self.last_step:,} of {self.config.training.steps:,} steps")
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(to_json(self.config))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
         profiler = self.config.profiling.build(folder=self.folder)
-        with StopRequest() as stop, collected_garbage(), anomalies, profiler, self.metrics:
+        advice = memory_advice(self.device, self.config.training)
+        with StopRequest() as stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
             step = self._loop(stop, profiler)
         kept = f"kept in {self.folder}: config.json and metrics.jsonl (weights are not saved)"
         if stop.signal is not None:
@@ -169,6 +192,8 @@ class Trainer(Configurable):
                 gc.collect(1)
             info = self.step(step)
             profiler.step()
+            if step == 1:
+                self.checkpointing.report()
             validates = self.validator is not None and self.validator.due(step, self.last_step)
             if self.metrics.due(step, self.last_step) or validates or stop:
                 step_time_s = (time.perf_counter() - mark) / (step - since)
@@ -232,17 +257,6 @@ def check_one_process() -> None:
         )
 
 
-def run_folder(config: Trainer.Config) -> Path:
-    """The folder of a new run; raises `UserError` when it already holds one."""
-    if config.dump_folder is not None:
-        folder = Path(config.dump_folder)
-        check_new_run(folder)
-        return folder
-    stem = Path("outputs", f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
-    names = [stem, *(stem.with_name(f"{stem.name}-{n}") for n in range(2, 100))]
-    return next(name for name in names if not name.exists())
-
-
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `UserError` when the tokenizer makes ids that the model has no row for."""
     if tokenizer.vocab_size > vocab_size:
@@ -263,13 +277,6 @@ def last_step(training: Training, loader: DataLoader) -> int:
             f"{training.rows_per_step}: lower the batch size or training.seq_len, or give more text or epochs"
         )
     return steps
-
-
-def compute_dtype(training: Training, device: torch.device) -> torch.dtype:
-    """The type of matrix products on `device`."""
-    if training.mixed_precision_param == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, training.mixed_precision_param)
 
 
 @contextmanager

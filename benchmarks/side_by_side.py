@@ -1,0 +1,63 @@
+"""What the CPU benchmarks share: one small network, and steps of several contenders taken in turns."""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for a busy core must not keep it busy
+
+from core.train.trainer import Trainer
+from qwen3.configs import qwen3_debug
+
+Step = Callable[[int], float]
+"""Trains step number n, counted from 1, and gives its loss."""
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens in a row")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each contender")
+    return parser.parse_args()
+
+
+def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str) -> Trainer:
+    """Our trainer on a Qwen3 of dim 256, 6 layers, 16 heads, vocabulary 2048, with activation checkpointing `mode`."""
+    config = qwen3_debug()
+    config.dump_folder = str(folder / f"run-{mode}")
+    config.training.local_batch_size, config.training.seq_len = args.rows, args.length
+    config.validator.enable = False
+    config.activation_checkpoint.mode = mode
+    config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
+    config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
+    return config.build()
+
+
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) seconds of steps 2 and on, the contenders alternating; CPU time counts all threads."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for number in range(2, 2 + rounds):
+        for name, step in steps.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            step(number)
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+
+def ratios(times: dict[str, list[tuple[float, float]]], *, to: str, faster: bool) -> dict[str, str]:
+    """For each contender two columns, by wall and by CPU time: median (lowest to highest) of the ratio round by round.
+
+    The ratio is that of times, or with `faster` that of speeds.
+    """
+    shown = {}
+    for name, own in times.items():
+        columns = []
+        for clock in (0, 1):
+            pairs = zip(own, times[to], strict=True)
+            row = sorted((b[clock] / a[clock]) if faster else (a[clock] / b[clock]) for a, b in pairs)
+            columns.append(f"{f'{statistics.median(row):.3f} ({row[0]:.2f} to {row[-1]:.2f})':24}")
+        shown[name] = "".join(columns)
+    return shown

@@ -1,0 +1,182 @@
+"""Activation checkpointing put on a decoder: none, full, selective, or a memory budget."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from core.activation_checkpoint.ops import absent_ops, user_op
+from core.activation_checkpoint.policy import Policy, Shape, default_activation_checkpoint_policy
+from core.activation_checkpoint.region import recomputed
+from core.activation_checkpoint.replay import SAVED, name_modules
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+
+log = logging.getLogger("armature")
+
+
+class Layered(Protocol):
+    """What can be checkpointed: a model with blocks."""
+
+    layers: nn.ModuleDict
+
+
+class ActivationCheckpoint(Configurable):
+    """Trades memory for a second forward of parts of each block."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        mode: Literal["none", "full", "selective", "memory_budget"] = "selective"
+        """none saves all that backward needs; full saves the input of each block; selective also the outputs of dear
+        operations, every second matrix product left out; memory_budget lets torch.compile choose."""
+        per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
+        """selective: linear layers whose name contains one of these are recomputed, and with them every matrix product
+        of the same shape in the block."""
+        force_recompute: list[str] = field(default_factory=list)
+        """Modules of a block that are recomputed by exact name, such as attention.wq, and nothing else with them."""
+        save_ops: list[str] = field(default_factory=list)
+        """selective: further operations to save, such as aten.silu.default."""
+        early_stop: bool = False
+        """Stop recomputing a block as soon as backward has what it needs."""
+        memory_budget: float = 0.5
+        """memory_budget: from 0, recompute all, to 1, save all."""
+        visualize_memory_budget_pareto: bool = False
+        """memory_budget: draw memory against recomputation into the run folder (needs matplotlib)."""
+        preserve_rng_state: bool = True
+        """Draw the same random numbers the second time."""
+        determinism_check: Literal["default", "none"] = "default"
+        """Compare shape, type and device of what is recomputed with what forward had."""
+        debug: bool = False
+        """Name the module of an operation that differs, and report after the first step what was saved how often."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if not 0 <= self.memory_budget <= 1:
+                yield "memory_budget", f"memory_budget {self.memory_budget} must be between 0 and 1"
+            if self.visualize_memory_budget_pareto and find_spec("matplotlib") is None:
+                yield "visualize_memory_budget_pareto", "matplotlib is not installed: pip install matplotlib"
+            for name in self.save_ops:
+                try:
+                    user_op(name)
+                except UserError as error:
+                    yield "save_ops", str(error)
+
+    def __init__(self, config: Config, *, folder: Path) -> None:
+        self.config, self.folder = config, folder
+
+    def apply(self, model: Layered) -> None:
+        """Checkpoint every block of `model` in place; names of weights stay as they are.
+
+        Comes after the model is cut for tensor parallelism, before torch.compile and FSDP. Raises `UserError` for a
+        name in the configuration that is not a matrix product of any block.
+        """
+        c = self.config
+        if c.mode == "memory_budget":
+            self._set_budget()
+        if c.mode not in ("full", "selective"):
+            return
+        SAVED.clear()
+        self._check_names(model)
+        for number, block in model.layers.items():
+            for name in c.force_recompute:
+                if has_module(block, name):
+                    part = block.get_submodule(name)
+                    part.forward = under(recomputed, part.forward)
+            if c.debug:
+                name_modules(block, f"layers.{number}")
+            policy = default_activation_checkpoint_policy(
+                mode=c.mode,
+                save_ops=tuple(c.save_ops),
+                recompute_shapes=self._shapes(f"layers.{number}", block),
+                debug=c.debug,
+            )
+            block.forward = partial(checkpointed, block.forward, self._settings(policy))
+
+    def report(self) -> None:
+        """Say in debug how often each operation was saved so far, which never, and which are not there at all."""
+        if not self.config.debug or self.config.mode != "selective":
+            return
+        for op, count in SAVED.most_common():
+            if count:
+                log.info(f"activation checkpoint: {op} saved {count} times")
+        for name in self.config.save_ops:
+            if not SAVED[user_op(name)]:
+                log.warning(f"activation_checkpoint.save_ops: {name} was never dispatched in a block")
+        if absent := absent_ops():
+            log.info(f"activation checkpoint: not in this process: {', '.join(absent)}")
+
+    def _settings(self, policy: Policy) -> dict[str, Any]:
+        c = self.config
+        return {
+            "use_reentrant": False,
+            "context_fn": policy,
+            "preserve_rng_state": c.preserve_rng_state,
+            "determinism_check": c.determinism_check,
+            "early_stop": c.early_stop,
+        }
+
+    def _check_names(self, model: Layered) -> None:
+        missing = [
+            name for name in self.config.force_recompute if not any(has_module(b, name) for b in model.layers.values())
+        ]
+        if missing:
+            known = product_names(next(iter(model.layers.values())))
+            raise UserError(f"activation_checkpoint.force_recompute: no block has {', '.join(missing)}; it has {known}")
+
+    def _shapes(self, path: str, block: nn.Module) -> frozenset[Shape]:
+        """(in, out) of the linear layers of a block that the configuration names by a part of their name."""
+        shapes = set()
+        for name, module in block.named_modules():
+            for part in self.config.per_op_sac_force_recompute_mm_shapes_by_fqns:
+                if part in f"{path}.{name}":
+                    if not is_product(module):
+                        raise UserError(
+                            f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names "
+                            f"{path}.{name}, a {type(module).__name__}, which has no matrix product of one shape; "
+                            f"the block has {product_names(block)}"
+                        )
+                    n_out, n_in = module.weight.shape
+                    shapes.add((n_in, n_out))
+        return frozenset(shapes)
+
+    def _set_budget(self) -> None:
+        from torch._functorch import config as functorch
+
+        functorch.activation_memory_budget = self.config.memory_budget
+        functorch.visualize_memory_budget_pareto = self.config.visualize_memory_budget_pareto
+        functorch.memory_budget_pareto_dir = str(self.folder / "memory_budget_pareto")
+
+
+def checkpointed(forward: Callable, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block's own forward under `torch.utils.checkpoint`."""
+    return checkpoint(forward, *args, **settings, **kwargs)
+
+
+def under(region: Callable, forward: Callable) -> Callable:
+    """The same forward, inside a region."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with region():
+            return forward(*args, **kwargs)
+
+    return inside
+
+
+def has_module(block: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in block.named_modules())
+
+
+def product_names(block: nn.Module) -> str:
+    return ", ".join(name for name, module in block.named_modules() if is_product(module))
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a module is one matrix product with one weight."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2

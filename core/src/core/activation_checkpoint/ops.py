@@ -1,0 +1,112 @@
+"""The one list of operations whose outputs are dear: selective checkpointing saves them for backward.
+
+An operation of ours is added by `save_output` on the line where it is defined; no model has a list.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+
+from core.config.errors import UserError
+
+Op = OpOverload | HigherOrderOperator
+OpT = TypeVar("OpT", bound=Op)
+
+ATTENTION = (
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_attention_math.default",
+    "aten._scaled_dot_product_fused_attention_overrideable.default",
+)
+"""Attention kernels that PyTorch's own list lacks, so that a CPU behaves like a GPU."""
+
+MATRIX_PRODUCTS = ("aten.linear.default", "aten._grouped_mm.default")
+"""Products beside PyTorch's own list. A grouped product is the dearest operation of a mixture of experts."""
+
+SELECTION = ("aten.topk.default", "aten.max.default")
+"""Choices that must not fall differently the second time, and the absolute maximum that low-precision scaling needs."""
+
+COMMUNICATION = ("_c10d_functional.reduce_scatter_tensor.default", "_c10d_functional.all_to_all_single.default")
+"""Collectives whose output is not larger than their input. all_gather is left out: its output is large."""
+
+OPTIONAL = (
+    "higher_order.flex_attention",
+    "higher_order.inductor_compiled_code",
+    "torch_attn._varlen_attn.default",
+    "deepep.dispatch.default",
+    "deepep.combine.default",
+    "hybridep.dispatch.default",
+    "hybridep.combine.default",
+)
+"""Operations that exist only where a feature is loaded; `--activation_checkpoint.debug` reports the absent ones."""
+
+_OURS: set[Op] = set()
+
+
+def save_output(op: OpT) -> OpT:
+    """Add an operation of ours to the list; gives it back, so that it stands on the line of the definition."""
+    check_op(op)
+    _OURS.add(op)
+    return op
+
+
+def check_op(op: object) -> None:
+    """Raise `TypeError` for what never matches a dispatched operation, such as an overload packet (`aten.mm`)."""
+    if not isinstance(op, OpOverload | HigherOrderOperator):
+        hint = f"; name one of its overloads: {', '.join(op.overloads())}" if hasattr(op, "overloads") else ""
+        raise TypeError(f"{op} is a {type(op).__name__} and would never match an operation{hint}")
+
+
+def find_op(name: str) -> Op | None:
+    """The operation `namespace.name.overload`; None where torch has none of that name."""
+    found = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    check_op(found)
+    return found
+
+
+def saved_ops(extra: Iterable[str] = ()) -> frozenset[Op]:
+    """Everything that is saved: the list, what is there of the optional, what we defined, and a user's `extra` names.
+
+    Raises `UserError` for an extra name that torch does not know.
+    """
+    return _pytorch_ops() | {op for name in OPTIONAL if (op := find_op(name))} | _OURS | set(map(user_op, extra))
+
+
+def user_op(name: str) -> Op:
+    """An operation that a user named. Raises `UserError` when there is none, or when the overload is missing."""
+    try:
+        op = find_op(name)
+    except TypeError as error:
+        raise UserError(f"activation_checkpoint.save_ops: {error}") from error
+    if op is None:
+        raise UserError(f"activation_checkpoint.save_ops: torch {torch.__version__} has no operation {name}")
+    return op
+
+
+def absent_ops() -> list[str]:
+    """The optional operations that this process does not have."""
+    return [name for name in OPTIONAL if find_op(name) is None]
+
+
+@cache
+def _pytorch_ops() -> frozenset[Op]:
+    """PyTorch's compute-intensive operations and ours beside them; a name that torch lacks is an error."""
+    import torch._higher_order_ops.flex_attention  # registers higher_order.flex_attention
+    import torch._higher_order_ops.wrap  # noqa: F401 - registers higher_order.inductor_compiled_code
+    from torch._functorch.partitioners import get_default_op_list  # a second to import: only when a block runs
+
+    ops = {packet.default for packet in get_default_op_list().compute_intensive_ops}
+    for name in ATTENTION + MATRIX_PRODUCTS + SELECTION + COMMUNICATION:
+        op = find_op(name)
+        assert op is not None, f"torch {torch.__version__} has no {name}: mend the list in {__name__}"
+        ops.add(op)
+    for op in ops:
+        check_op(op)
+    return frozenset(ops)
