@@ -1,7 +1,7 @@
 """What activation checkpointing costs on a CPU: the time of a step and the bytes saved, for each mode.
 
     pip install models/qwen3
-    python benchmarks/activation_checkpoint_cpu.py
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/activation_checkpoint_cpu.py
 
 The same model (dim 256, 6 layers, rows of 512 tokens) in every mode, and with `torch.utils.checkpoint` put around its
 blocks by hand. All start from the same weights, read the same batches and take turns step by step in one process; the
@@ -15,7 +15,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from side_by_side import arguments, in_turns, make_trainer, ratios  # before torch: it sets how threads wait
+from side_by_side import arguments, in_turns, make_trainer, ratios
 from torch.utils.checkpoint import checkpoint
 
 from core.activation_checkpoint.meter import Meter

@@ -1,13 +1,10 @@
 """What the CPU benchmarks share: one small network, and steps of several contenders taken in turns."""
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for a busy core must not keep it busy
 
 from core.train.trainer import Trainer
 from qwen3.configs import qwen3_debug

@@ -1,12 +1,13 @@
 """Training speed on a CPU: our trainer, a minimal loop over the same network, and transformers' model in that loop.
 
     pip install models/qwen3 transformers
-    python benchmarks/training_cpu.py
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/training_cpu.py
 
 All three start from the same weights, read the same batches, and take turns step by step in one process, so that a
 change of the machine's speed hits all alike; the losses of their first step must agree before anything is timed.
 Ratios are to the minimal loop (1.00 is the practical limit, more is faster), per round of turns: median (lowest to
-highest). CPU time counts all threads and is the steadier column on a shared machine.
+highest). CPU time counts all threads and is the steadier column on a shared machine. OMP_WAIT_POLICY
+keeps threads that wait for a busy core from keeping it busy.
 """
 
 import statistics
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from minimal import Minimal
-from side_by_side import Step, arguments, in_turns, make_trainer, ratios  # before torch: it sets how threads wait
+from side_by_side import Step, arguments, in_turns, make_trainer, ratios
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM

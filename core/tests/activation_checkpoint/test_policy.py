@@ -34,7 +34,7 @@ def decisions(calls, **settings):
     forward, _ = default_activation_checkpoint_policy(**settings)()
     context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
     answers = {SAVE: "S", RECOMPUTE: "r"}
-    return "".join(answers[forward.decide(context, op, *args)] for op, *args in calls)
+    return "".join(answers[forward.policy_fn(context, op, *args)] for op, *args in calls)
 
 
 def mm(n_in=3, n_out=4):
@@ -72,7 +72,7 @@ def test_counting_restarts_with_every_call_of_a_block():
     context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
     (first, _), (second, _) = policy(), policy()
     op, *args = mm()
-    assert [block.decide(context, op, *args) for block in (first, second, first, second)] == [
+    assert [block.policy_fn(context, op, *args) for block in (first, second, first, second)] == [
         SAVE,
         SAVE,
         RECOMPUTE,
@@ -99,11 +99,11 @@ def test_marks_come_first():
     forward, _ = default_activation_checkpoint_policy()()
     context, (op, *args) = SelectiveCheckpointContext(is_recompute=False, op_output=None), mm()
     with recomputed():
-        assert forward.decide(context, op, *args) is RECOMPUTE
-    assert forward.decide(context, op, *args) is SAVE, "a marked product is not counted"
+        assert forward.policy_fn(context, op, *args) is RECOMPUTE
+    assert forward.policy_fn(context, op, *args) is SAVE, "a marked product is not counted"
     with kept():
-        assert forward.decide(context, op, *args) is SAVE
-    assert forward.decide(context, op, *args) is RECOMPUTE, "nor is a kept one"
+        assert forward.policy_fn(context, op, *args) is SAVE
+    assert forward.policy_fn(context, op, *args) is RECOMPUTE, "nor is a kept one"
 
 
 def test_full_saves_nothing_by_itself():
@@ -146,9 +146,9 @@ def test_copies_to_the_host_are_saved(mode, source, target, saved):
     forward, _ = default_activation_checkpoint_policy(mode=mode)()
     context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
     tensor = SimpleNamespace(device=torch.device(source))
-    decision = forward.decide(context, aten._to_copy.default, tensor, device=target, dtype=torch.int64)
+    decision = forward.policy_fn(context, aten._to_copy.default, tensor, device=target, dtype=torch.int64)
     assert decision is (SAVE if saved else RECOMPUTE)
-    assert forward.decide(context, aten._to_copy.default, tensor, dtype=torch.int64) is RECOMPUTE
+    assert forward.policy_fn(context, aten._to_copy.default, tensor, dtype=torch.int64) is RECOMPUTE
 
 
 def test_a_copy_to_the_host_as_pytorch_dispatches_it():
@@ -186,7 +186,8 @@ def test_one_object_for_one_set_of_settings():
 def test_hash_is_the_same_in_every_process():
     code = (
         "from core.activation_checkpoint.policy import default_activation_checkpoint_policy as policy;"
-        "print(policy(save_ops=('aten.silu.default',), recompute_shapes=frozenset({(1, 2), (3, 4), (9, 9)})).cache_hash)"
+        "shapes = frozenset({(1, 2), (3, 4), (9, 9)});"
+        "print(policy(save_ops=('aten.silu.default',), recompute_shapes=shapes).cache_hash)"
     )
     hashes = set()
     for seed in "12":

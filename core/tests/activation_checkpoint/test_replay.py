@@ -159,8 +159,19 @@ def test_backward_twice():
     assert torch.equal(*first, *torch.autograd.grad(y, x))
     y = run(lambda x: (x @ x.T).sin(), x).sum()
     torch.autograd.grad(y, x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward an extra time"):
+    with pytest.raises(RuntimeError, match="backward went a second time"):
         torch.autograd.grad(y, x)
+
+
+def test_a_saved_output_that_is_changed_in_place_is_an_error():
+    x = X.clone().requires_grad_()
+    y = run(lambda x: (x @ x).add_(1).sin(), x).sum()
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        y.backward()
+    run(lambda x: (x @ x).add_(1).sin(), x, mode="full").sum().backward()
+    again = X.clone().requires_grad_()
+    (again @ again).add_(1).sin().sum().backward()
+    assert torch.equal(x.grad, again.grad)
 
 
 def test_what_hooks_and_profilers_do_is_not_compared():

@@ -18,6 +18,7 @@ from core.config.record import from_json
 from core.config.validate import validate
 from core.data.packing import IGNORE
 from core.nn.attention import Where
+from core.testing.checkpointing import autograd_bytes
 from core.train import folder, memory, trainer
 from core.train.metrics import Record, console_line, duration
 from core.train.profile import Profiler
@@ -312,6 +313,86 @@ def test_compiled_run_equals_the_eager_one(tmp_path):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_every_checkpointing_mode_is_the_same_run(tmp_path, mask):
+    found = {}
+    for mode in ("none", "selective", "full"):
+        config = toy_run(tmp_path, steps=3)
+        config.dump_folder, config.training.mask = str(tmp_path / mode), mask
+        config.activation_checkpoint.mode = mode
+        found[mode] = [(r["loss"], r["grad_norm"]) for r in run(config)]
+    assert len(found["none"]) == 3
+    assert found["selective"] == found["full"] == found["none"]
+
+
+@pytest.fixture
+def functorch():
+    """torch's settings of its memory budget, put back after the test."""
+    from torch._functorch import config
+
+    names = ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir")
+    before = {name: getattr(config, name) for name in names}
+    torch._dynamo.reset()
+    yield config
+    for name, value in before.items():
+        setattr(config, name, value)
+    torch._dynamo.reset()
+
+
+def compiled_with_budget(config, budget):
+    """A compiled run of two steps, and the bytes that autograd keeps in its first forward."""
+    torch._dynamo.reset()
+    config.compile.enable, config.compile.backend, config.compile.components = True, "aot_eager", ["model"]
+    config.activation_checkpoint.mode = "memory_budget"
+    config.activation_checkpoint.memory_budget = budget
+    validate(config)
+    run_ = config.build()
+    saved = autograd_bytes(lambda: run_.objective(run_.batches(1)[0]))
+    run_.run()
+    return [(r["loss"], r["grad_norm"]) for r in metrics(run_.folder)], saved
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks a block's input
+def test_memory_budget_saves_less_and_computes_the_same(tmp_path, functorch):
+    plain = toy_run(tmp_path, steps=2)
+    plain.activation_checkpoint.mode = "none"
+    expected = [(r["loss"], r["grad_norm"]) for r in run(plain)]
+    saved = {}
+    for budget in (1.0, 0.0):
+        config = toy_run(tmp_path, steps=2)
+        config.dump_folder = str(tmp_path / f"budget-{budget}")
+        found, saved[budget] = compiled_with_budget(config, budget)
+        assert functorch.activation_memory_budget == budget
+        assert functorch.visualize_memory_budget_pareto is False
+        assert functorch.memory_budget_pareto_dir == f"{config.dump_folder}/memory_budget_pareto"
+        for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-4)
+    assert saved[0.0] < saved[1.0]
+
+
+@pytest.mark.parametrize(("enable", "components"), [(False, ["model", "loss"]), (True, ["loss"])])
+def test_memory_budget_needs_a_compiled_model(tmp_path, enable, components):
+    config = toy_run(tmp_path)
+    config.activation_checkpoint.mode = "memory_budget"
+    config.compile.enable, config.compile.components = enable, components
+    with pytest.raises(UserError, match="activation_checkpoint.mode: memory_budget .* add --compile.enable with model"):
+        validate(config)
+    config.compile.enable, config.compile.components = True, ["model"]
+    validate(config)
+
+
+def test_checkpointing_reports_after_the_first_step(tmp_path, capsys):
+    config = toy_run(tmp_path, steps=2)
+    config.activation_checkpoint.debug = True
+    config.activation_checkpoint.save_ops = ["aten.erf.default"]
+    run(config)
+    out = capsys.readouterr().out
+    assert out.count("aten.mm.default saved 8 times") == 1
+    assert "warning: activation_checkpoint.save_ops: aten.erf.default was never dispatched" in out
+    assert out.index("saved 8 times") < out.index("step 2/2")
+
+
 def test_tensorboard_and_traces(tmp_path):
     config = toy_run(tmp_path, steps=4)
     config.metrics.enable_tensorboard = True
@@ -384,3 +465,19 @@ def test_console_line_shows_what_is_known():
     assert line.startswith("step   5/100  loss 2.0000") and "mfu" not in line and line.endswith("left 1 min 35 s")
     record.mfu, record.validation_loss = 0.4321, 1.5
     assert "mfu 43.2%  validation loss 1.5000" in console_line(record, 100, 95)
+
+
+def test_names_for_checkpointing_are_checked_before_anything_is_read(tmp_path):
+    config = toy_run(tmp_path)
+    config.dataloader.dataset = "/nowhere"
+    config.activation_checkpoint.force_recompute = ["attention.query"]
+    with pytest.raises(UserError, match="no block has attention.query; it has attention.wq, attention.wk"):
+        config.build()
+
+
+def test_a_streamed_run_reads_its_rows_in_order(tmp_path):
+    config = toy_run(tmp_path, steps=3)
+    config.dataloader.mode, config.dataloader.shuffle = "streaming", False
+    config.validator = Validator.Config(enable=True, freq=3)
+    records = run(config)
+    assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["validation_loss"] is not None

@@ -22,6 +22,10 @@ from core.config.errors import UserError
 log = logging.getLogger("armature")
 
 
+DEFAULT_FORCED = ("moe.router.gate",)
+"""A small product that is not worth keeping, and that dense models do not have."""
+
+
 class Layered(Protocol):
     """What can be checkpointed: a model with blocks."""
 
@@ -36,7 +40,7 @@ class ActivationCheckpoint(Configurable):
         mode: Literal["none", "full", "selective", "memory_budget"] = "selective"
         """none saves all that backward needs; full saves the input of each block; selective also the outputs of dear
         operations, every second matrix product left out; memory_budget lets torch.compile choose."""
-        per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
+        per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: list(DEFAULT_FORCED))
         """selective: linear layers whose name contains one of these are recomputed, and with them every matrix product
         of the same shape in the block."""
         force_recompute: list[str] = field(default_factory=list)
@@ -61,6 +65,9 @@ class ActivationCheckpoint(Configurable):
                 yield "memory_budget", f"memory_budget {self.memory_budget} must be between 0 and 1"
             if self.visualize_memory_budget_pareto and find_spec("matplotlib") is None:
                 yield "visualize_memory_budget_pareto", "matplotlib is not installed: pip install matplotlib"
+            for name, modes in (("save_ops", ("selective",)), ("force_recompute", ("selective", "full"))):
+                if getattr(self, name) and self.mode not in modes:
+                    yield name, f"{name} has no effect in mode {self.mode}: use {' or '.join(modes)}, or leave it out"
             for name in self.save_ops:
                 try:
                     user_op(name)
@@ -82,7 +89,7 @@ class ActivationCheckpoint(Configurable):
         if c.mode not in ("full", "selective"):
             return
         SAVED.clear()
-        self._check_names(model)
+        check_names(c, model)
         for number, block in model.layers.items():
             for name in c.force_recompute:
                 if has_module(block, name):
@@ -93,7 +100,7 @@ class ActivationCheckpoint(Configurable):
             policy = default_activation_checkpoint_policy(
                 mode=c.mode,
                 save_ops=tuple(c.save_ops),
-                recompute_shapes=self._shapes(f"layers.{number}", block),
+                recompute_shapes=forced_shapes(c, f"layers.{number}", block),
                 debug=c.debug,
             )
             block.forward = partial(checkpointed, block.forward, self._settings(policy))
@@ -121,36 +128,43 @@ class ActivationCheckpoint(Configurable):
             "early_stop": c.early_stop,
         }
 
-    def _check_names(self, model: Layered) -> None:
-        missing = [
-            name for name in self.config.force_recompute if not any(has_module(b, name) for b in model.layers.values())
-        ]
-        if missing:
-            known = product_names(next(iter(model.layers.values())))
-            raise UserError(f"activation_checkpoint.force_recompute: no block has {', '.join(missing)}; it has {known}")
-
-    def _shapes(self, path: str, block: nn.Module) -> frozenset[Shape]:
-        """(in, out) of the linear layers of a block that the configuration names by a part of their name."""
-        shapes = set()
-        for name, module in block.named_modules():
-            for part in self.config.per_op_sac_force_recompute_mm_shapes_by_fqns:
-                if part in f"{path}.{name}":
-                    if not is_product(module):
-                        raise UserError(
-                            f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names "
-                            f"{path}.{name}, a {type(module).__name__}, which has no matrix product of one shape; "
-                            f"the block has {product_names(block)}"
-                        )
-                    n_out, n_in = module.weight.shape
-                    shapes.add((n_in, n_out))
-        return frozenset(shapes)
-
     def _set_budget(self) -> None:
         from torch._functorch import config as functorch
 
         functorch.activation_memory_budget = self.config.memory_budget
         functorch.visualize_memory_budget_pareto = self.config.visualize_memory_budget_pareto
         functorch.memory_budget_pareto_dir = str(self.folder / "memory_budget_pareto")
+
+
+def check_names(config: ActivationCheckpoint.Config, model: Layered) -> None:
+    """Raise `UserError` for a name that no block of `model` can follow; warn of one that has no effect."""
+    blocks = model.layers.items()
+    missing = [name for name in config.force_recompute if not any(has_module(block, name) for _, block in blocks)]
+    if missing:
+        known = product_names(next(iter(model.layers.values())))
+        raise UserError(f"activation_checkpoint.force_recompute: no block has {', '.join(missing)}; it has {known}")
+    names = [f"layers.{number}.{name}" for number, block in blocks for name, _ in block.named_modules()]
+    for part in config.per_op_sac_force_recompute_mm_shapes_by_fqns:
+        if part not in DEFAULT_FORCED and not any(part in name for name in names):
+            log.warning(f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names no module")
+    for number, block in blocks:
+        forced_shapes(config, f"layers.{number}", block)
+
+
+def forced_shapes(config: ActivationCheckpoint.Config, path: str, block: nn.Module) -> frozenset[Shape]:
+    """(in, out) of the linear layers of a block that the configuration names by a part of their name."""
+    shapes: set[Shape] = set()
+    for name, module in block.named_modules():
+        for part in config.per_op_sac_force_recompute_mm_shapes_by_fqns:
+            if part in f"{path}.{name}":
+                if (shape := product_shape(module)) is None:
+                    raise UserError(
+                        f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names "
+                        f"{path}.{name}, a {type(module).__name__}, which has no matrix product of one shape; "
+                        f"the block has {product_names(block)}"
+                    )
+                shapes.add(shape)
+    return frozenset(shapes)
 
 
 def checkpointed(forward: Callable, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -173,10 +187,13 @@ def has_module(block: nn.Module, name: str) -> bool:
 
 
 def product_names(block: nn.Module) -> str:
-    return ", ".join(name for name, module in block.named_modules() if is_product(module))
+    """The linear layers of a block, for people."""
+    return ", ".join(name for name, module in block.named_modules() if product_shape(module) is not None)
 
 
-def is_product(module: nn.Module) -> bool:
-    """Whether a module is one matrix product with one weight."""
+def product_shape(module: nn.Module) -> Shape | None:
+    """(in, out) of a module that is one matrix product with one weight; None for any other."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return None
+    return weight.shape[1], weight.shape[0]

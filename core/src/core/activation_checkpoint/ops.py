@@ -5,7 +5,7 @@ An operation of ours is added by `save_output` on the line where it is defined; 
 
 from collections.abc import Iterable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -50,6 +50,7 @@ def save_output(op: OpT) -> OpT:
     """Add an operation of ours to the list; gives it back, so that it stands on the line of the definition."""
     check_op(op)
     _OURS.add(op)
+    _resolved.cache_clear()
     return op
 
 
@@ -62,7 +63,7 @@ def check_op(op: object) -> None:
 
 def find_op(name: str) -> Op | None:
     """The operation `namespace.name.overload`; None where torch has none of that name."""
-    found = torch.ops
+    found: Any = torch.ops
     for part in name.split("."):
         found = getattr(found, part, None)
         if found is None:
@@ -76,7 +77,12 @@ def saved_ops(extra: Iterable[str] = ()) -> frozenset[Op]:
 
     Raises `UserError` for an extra name that torch does not know.
     """
-    return _pytorch_ops() | {op for name in OPTIONAL if (op := find_op(name))} | _OURS | set(map(user_op, extra))
+    return _resolved(frozenset(OPTIONAL) - set(absent_ops()), tuple(extra))
+
+
+@cache
+def _resolved(optional: frozenset[str], extra: tuple[str, ...]) -> frozenset[Op]:
+    return _pytorch_ops() | {op for name in optional if (op := find_op(name))} | _OURS | set(map(user_op, extra))
 
 
 def user_op(name: str) -> Op:
@@ -102,7 +108,8 @@ def _pytorch_ops() -> frozenset[Op]:
     import torch._higher_order_ops.wrap  # noqa: F401 - registers higher_order.inductor_compiled_code
     from torch._functorch.partitioners import get_default_op_list  # a second to import: only when a block runs
 
-    ops = {packet.default for packet in get_default_op_list().compute_intensive_ops}
+    packets: Any = get_default_op_list().compute_intensive_ops
+    ops = {packet.default for packet in packets}
     for name in ATTENTION + MATRIX_PRODUCTS + SELECTION + COMMUNICATION:
         op = find_op(name)
         assert op is not None, f"torch {torch.__version__} has no {name}: mend the list in {__name__}"

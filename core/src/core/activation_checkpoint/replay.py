@@ -1,8 +1,9 @@
 """A block's forward recorded, and repeated in backward under guard: the repetition must do what the forward did.
 
-Built on the two dispatch modes of PyTorch's selective checkpointing (torch 2.13), which save and give back outputs by
-(operation, how many of its kind came before). They notice an operation that was not there in forward, but not one that
-is missing: later outputs of its kind would silently be those of another call. So the sequences are compared here.
+PyTorch's own modes of selective checkpointing (torch 2.11 to 2.13) save and give back outputs by (operation, how many
+of its kind came before). They notice an operation that was not there in forward, but not one that is missing: later
+outputs of its kind would silently be those of another call. So here outputs are saved by their place in the sequence,
+and the sequences are compared. Under torch.compile, which tags a graph instead, PyTorch's modes work unchanged.
 """
 
 from collections import Counter, defaultdict
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
     CheckpointError,
@@ -19,6 +21,9 @@ from torch.utils.checkpoint import (
     SelectiveCheckpointContext,
     _CachedTorchDispatchMode,
     _CachingTorchDispatchMode,
+    _detach_helper,
+    _is_compiling,
+    _VersionWrapper,
 )
 
 from core.activation_checkpoint.region import OFF_THE_RECORD, RECOMPUTING
@@ -34,19 +39,56 @@ MODULES: list[str] = []
 """Names of the modules whose forward is running, the innermost last; `name_modules` keeps it up in debug."""
 
 
+RECOMPUTE, USED = object(), object()
+"""What stands in a trace for an output that is computed again, and for one that was given back."""
+
+
 @dataclass(slots=True)
 class Trace:
-    """What one call of a block dispatched, in order."""
+    """What one call of a block dispatched, in order, and the outputs that were saved."""
 
     debug: bool = False
     """Also note the module of each operation, and count in SAVED."""
     ops: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
-    def add(self, op: Any) -> None:
+    def add(self, op: Any, output: Any) -> None:
         self.ops.append(op)
+        self.outputs.append(output)
         if self.debug:
             self.places.append(MODULES[-1] if MODULES else "the block")
+            SAVED[op] += output is not RECOMPUTE
+
+    def take(self, op: Any, index: int) -> Any:
+        """The output saved for operation number `index`, or RECOMPUTE; it is given back once.
+
+        Raises `CheckpointError` when `op` is not the operation that the forward did at this point.
+        """
+        if index >= len(self.ops):
+            raise CheckpointError(f"a block's recomputation does {op} after the end of its forward. {MEND}")
+        if self.ops[index] is not op:
+            raise CheckpointError(
+                f"operation {index + 1} of a block was {self.ops[index]} in forward{self.place(index)}, "
+                f"and is {op} in its recomputation. {MEND}"
+            )
+        output = self.outputs[index]
+        if output is USED:
+            raise RuntimeError(
+                "backward went a second time through a block under activation checkpointing, whose saved outputs are "
+                "given back only once: use --activation_checkpoint.mode none"
+            )
+        if output is not RECOMPUTE:
+            self.outputs[index] = USED
+        return output
+
+    def check_end(self, n_done: int) -> None:
+        """Raise `CheckpointError` when the forward went on after its first `n_done` operations."""
+        if n_done < len(self.ops):
+            raise CheckpointError(
+                f"the recomputation of a block ended before operation {n_done + 1}, {self.ops[n_done]}, "
+                f"which its forward had{self.place(n_done)}. {MEND}"
+            )
 
     def place(self, index: int) -> str:
         """Where operation number `index` came from, as the end of a sentence."""
@@ -55,39 +97,49 @@ class Trace:
 
 def name_modules(root: nn.Module, path: str) -> None:
     """Let every module below `root` say its name in MODULES while its forward runs."""
+    for name, module in root.named_modules():
+        module.forward = named(f"{path}.{name}" if name else path, module.forward)
 
-    def enter(name: str) -> Callable:
-        return lambda module, args: None if torch.compiler.is_compiling() else MODULES.append(name)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+def named(name: str, forward: Callable) -> Callable:
+    """The same forward, with `name` in MODULES meanwhile.
+
+    Neither a hook nor a partial: torch.compile compares their numbers and arguments, and would give each block a graph
+    of its own.
+    """
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        MODULES.append(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
             MODULES.pop()
 
-    for name, module in root.named_modules():
-        module.register_forward_pre_hook(enter(f"{path}.{name}" if name else path))
-        module.register_forward_hook(leave, always_call=True)
+    return inside
 
 
 class Forward(_CachingTorchDispatchMode):
-    """Runs a block's forward, lets the policy decide for each output, and records the operations."""
+    """Runs a block's forward, and records each operation with its output where the policy saves it."""
 
     supports_higher_order_operators = True  # torch 2.13 registers flex_attention and its like for the parent class only
 
     def __init__(self, decide: Callable[..., CheckpointPolicy], storage: dict, trace: Trace) -> None:
-        super().__init__(self.counted if trace.debug else decide, storage)
-        self.decide, self.trace = decide, trace
-
-    def counted(self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        """The policy's decision, noted in SAVED."""
-        decision = self.decide(context, op, *args, **kwargs)
-        SAVED[op] += decision is CheckpointPolicy.MUST_SAVE
-        return decision
+        super().__init__(decide, storage)
+        self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if is_aside(func):
-            return func(*args, **(kwargs or {}))
-        self.trace.add(func)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+            return func(*args, **kwargs)
+        if _is_compiling(func, args, kwargs):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **kwargs)
+        context = SelectiveCheckpointContext(is_recompute=False, op_output=out)
+        saves = self.policy_fn(context, func, *args, **kwargs) is CheckpointPolicy.MUST_SAVE
+        self.trace.add(func, tree_map(saved, out) if saves else RECOMPUTE)
+        return out
 
 
 class Recompute(_CachedTorchDispatchMode):
@@ -105,34 +157,31 @@ class Recompute(_CachedTorchDispatchMode):
         self.token = RECOMPUTING.set(True)
         return super().__enter__()
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         RECOMPUTING.reset(self.token)
-        super().__exit__(kind, error, traceback)
-        if kind is None and self.position < len(self.trace.ops):
-            missing = self.trace.ops[self.position]
-            raise CheckpointError(
-                f"the recomputation of a block ended before operation {self.position + 1}, {missing}, "
-                f"which its forward had{self.trace.place(self.position)}. {MEND}"
-            )
+        super().__exit__(exc_type, exc_val, exc_tb)
+        if exc_type is None:
+            self.trace.check_end(self.position)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if is_aside(func):
-            return func(*args, **(kwargs or {}))
-        self.compare(func)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def compare(self, func: Any) -> None:
-        """Raise `CheckpointError` when this is not the operation that the forward did at this point."""
-        recorded = self.trace.ops
-        if self.position >= len(recorded):
-            raise CheckpointError(f"a block's recomputation does {func} after the end of its forward. {MEND}")
-        expected = recorded[self.position]
-        if expected is not func:
-            raise CheckpointError(
-                f"operation {self.position + 1} of a block was {expected} in forward{self.trace.place(self.position)}, "
-                f"and is {func} in its recomputation. {MEND}"
-            )
+            return func(*args, **kwargs)
+        if _is_compiling(func, args, kwargs):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        output = self.trace.take(func, self.position)
         self.position += 1
+        return func(*args, **kwargs) if output is RECOMPUTE else tree_map(given_back, output)
+
+
+def saved(output: Any) -> Any:
+    """An output as it is kept: without its graph, and with its version, to notice if it is changed in place."""
+    return _VersionWrapper(_detach_helper(output))
+
+
+def given_back(kept: _VersionWrapper) -> Any:
+    """The output again; a RuntimeError when it was changed in place meanwhile."""
+    return kept.get_val(allow_cache_entry_mutation=False)
 
 
 MEND = (

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             configs = import_module(f"{own['model']}.configs")
         except ModuleNotFoundError as error:
             raise UserError(f"no package {own['model']} with recipes: {error}") from error
-        config = load(own["config"], configs)
+        config: Any = load(own["config"], configs)
         override(config, settings)
         validate(config)
         surveys = {mode: survey_mode(config, mode) for mode in MODES}

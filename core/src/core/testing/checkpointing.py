@@ -60,6 +60,19 @@ def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]
         assert torch.equal(found[name], gradient), f"{name}: off by {(found[name] - gradient).abs().max():.1e}"
 
 
+def autograd_bytes(run: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward of `run()`, each storage once; what eager checkpointing keeps of a
+    block it does not see, of a compiled block all."""
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def heavy_ops(run: Callable[[], Any]) -> set[Op]:
     """What `run()` dispatches that is dear: products, attention, communication, and operations that are not PyTorch's.
 
@@ -95,7 +108,8 @@ def products(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, bool]:
 
 def weights_used(model: nn.Module, dispatched: Dispatched) -> Counter[str]:
     """How many products each linear layer's weight was part of."""
-    owners = {weight.untyped_storage().data_ptr(): name for name, weight in model.named_parameters()}
+    matrices = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
+    owners = {weight.untyped_storage().data_ptr(): name for name, weight in matrices}
     uses: Counter[str] = Counter()
     for op, arguments in dispatched.calls:
         if not isinstance(op, HigherOrderOperator) and op.overloadpacket in flop_registry:

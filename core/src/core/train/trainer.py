@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.activation_checkpoint.apply import ActivationCheckpoint, check_names
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import to_dict, to_json
@@ -105,6 +105,7 @@ class Trainer(Configurable):
             self.model: Decoder = config.model.build()
         for block in self.model.layers.values():
             block.attention.kernel.check_trains_on(self.device)
+        check_names(config.activation_checkpoint, self.model)
         check_memory(estimate(self.model, config.model.vocab_size, config.training), self.device, config.training)
         self.loader = self._load("train")
         self.last_step = last_step(config.training, self.loader)
