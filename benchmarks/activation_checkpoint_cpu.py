@@ -4,7 +4,7 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/activation_checkpoint_cpu.py
 
 The same model (dim 256, 6 layers, rows of 512 tokens) in every mode, and with `torch.utils.checkpoint` put around its
-blocks by hand. All start from the same weights, read the same batches and take turns step by step in one process; the
+blocks by hand, which stops recomputing early by default. All start from the same weights, read the same batches and take turns step by step in one process; the
 losses of their first step must be the same bit for bit. Ratios are to "none", per round of turns: median (lowest to
 highest). Saved bytes are measured after a forward: what is alive then and was not before.
 """
@@ -24,6 +24,7 @@ from core.train.trainer import Trainer
 
 def contenders(folder: Path, args: argparse.Namespace) -> dict[str, Trainer]:
     trainers = {mode: make_trainer(folder / mode, args, mode=mode) for mode in ("none", "selective", "full")}
+    trainers["full, early_stop"] = make_trainer(folder / "early", args, mode="full", early_stop=True)
     trainers["by hand"] = make_trainer(folder / "by hand", args, mode="none")
     for block in trainers["by hand"].model.layers.values():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -47,10 +48,10 @@ def main() -> None:
         first = {name: step(1) for name, step in steps.items()}
         assert len(set(first.values())) == 1, f"the modes do not compute the same: {first}"
         times = in_turns(steps, args.rounds)
-    print(f"\n{'':12}{'step s':>8}  {'ratio by wall time':24}{'ratio by CPU time':24}{'saved MiB':>10}")
+    print(f"\n{'':18}{'step s':>8}  {'ratio by wall time':24}{'ratio by CPU time':24}{'saved MiB':>10}")
     for name, shown in ratios(times, to="none", faster=False).items():
         step_s = statistics.median(wall for wall, _ in times[name])
-        print(f"{name:12}{step_s:>8.2f}  {shown}{saved[name] / 2**20:>10.1f}")
+        print(f"{name:18}{step_s:>8.2f}  {shown}{saved[name] / 2**20:>10.1f}")
 
 
 if __name__ == "__main__":

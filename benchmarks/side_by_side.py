@@ -21,13 +21,13 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str) -> Trainer:
+def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str, early_stop: bool = False) -> Trainer:
     """Our trainer on a Qwen3 of dim 256, 6 layers, 16 heads, vocabulary 2048, with activation checkpointing `mode`."""
     config = qwen3_debug()
-    config.dump_folder = str(folder / f"run-{mode}")
+    config.dump_folder = str(folder / "run")
     config.training.local_batch_size, config.training.seq_len = args.rows, args.length
     config.validator.enable = False
-    config.activation_checkpoint.mode = mode
+    config.activation_checkpoint.mode, config.activation_checkpoint.early_stop = mode, early_stop
     config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
     config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
     return config.build()
