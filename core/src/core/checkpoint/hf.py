@@ -21,6 +21,9 @@ class HFModel(Protocol):
     """What a model must have to be read and written: named weights, a key table, its Hugging Face configuration."""
 
     HF_KEYS: ClassVar[dict[str, str]]
+    HF_HALVES: ClassVar[frozenset[str]]
+
+    def rope_dim(self) -> int: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -51,6 +54,37 @@ def checked_hf_config(hf: dict[str, Any], fixed: dict[str, Any]) -> HFConfig:
     return HFConfig(hf)
 
 
+DECODER_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Hugging Face's names in `config.json` for what every decoder states."""
+
+
+def decoder_from_hf(hf: HFConfig) -> dict[str, Any]:
+    """The fields that every decoder's Config has, out of a Hugging Face `config.json`."""
+    return {ours: hf[theirs] for ours, theirs in DECODER_KEYS.items()}
+
+
+def decoder_to_hf(config: Any) -> dict[str, Any]:
+    """What every decoder's Config states in a Hugging Face `config.json`."""
+    return {theirs: getattr(config, ours) for ours, theirs in DECODER_KEYS.items()}
+
+
+def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads x head_dim, ...) of pairs that are rotated together, (0, 1), (2, 3), ..., as two halves per head."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def pairs_from_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `halves_from_pairs`."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
 def to_hf_name(name: str, keys: dict[str, str]) -> str:
     """Hugging Face's name of the weight `name`; raises `KeyError` for a weight the table does not have."""
     if name in keys:
@@ -69,13 +103,14 @@ def load_hf(model: HFModel, folder: str | Path) -> None:
     changed.
     """
     stored = check_hf(model, folder)
-    wanted = _named(model)
+    wanted, halves = _named(model), _halves(model)
     for key, value in wanted.items():
         assert not value.is_meta, f"{key} has no memory to load into: materialise the model first"
     for file in sorted(set(stored.values())):
         with safe_open(file, "pt") as tensors, torch.no_grad():
             for key in tensors.keys():
-                wanted[key].copy_(tensors.get_tensor(key))
+                value = tensors.get_tensor(key)
+                wanted[key].copy_(pairs_from_halves(value, model.rope_dim()) if key in halves else value)
 
 
 def check_hf(model: HFModel, folder: str | Path) -> dict[str, Path]:
@@ -110,13 +145,17 @@ def save_hf(model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = N
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} already holds safetensors files: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    tied = _tied(model)
+    tied, halves = _tied(model), _halves(model)
     tensors = {key: value for key, value in _named(model).items() if key not in tied}
     shards = list(_shards(tensors, int(shard_gib * 2**30), dtype))
     place = {}
     for i, keys in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        values = {key: tensors[key].detach().to("cpu", dtype, copy=False).contiguous() for key in keys}
+        values = {}
+        for key in keys:
+            value = tensors[key].detach()
+            value = halves_from_pairs(value, model.rope_dim()) if key in halves else value
+            values[key] = value.to("cpu", dtype).contiguous()
         save_file(values, folder / name, metadata={"format": "pt"})
         place |= {key: name for key in keys}
     if len(shards) > 1:
@@ -130,6 +169,12 @@ def save_hf(model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = N
 
 def _named(model: HFModel) -> dict[str, Tensor]:
     return {to_hf_name(name, model.HF_KEYS): value for name, value in model.state_dict().items()}
+
+
+def _halves(model: HFModel) -> set[str]:
+    """Keys of the weights whose rows are ordered otherwise here."""
+    named = ((re.sub(r"\.\d+\.", ".{i}.", name, count=1), name) for name in model.state_dict())
+    return {to_hf_name(name, model.HF_KEYS) for pattern, name in named if pattern in model.HF_HALVES}
 
 
 def _tied(model: HFModel) -> dict[str, str]:

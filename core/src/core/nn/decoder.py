@@ -43,6 +43,8 @@ class Decoder(Module, Configurable, ABC):
     AXES = {"norm": ("embed",)}
     HF_KEYS: ClassVar[dict[str, str]]
     """Hugging Face's name for each weight; `{i}` stands for the number of a block."""
+    HF_HALVES: ClassVar[frozenset[str]] = frozenset()
+    """Those of our names whose rows, head by head, are pairs (0, 1), (2, 3), ... here and halves at Hugging Face."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -88,6 +90,16 @@ class Decoder(Module, Configurable, ABC):
     @abstractmethod
     def block(self, i: int) -> Block:
         """Block number `i`, counted from 0."""
+
+    def make_block(self, attention: Attention.Config, feed_forward: FeedForward.Config) -> Block:
+        """A block of these parts in the width and at the scale of this model."""
+        c = self.config
+        return Block(
+            c.dim,
+            norm_eps=c.norm_eps,
+            attention=attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale),
+            feed_forward=feed_forward.build(dim=c.dim, scale=self.scale),
+        )
 
     @abstractmethod
     def rope_dim(self) -> int:

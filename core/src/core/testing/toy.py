@@ -58,13 +58,7 @@ class Toy(Decoder):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
 
     def block(self, i: int) -> Block:
-        c = self.config
-        return Block(
-            c.dim,
-            norm_eps=c.norm_eps,
-            attention=c.attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale),
-            feed_forward=c.feed_forward.build(dim=c.dim, scale=self.scale),
-        )
+        return self.make_block(self.config.attention, self.config.feed_forward)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim

@@ -41,24 +41,25 @@ def qwen3_1_7b() -> Trainer.Config:
 
 def qwen3_4b() -> Trainer.Config:
     """Qwen3 4B."""
-    config = qwen3_14b()
+    config = qwen3_1_7b()
     config.model = size("4B")
+    config.training.steps = 3000
+    config.lr_scheduler.warmup_steps = 600
     return config
 
 
 def qwen3_8b() -> Trainer.Config:
     """Qwen3 8B."""
-    config = qwen3_14b()
+    config = qwen3_4b()
     config.model = size("8B")
     return config
 
 
 def qwen3_14b() -> Trainer.Config:
     """Qwen3 14B."""
-    config = qwen3_1_7b()
+    config = qwen3_8b()
     config.model = size("14B")
-    config.training.steps = 3000
-    config.lr_scheduler.warmup_steps = 600
+    config.activation_checkpoint.mode = "full"
     return config
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.checkpoint.hf import checked_hf_config
+from core.checkpoint.hf import checked_hf_config, decoder_from_hf, decoder_to_hf
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
@@ -25,13 +25,7 @@ class Qwen3(Decoder):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
 
     def block(self, i: int) -> Block:
-        c = self.config
-        return Block(
-            c.dim,
-            norm_eps=c.norm_eps,
-            attention=c.attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale),
-            feed_forward=c.feed_forward.build(dim=c.dim, scale=self.scale),
-        )
+        return self.make_block(self.config.attention, self.config.feed_forward)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
@@ -40,12 +34,7 @@ class Qwen3(Decoder):
     def from_hf_config(cls, hf: dict) -> Config:
         hf = checked_hf_config(hf, FIXED)
         return cls.Config(
-            dim=hf["hidden_size"],
-            n_layers=hf["num_hidden_layers"],
-            vocab_size=hf["vocab_size"],
-            max_seq_len=hf["max_position_embeddings"],
-            norm_eps=hf["rms_norm_eps"],
-            tie_embeddings=hf["tie_word_embeddings"],
+            **decoder_from_hf(hf),
             rope=rope_from_hf(hf, layout="half"),
             attention=Attention.Config(
                 n_heads=hf["num_attention_heads"],
@@ -61,12 +50,7 @@ class Qwen3(Decoder):
         return {
             **FIXED,
             "architectures": ["Qwen3ForCausalLM"],
-            "hidden_size": c.dim,
-            "num_hidden_layers": c.n_layers,
-            "vocab_size": c.vocab_size,
-            "max_position_embeddings": c.max_seq_len,
-            "rms_norm_eps": c.norm_eps,
-            "tie_word_embeddings": c.tie_embeddings,
+            **decoder_to_hf(c),
             **rope_to_hf(c.rope),
             "num_attention_heads": c.attention.n_heads,
             "num_key_value_heads": c.attention.n_kv_heads,

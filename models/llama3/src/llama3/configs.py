@@ -1,0 +1,66 @@
+"""Llama 3's recipes: each is a function that returns the whole configuration of a run."""
+
+from core.optim.optimizer import Optimizer
+from core.optim.schedule import Schedule
+from core.train.settings import Training
+from core.train.trainer import Trainer
+from core.train.validate import Validator
+from llama3.model import size
+
+
+def llama3_debug() -> Trainer.Config:
+    """A small Llama 3 that learns the standard library's text on a laptop's CPU in about two minutes."""
+    return Trainer.Config(
+        model=size("debug"),
+        training=Training(steps=400, seq_len=256, local_batch_size=8),
+        optimizer=Optimizer.Config(lr=4e-3),
+        lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
+        validator=Validator.Config(enable=True, freq=100, steps=16),
+    )
+
+
+def llama3_8b() -> Trainer.Config:
+    """Llama 3.1 8B."""
+    return Trainer.Config(
+        model=size("8B"),
+        training=Training(steps=1000, seq_len=8192, local_batch_size=1),
+        optimizer=Optimizer.Config(lr=3e-4),
+        lr_scheduler=Schedule.Config(warmup_steps=200),
+        validator=Validator.Config(enable=True, freq=500, steps=1200),
+    )
+
+
+def llama3_1b() -> Trainer.Config:
+    """Llama 3.2 1B."""
+    config = llama3_8b()
+    config.model = size("1B")
+    return config
+
+
+def llama3_3b() -> Trainer.Config:
+    """Llama 3.2 3B."""
+    config = llama3_8b()
+    config.model = size("3B")
+    return config
+
+
+def llama3_70b() -> Trainer.Config:
+    """Llama 3.1 70B."""
+    config = llama3_8b()
+    config.model = size("70B")
+    config.training.local_batch_size = 8
+    config.optimizer.lr = 1.5e-4
+    config.activation_checkpoint.mode = "full"
+    return config
+
+
+def llama3_405b() -> Trainer.Config:
+    """Llama 3.1 405B."""
+    config = llama3_70b()
+    config.model = size("405B")
+    config.training.local_batch_size = 2
+    config.training.steps = 3000
+    config.optimizer.lr = 8e-5
+    config.lr_scheduler.warmup_steps = 600
+    config.compile.enable = True
+    return config
