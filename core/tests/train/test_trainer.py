@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,7 @@ def test_memory_that_runs_out_later_is_told_with_the_mend(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="cpu ran out of memory: tried to allocate 7 GiB") as caught:
         config.build().run()
     assert "--training.local_batch_size 1 --training.global_batch_size 4" in str(caught.value)
+    assert "--activation_checkpoint.mode full" in str(caught.value)
 
 
 def test_weights_in_bfloat16_compute_in_bfloat16(tmp_path, capsys):
@@ -481,3 +483,23 @@ def test_a_streamed_run_reads_its_rows_in_order(tmp_path):
     config.validator = Validator.Config(enable=True, freq=3)
     records = run(config)
     assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["validation_loss"] is not None
+
+
+def test_wandb_gets_the_settings_and_every_record(tmp_path, monkeypatch):
+    """A stand-in for the package, which is not installed here, with the calls that we make of it."""
+    seen = SimpleNamespace(settings=None, rows=[], ended=0)
+
+    def init(*, dir, config):
+        assert dir == str(tmp_path / "run")
+        seen.settings = config
+        return SimpleNamespace(log=lambda row, step: seen.rows.append((step, row)), finish=finish)
+
+    def finish():
+        seen.ended += 1
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=sys.__spec__))
+    config = toy_run(tmp_path, steps=3)
+    config.metrics.enable_wandb = True
+    records = run(config)
+    assert seen.settings["training"]["steps"] == 3 and seen.ended == 1
+    assert [(step, row["loss"]) for step, row in seen.rows] == [(r["step"], r["loss"]) for r in records]

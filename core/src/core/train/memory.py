@@ -48,12 +48,13 @@ def check_memory(need: Estimate, device: torch.device, training: Training) -> No
 
 
 @contextmanager
-def memory_advice(device: torch.device, training: Training) -> Iterator[None]:
+def memory_advice(device: torch.device, training: Training, checkpointing: str) -> Iterator[None]:
     """Where `device` runs out of memory while the block runs, a `UserError` says what would help."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(training)}") from error
+        less = "" if checkpointing == "full" else "; --activation_checkpoint.mode full (blocks keep their input alone)"
+        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(training)}{less}") from error
 
 
 def _what_helps(training: Training) -> str:

@@ -146,6 +146,7 @@ class Trainer(Configurable):
         """What will be trained, on what, where, and what is written: the head of a run on the console."""
         c, flops = self.config, self.flops_per_token
         training = c.training
+        dtype = str(self.compute_dtype).removeprefix("torch.")
         optional = {
             c.metrics.save_tb_folder: c.metrics.enable_tensorboard,
             c.profiling.save_traces_folder: c.profiling.enable_profiling,
@@ -157,9 +158,8 @@ class Trainer(Configurable):
             "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
             "data": self.loader.description,
             "tokenizer": self.tokenizer.description,
-            "device": f"{describe(self.device)}; weights {training.dtype}, compute {self.compute_dtype}".replace(
-                "torch.", ""
-            ),
+            "device": f"{describe(self.device)}; weights {training.dtype}, compute {dtype}",
+            "backward": f"activation checkpoint {c.activation_checkpoint.mode}",
             "steps": f"{self.last_step:,} of {training.rows_per_step} x {training.seq_len:,} tokens",
             "written to": f"{self.folder} ({', '.join(files)})",
         }
@@ -173,7 +173,7 @@ class Trainer(Configurable):
         (self.folder / "config.json").write_text(to_json(self.config))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
         profiler = self.config.profiling.build(folder=self.folder)
-        advice = memory_advice(self.device, self.config.training)
+        advice = memory_advice(self.device, self.config.training, self.config.activation_checkpoint.mode)
         with StopRequest() as stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
             step = self._loop(stop, profiler)
         kept = f"kept in {self.folder}: config.json and metrics.jsonl (weights are not saved)"
