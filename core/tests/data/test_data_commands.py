@@ -1,5 +1,6 @@
 """The commands of core.data: prepare and train_tokenizer."""
 
+import contextlib
 import json
 import os
 import re
@@ -142,9 +143,16 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing(tmp_path, command)
     option = ["--cache-folder", str(out)] if command == "prepare" else ["--output", str(out / "own.model")]
     program = [sys.executable, "-m", f"core.data.{command}", "--dataset", str(text), *option]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        with open(text, "w") as pipe:  # opens when the other end is read, and so in the middle of the work
-            print("some words", file=pipe, flush=True)
-            process.send_signal(signal.SIGINT)
-            stdout, stderr = process.communicate(timeout=60)
+        pipe = os.open(text, os.O_WRONLY)  # opens when the other end is read, and so in the middle of the work
+        os.write(pipe, b"some words\n")
+        process.send_signal(signal.SIGINT)
+        for _ in range(600):  # a signal that comes right before a read waits until the read has something
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.1)
+                break
+            with contextlib.suppress(BrokenPipeError):
+                os.write(pipe, b"more words\n")
+        os.close(pipe)
+        stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")
     assert not [path for path in out.rglob("*") if path.is_file()]
