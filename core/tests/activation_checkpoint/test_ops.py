@@ -37,7 +37,7 @@ def test_packet_is_refused_everywhere():
         user_op("aten.silu")
     with pytest.raises(TypeError, match="str"):
         save_output("aten.mm.default")
-    assert not ops._OURS
+    assert not ops.OURS
 
 
 @pytest.mark.parametrize(("listed", "n_products"), [(aten.mm.default, 2), (aten.mm, 3)], ids=["overload", "packet"])
@@ -125,7 +125,7 @@ def twice():
             return gradient * 2
 
     yield torch.ops.armature_test.twice.default, Twice.apply, ran
-    ops._OURS.clear()
+    ops.OURS.clear()
     library._destroy()
 
 

@@ -124,7 +124,7 @@ def test_an_operation_that_registers_later_is_saved():
         default_activation_checkpoint_policy.cache_clear()
         with_cos = default_activation_checkpoint_policy().cache_hash
     finally:
-        ops._OURS.clear()
+        ops.OURS.clear()
         default_activation_checkpoint_policy.cache_clear()
     assert with_cos != default_activation_checkpoint_policy().cache_hash
 

@@ -80,8 +80,8 @@ class ActivationCheckpoint(Configurable):
     def apply(self, model: Layered) -> None:
         """Checkpoint every block of `model` in place; names of weights stay as they are.
 
-        Comes after the model is cut for tensor parallelism, before torch.compile and FSDP. Raises `UserError` for a
-        name in the configuration that is not a matrix product of any block.
+        Comes after the model is cut for tensor parallelism, before torch.compile and FSDP. Raises `UserError` as
+        `check_names` does, which a run asks earlier; warns of a part of a name that no module has.
         """
         c = self.config
         if c.mode == "memory_budget":
@@ -90,6 +90,12 @@ class ActivationCheckpoint(Configurable):
             return
         SAVED.clear()
         check_names(c, model)
+        names = [f"layers.{i}.{name}" for i, block in model.layers.items() for name, _ in block.named_modules()]
+        for part in c.per_op_sac_force_recompute_mm_shapes_by_fqns:
+            if part not in DEFAULT_FORCED and not any(part in name for name in names):
+                log.warning(
+                    f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names no module"
+                )
         for number, block in model.layers.items():
             for name in c.force_recompute:
                 if has_module(block, name):
@@ -137,16 +143,12 @@ class ActivationCheckpoint(Configurable):
 
 
 def check_names(config: ActivationCheckpoint.Config, model: Layered) -> None:
-    """Raise `UserError` for a name that no block of `model` can follow; warn of one that has no effect."""
+    """Raise `UserError` for a name in the configuration that no block of `model` can follow."""
     blocks = model.layers.items()
     missing = [name for name in config.force_recompute if not any(has_module(block, name) for _, block in blocks)]
     if missing:
         known = product_names(next(iter(model.layers.values())))
         raise UserError(f"activation_checkpoint.force_recompute: no block has {', '.join(missing)}; it has {known}")
-    names = [f"layers.{number}.{name}" for number, block in blocks for name, _ in block.named_modules()]
-    for part in config.per_op_sac_force_recompute_mm_shapes_by_fqns:
-        if part not in DEFAULT_FORCED and not any(part in name for name in names):
-            log.warning(f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names no module")
     for number, block in blocks:
         forced_shapes(config, f"layers.{number}", block)
 

@@ -43,13 +43,14 @@ OPTIONAL = (
 )
 """Operations that exist only where a feature is loaded; `--activation_checkpoint.debug` reports the absent ones."""
 
-_OURS: set[Op] = set()
+OURS: set[Op] = set()
+"""What `save_output` added."""
 
 
 def save_output(op: OpT) -> OpT:
     """Add an operation of ours to the list; gives it back, so that it stands on the line of the definition."""
     check_op(op)
-    _OURS.add(op)
+    OURS.add(op)
     _resolved.cache_clear()
     return op
 
@@ -82,7 +83,7 @@ def saved_ops(extra: Iterable[str] = ()) -> frozenset[Op]:
 
 @cache
 def _resolved(optional: frozenset[str], extra: tuple[str, ...]) -> frozenset[Op]:
-    return _pytorch_ops() | {op for name in optional if (op := find_op(name))} | _OURS | set(map(user_op, extra))
+    return _pytorch_ops() | {op for name in optional if (op := find_op(name))} | OURS | set(map(user_op, extra))
 
 
 def user_op(name: str) -> Op:

@@ -107,5 +107,5 @@ def is_copy_to_host(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 def _hash(*settings: object) -> str:
     """A digest of the settings, of what decides, and of torch."""
     sources = [inspect.getsource(module) for module in (sys.modules[__name__], ops, region)]
-    text = repr((torch.__version__, settings, sources, sorted(map(str, ops._OURS))))
+    text = repr((torch.__version__, settings, sources, sorted(map(str, ops.OURS))))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -85,15 +85,16 @@ def pairs_from_halves(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def pattern_of(name: str) -> tuple[str, str]:
+    """A name as a key table has it, with `{i}` for the number of the block, and that number; "" where there is none."""
+    number = re.search(r"\.(\d+)\.", name)
+    return (name, "") if number is None else (name[: number.start(1)] + "{i}" + name[number.end(1) :], number[1])
+
+
 def to_hf_name(name: str, keys: dict[str, str]) -> str:
     """Hugging Face's name of the weight `name`; raises `KeyError` for a weight the table does not have."""
-    if name in keys:
-        return keys[name]
-    number = re.search(r"\.(\d+)\.", name)
-    if number is None:
-        raise KeyError(name)
-    pattern = name[: number.start()] + ".{i}." + name[number.end() :]
-    return keys[pattern].replace("{i}", number[1])
+    pattern, number = pattern_of(name)
+    return keys[pattern].replace("{i}", number)
 
 
 def load_hf(model: HFModel, folder: str | Path) -> None:
@@ -173,8 +174,8 @@ def _named(model: HFModel) -> dict[str, Tensor]:
 
 def _halves(model: HFModel) -> set[str]:
     """Keys of the weights whose rows are ordered otherwise here."""
-    named = ((re.sub(r"\.\d+\.", ".{i}.", name, count=1), name) for name in model.state_dict())
-    return {to_hf_name(name, model.HF_KEYS) for pattern, name in named if pattern in model.HF_HALVES}
+    names = (name for name in model.state_dict() if pattern_of(name)[0] in model.HF_HALVES)
+    return {to_hf_name(name, model.HF_KEYS) for name in names}
 
 
 def _tied(model: HFModel) -> dict[str, str]:
