@@ -3,7 +3,8 @@
     python -m core.activation_checkpoint.report --model qwen3 --config qwen3_1_7b [--output FOLDER] [--section.field V]
 
 Takes any package, recipe and option that `python -m <model>.train` takes. One forward per mode runs on fake tensors,
-which have shapes and no memory; every row is taken as one document. With --output the numbers are written as report.json and drawn as report.svg.
+which have shapes and no memory; every row is taken as one document. With --output the numbers are written as
+report.json and drawn as report.svg.
 """
 
 import json
