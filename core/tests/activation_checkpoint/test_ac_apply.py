@@ -16,7 +16,7 @@ from core.activation_checkpoint.region import is_recomputing
 from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.attention import Where
+from core.nn.kernel import Where
 from core.nn.module import weights
 from core.runtime.log import LOGGER
 from core.testing.checkpointing import (

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.checkpoint.hf import HFConfig, check_hf, checked_hf_config, load_hf, save_hf, to_hf_name
+from core.checkpoint.hf import check_hf, load_hf, save_hf
+from core.checkpoint.hf_config import HFConfig, checked_hf_config
+from core.checkpoint.layout import pattern_of
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.testing.toy import Toy, on_cpu, on_meta, randomise
@@ -18,6 +20,12 @@ from core.testing.toy import Toy, on_cpu, on_meta, randomise
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBED, HEAD, NORM, Q1 = "model.embed.weight", "head.weight", "model.norm.weight", "model.blocks.1.q.weight"
+
+
+def key_of(name: str) -> str:
+    """Hugging Face's name of a weight of the toy."""
+    pattern, number = pattern_of(name)
+    return Toy.HF_KEYS[pattern].replace("{i}", number)
 
 
 def toy(*, tied: bool = False, seed: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -78,7 +86,7 @@ def tied(tmp_path: Path) -> Path:
 
 def test_one_file(single: Path) -> None:
     assert sorted(path.name for path in single.iterdir()) == ["config.json", SINGLE]
-    expected = {to_hf_name(name, Toy.HF_KEYS): value for name, value in values(toy()).items()}
+    expected = {key_of(name): value for name, value in values(toy()).items()}
     assert stored(single).keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in stored(single).items())
     assert json.loads((single / "config.json").read_text()) == {"model_type": "toy", "dtype": "float32"}
@@ -215,7 +223,7 @@ def test_export_casts(tmp_path: Path, dtype: torch.dtype) -> None:
     source = toy(dtype=torch.float32 if dtype != torch.float32 else torch.bfloat16)
     before = values(source)
     save_hf(source, tmp_path, dtype=dtype, shard_gib=5000 / 2**30)
-    expected = {to_hf_name(name, Toy.HF_KEYS): value.to(dtype) for name, value in before.items()}
+    expected = {key_of(name): value.to(dtype) for name, value in before.items()}
     assert all(torch.equal(value, expected[key]) for key, value in stored(tmp_path).items())
     assert {value.dtype for value in stored(tmp_path).values()} == {dtype}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -230,15 +238,6 @@ def test_a_model_on_meta_is_checked_but_not_loaded(sharded: Path) -> None:
     assert files == {key: file for file in sharded.glob("*.safetensors") for key in load_file(file)}
     with pytest.raises(AssertionError, match="materialise the model first"):
         load_hf(model, sharded)
-
-
-def test_names_by_the_table() -> None:
-    keys = {"norm.weight": "n", "layers.{i}.w.weight": "blocks.{i}.w"}
-    assert to_hf_name("norm.weight", keys) == "n"
-    assert to_hf_name("layers.12.w.weight", keys) == "blocks.12.w"
-    for name in ("other.weight", "layers.0.v.weight"):
-        with pytest.raises(KeyError):
-            to_hf_name(name, keys)
 
 
 def test_config_must_agree_where_it_speaks() -> None:

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.attention import SDPA, Mask, Where
 from core.nn.decoder import Block, Decoder
+from core.nn.feed_forward import FeedForward
+from core.nn.kernel import SDPA, Mask, Where
 from core.nn.layers import RMSNorm
+from core.nn.module import training_flops_per_token
+from core.nn.moe import MoE
+from core.nn.mtp import Predictions
 from core.nn.rope import RoPE
-from core.testing.toy import Toy, on_cpu, on_meta, randomise
+from core.testing.toy import Toy, ToyMoE, on_cpu, on_meta, randomise
 
 
 def tokens(n_rows: int, length: int) -> Tensor:
@@ -113,6 +117,95 @@ def test_a_mask_is_made_once_for_all_blocks() -> None:
     assert kernel.made == 1
 
 
+def test_blocks_with_windows_of_their_own_share_masks() -> None:
+    model = toy(n_layers=5)
+    made: list[int | None] = []
+
+    class Noting(SDPA):
+        def mask(self, where: Where) -> Mask:
+            made.append(self.window)
+            return super().mask(where)
+
+    for i, block in enumerate(model.layers.values()):
+        block.attention.kernel = Noting(3 if i % 2 else None)
+    model(tokens(1, 6))
+    assert made == [None, 3]
+
+
+def test_a_block_has_one_network() -> None:
+    with pytest.raises(AssertionError, match="a block has one network"):
+        Block(4, norm_eps=1e-6, attention=Times(2.0))
+    with pytest.raises(AssertionError, match="a block has one network"):
+        Block(4, norm_eps=1e-6, attention=Times(2.0), feed_forward=Times(1.0), moe=Times(1.0))
+    block = Block(4, norm_eps=1e-6, attention=Times(0.0), moe=Times(3.0))
+    torch.nn.init.ones_(block.attention_norm.weight)
+    torch.nn.init.ones_(block.ffn_norm.weight)
+    x = torch.tensor([[[1.0, -1.0, 1.0, 1.0]]])
+    torch.testing.assert_close(block(x, None, None), x + 3 * x)
+
+
+def test_a_mixture_of_experts_stands_where_the_model_says() -> None:
+    model = on_cpu(ToyMoE.Config(n_layers=3))
+    assert [type(block.moe) for block in model.layers.values()] == [type(None), MoE, MoE]
+    assert [type(block.feed_forward) for block in model.layers.values()] == [FeedForward, type(None), type(None)]
+    buffers = {f"layers.{i}.moe.router.selection_bias" for i in (1, 2)}
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | buffers
+
+
+def ahead_by_hand(model: Decoder, tokens_BL: Tensor) -> list[Tensor]:
+    """Logits of the tokens after the next (arXiv:2412.19437, 2.2), each depth from hidden states of the one before."""
+
+    def normed(x: Tensor, norm: RMSNorm) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+
+    where = Where.rows(tokens_BL)
+    rotation, mask = model.rope(where.position_BL), SDPA().mask(where)
+    blocks = list(model.layers.values())
+    h_BLD = model.tok_embeddings.weight[tokens_BL]
+    for block in blocks[: model.config.n_layers]:
+        h_BLD = block(h_BLD, rotation, mask)
+    h_BLD, found = normed(h_BLD, model.norm), []
+    for k, block in enumerate(blocks[model.config.n_layers :], start=1):
+        merge = model.ahead[str(model.config.n_layers + k - 1)]
+        ids_BL = torch.cat((tokens_BL[:, k:], tokens_BL[:, :k]), dim=1)
+        next_BLD = model.tok_embeddings.weight[ids_BL]
+        joined = torch.cat((normed(next_BLD, merge.enorm), normed(h_BLD, merge.hnorm)), -1)
+        h_BLD = normed(block(joined @ merge.eh_proj.weight.T, rotation, mask), merge.norm)
+        found.append(h_BLD @ model.output.weight.T)
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_training_predicts_further_tokens(tied: bool) -> None:
+    model, tokens_BL = toy(n_mtp_layers=2, tie_embeddings=tied), tokens(2, 10)
+    found = model(tokens_BL)
+    assert isinstance(found, Predictions) and len(found.further) == 2
+    for logits_BLV, expected in zip(found.further, ahead_by_hand(model, tokens_BL), strict=True):
+        torch.testing.assert_close(logits_BLV, expected, rtol=1e-5, atol=1e-5)
+    plain = model.eval()(tokens_BL)
+    assert isinstance(plain, Tensor) and torch.equal(plain, found.logits_BLV)
+
+
+@torch.no_grad()
+def test_further_predictions_see_one_token_more_each() -> None:
+    """A change of token 7 reaches logits from place 7, then 6, then 5 on; the row's beginning stands in at its end."""
+    model, before_BL = toy(n_mtp_layers=2), tokens(1, 12)
+    after_BL = before_BL.clone()
+    after_BL[:, 7] = (after_BL[:, 7] + 1) % 64
+    before, after = model(before_BL), model(after_BL)
+    pairs = zip((before.logits_BLV, *before.further), (after.logits_BLV, *after.further), strict=True)
+    for k, (first, second) in enumerate(pairs):
+        moved = (first - second).abs().amax(-1)[0] > 1e-6
+        assert moved.tolist() == [place >= 7 - k for place in range(12)]
+
+
+def test_blocks_behind_the_last_one_cost_a_head_each() -> None:
+    plain, ahead = (training_flops_per_token(on_meta(Toy.Config(n_mtp_layers=n)), 8) for n in (0, 2))
+    block, merge, head = 16 * (32 + 16 + 16 + 32 + 3 * 24), 2 * 16 * 16, 16 * 64
+    assert ahead.matmul - plain.matmul == 2 * 6 * (block + merge + head)
+    assert ahead.attention == 2 * plain.attention
+
+
 def test_building_on_meta_takes_no_memory() -> None:
     model = on_meta(Toy.Config(dim=65_536, vocab_size=1_000_000))
     assert all(weight.is_meta for weight in model.parameters())
@@ -137,6 +230,9 @@ def test_sizes_must_be_positive(field: str) -> None:
         ({"norm_eps": float("nan")}, "norm_eps: norm_eps nan"),
         ({"init_std": 0.0}, "init_std: init_std 0.0 must be above 0"),
         ({"init_std": float("nan")}, "init_std: init_std nan"),
+        ({"n_mtp_layers": -1}, "n_mtp_layers: n_mtp_layers -1 must not be negative"),
+        ({"mtp_loss_weight": 0.0}, "mtp_loss_weight: mtp_loss_weight 0.0 must be above 0; n_mtp_layers 0 is off"),
+        ({"mtp_loss_weight": float("nan")}, "mtp_loss_weight: mtp_loss_weight nan"),
     ],
 )
 def test_numbers_that_make_no_sense(change: dict[str, float], message: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from core.nn.decoder import Decoder
-from core.nn.init import Constant, Normal, Scale, Start, init_weights, materialise
+from core.nn.init import Constant, Normal, Piece, Scale, Start, init_weights, materialise
 from core.nn.module import Module, weights
 from core.testing.toy import Toy, on_cpu, on_meta
 
@@ -107,7 +107,7 @@ def test_materialise_finds_both_names_of_a_weight_in_one_module() -> None:
 
 
 def test_materialise_does_not_lose_values() -> None:
-    with pytest.raises(AssertionError, match="RMSNorm.weight has a value"):
+    with pytest.raises(AssertionError, match="weight has a value, which would be lost"):
         model = on_cpu(Toy.Config())
         materialise(model.norm, torch.device("cpu"), torch.float32)
 
@@ -115,5 +115,21 @@ def test_materialise_does_not_lose_values() -> None:
 def test_a_buffer_must_have_a_value() -> None:
     module = Module()
     module.register_buffer("table", torch.empty(2, device="meta"))
-    with pytest.raises(AssertionError, match="Module.table must be built on a real device"):
+    with pytest.raises(AssertionError, match="table must be built on a real device"):
         materialise(module, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (4, 6, 5)], ids=str)
+def test_a_piece_gets_the_numbers_that_the_whole_has_there(shape: tuple[int, ...]) -> None:
+    full, cut = torch.empty(shape), tuple(slice(1, 3) for _ in shape)
+    init_weights([("w", full, Normal(1.0))], seed=3)
+    holder, part = torch.empty(shape, device="meta"), torch.empty(2, *[2 for _ in shape[1:]])
+    init_weights([("w", holder, Normal(1.0))], seed=3, own=lambda _: Piece(part, tuple(1 for _ in shape)))
+    assert torch.equal(part, full[cut])
+
+
+def test_matrices_of_a_stack_differ() -> None:
+    stack = torch.empty(3, 20, 20)
+    init_weights([("w", stack, Normal(1.0))], seed=3)
+    assert not any(torch.equal(stack[i], stack[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    assert stack.std().item() == pytest.approx(0.9866, abs=0.05)  # cut at three standard deviations

@@ -11,7 +11,7 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import weights as weights_of
 from core.optim.optimizer import Optimizer
-from core.testing.toy import Toy, on_meta
+from core.testing.toy import Toy, ToyMoE, on_meta
 
 SHAPES = {
     "embed.weight": (7, 5),
@@ -117,6 +117,19 @@ def test_default_globs_on_a_decoder() -> None:
     assert none == 0.0
     assert decayed == [name for name, value in named if value.dim() == 2]
     assert exempt == [name for name, value in named if value.dim() == 1]
+
+
+def test_default_globs_on_experts_sinks_and_biases() -> None:
+    """Biases of experts are matrices, and are not shrunk either."""
+    config = ToyMoE.Config()
+    config.attention.bias = config.attention.sinks = True
+    config.moe.router.bias = config.moe.experts.bias = True
+    named = [(weight.name, weight.value) for weight in weights_of(on_meta(config))]
+    (_, decayed), (_, exempt) = Optimizer.Config().build(weights=named).groups
+    vectors = {"layers.1.attention.sinks", "layers.1.moe.router.gate.bias", "layers.1.moe.experts.w1.bias"}
+    assert vectors | {"layers.1.attention.wq.bias", "layers.1.attention.q_norm.weight"} <= set(exempt)
+    assert "layers.1.moe.experts.w1.weight" in decayed and "layers.1.moe.router.gate.weight" in decayed
+    assert decayed == [name for name, _ in named if name.endswith(".weight") and "norm" not in name]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 """A step's gradient is that of the mean over its valid tokens, however it is split; a broken one changes nothing."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
-from core.nn.attention import Where
+from core.nn.balance import load_metrics, routers
 from core.nn.decoder import Decoder
+from core.nn.kernel import Where
+from core.nn.mtp import Predictions
 from core.optim.optimizer import Optimizer
-from core.testing.toy import Toy, on_cpu
+from core.testing.toy import Toy, ToyMoE, on_cpu, randomise
 from core.train.loss import cross_entropy
-from core.train.step import Objective, train_step, valid_tokens
+from core.train.step import Objective, labels_ahead, train_step, valid_tokens
 
 CPU = torch.device("cpu")
 
@@ -131,13 +135,241 @@ def test_document_mask_hides_the_other_document():
     batch.labels_BL[:], changed.labels_BL[:] = IGNORE, IGNORE
     batch.labels_BL[:, 5:] = changed.labels_BL[:, 5:] = 3
     document, causal = objective(model, mask="document"), objective(model, mask="causal")
-    assert document(batch).item() == document(changed).item()
-    assert causal(batch).item() != causal(changed).item()
+    assert document(batch).total == document(changed).total
+    assert causal(batch).total != causal(changed).total
 
 
 def test_bfloat16_computes_near_float32():
     model, batch = build(), rows(4)
-    full, half = objective(model)(batch), objective(model, dtype=torch.bfloat16)(batch)
+    full, half = objective(model)(batch).total, objective(model, dtype=torch.bfloat16)(batch).total
     assert half.dtype == torch.float32
     assert half.item() != full.item()
     assert half.item() == pytest.approx(full.item(), rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ further predictions
+
+
+def ahead_by_loops(labels: list[list[int]], documents: list[list[int]] | None, k: int) -> list[list[int]]:
+    length = len(labels[0])
+    return [
+        [
+            labels[row][i + k]
+            if i + k < length and (documents is None or documents[row][i + k] == documents[row][i])
+            else IGNORE
+            for i in range(length)
+        ]
+        for row in range(len(labels))
+    ]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 11, 12, 13])
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_labels_further_on_stay_in_row_and_document(k, mask):
+    batch = rows(4)
+    labels, documents = batch.labels_BL.tolist(), batch.documents_BL.tolist()
+    where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+    expected = ahead_by_loops(labels, documents if where else None, k)
+    assert labels_ahead(batch.labels_BL, k, where).tolist() == expected
+    assert batch.labels_BL.tolist() == labels, "the labels of the next token are read again"
+    assert k > 1 or any(label != IGNORE for row in expected for label in row)
+
+
+@pytest.mark.parametrize("mask", ["causal", "document"])
+@pytest.mark.parametrize("n_ahead", [1, 2])
+def test_loss_of_further_predictions_equals_loops(mask, n_ahead):
+    """Summed over their labels, averaged over depths, weighted; what is reported is the next token alone."""
+    model = on_cpu(Toy.Config(vocab_size=50, n_mtp_layers=n_ahead, mtp_loss_weight=0.7))
+    randomise(model, seed=1)
+    batch = rows(4)
+    documents = batch.documents_BL if mask == "document" else None
+    found = objective(model, mask=mask)(batch)
+    logits = model(batch.tokens_BL, Where(batch.positions_BL, documents) if mask == "document" else None)
+    assert isinstance(logits, Predictions)
+
+    def nats(logits_BLV: Tensor, labels: list[list[int]]) -> float:
+        logs = logits_BLV.double().log_softmax(-1)
+        return -sum(logs[b, i, v].item() for b, row in enumerate(labels) for i, v in enumerate(row) if v != IGNORE)
+
+    main = nats(logits.logits_BLV, batch.labels_BL.tolist())
+    further = [
+        nats(one, ahead_by_loops(batch.labels_BL.tolist(), None if documents is None else documents.tolist(), k))
+        for k, one in enumerate(logits.further, start=1)
+    ]
+    assert found.main.item() == pytest.approx(main, rel=1e-6) and all(further)
+    assert found.total.item() == pytest.approx(main + 0.7 * sum(further) / n_ahead, rel=1e-6)
+    assert step(model, [batch], mask=mask).loss == pytest.approx(main / valid_tokens([batch]), rel=1e-6)
+    model.eval()
+    plain = objective(model, mask=mask)(batch)
+    assert plain.total is plain.main and plain.main.item() == pytest.approx(main, rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [1] * 6], ids=str)
+def test_gradient_of_further_predictions_does_not_depend_on_the_split(sizes):
+    batch, found = rows(6), []
+    for parts in ([6], sizes):
+        model = on_cpu(Toy.Config(vocab_size=50, n_mtp_layers=1))
+        info = step(model, split(batch, parts))
+        found.append((info.grad_norm, {name: p.grad for name, p in model.named_parameters()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ balance of experts
+
+
+def build_moe(**router: Any) -> ToyMoE:
+    config = ToyMoE.Config(vocab_size=50, n_layers=3)
+    for name, value in router.items():
+        setattr(config.moe.router, name, value)
+    model = on_cpu(config)
+    randomise(model, seed=1)
+    assert isinstance(model, ToyMoE)
+    return model
+
+
+def choices(model: ToyMoE, batch: Batch) -> dict[str, list[int]]:
+    """How often each expert is chosen for a batch, counted by hand, without training."""
+    found: dict[str, list[int]] = {}
+    handles = [
+        router.register_forward_hook(
+            lambda module, given, out, name=name: found.update(
+                {name: [out.ids_TK.flatten().tolist().count(e) for e in range(6)]}
+            )
+        )
+        for name, router in routers(model).items()
+    ]
+    with torch.no_grad():
+        model.eval()(batch.tokens_BL)
+    model.train()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def moved(load: list[int], coeff: float) -> list[float]:
+    """One step of the bias by hand: whole steps towards the mean load, less their mean."""
+    mean = sum(load) / len(load)
+    signs = [(n < mean) - (n > mean) for n in load]
+    return [coeff * (sign - sum(signs) / len(signs)) for sign in signs]
+
+
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 1, 4], [1] * 6], ids=str)
+def test_bias_moves_once_a_step_by_the_load_of_the_whole_step(sizes):
+    model, batch = build_moe(load_balance_coeff=0.01), rows(6)
+    loads = choices(model, batch)
+    step(model, split(batch, sizes))
+    for name, router in routers(model).items():
+        assert router.tokens_E.tolist() == loads[name]
+        assert router.selection_bias.tolist() == pytest.approx(moved(loads[name], 0.01), abs=1e-8)
+        assert router.selection_bias.any()
+    loads, before = choices(model, batch), {name: r.selection_bias.tolist() for name, r in routers(model).items()}
+    step(model, split(batch, sizes))  # counts of the first step are gone
+    for name, router in routers(model).items():
+        moves = zip(before[name], moved(loads[name], 0.01), strict=True)
+        assert router.selection_bias.tolist() == pytest.approx([start + move for start, move in moves], abs=1e-8)
+
+
+def test_the_update_sees_the_bias_that_chose():
+    """The bias moves after the update: forward and backward of a step know one bias."""
+    model, batch, seen = build_moe(load_balance_coeff=0.01), rows(6), []
+    for router in routers(model).values():
+        router.register_forward_pre_hook(lambda module, given: seen.append(module.selection_bias.clone()))
+    step(model, split(batch, [3, 3]))
+    assert len(seen) == 4 and not any(bias.any() for bias in seen)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_left_out_moves_no_bias(broken):
+    model = build_moe(load_balance_coeff=0.01)
+    spoil(model, broken)
+    assert not step(model, [rows(4)], on_nonfinite="skip").updated
+    assert all(router.tokens_E.any() for router in routers(model).values())
+    assert not any(router.selection_bias.any() for router in routers(model).values())
+    with pytest.raises(UserError, match="stopped before the update"):
+        step(model, [rows(4)])
+    assert not any(router.selection_bias.any() for router in routers(model).values())
+
+
+def test_evaluation_between_steps_moves_and_counts_nothing():
+    found = []
+    for evaluates in (False, True):
+        model, batch = build_moe(load_balance_coeff=0.01, balance_loss_coeff=0.1), rows(6)
+        for _ in range(3):
+            step(model, [batch], lr=1e-2)
+            if evaluates:
+                before = dict(load_metrics(model))
+                with torch.no_grad():
+                    objective(model.eval())(rows(6, seed=5))
+                model.train()
+                assert dict(load_metrics(model)) == before
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+def explicit_total(model: ToyMoE, batch: Batch, coeff: float, mask: str) -> tuple[Tensor, Tensor]:
+    """Cross entropy, and the balance losses of all routers, both summed over tokens and divided by the valid ones.
+
+    From the logits of each gate: of a row of L tokens, coeff L times the sum over experts of f P, f being E / K times
+    the share of tokens that chose an expert and P the mean of its share of a token's scores.
+    """
+    logits_of: dict[str, Tensor] = {}
+    handles = [
+        router.gate.register_forward_hook(lambda module, given, out, name=name: logits_of.update({name: out}))
+        for name, router in routers(model).items()
+    ]
+    where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+    main = cross_entropy(model(batch.tokens_BL, where), batch.labels_BL)
+    for handle in handles:
+        handle.remove()
+    balance = torch.zeros(())
+    for logits_BLE in logits_of.values():
+        for logits_LE in logits_BLE:
+            length, n_experts = logits_LE.shape
+            share_LE = logits_LE.softmax(-1)
+            top = [sorted(range(n_experts), key=lambda e: -row[e])[:2] for row in logits_LE.tolist()]
+            for e in range(n_experts):
+                f = n_experts / 2 * sum(e in chosen for chosen in top) / length
+                balance = balance + coeff * length * f * share_LE[:, e].mean()
+    return main / valid_tokens([batch]), balance / valid_tokens([batch])
+
+
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 1, 4]], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_balance_loss_shares_the_denominator_of_the_step(sizes, mask):
+    """The gradient is that of the explicit sum, however the step is split; reported apart from the loss."""
+    batch = rows(6)
+    model, oracle = build_moe(balance_loss_coeff=0.5), build_moe(balance_loss_coeff=0.0)
+    main, balance = explicit_total(oracle, batch, 0.5, mask)
+    (main + balance).backward()
+    info = step(model, split(batch, sizes), mask=mask)
+    assert info.loss == pytest.approx(main.item(), rel=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert dict(load_metrics(model))["moe/balance_loss"] == pytest.approx(balance.item(), rel=1e-5)
+    plain = build_moe(balance_loss_coeff=0.0)
+    step(plain, [batch], mask=mask)
+    gates = [(a.gate.weight.grad, b.gate.weight.grad) for a, b in zip_routers(model, plain)]
+    assert all((a - b).norm() > 0.01 * b.norm() for a, b in gates), "the balance loss is too small to be seen"
+    assert "moe/balance_loss" not in dict(load_metrics(plain))
+
+
+def zip_routers(a: Decoder, b: Decoder):
+    return zip(routers(a).values(), routers(b).values(), strict=True)
+
+
+def test_balance_loss_is_no_part_of_evaluation():
+    model, batch = build_moe(balance_loss_coeff=0.5, load_balance_coeff=None), rows(6)
+    step(model, [batch])
+    before = dict(load_metrics(model))
+    model.eval()
+    model.zero_grad()
+    objective(model)(batch).total.backward()
+    plain = build_moe(balance_loss_coeff=0.0, load_balance_coeff=None).eval()
+    objective(plain)(batch).total.backward()
+    for a, b in zip_routers(model, plain):
+        torch.testing.assert_close(a.gate.weight.grad, b.gate.weight.grad)
+    assert dict(load_metrics(model)) == before

@@ -14,19 +14,24 @@ import pytest
 import torch
 from toy_run import toy_run
 
+from core.activation_checkpoint.region import is_recomputing
 from core.config.errors import UserError
-from core.config.record import from_json
+from core.config.record import from_json, to_json
 from core.config.validate import validate
+from core.data.loader import DataLoader
 from core.data.packing import IGNORE
-from core.nn.attention import Where
+from core.nn.balance import load_metrics, routers
+from core.nn.kernel import Where
 from core.testing.checkpointing import autograd_bytes
+from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
+from core.train.laptop import laptop_run
 from core.train.metrics import Record, console_line, duration
 from core.train.profile import Profiler
 from core.train.settings import Compile, Debug, Training
 from core.train.validate import Validator
 
-FIELDS = set(Record.__dataclass_fields__)
+FIELDS = set(Record.__dataclass_fields__) - {"experts"}
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -503,3 +508,110 @@ def test_wandb_gets_the_settings_and_every_record(tmp_path, monkeypatch):
     records = run(config)
     assert seen.settings["training"]["steps"] == 3 and seen.ended == 1
     assert [(step, row["loss"]) for step, row in seen.rows] == [(r["step"], r["loss"]) for r in records]
+
+
+EXPERTS = {  # keys that a model whose blocks 1 and 2 have experts adds to each line
+    "moe/layers.1/max_over_mean_load",
+    "moe/layers.1/dead_experts",
+    "moe/layers.2/max_over_mean_load",
+    "moe/layers.2/dead_experts",
+    "moe/max_over_mean_load",
+    "moe/dead_experts",
+}
+
+
+def moe_run(folder, *, steps=3, **router):
+    config = toy_run(folder, steps=steps)
+    config.model = ToyMoE.Config(vocab_size=2048, n_layers=3)
+    for name, value in router.items():
+        setattr(config.model.moe.router, name, value)
+    return config
+
+
+def test_load_of_experts_is_reported(tmp_path):
+    """Recounted from the routers of a run that is the same, step by step."""
+    config = moe_run(tmp_path, balance_loss_coeff=0.1)
+    config.training.local_batch_size, config.training.global_batch_size = 1, 4
+    config.validator = Validator.Config(enable=True, freq=1)
+    records = run(config)
+    assert all(set(r) == FIELDS | EXPERTS | {"moe/balance_loss"} for r in records)
+    config.dump_folder = str(tmp_path / "again")
+    again = config.build()
+    seen = {name: [] for name in routers(again.model)}
+    for name, router in routers(again.model).items():
+        router.register_forward_hook(
+            lambda module, given, out, name=name: None if is_recomputing() else seen[name].append(out.ids_TK)
+        )
+    for step, record in enumerate(records, start=1):
+        for ids in seen.values():
+            ids.clear()
+        again.step(step)
+        worst, dead = [], []
+        for name, ids in seen.items():
+            assert len(ids) == 4
+            chosen = torch.cat(ids).flatten().tolist()
+            load = [chosen.count(expert) for expert in range(6)]
+            assert sum(load) == 4 * 16 * 2
+            worst.append(max(load) / (sum(load) / 6))
+            dead.append(load.count(0))
+            layer = name.removesuffix(".moe.router")
+            assert record[f"moe/{layer}/max_over_mean_load"] == pytest.approx(worst[-1])
+            assert record[f"moe/{layer}/dead_experts"] == dead[-1]
+        assert record["moe/max_over_mean_load"] == pytest.approx(max(worst))
+        assert record["moe/dead_experts"] == sum(dead)
+        assert record["moe/balance_loss"] == pytest.approx(dict(load_metrics(again.model))["moe/balance_loss"])
+
+
+def test_experts_learn(tmp_path):
+    records = run(moe_run(tmp_path, steps=20, balance_loss_coeff=0.01))
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+
+
+def test_forced_balance_gives_every_expert_the_same(tmp_path):
+    config = moe_run(tmp_path)
+    config.training.local_batch_size = 3  # 3 x 16 x 2 choices are 16 for each of 6 experts
+    config.debug.moe_force_load_balance = True
+    for record in run(config):
+        assert {key: record[key] for key in EXPERTS} == {key: float(key.endswith("mean_load")) for key in EXPERTS}
+
+
+def test_forced_balance_needs_a_router(tmp_path):
+    config = toy_run(tmp_path)
+    config.debug.moe_force_load_balance = True
+    validate(config)
+    with pytest.raises(UserError, match="moe_force_load_balance is set, and the model has no router: leave it off"):
+        config.build()
+    assert not Path(config.dump_folder).exists()
+
+
+def test_validation_leaves_the_experts_alone(tmp_path):
+    config = moe_run(tmp_path, load_balance_coeff=0.1, balance_loss_coeff=0.1)
+    config.validator = Validator.Config(enable=True)
+    run_ = config.build()
+    run_.step(1)
+    before = {name: value.clone() for name, value in run_.model.named_buffers()}
+    assert before["layers.1.moe.router.tokens_E"].sum() == 4 * 16 * 2
+    assert before["layers.1.moe.router.balance_loss"] > 0 and before["layers.1.moe.router.selection_bias"].any()
+    assert run_.validator.loss(lambda: False) > 0
+    for name, value in run_.model.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_experts_are_the_same_run(tmp_path, mode):
+    found = []
+    for chosen in ("none", mode):
+        config = moe_run(tmp_path / chosen, load_balance_coeff=0.1, balance_loss_coeff=0.1)
+        config.activation_checkpoint.mode = chosen
+        measured = {"tokens_per_second", "step_time_s", "memory_gib"}
+        found.append([{key: value for key, value in r.items() if key not in measured} for r in run(config)])
+    assert found[0] == found[1]
+
+
+def test_laptop_run_is_a_short_run_of_the_model_given():
+    model = ToyMoE.Config(vocab_size=2048, max_seq_len=256)
+    config = laptop_run(model)
+    validate(config)
+    assert config.model is model and config.validator.enable and config.training.steps <= 1000
+    assert config.training.seq_len <= 256 and config.dataloader == DataLoader.Config()
+    assert from_json(to_json(config)) == config

@@ -66,6 +66,7 @@ def drawn(seed: int) -> LlamaConfig:
 class TestLlama3(ModelSuite):
     decoder = Llama3
     configs = configs
+    debug = "llama3_debug"
     golden = Path(__file__).parent / "golden"
     sizes = {name: size(name) for name in SIZES}
     parameters = {

@@ -64,6 +64,7 @@ def drawn(seed: int) -> Qwen3Config:
 class TestQwen3(ModelSuite):
     decoder = Qwen3
     configs = configs
+    debug = "qwen3_debug"
     golden = Path(__file__).parent / "golden"
     sizes = {name: size(name) for name in SIZES}
     parameters = {

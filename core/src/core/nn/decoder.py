@@ -4,47 +4,70 @@ Letters: B rows, L length, D width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.nn.attention import Attention, Mask, Where
+from core.nn.attention import Attention
 from core.nn.feed_forward import FeedForward
 from core.nn.init import Scale
+from core.nn.kernel import Kernel, Mask, Where
 from core.nn.layers import Embedding, Head, RMSNorm
-from core.nn.module import Module
+from core.nn.mla import MLA
+from core.nn.module import Flops, Module
+from core.nn.moe import MoE
+from core.nn.mtp import Merge, Predictions
 from core.nn.rope import RoPE, Rotation
 
 
 class Block(Module):
-    """One pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """One pre-norm residual block: x + attention(norm(x)), then x + network(norm(x)).
+
+    The network is dense (`feed_forward`) or sparse (`moe`).
+    """
 
     AXES = {"attention_norm": ("embed",), "ffn_norm": ("embed",)}
 
-    def __init__(self, dim: int, *, norm_eps: float, attention: Attention, feed_forward: FeedForward) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm_eps: float,
+        attention: Attention | MLA,
+        feed_forward: FeedForward | None = None,
+        moe: MoE | None = None,
+    ) -> None:
         super().__init__()
+        assert (feed_forward is None) != (moe is None), "a block has one network"
         self.attention_norm = RMSNorm(dim, eps=norm_eps)
         self.attention = attention
         self.ffn_norm = RMSNorm(dim, eps=norm_eps)
         self.feed_forward = feed_forward
+        self.moe = moe
 
     def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotation, mask)
-        return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
+        network = self.feed_forward if self.moe is None else self.moe
+        return x_BLD + network(self.ffn_norm(x_BLD))
 
 
 class Decoder(Module, Configurable, ABC):
     """A causal language model: token ids in, logits out."""
 
     AXES = {"norm": ("embed",)}
-    HF_KEYS: ClassVar[dict[str, str]]
-    """Hugging Face's name for each weight; `{i}` stands for the number of a block."""
+    HF_KEYS: ClassVar[Mapping[str, Any]]
+    """Where Hugging Face keeps each weight: a table as `core.checkpoint.keys` describes it."""
     HF_HALVES: ClassVar[frozenset[str]] = frozenset()
     """Those of our names whose rows, head by head, are pairs (0, 1), (2, 3), ... here and halves at Hugging Face."""
+    HF_IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)
+    """Hugging Face's keys that are passed over: `*` is anything, `{n_layers+i}` the number of a block that the model
+    does not have."""
+    HF_COPIES: ClassVar[Mapping[str, str]] = {}
+    """Hugging Face's keys that repeat the named weight of ours in each block behind the last one, `{n_layers+i}`."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -63,6 +86,10 @@ class Decoder(Module, Configurable, ABC):
         init_std: float = 0.02
         """Standard deviation of every matrix at the start; those that write to the residual stream get
         init_std / sqrt(2 n_layers). All are cut at three standard deviations."""
+        n_mtp_layers: int = 0
+        """Blocks behind the last one that training uses to predict tokens further ahead (arXiv:2412.19437, 2.2)."""
+        mtp_loss_weight: float = 0.3
+        """Weight of the mean loss of those predictions beside that of the next token."""
         rope: RoPE.Config = field(default_factory=RoPE.Config)
         """Rotary position embedding."""
 
@@ -70,6 +97,11 @@ class Decoder(Module, Configurable, ABC):
             for name in ("dim", "n_layers", "vocab_size", "max_seq_len"):
                 if getattr(self, name) < 1:
                     yield name, f"{name} {getattr(self, name)} must be at least 1"
+            if self.n_mtp_layers < 0:
+                yield "n_mtp_layers", f"n_mtp_layers {self.n_mtp_layers} must not be negative"
+            if not self.mtp_loss_weight > 0:
+                message = f"mtp_loss_weight {self.mtp_loss_weight} must be above 0; n_mtp_layers 0 is off"
+                yield "mtp_loss_weight", message
             if not self.norm_eps >= 0:
                 yield "norm_eps", f"norm_eps {self.norm_eps} must not be negative"
             if not self.init_std > 0:
@@ -79,26 +111,37 @@ class Decoder(Module, Configurable, ABC):
         super().__init__()
         self.config = config
         self.scale = Scale.of_depth(config.init_std, config.n_layers)
-        self.tok_embeddings = Embedding(config.vocab_size, config.dim, std=config.init_std)
+        self.tok_embeddings: Embedding | None = Embedding(config.vocab_size, config.dim, std=config.init_std)
         self.rope = config.rope.build(head_dim=self.rope_dim())
-        self.layers = nn.ModuleDict({str(i): self.block(i) for i in range(config.n_layers)})
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = Head(config.dim, config.vocab_size, std=config.init_std)
+        n_blocks = config.n_layers + config.n_mtp_layers
+        self.layers = nn.ModuleDict({str(i): self.block(i) for i in range(n_blocks)})
+        self.norm: RMSNorm | None = RMSNorm(config.dim, eps=config.norm_eps)
+        self.output: Head | None = Head(config.dim, config.vocab_size, std=config.init_std)
+        self.ahead = nn.ModuleDict(
+            {
+                str(i): Merge(config.dim, norm_eps=config.norm_eps, std=config.init_std)
+                for i in range(config.n_layers, n_blocks)
+            }
+        )
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     @abstractmethod
     def block(self, i: int) -> Block:
-        """Block number `i`, counted from 0."""
+        """Block number `i`, counted from 0; those for multi-token prediction come last."""
 
-    def make_block(self, attention: Attention.Config, feed_forward: FeedForward.Config) -> Block:
-        """A block of these parts in the width and at the scale of this model."""
+    def make_block(
+        self, attention: Attention.Config | MLA.Config, network: FeedForward.Config | MoE.Config, **live: float
+    ) -> Block:
+        """A block of these parts in the width and at the scale of this model; `live` goes to the attention."""
         c = self.config
+        built = network.build(dim=c.dim, scale=self.scale)
         return Block(
             c.dim,
             norm_eps=c.norm_eps,
-            attention=attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale),
-            feed_forward=feed_forward.build(dim=c.dim, scale=self.scale),
+            attention=attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale, **live),
+            feed_forward=None if isinstance(built, MoE) else built,
+            moe=built if isinstance(built, MoE) else None,
         )
 
     @abstractmethod
@@ -114,10 +157,13 @@ class Decoder(Module, Configurable, ABC):
     def to_hf_config(self) -> dict:
         """The Hugging Face `config.json` of this model."""
 
-    def forward(self, tokens_BL: Tensor, where: Where | None = None) -> Tensor:
+    def forward(self, tokens_BL: Tensor, where: Where | None = None) -> Tensor | Predictions:
         """Logits (B, L, V) in the compute dtype; without `where` every row is one document.
 
-        Raises `UserError` when a row is longer than `max_seq_len`.
+        A stage of a pipeline, which lacks the embedding or the head, takes or gives the residual stream (B, L, D).
+
+        In training a model with multi-token prediction gives `Predictions`. Raises `UserError` when a row is longer
+        than `max_seq_len`.
         """
         if tokens_BL.shape[1] > self.config.max_seq_len:
             raise UserError(
@@ -126,11 +172,32 @@ class Decoder(Module, Configurable, ABC):
             )
         where = where or Where.rows(tokens_BL)
         rotation = self.rope(where.position_BL)
-        masks: dict[object, Mask] = {}
-        x_BLD = self.tok_embeddings(tokens_BL)
-        for block in cast(Iterable[Block], self.layers.values()):
-            kernel = block.attention.kernel
-            if kernel not in masks:
-                masks[kernel] = kernel.mask(where)
-            x_BLD = block(x_BLD, rotation, masks[kernel])
-        return self.output(self.norm(x_BLD))
+        masks: dict[Kernel, Mask] = {}
+        blocks = cast(dict[str, Block], dict(self.layers.items()))
+        x_BLD = tokens_BL if self.tok_embeddings is None else self.tok_embeddings(tokens_BL)
+        for i, block in blocks.items():
+            if int(i) < self.config.n_layers:
+                x_BLD = block(x_BLD, rotation, self._mask(block, where, masks))
+        if self.norm is None or self.output is None:
+            return x_BLD
+        x_BLD = self.norm(x_BLD)
+        logits_BLV = self.output(x_BLD)
+        if not (self.training and self.ahead):
+            return logits_BLV
+        further = []
+        for i, merge in self.ahead.items():
+            tokens_BL = tokens_BL.roll(-1, dims=1)
+            x_BLD = merge(x_BLD, self.tok_embeddings(tokens_BL))
+            x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], where, masks)))
+            further.append(self.output(x_BLD))
+        return Predictions(logits_BLV, further)
+
+    def flops_per_token(self, seq_len: int) -> Flops:
+        return Flops(matmul=2 * self.output.weight.numel() * self.config.n_mtp_layers)
+
+    def _mask(self, block: Block, where: Where, masks: dict[Kernel, Mask]) -> Mask:
+        """The mask of a block's kernel, made once for all blocks with an equal one."""
+        kernel = block.attention.kernel
+        if kernel not in masks:
+            masks[kernel] = kernel.mask(where)
+        return masks[kernel]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,28 +50,80 @@ class Scale(NamedTuple):
         return cls(std, std / (2 * n_layers) ** 0.5)
 
 
-def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every meta weight of `model` memory on `device`; tied weights stay one tensor; buffers keep their values."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+class Piece(NamedTuple):
+    """A part of a weight that is kept here, and the index of its first number in the whole."""
+
+    value: Tensor
+    start: tuple[int, ...]
+
+
+def whole(weight: Tensor) -> Piece:
+    """A weight of which all is kept here."""
+    return Piece(weight, (0,) * weight.dim())
+
+
+def materialise(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, *, weights_on: torch.device | None = None
+) -> None:
+    """Give every meta weight of `model` memory on `weights_on` or else `device`, and move the buffers to `device`.
+
+    Tied weights stay one tensor; buffers keep their values.
+    """
+    ties = _ties(model)
+    for name, value in model.named_parameters():
+        assert value.is_meta, f"{name} has a value, which would be lost"
+    for name, value in model.named_buffers():
+        assert not value.is_meta, f"{name} must be built on a real device"
+
+    def give(value: Tensor) -> Tensor:
+        if not value.is_meta:
+            return value.to(device)
+        return torch.empty_like(value, device=weights_on or device, dtype=dtype)
+
+    model._apply(give)
+    for owner, name, first_owner, first_name in ties:
+        setattr(owner, name, getattr(first_owner, first_name))
+
+
+def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """Every further place of a weight that stands in several, beside its first one."""
+    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    ties = []
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False, remove_duplicate=False):
-            assert value.is_meta, f"{type(module).__name__}.{name} has a value, which would be lost"
-            if value not in made:
-                made[value] = nn.Parameter(torch.empty(value.shape, device=device, dtype=dtype), value.requires_grad)
-            setattr(module, name, made[value])
-        for name, value in module.named_buffers(recurse=False):
-            assert not value.is_meta, f"{type(module).__name__}.{name} must be built on a real device"
-            setattr(module, name, value.to(device))
+            if value in first:
+                ties.append((module, name, *first[value]))
+            first.setdefault(value, (module, name))
+    return ties
 
 
 @torch.no_grad()
-def init_weights(starts: Iterable[tuple[str, Tensor, Start]], seed: int) -> None:
-    """Draw each (name, weight, start) from its own random stream, in fp32, on the weight's device."""
-    for name, value, start in starts:
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator(value.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        exact = value.dtype == torch.float32
-        out = value if exact else torch.empty(value.shape, dtype=torch.float32, device=value.device)
-        start.draw(out, generator)
-        if not exact:
-            value.copy_(out)
+def init_weights(
+    starts: Iterable[tuple[str, Tensor, Start]], seed: int, own: Callable[[Tensor], Piece] = whole
+) -> None:
+    """Draw each (name, weight, start) from its own random stream, in fp32, on the weight's device.
+
+    Of a weight that is kept here in part, `own` tells which: it gets the numbers that the whole has there. A stack of
+    matrices is drawn matrix by matrix, so that no more than one whole matrix is ever there.
+    """
+    for name, weight, start in starts:
+        piece = own(weight)
+        if weight.dim() < 3:
+            _fill(piece, weight.shape, start, name, seed)
+            continue
+        for i, matrix in enumerate(piece.value, start=piece.start[0]):
+            _fill(Piece(matrix, piece.start[1:]), weight.shape[1:], start, f"{name}.{i}", seed)
+
+
+def _fill(piece: Piece, shape: torch.Size, start: Start, name: str, seed: int) -> None:
+    value = piece.value
+    if value.numel() == 0:
+        return
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(value.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    exact = value.dtype == torch.float32 and value.shape == shape
+    out = value if exact else torch.empty(shape, dtype=torch.float32, device=value.device)
+    start.draw(out, generator)
+    if not exact:
+        cut = tuple(slice(first, first + size) for first, size in zip(piece.start, value.shape, strict=True))
+        value.copy_(out[cut])

@@ -86,6 +86,9 @@ class RoPE(Module, Configurable):
         super().__init__()
         self.interleaved = config.layout == "interleaved"
         self.amplitude = amplitude(config)
+        factor = config.scaling_factor if config.scaling == "yarn" else 1.0
+        self.temperature = temperature(factor, config.mscale_all_dim)
+        """The part of YaRN's temperature that an attention which knows of it applies to its logits, squared."""
         frequencies = torch.tensor(inverse_frequencies(config, head_dim), dtype=torch.float32, device="cpu")
         self.register_buffer("inverse_frequency", frequencies, persistent=False)
 

@@ -34,7 +34,7 @@ class Optimizer(Configurable):
         """Added to the root of the mean square."""
         weight_decay: float = 0.1
         """Shrinkage per step, times the learning rate."""
-        no_decay: list[str] = field(default_factory=lambda: ["*norm.weight", "*.bias"])
+        no_decay: list[str] = field(default_factory=lambda: ["*norm.weight", "*.bias", "*.sinks"])
         """Names of weights (globs) that are not shrunk."""
         implementation: Literal["fused", "foreach", "for-loop"] = "fused"
         """Which of PyTorch's kernels does the update."""

@@ -10,6 +10,7 @@ from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.init import init_weights, materialise
 from core.nn.module import weights
+from core.nn.moe import Experts, MoE, Router
 
 
 def toy_attention() -> Attention.Config:
@@ -18,6 +19,14 @@ def toy_attention() -> Attention.Config:
 
 def toy_feed_forward() -> FeedForward.Config:
     return FeedForward.Config(hidden_dim=24)
+
+
+def toy_moe() -> MoE.Config:
+    return MoE.Config(
+        router=Router.Config(n_experts=6, top_k=2, load_balance_coeff=1e-3),
+        experts=Experts.Config(hidden_dim=12),
+        shared_experts=FeedForward.Config(hidden_dim=8),
+    )
 
 
 class Toy(Decoder):
@@ -69,6 +78,43 @@ class Toy(Decoder):
 
     def to_hf_config(self) -> dict:
         return {"model_type": "toy"}
+
+
+class ToyMoE(Decoder):
+    """A decoder whose first block is dense and whose others are mixtures of experts."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        dim: int = 16
+        """Width of the residual stream."""
+        n_layers: int = 2
+        """Number of blocks."""
+        vocab_size: int = 64
+        """Rows of the embedding and of the head."""
+        max_seq_len: int = 64
+        """Most positions that the model may be asked for."""
+        attention: Attention.Config = field(default_factory=toy_attention)
+        """Self-attention of every block."""
+        feed_forward: FeedForward.Config = field(default_factory=toy_feed_forward)
+        """Feed-forward network of the first block."""
+        moe: MoE.Config = field(default_factory=toy_moe)
+        """Mixture of experts of every other block."""
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
+
+    def block(self, i: int) -> Block:
+        c = self.config
+        return self.make_block(c.attention, c.feed_forward if i == 0 else c.moe)
+
+    def rope_dim(self) -> int:
+        return self.config.attention.head_dim
+
+    @classmethod
+    def from_hf_config(cls, hf: dict) -> Config:
+        raise NotImplementedError("transformers has no such model")
+
+    def to_hf_config(self) -> dict:
+        return {"model_type": "toy_moe"}
 
 
 def on_meta(config: Decoder.Config) -> Decoder:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Record:
     mfu: float | None
     """Model FLOPs per second as a share of the device's peak."""
     validation_loss: float | None = None
+    experts: dict[str, float] = field(default_factory=dict)
+    """How evenly the experts were loaded, as `core.nn.balance.load_metrics` names it; each a key of the line."""
 
 
 class Metrics(Configurable):
@@ -89,8 +91,9 @@ class Metrics(Configurable):
         return step == 1 or step == last_step or step % self.config.log_freq == 0
 
     def write(self, record: Record) -> None:
-        values = asdict(record).items()
-        row = {name: value if value is None or math.isfinite(value) else None for name, value in values}
+        values: dict[str, Any] = asdict(record)
+        values |= values.pop("experts")
+        row = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         known = {name: value for name, value in row.items() if name != "step" and value is not None}
         if self._tensorboard is not None:

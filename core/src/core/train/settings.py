@@ -100,6 +100,8 @@ class Debug(Configurable.Config):
     """End with a traceback to the operation whose backward made the first NaN (slow)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient norm that is not finite does: end the run before the update, or leave the step out."""
+    moe_force_load_balance: bool = False
+    """Deal out tokens to experts in turn, whatever the router says: for measuring speed, not for learning."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.seed < 2**63:

@@ -17,6 +17,7 @@ from core.config.record import to_dict, to_json
 from core.data.loader import DataLoader
 from core.data.packing import Batch
 from core.data.tokenizer import Tokenizer
+from core.nn.balance import force_balance, load_metrics
 from core.nn.decoder import Decoder
 from core.nn.init import init_weights, materialise
 from core.nn.module import parameter_count, training_flops_per_token, weights
@@ -105,6 +106,8 @@ class Trainer(Configurable):
             self.model: Decoder = config.model.build()
         for block in self.model.layers.values():
             block.attention.kernel.check_trains_on(self.device)
+        if config.debug.moe_force_load_balance:
+            force_balance(self.model)
         check_names(config.activation_checkpoint, self.model)
         check_memory(estimate(self.model, config.model.vocab_size, config.training), self.device, config.training)
         self.loader = self._load("train")
@@ -244,6 +247,7 @@ class Trainer(Configurable):
             memory_gib=peak_memory(self.device) / GIB,
             mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak,
             validation_loss=validation_loss,
+            experts=dict(load_metrics(self.model)),
         )
         self.metrics.write(record)
         log.info(console_line(record, self.last_step, (self.last_step - step) * step_time_s))

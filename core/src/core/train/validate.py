@@ -48,7 +48,7 @@ class Validator(Configurable):
                 if stop():
                     return None
                 batch = self.loader.read(first, min(self.batch_size, self.rows - first))
-                total += self.objective(batch).item()
+                total += self.objective(batch).main.item()
                 count += valid_tokens([batch])
         finally:
             self.objective.model.train()

@@ -2,6 +2,7 @@
 
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
+from core.train.laptop import laptop_run
 from core.train.settings import Training
 from core.train.trainer import Trainer
 from core.train.validate import Validator
@@ -10,13 +11,7 @@ from llama3.model import size
 
 def llama3_debug() -> Trainer.Config:
     """A small Llama 3 that learns the standard library's text on a laptop's CPU in about two minutes."""
-    return Trainer.Config(
-        model=size("debug"),
-        training=Training(steps=400, seq_len=256, local_batch_size=8),
-        optimizer=Optimizer.Config(lr=4e-3),
-        lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
-        validator=Validator.Config(enable=True, freq=100, steps=16),
-    )
+    return laptop_run(size("debug"))
 
 
 def llama3_8b() -> Trainer.Config:

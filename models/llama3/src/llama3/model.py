@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from core.checkpoint.hf import checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
-from llama3.convert import HALVES, KEYS
+from llama3.hf import HALVES, KEYS
 
 
 class Llama3(Decoder):

@@ -2,21 +2,15 @@
 
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
+from core.train.laptop import laptop_run
 from core.train.settings import Training
 from core.train.trainer import Trainer
-from core.train.validate import Validator
 from qwen3.model import size
 
 
 def qwen3_debug() -> Trainer.Config:
     """A small Qwen3 that learns the standard library's text on a laptop's CPU in about two minutes."""
-    return Trainer.Config(
-        model=size("debug"),
-        training=Training(steps=400, seq_len=256, local_batch_size=8),
-        optimizer=Optimizer.Config(lr=4e-3),
-        lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
-        validator=Validator.Config(enable=True, freq=100, steps=16),
-    )
+    return laptop_run(size("debug"))
 
 
 def qwen3_0_6b() -> Trainer.Config:
@@ -68,4 +62,23 @@ def qwen3_32b() -> Trainer.Config:
     config = qwen3_14b()
     config.model = size("32B")
     config.training.local_batch_size = 2
+    return config
+
+
+def qwen3_moe_debug() -> Trainer.Config:
+    """A small Qwen3 with experts that learns the standard library's text on a laptop's CPU in about two minutes."""
+    return laptop_run(size("moe_debug"))
+
+
+def qwen3_30b_a3b() -> Trainer.Config:
+    """Qwen3 30B, of which a token uses 3B."""
+    config = qwen3_32b()
+    config.model = size("30B-A3B")
+    return config
+
+
+def qwen3_235b_a22b() -> Trainer.Config:
+    """Qwen3 235B, of which a token uses 22B."""
+    config = qwen3_30b_a3b()
+    config.model = size("235B-A22B")
     return config

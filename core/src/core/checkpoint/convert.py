@@ -1,0 +1,153 @@
+"""The command of every model package that turns weights of Hugging Face into ours, and back: python -m <model>.convert.
+
+Tensor by tensor: no more than the files that are written, one at a time, is in memory.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from core.checkpoint.export import dtypes, outputs
+from core.checkpoint.files import Output, write
+from core.checkpoint.hf import write_hf_config
+from core.checkpoint.layout import HFModel, hf_layout, own_layout
+from core.checkpoint.source import Source
+from core.checkpoint.weights import class_of, read_config
+from core.config.configurable import Configurable
+from core.config.errors import UserError, exit_plainly
+from core.config.record import from_dict, to_json
+from core.config.validate import validate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that go along with the weights."""
+
+
+class Family(Protocol):
+    """A class of models that Hugging Face's `config.json` can describe."""
+
+    @classmethod
+    def from_hf_config(cls, hf: dict) -> Configurable.Config: ...
+
+
+def main(families: Mapping[str, type[Family]], argv: Sequence[str] | None = None) -> None:
+    """The command line: from-hf SRC DST, or to-hf SRC DST. `families` has the package's models by their `model_type`.
+
+    A mistake of the user ends the program with code 2 and a line that says what to do; nothing stands at DST then.
+    """
+    parser = argparse.ArgumentParser(description=f"Convert weights of {', '.join(families)}, both ways.")
+    parser.add_argument("way", choices=("from-hf", "to-hf"), help="out of Hugging Face's form into ours, or back")
+    parser.add_argument("src", type=Path, help="the folder to read")
+    parser.add_argument("dst", type=Path, help="the folder to write; it must be empty or not exist")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="cast the weights (default: as stored; bfloat16 for fewer bits)"
+    )
+    parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
+    asked = parser.parse_args(argv)
+    with exit_plainly():
+        if not asked.shard_gib > 0:
+            raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
+        if asked.dst.exists() and not (asked.dst.is_dir() and not any(asked.dst.iterdir())):
+            raise UserError(f"{asked.dst} is there already: choose a folder that is empty or does not exist")
+        convert = from_hf if asked.way == "from-hf" else to_hf
+        convert(families, asked.src, asked.dst, dtype=DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
+
+
+def from_hf(
+    families: Mapping[str, type[Family]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+) -> None:
+    """Write the weights of a Hugging Face folder as a folder of ours."""
+    stated = read_config(src)
+    if stated.get("model_type") not in families:
+        found = f"model_type {stated['model_type']}" if "model_type" in stated else "no model_type"
+        raise UserError(f"{src}/config.json states {found}, not {' or '.join(families)}")
+    config = families[stated["model_type"]].from_hf_config(stated)
+    validate(config)
+    model = on_meta(config)
+    source, layout = Source(hf_layout(model), src), own_layout(model)
+    types = dtypes(model, layout, {name: source.dtype(name) for name in source.pieces}, dtype)
+    made = []
+    for name, kind in types.items():
+        shape = list(layout.weights[name].shape)
+        made.append(Output(name, shape, kind, partial(new, source, name, shape, kind)))
+    with whole(dst) as folder:
+        write(folder, made, shard_gib, say)
+        (folder / "config.json").write_text(to_json(config))
+        copy_companions(src, folder)
+
+
+def to_hf(
+    families: Mapping[str, type[Family]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+) -> None:
+    """Write the weights of a folder of ours as a Hugging Face folder."""
+    known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
+    if (found := class_of(src)) not in known:
+        raise UserError(f"{src} holds the weights of {found}, not of {' or '.join(sorted(known))}")
+    config = from_dict(read_config(src))
+    validate(config)
+    model = on_meta(config)
+    stated = model.to_hf_config()  # raises before a file is written
+    source, layout = Source(own_layout(model), src), hf_layout(model)
+    types = dtypes(model, layout, {name: source.dtype(name) for name in source.pieces if name in layout.places}, dtype)
+    for name in [name for name in source.pieces if name not in types]:
+        say(f"{name} has no place at Hugging Face: left out")
+    made = outputs(layout, types, source.read)
+    with whole(dst) as folder:
+        write(folder, made, shard_gib, say)
+        write_hf_config(stated, made, folder)
+        copy_companions(src, folder)
+
+
+def say(line: str) -> None:
+    """Print a line at once, wherever it goes."""
+    print(line, flush=True)
+
+
+def on_meta(config: Any) -> HFModel:
+    """The model without memory: names and shapes."""
+    with torch.device("meta"):
+        return cast(HFModel, config.build())
+
+
+def new(source: Source, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """The values of a weight of ours in new memory."""
+    return source.fill(name, torch.empty(shape, dtype=dtype))
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its name when the block ends well and is removed when it does not.
+
+    Raises `UserError` when something cannot be written.
+    """
+    growing = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
+    try:
+        growing.mkdir(parents=True)
+        yield growing
+        growing.replace(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+def copy_companions(src: Path, dst: Path) -> None:
+    """Copy the tokenizer and what else goes along with weights, where it is there."""
+    for name in COMPANIONS:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+            say(f"{name}: copied")

@@ -1,0 +1,158 @@
+"""Where each weight of a model stands in a folder, piece by piece: as Hugging Face has it, or under our own names."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from core.checkpoint.keys import Half, Place, Stacked, places_of
+
+
+class HFModel(Protocol):
+    """What a model must have to be read and written: its weights, and what its family says about Hugging Face."""
+
+    HF_KEYS: ClassVar[Mapping[str, Any]]
+    HF_HALVES: ClassVar[frozenset[str]]
+    HF_IGNORED: ClassVar[tuple[str, ...]]
+    HF_COPIES: ClassVar[Mapping[str, str]]
+    config: Any
+
+    def rope_dim(self) -> int: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def named_parameters(self, *, remove_duplicate: bool) -> Iterable[tuple[str, Tensor]]: ...
+
+    def to_hf_config(self) -> dict: ...
+
+
+class Piece(NamedTuple):
+    """A part of a weight of ours, and the part of a stored tensor that has its values."""
+
+    key: str
+    row: int | None = None
+    """Which row of our weight; None is all of it."""
+    stored_row: int | None = None
+    """Which row of the stored tensor; None is all of it."""
+    half: Half | None = None
+    transposed: bool = False
+    head_dim: int | None = None
+    """Our rows, head by head, are pairs (0, 1), (2, 3), ... and those there are halves."""
+
+    def view(self, stored: Tensor) -> Tensor:
+        """A view of the stored part that has our values in our order, if not in our shape."""
+        if self.transposed:
+            stored = stored.mT
+        if self.half is not None:
+            middle = stored.shape[0] // 2
+            rows = {"first": slice(middle), "second": slice(middle, None), "even": slice(0, None, 2)}
+            stored = stored[rows.get(self.half, slice(1, None, 2))]
+        if self.head_dim is not None:
+            stored = stored.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
+        return stored
+
+    def stored_shape(self, shape: Sequence[int]) -> list[int]:
+        """The shape of the stored tensor, for a weight of ours of this shape."""
+        part = list(shape if self.row is None else shape[1:])
+        if self.half is not None:
+            part[0] *= 2
+        if self.transposed:
+            part.reverse()
+        return part if self.stored_row is None else [shape[0], *part]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the weights of one model stand in a folder."""
+
+    owner: str
+    """Name of the model's class, for messages."""
+    weights: dict[str, Tensor]
+    """Our weights by name; of those that are one and the same only the first."""
+    places: dict[str, list[list[Piece]]]
+    """The pieces of each weight, in every place that it may have; the first is where it is written."""
+    optional: frozenset[str] = frozenset()
+    """Our weights that need not be there."""
+    repeats: dict[str, str] = field(default_factory=dict)
+    """Stored keys, with the weight of ours whose values they must have if they are there."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """The same for keys that are written, too."""
+    ignored: re.Pattern[str] | None = None
+    """Stored keys that are passed over."""
+
+    def keys(self) -> set[str]:
+        """All keys that may be stored."""
+        known = {piece.key for places in self.places.values() for pieces in places for piece in pieces}
+        return known | self.repeats.keys() | self.copies.keys()
+
+    def ignores(self, key: str) -> bool:
+        """Whether a stored key is passed over."""
+        return self.ignored is not None and self.ignored.fullmatch(key) is not None
+
+
+def own_layout(model: HFModel) -> Layout:
+    """Under our own names; a weight without a place at Hugging Face may be missing."""
+    weights, tied = untied(model)
+    return Layout(
+        owner=type(model).__name__,
+        weights=weights,
+        places={name: [[Piece(name)]] for name in weights},
+        optional=frozenset(name for name in weights if model.HF_KEYS[pattern_of(name)[0]] is None),
+        repeats=tied,
+    )
+
+
+def hf_layout(model: HFModel) -> Layout:
+    """As Hugging Face has it, by the key table of the model; raises `KeyError` for a weight that is not in it."""
+    weights, tied = untied(model)
+    places = {}
+    for name, weight in weights.items():
+        pattern, number = pattern_of(name)
+        head_dim = model.rope_dim() if pattern in model.HF_HALVES else None
+        if found := places_of(model.HF_KEYS[pattern]):
+            places[name] = [pieces(place, number, len(weight), head_dim) for place in found]
+    numbers = sorted({pattern_of(found[0][0].key)[1] for found in places.values()} - {""})
+    behind = [number for number in numbers if int(number) >= model.config.n_layers]
+    return Layout(
+        owner=type(model).__name__,
+        weights={name: weights[name] for name in places},
+        places=places,
+        repeats={str(model.HF_KEYS[name]): source for name, source in tied.items()},
+        copies={
+            k.replace("{n_layers+i}", i): tied.get(name, name) for k, name in model.HF_COPIES.items() for i in behind
+        },
+        ignored=re.compile("|".join(ignored(template, numbers) for template in model.HF_IGNORED)),
+    )
+
+
+def untied(model: HFModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a model by name, and the further names of a tied weight with its first name."""
+    first: dict[Tensor, str] = {}
+    names = ((name, first.setdefault(weight, name)) for name, weight in model.named_parameters(remove_duplicate=False))
+    tied = {name: source for name, source in names if name != source}
+    return {name: weight for name, weight in model.state_dict().items() if name not in tied}, tied
+
+
+def pattern_of(name: str) -> tuple[str, str]:
+    """A name as a key table has it, with `{i}` for the number of the block, and that number; "" where there is none."""
+    number = re.search(r"\.(\d+)\.", name)
+    return (name, "") if number is None else (name[: number.start(1)] + "{i}" + name[number.end(1) :], number[1])
+
+
+def pieces(place: Place, number: str, n_rows: int, head_dim: int | None = None) -> list[Piece]:
+    """The pieces of a weight of ours in this place."""
+    key = (place if isinstance(place, str) else place.key).replace("{i}", number)
+    if isinstance(place, Stacked):
+        return [Piece(key, row, row, place.half, place.transposed) for row in range(n_rows)]
+    if "{e}" in key:
+        return [Piece(key.replace("{e}", str(row)), row) for row in range(n_rows)]
+    return [Piece(key, head_dim=head_dim)]
+
+
+def ignored(template: str, numbers: list[str]) -> str:
+    """The regular expression of keys that a model passes over: `*` is anything, `{i}` the number of a block,
+    `{n_layers+i}` that of a block that the model, which has these `numbers`, does not have."""
+    meanings = {"{i}": r"\d+", "{n_layers+i}": rf"(?!(?:{'|'.join(numbers)})\.)\d+", "*": ".*"}
+    return "".join(meanings.get(part) or re.escape(part) for part in re.split(r"(\{[^}]*\}|\*)", template))

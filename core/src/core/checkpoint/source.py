@@ -1,0 +1,101 @@
+"""The weights of a model in a folder: checked to be all there before any is read, and read piece by piece."""
+
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.checkpoint.files import Folder
+from core.checkpoint.layout import Layout, Piece
+from core.checkpoint.quantised import Stored, stored_weights
+from core.config.errors import UserError
+
+MOST = 30
+"""So many problems are listed."""
+
+
+class Source:
+    """The weights of a model in a folder, which was found to hold them all, whatever the types they are stored in.
+
+    Raises one `UserError` that names files and keys: what is missing, unknown, wrongly shaped, given in two forms,
+    stored in few bits without its scales, or tied in the model and not equal here.
+    """
+
+    def __init__(self, layout: Layout, path: str | Path) -> None:
+        self.layout = layout
+        self.folder = Folder(path)
+        headers = {key: header for key, header in self.folder.headers.items() if not layout.ignores(key)}
+        self.stored = stored_weights(headers)
+        problems: list[str] = []
+        self.pieces: dict[str, list[Piece]] = {}
+        """Where each of our weights stands; those that need not be there may be missing."""
+        for name, places in layout.places.items():
+            problems += self._choose(name, places)
+        known = layout.keys()
+        unknown = (stored for key, stored in self.stored.items() if key not in known)
+        problems += [f"{self._file(stored)}: {stored.keys[0]} is unknown to {layout.owner}" for stored in unknown]
+        if not problems:
+            problems = self._unequal()
+        if problems:
+            lines = sorted(set(problems))
+            if len(lines) > MOST:
+                lines[MOST:] = [f"and {len(lines) - MOST} more"]
+            raise UserError("\n  ".join([f"{path} does not fit the model:", *lines]))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that holds what is stored of a weight of ours; bfloat16 for fewer bits."""
+        return reduce(torch.promote_types, {self.stored[piece.key].dtype for piece in self.pieces[name]})
+
+    def read(self, key: str, row: int | None = None) -> Tensor:
+        """A stored weight, or one row of it, decoded."""
+        stored = self.stored[key]
+        return stored.decode(*(self.folder.read(part, row) for part in stored.keys))
+
+    @torch.no_grad()
+    def fill(self, name: str, weight: Tensor) -> Tensor:
+        """Copy the stored values of a weight of ours into `weight`, cast to its type."""
+        for piece in self.pieces[name]:
+            values = piece.view(self.read(piece.key, piece.stored_row))
+            part = weight if piece.row is None else weight[piece.row]
+            part.view(values.shape).copy_(values)
+        return weight
+
+    def _choose(self, name: str, places: list[list[Piece]]) -> list[str]:
+        """Settle where a weight of ours stands; gives what is wrong with it."""
+        given = [pieces for pieces in places if any(piece.key in self.stored for piece in pieces)]
+        if len(given) > 1:
+            twice = [next(piece.key for piece in pieces if piece.key in self.stored) for pieces in given]
+            return [f"{name} is given twice: " + ", ".join(f"{self._file(self.stored[key])}: {key}" for key in twice)]
+        if not given and name in self.layout.optional:
+            return []
+        self.pieces[name] = (given or places)[0]
+        missing = list(dict.fromkeys(piece.key for piece in self.pieces[name] if piece.key not in self.stored))
+        if missing:
+            more = f", and {len(missing) - 1} more that make up {name}" if len(missing) > 1 else ""
+            return [f"{missing[0]} is missing{more}"]
+        problems = []
+        for piece in self.pieces[name]:
+            wanted, stored = piece.stored_shape(self.layout.weights[name].shape), self.stored[piece.key]
+            if stored.problem:
+                problems.append(f"{self._file(stored)}: {stored.keys[0]} {stored.problem}")
+            elif stored.shape != wanted:
+                shapes = f"has shape {stored.shape}, the model wants {wanted}"
+                problems.append(f"{self._file(stored)}: {piece.key} {shapes}")
+        return problems
+
+    def _unequal(self) -> list[str]:
+        """Repeated keys whose values are not those of the weight that they repeat."""
+        problems = []
+        for key, name in (self.layout.repeats | self.layout.copies).items():
+            if key not in self.stored:
+                continue
+            source = self.pieces[name][0].key
+            values = self.read(source)
+            if not torch.equal(self.read(key).to(values.dtype), values):
+                message = f"{key} differs from {source}, which the model ties it to"
+                problems.append(f"{self._file(self.stored[key])}: {message}")
+        return problems
+
+    def _file(self, stored: Stored) -> str:
+        return self.folder.headers[stored.keys[0]].file.name

@@ -1,0 +1,73 @@
+"""Weights in a folder of ours: `config.json`, which names the model's class, and safetensors under our own names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.checkpoint.hf import load_by, load_hf, save_by
+from core.checkpoint.layout import HFModel, own_layout
+from core.config.errors import UserError
+from core.config.record import to_json
+
+
+def load(model: HFModel, folder: str | Path) -> None:
+    """Copy the weights of a folder, ours or Hugging Face's, into `model`; `config.json` says which it is.
+
+    Raises `UserError`, before a single weight is changed, when the folder is neither, or does not fit the model.
+    """
+    stated = read_config(folder)
+    if "model_type" in stated:
+        load_hf(model, folder)
+    else:
+        load_weights(model, folder)
+
+
+def load_weights(model: HFModel, folder: str | Path) -> None:
+    """Copy the weights of a folder that `save_weights` or `python -m <model>.convert from-hf` wrote into `model`.
+
+    Raises `UserError`, before a single weight is changed, when it is no such folder or does not fit the model.
+    """
+    ours = f"{type(model).__module__}:{type(model).__qualname__}"
+    if (found := class_of(folder)) != ours:
+        raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
+    load_by(own_layout(model), folder)
+
+
+def save_weights(
+    model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0
+) -> None:
+    """Write `model` as a folder of ours. `dtype` casts the weights, but not the buffers.
+
+    A tied head is left out. Raises `UserError` when `folder` already holds weights.
+    """
+    save_by(model, own_layout(model), folder, dtype, shard_gib)
+    (Path(folder) / "config.json").write_text(to_json(model.config))
+
+
+def class_of(folder: str | Path) -> str:
+    """The class of the model whose weights a folder of ours holds, as "module:Class".
+
+    Raises `UserError` for a folder of another kind: that of a run has a `config.json`, but no weights.
+    """
+    stated = read_config(folder)
+    if "class" not in stated:
+        raise UserError(f"{folder}/config.json states no class: this is no folder of our weights")
+    if not any(Path(folder).glob("*.safetensors*")):
+        raise UserError(f"{folder} has no weights, just the config.json of {stated['class']}")
+    return str(stated["class"])
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What stands in a folder's `config.json`. Raises `UserError` when there is none."""
+    file = Path(folder) / "config.json"
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(stated, dict):
+        raise UserError(f"{file} is no JSON object")
+    return stated

@@ -1,0 +1,95 @@
+"""What a model has computed of a text, kept, so that one token more costs one token.
+
+Letters: B rows, L length of what is new, M length of all so far, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from core.nn.decoder import Decoder
+from core.nn.kernel import Keys, Where
+
+
+class Memory:
+    """The key side of one attention: a hook for its `Keys` that adds what is new and gives all so far.
+
+    Each side (B, L, ...) lies in a buffer with room for `capacity` tokens in a row.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.sides: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self.sides:
+            self.sides = [side.new_empty(len(side), self.capacity, *side.shape[2:]) for side in new]
+        start, self.length = self.length, self.length + new[0].shape[1]
+        for kept, side in zip(self.sides, new, strict=True):
+            kept[:, start : self.length] = side
+        return tuple(kept[:, : self.length] for kept in self.sides)
+
+
+class CachedDecoder:
+    """A model that reads a batch of texts piece by piece: inside `with`, a call takes the tokens (B, L) that follow in
+    each row, and gives the logits (B, V) of the token after them, as the model gives them for the whole row.
+
+    Row b begins with `n_pads[b]` tokens that are no text. They are another document, so no token of the text sees them,
+    and positions count from the text:
+
+        n_pads 2, 0      tokens  . . a b | c        positions  -2 -1 0 1 | 2
+                                 d e f g | h                    0  1 2 3 | 4
+
+    All keys are kept, also those that a window has left behind: the mask hides them.
+    """
+
+    def __init__(self, model: Decoder, *, n_pads: Sequence[int], capacity: int) -> None:
+        assert not model.training, "a model in training predicts further tokens and counts its experts' loads"
+        self.model, self.capacity = model, capacity
+        self.length = 0
+        device = next(model.parameters()).device
+        self.n_pads_B1 = torch.tensor(n_pads, device=device)[:, None] if any(n_pads) else None
+        self.index_1M = torch.arange(capacity, device=device)[None]
+        self.hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "CachedDecoder":
+        assert self.model.output is not None, "a stage of a pipeline gives no logits"
+        for module in self.model.modules():
+            if isinstance(module, Keys):
+                self.hooks.append(module.register_forward_hook(Memory(self.capacity)))
+        self.hooks.append(self.model.output.register_forward_pre_hook(_last_token))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def __call__(self, tokens_BL: Tensor) -> Tensor:
+        assert self.hooks, "the cache lives inside `with`"
+        where = self.where(tokens_BL.shape[1])
+        logits_B1V = self.model(tokens_BL, where)
+        self.length += tokens_BL.shape[1]
+        return logits_B1V[:, 0]
+
+    def where(self, n: int) -> Where:
+        """Where the next `n` tokens of each row stand, and all keys up to them."""
+        assert self.length + n <= self.capacity, f"{self.length + n} tokens, there is room for {self.capacity}"
+        index_1M = self.index_1M[:, : self.length + n]
+        position_BM, document_BM = index_1M, None
+        if self.n_pads_B1 is not None:
+            position_BM = index_1M - self.n_pads_B1
+            document_BM = (index_1M < self.n_pads_B1).long()
+        if self.length == 0:
+            return Where(position_BM, document_BM)
+        new = slice(self.length, None)
+        document_BL = None if document_BM is None else document_BM[:, new]
+        return Where(position_BM[:, new], document_BL, index_1M[:, new], index_1M, document_BM)
+
+
+def _last_token(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+    """In front of the head: the logits of no other token are wanted."""
+    return (inputs[0][:, -1:],)

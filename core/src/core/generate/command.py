@@ -1,0 +1,244 @@
+"""The command line of generation: `python -m <model>.generate`."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from textwrap import shorten
+from types import ModuleType
+
+import torch
+
+from core.checkpoint.weights import load
+from core.config import cli
+from core.config.configurable import Configurable
+from core.config.errors import UserError, exit_plainly
+from core.data.tokenizer import Tokenizer
+from core.generate.generate import Completion, generate
+from core.generate.sample import Sampler
+from core.generate.text import Continuation
+from core.nn.decoder import Decoder
+from core.nn.init import materialise
+from core.nn.module import parameter_count
+from core.runtime.device import GIB, describe, free_memory, select_device
+
+USAGE = """\
+usage: {program} --config NAME|FILE.json --checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]
+
+  --config NAME|FILE.json   the recipe that the weights were trained with, or the config.json of its run
+  --checkpoint FOLDER       the weights: a Hugging Face folder, or one of ours
+  --prompt TEXT             a beginning; several are continued as one batch
+  --help                    this text; with --config all settings
+
+The text goes to standard output, all else to standard error.
+recipes: {recipes}"""
+
+
+def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
+    """Continue prompts with a model of one of the recipes in `configs`; mistakes of the user end as in training."""
+    with exit_plainly():
+        own, settings = cli.own_flags(cli.split(argv), {"config": 1, "help": 0, "print_config": 0})
+        usage = USAGE.format(program=cli.program(), recipes=", ".join(cli.recipes(configs)))
+        if "config" not in own:
+            cli.show(usage)
+            if "help" not in own:
+                raise UserError("choose a recipe: --config NAME")
+            return
+        recipe = cli.load(own["config"], configs)
+        model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
+        if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):
+            raise UserError(f"{own['config']} states no model and no tokenizer: it is not the configuration of a run")
+        config = Generation.Config(model=model, tokenizer=tokenizer)
+        prompts, settings = prompts_among(settings)
+        config.prompt = prompts
+        cli.settle_and_run(config, usage, own, settings)
+
+
+def prompts_among(flags: Sequence[cli.Flag]) -> tuple[list[str], list[cli.Flag]]:
+    """The texts of all --prompt, and the other options. Raises `UserError` for one that is not one text."""
+    prompts, others = [], []
+    for flag, words in flags:
+        if cli.plain(flag) != "prompt":
+            others.append((flag, words))
+        elif len(words) == 1:
+            prompts += words
+        else:
+            raise UserError(f'{flag} takes one text, got {len(words)} words: write {flag} "{" ".join(words) or "..."}"')
+    return prompts, others
+
+
+class Generation(Configurable):
+    """Text that a model writes after prompts."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        checkpoint: str | None = None
+        """Folder of the weights: a Hugging Face folder, or one of ours."""
+        prompt: list[str] = field(default_factory=list)
+        """Beginnings of texts; on the command line one for each --prompt."""
+        prompt_file: str | None = None
+        """A UTF-8 file whose text is one prompt more; a line end at its end does not count."""
+        max_new_tokens: int = 128
+        """Tokens that follow a prompt at most."""
+        temperature: float = 1.0
+        """Logits are divided by this; 0 always takes the likeliest token."""
+        top_k: int | None = None
+        """Choose from so many likeliest tokens only."""
+        top_p: float = 1.0
+        """Choose from the likeliest tokens only whose probabilities reach this sum."""
+        seed: int = 0
+        """Starts the draws of the first prompt, seed + 1 those of the second, and so on."""
+        device: str = "auto"
+        """auto (the accelerator, or else the CPU), cpu, or cuda."""
+        model: Decoder.Config
+        """The model and its sizes."""
+        tokenizer: Tokenizer.Config
+        """How text becomes token ids; without a path the tokenizer of the checkpoint, if there is one in its folder."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if self.checkpoint is None:
+                yield "checkpoint", "no weights: give their folder, --checkpoint FOLDER"
+            if not self.prompt and self.prompt_file is None:
+                yield "prompt", 'nothing to continue: give --prompt "..." or --prompt-file FILE'
+            if self.max_new_tokens < 1:
+                yield "max_new_tokens", f"max_new_tokens {self.max_new_tokens} must be at least 1"
+            if not 0 <= self.temperature < float("inf"):
+                yield "temperature", f"temperature {self.temperature} must be finite and not negative; 0 is greedy"
+            if self.top_k is not None and self.top_k < 1:
+                yield "top_k", f"top_k {self.top_k} must be at least 1, or None for all tokens"
+            if not 0 < self.top_p <= 1:
+                yield "top_p", f"top_p {self.top_p} must be above 0 and at most 1"
+            if not 0 <= self.seed < 2**63:
+                yield "seed", f"seed {self.seed} must be from 0 to 2^63 - 1"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.checkpoint or "").expanduser()
+        if not self.folder.is_dir():
+            raise UserError(f"there is no folder {self.folder}: --checkpoint names one with config.json and weights")
+        self.device = select_device(config.device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.own_tokenizer = tokenizer_in(self.folder) if config.tokenizer.path is None else None
+        self.tokenizer: Tokenizer = replace(config.tokenizer, path=self.own_tokenizer or config.tokenizer.path).build()
+        if self.tokenizer.vocab_size > (n := config.model.vocab_size):
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size:,} tokens, model.vocab_size is {n:,}: "
+                "they do not belong together; choose the model's own with --tokenizer.path"
+            )
+        self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
+        self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
+        self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
+        self.model = self.load_model()
+
+    def encode(self, text: str, number: int) -> list[int]:
+        """The ids of a prompt, as of the beginning of a document."""
+        before = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = before + self.tokenizer.encode(text)
+        if not ids:
+            raise UserError(f"prompt {number} has no tokens, and this tokenizer none to begin with: write something")
+        if len(ids) >= (limit := self.config.model.max_seq_len):
+            raise UserError(
+                f"prompt {number} has {len(ids):,} tokens, with model.max_seq_len {limit:,} it may have {limit - 1:,}: "
+                "shorten it"
+            )
+        return ids
+
+    def load_model(self) -> Decoder:
+        """The model with the weights of the checkpoint. Raises `UserError` where they do not fit it or the memory."""
+        with torch.device("meta"):
+            model: Decoder = self.config.model.build()
+        n_bytes = sum(weight.numel() for weight in model.parameters()) * self.dtype.itemsize
+        free = free_memory(self.device)
+        if free is not None and n_bytes > free:
+            raise UserError(
+                f"the weights take {n_bytes / GIB:.1f} GiB in {type_name(self.dtype)}, {self.device} has "
+                f"{free / GIB:.1f} GiB left: choose a smaller model or another device"
+            )
+        materialise(model, self.device, self.dtype)
+        load(model, self.folder)
+        return model.eval()
+
+    def run(self) -> None:
+        """Print the one continuation as it comes, or each of several when it ends."""
+        for line in self.summary():
+            note(line)
+        started = time.perf_counter()
+        try:
+            completions = self.write()
+        except BrokenPipeError:  # the reader has left, as `head` does
+            sys.stdout = open(os.devnull, "w")
+            return
+        seconds = time.perf_counter() - started
+        for line in self.limits_met(completions):
+            note(line)
+        n_tokens = sum(len(completion.ids) for completion in completions)
+        note(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s")
+
+    def write(self) -> list[Completion]:
+        """Generate, and print to standard output."""
+        c = self.config
+        streams = [Continuation(self.tokenizer, ids) for ids in self.prompts]
+        texts = ["" for _ in self.prompts]
+
+        def emit(row: int, token: int | None) -> None:
+            ended = token is None
+            piece = streams[row].finish() + "\n" if ended else streams[row].add(token)
+            if len(texts) > 1:
+                texts[row] += piece
+                piece = f"[{row + 1}] {shorten(self.texts[row], 100)}\n{texts[row]}\n" if ended else ""
+            if piece:
+                print(piece, end="", flush=True)
+
+        sampler = Sampler(len(texts), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed)
+        return generate(
+            self.model,
+            self.prompts,
+            sampler,
+            limits=self.limits,
+            n_tokens=self.tokenizer.vocab_size,
+            eos_id=self.tokenizer.eos_id,
+            emit=emit,
+        )
+
+    def summary(self) -> list[str]:
+        """Which tokenizer, which model, where."""
+        own = ", that of the checkpoint" if self.own_tokenizer else ""
+        model = f"{type(self.model).__name__} of {parameter_count(self.model):,} parameters from {self.folder}"
+        return [
+            f"tokenizer  {self.tokenizer.description}{own}",
+            f"model      {model}, {type_name(self.dtype)} on {describe(self.device)}",
+        ]
+
+    def limits_met(self, completions: list[Completion]) -> Iterator[str]:
+        """What the end of the model's positions cut off."""
+        for number, (completion, limit) in enumerate(zip(completions, self.limits, strict=True), start=1):
+            if not completion.ended and limit < self.config.max_new_tokens:
+                yield (
+                    f"prompt {number} ended after {limit:,} of {self.config.max_new_tokens:,} tokens, "
+                    f"at model.max_seq_len {self.config.model.max_seq_len:,}"
+                )
+
+
+def tokenizer_in(folder: Path) -> str | None:
+    """The file of the tokenizer in the folder of a checkpoint, if there is one."""
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+    return next((str(file) for file in files if file.is_file()), None)
+
+
+def read_prompt(file: str) -> str:
+    """The text of a file, without the line end at its end. Raises `UserError` where it cannot be read as UTF-8."""
+    try:
+        return Path(file).expanduser().read_bytes().decode().removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt in {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def note(line: str) -> None:
+    """Say something that is not the text."""
+    print(line, file=sys.stderr, flush=True)

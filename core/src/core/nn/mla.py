@@ -1,0 +1,114 @@
+"""Multi-head latent attention.
+
+Letters: B rows, L length, M length of the keys, D width, N heads, Q width of the queries' latent, C width of the keys'
+and values' latent, P rotated width of a head, S other width of a head, V width of a value.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.config.configurable import Configurable
+from core.nn.init import Scale
+from core.nn.kernel import KERNELS, Keys, Mask
+from core.nn.layers import Linear, RMSNorm
+from core.nn.module import Flops, Module
+from core.nn.rope import Rotation
+
+LATENT_NORM_EPS = 1e-6
+"""Added to the mean square in the norms of the latents, whatever the model's other norms add (as published)."""
+
+
+class MLA(Module, Configurable):
+    """Causal self-attention whose keys and values are drawn from one narrow latent per token (arXiv:2405.04434, 2.1).
+
+    Position enters through a separate part of each head, which all heads share on the key side:
+
+        latent_C, k_P = split(wkv_a x)    k_S, v_V = split(wkv_b norm(latent))    k = [k_S, rotate(k_P)]
+    """
+
+    AXES = {
+        "wq": ("heads", "embed"),
+        "wq_a": ("lora", "embed"),
+        "q_norm": ("lora",),
+        "wq_b": ("heads", "lora"),
+        "wkv_a": ("lora", "embed"),
+        "kv_norm": ("lora",),
+        "wkv_b": ("heads", "lora"),
+        "wo": ("embed", "heads"),
+    }
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        n_heads: int
+        """Number of heads."""
+        q_lora_rank: int | None
+        """Width of the latent that queries are drawn from; None draws them from the residual stream."""
+        kv_lora_rank: int
+        """Width of the latent that keys and values are drawn from."""
+        qk_nope_head_dim: int
+        """Width of the part of a query or key that knows no position."""
+        qk_rope_head_dim: int
+        """Width of the rotated part."""
+        v_head_dim: int
+        """Width of a value."""
+        backend: Literal["sdpa", "flex"] = "sdpa"
+        """Attention kernel: PyTorch's scaled_dot_product_attention, or flex_attention (training needs a GPU)."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+                if getattr(self, name) < 1:
+                    yield name, f"{name} {getattr(self, name)} must be at least 1"
+            if self.q_lora_rank is not None and self.q_lora_rank < 1:
+                yield "q_lora_rank", f"q_lora_rank {self.q_lora_rank} must be at least 1, or None"
+            if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
+                yield (
+                    "qk_rope_head_dim",
+                    f"qk_rope_head_dim {self.qk_rope_head_dim} must be even: rotary embedding turns pairs",
+                )
+
+        @property
+        def qk_head_dim(self) -> int:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def __init__(self, config: Config, *, dim: int, norm_eps: float, scale: Scale, temperature: float) -> None:
+        """`temperature` squared multiplies logits: what YaRN leaves to attention (arXiv:2309.00071, section 3.4)."""
+        del norm_eps
+        super().__init__()
+        self.config = c = config
+        q_dim = c.n_heads * c.qk_head_dim
+        if c.q_lora_rank is None:
+            self.wq = Linear(dim, q_dim, std=scale.std)
+        else:
+            self.wq_a = Linear(dim, c.q_lora_rank, std=scale.std)
+            self.q_norm = RMSNorm(c.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.wq_b = Linear(c.q_lora_rank, q_dim, std=scale.std)
+        self.wkv_a = Linear(dim, c.kv_lora_rank + c.qk_rope_head_dim, std=scale.std)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim), std=scale.std)
+        self.wo = Linear(c.n_heads * c.v_head_dim, dim, std=scale.residual)
+        self.softmax_scale = c.qk_head_dim**-0.5 * temperature**2
+        self.keys = Keys()
+        self.kernel = KERNELS[c.backend]()
+
+    def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
+        c = self.config
+        q_BLZ = self.wq(x_BLD) if c.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x_BLD)))
+        q_BLNZ = q_BLZ.unflatten(-1, (-1, c.qk_head_dim))
+        q_BLNS, q_BLNP = q_BLNZ.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+        latent_BLC, k_BLP = self.wkv_a(x_BLD).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+        latent_BMC, k_BM1P = self.keys(self.kv_norm(latent_BLC), rotation(k_BLP.unsqueeze(2)))
+        kv_BMNZ = self.wkv_b(latent_BMC).unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))
+        k_BMNS, v_BMNV = kv_BMNZ.split((c.qk_nope_head_dim, c.v_head_dim), -1)
+        q_BLNZ = torch.cat((q_BLNS, rotation(q_BLNP)), -1)
+        k_BMNZ = torch.cat((k_BMNS, k_BM1P.expand(-1, -1, k_BMNS.shape[2], -1)), -1)
+        q_BNLZ, k_BNMZ, v_BNMV = (side.transpose(1, 2) for side in (q_BLNZ, k_BMNZ, v_BMNV))
+        o_BNLV = self.kernel(q_BNLZ, k_BNMZ, v_BNMV, mask, scale=self.softmax_scale)
+        return self.wo(o_BNLV.transpose(1, 2).flatten(-2))
+
+    def flops_per_token(self, seq_len: int) -> Flops:
+        c = self.config
+        return Flops(attention=2 * c.n_heads * (c.qk_head_dim + c.v_head_dim) * seq_len)

@@ -1,0 +1,79 @@
+"""What the key table of every model must pass; part of `core.testing.model_suite`."""
+
+import json
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from core.checkpoint.convert import main
+from core.checkpoint.hf import load_hf
+from core.checkpoint.layout import hf_layout, pattern_of
+from core.checkpoint.weights import load
+from core.nn.decoder import Decoder
+from core.testing.toy import on_cpu, on_meta, randomise
+
+
+class KeySuite:
+    """The tests of a key table."""
+
+    decoder: ClassVar[type[Decoder]]
+    """The model."""
+    sizes: ClassVar[dict[str, Decoder.Config]]
+    """Every size by name."""
+    hf_model: ClassVar[Any]
+    """The class of transformers that computes the same."""
+    hf_configs: ClassVar[dict[str, Any]]
+    """Configurations of transformers by name: tiny models that differ in whatever the family may differ in."""
+
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    def test_key_table_is_a_bijection(self, size: str, tied: bool) -> None:
+        """Of every stored tensor all rows, and of each row both halves, are in exactly one weight of ours."""
+        layout = hf_layout(on_meta(replace(self.sizes[size], tie_embeddings=tied)))
+        stored: dict[str, Counter[tuple]] = {}
+        shapes: dict[str, list[int]] = {}
+        for name, weight in layout.weights.items():
+            for piece in layout.places[name][0]:
+                stored.setdefault(piece.key, Counter())[piece.stored_row, piece.half] += 1
+                shape = piece.stored_shape(weight.shape)
+                assert shapes.setdefault(piece.key, shape) == shape, f"{piece.key}: {shapes[piece.key]} or {shape}"
+        for key, parts in stored.items():
+            halves = {half for _, half in parts}
+            assert halves in ({None}, {"first", "second"}, {"even", "odd"}), f"{key}: {halves}"
+            n_rows = 1 if (None, None) in parts else shapes[key][0]
+            assert set(parts.values()) == {1} and len(parts) == n_rows * len(halves), f"{key}: {parts}"
+
+    def test_every_entry_of_the_key_table_is_used(self) -> None:
+        table = self.decoder.HF_KEYS
+        configs = [*self.sizes.values(), *map(self.tiny_config, self.hf_configs)]
+        if any(name.startswith("ahead.") for name in table):
+            configs.append(replace(configs[0], n_mtp_layers=1))
+        used = {pattern_of(name)[0] for config in configs for name in on_meta(config).state_dict()}
+        needed = {name for name, place in table.items() if place is not None}
+        assert needed <= used <= table.keys(), f"entries for no weight: {needed - used}"
+
+    def test_converts_there_and_back(self, tiny: str, tmp_path: Path) -> None:
+        """The command reads what transformers wrote as `load_hf` does, and writes the same bytes again."""
+        there, here, back = tmp_path / "there", tmp_path / "here", tmp_path / "back"
+        theirs = self.hf_model(deepcopy(self.hf_configs[tiny]))
+        randomise(theirs, seed=7)
+        theirs.save_pretrained(there)
+        stated = json.loads((there / "config.json").read_text())
+        families = {stated["model_type"]: self.decoder}
+        main(families, ["from-hf", str(there), str(here)])
+        config = self.decoder.from_hf_config(stated)
+        expected, found = on_cpu(config), on_cpu(config)
+        load_hf(expected, there)
+        load(found, here)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value), name
+        main(families, ["to-hf", str(here), str(back)])
+        assert (back / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+
+    def tiny_config(self, tiny: str) -> Decoder.Config:
+        """Our configuration of one of `hf_configs`."""
+        return self.decoder.from_hf_config(self.hf_configs[tiny].to_dict())

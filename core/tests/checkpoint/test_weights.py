@@ -1,0 +1,112 @@
+"""Folders of our own: what is written can be read, and a folder of another kind is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.checkpoint.hf import save_hf
+from core.checkpoint.weights import load, load_weights, save_weights
+from core.config.errors import UserError
+from core.config.record import from_json
+from core.nn.decoder import Decoder
+from core.testing.toy import Toy, on_cpu, randomise
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Other(Toy):
+    """Another decoder with the same weights."""
+
+
+def drawn(config: Decoder.Config, seed: int = 1) -> Decoder:
+    model = on_cpu(config)
+    randomise(model, seed)
+    return model
+
+
+def assert_same(model: Decoder, other: Decoder) -> None:
+    found, expected = model.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_gib", [5.0, 4000 / 2**30])
+def test_what_is_written_can_be_read(tmp_path: Path, tied: bool, shard_gib: float) -> None:
+    model = drawn(Toy.Config(tie_embeddings=tied))
+    save_weights(model, tmp_path, shard_gib=shard_gib)
+    assert from_json((tmp_path / "config.json").read_text()) == model.config
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (tmp_path / INDEX).exists() == (len(files) > 1) == (shard_gib < 1)
+    stored = {name: value for file in files for name, value in load_file(file).items()}
+    assert stored.keys() == model.state_dict().keys() - ({"output.weight"} if tied else set())
+    for read in (load_weights, load):
+        other = drawn(Toy.Config(tie_embeddings=tied), seed=9)
+        read(other, tmp_path)
+        assert_same(other, model)
+
+
+def test_weights_are_cast(tmp_path: Path) -> None:
+    model = drawn(Toy.Config())
+    save_weights(model, tmp_path, dtype=torch.bfloat16)
+    for name, value in load_file(tmp_path / SINGLE).items():
+        assert torch.equal(value, model.state_dict()[name].bfloat16()), name
+
+
+def test_either_kind_of_folder_is_recognised(tmp_path: Path) -> None:
+    model, other = drawn(Toy.Config()), drawn(Toy.Config(), seed=9)
+    save_hf(model, tmp_path)
+    load(other, tmp_path)
+    assert_same(other, model)
+
+
+def refused(folder: Path, message: str) -> None:
+    model, before = drawn(Toy.Config(), seed=9), drawn(Toy.Config(), seed=9)
+    for read in (load, load_weights):
+        with pytest.raises(UserError, match=message):
+            read(model, folder)
+        assert_same(model, before)
+
+
+def test_a_folder_that_holds_no_weights(tmp_path: Path) -> None:
+    refused(tmp_path, "config.json cannot be read: No such file")
+    for text, message in {
+        "{": "config.json is not JSON",
+        "[]": "config.json is no JSON object",
+        "{}": "states no class: this is no folder of our weights",
+        '{"class": "core.train.trainer:Trainer"}': "has no weights, just the config.json of core.train.trainer:Trainer",
+    }.items():
+        (tmp_path / "config.json").write_text(text)
+        refused(tmp_path, message)
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    save_weights(drawn(Other.Config()), tmp_path)
+    refused(tmp_path, r"holds the weights of test_weights:Other, not of core.testing.toy:Toy")
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    save_weights(drawn(Toy.Config()), tmp_path)
+    stored = load_file(tmp_path / SINGLE)
+    del stored["norm.weight"]
+    save_file(stored | {"extra": torch.ones(1), "output.weight": torch.ones(3, 2)}, tmp_path / SINGLE)
+    refused(
+        tmp_path,
+        rf"{SINGLE}: extra is unknown to Toy\n"
+        rf"  {SINGLE}: output.weight has shape \[3, 2\], the model wants \[64, 16\]\n"
+        r"  norm.weight is missing",
+    )
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    model = drawn(Toy.Config())
+    save_weights(model, tmp_path)
+    with pytest.raises(UserError, match="already holds safetensors files: choose another folder"):
+        save_weights(drawn(Toy.Config(), seed=9), tmp_path)
+    load(model, tmp_path)
+    assert_same(model, drawn(Toy.Config()))
+    assert json.loads((tmp_path / "config.json").read_text())["class"] == "core.testing.toy:Toy"

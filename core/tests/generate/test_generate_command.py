@@ -1,0 +1,371 @@
+"""python -m <model>.generate: from a folder of weights to text on standard output."""
+
+import importlib.resources
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import toy_recipes
+from torch import Tensor
+
+from core.checkpoint.hf import save_hf
+from core.checkpoint.weights import save_weights
+from core.config.configurable import field_names
+from core.config.options import field_docs
+from core.config.record import to_json
+from core.data.tokenizer import Tokenizer
+from core.generate import command
+from core.generate.command import main
+from core.nn.decoder import Decoder
+from core.testing.toy import Toy, on_cpu, randomise
+
+BUNDLED = Tokenizer.Config().build()
+
+
+@torch.no_grad()
+def toy(**settings) -> Decoder:
+    """A toy with drawn weights to which the end of a text, token 2, is never the likeliest."""
+    model = on_cpu(Toy.Config(**{"vocab_size": 2048, **settings}))
+    randomise(model, seed=0)
+    model.output.weight[2] = 0
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of the toy, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_hf(toy(), folder)
+    return folder
+
+
+@pytest.fixture
+def write(weights: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Calls the command with these words, and gives standard output and standard error."""
+
+    def call(*words: str, checkpoint: Path = weights) -> tuple[str, str]:
+        main(toy_recipes, ["--config", "toy", "--checkpoint", str(checkpoint), *words])
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def fails(weights: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls the command with these words, which must be a mistake; gives the message."""
+
+    def call(*words: str, checkpoint: Path | None = weights, config: str = "toy") -> str:
+        own = ["--config", config] + ([] if checkpoint is None else ["--checkpoint", str(checkpoint)])
+        with pytest.raises(SystemExit) as end:
+            main(toy_recipes, [*own, *words])
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and out == ""
+        return err
+
+    return call
+
+
+@torch.no_grad()
+def greedy_ids(prompt: str, n: int) -> list[int]:
+    """The likeliest tokens behind a prompt, each from a forward over the whole document so far."""
+    start = [1, *BUNDLED.encode(prompt)]
+    ids, model = list(start), toy()
+    for _ in range(n):
+        logits_1LV = model(torch.tensor([ids]))
+        assert isinstance(logits_1LV, Tensor)
+        ids.append(int(logits_1LV[0, -1].argmax()))
+    return ids[len(start) :]
+
+
+def greedy_text(prompt: str, n: int) -> str:
+    """What follows a prompt by the likeliest tokens."""
+    return decoded(prompt, greedy_ids(prompt, n))
+
+
+def decoded(prompt: str, ids: list[int]) -> str:
+    """The text of ids that follow a prompt."""
+    return BUNDLED.decode(BUNDLED.encode(prompt) + ids)[len(prompt) :]
+
+
+def test_text_goes_to_standard_output_and_nothing_else(write, weights) -> None:
+    out, err = write("--prompt", "def main", "--max-new-tokens", "20", "--temperature", "0")
+    assert out == greedy_text("def main", 20) + "\n"
+    lines = err.splitlines()
+    assert lines[0] == "tokenizer  SentencePiece, 2,048 tokens (bundled)"
+    assert lines[1] == (
+        f"model      Toy of {sum(w.numel() for w in toy().parameters()):,} parameters from {weights}, "
+        f"float32 on cpu, {torch.get_num_threads()} threads"
+    )
+    assert re.fullmatch(r"20 tokens in [\d.]+ s, [\d,]+ tokens/s", lines[2]) and len(lines) == 3
+
+
+def test_several_prompts_come_under_headings(write, tmp_path) -> None:
+    (tmp_path / "prompt.txt").write_text("a file\nwith 日本語\r\n", newline="")
+    words = ["--prompt", "one", "--prompt", "", "--prompt-file", str(tmp_path / "prompt.txt"), "--prompt=--two"]
+    out, err = write(*words, "--max-new-tokens", "12", "--temperature", "0")
+    prompts = {"one": "one", "": "", "--two": "--two", "a file with 日本語": "a file\nwith 日本語"}
+    blocks = [
+        f"[{number}] {title}\n{greedy_text(text, 12)}\n\n"
+        for number, (title, text) in enumerate(prompts.items(), start=1)
+    ]
+    assert out == "".join(blocks)
+    assert "48 tokens in" in err
+
+
+def test_long_prompts_have_short_headings(write) -> None:
+    out, _ = write(
+        "--prompt", "word " * 20, "--prompt", "x " * 60, "--max-new-tokens", "1", "--model.max_seq_len", "200"
+    )
+    headings = [line for line in out.splitlines() if re.match(r"\[\d\] ", line)]
+    assert [len(line) <= 104 for line in headings] == [True, True] and headings[1].endswith("[...]")
+
+
+def test_same_seed_same_text(write) -> None:
+    def text(*words: str) -> str:
+        return write("--prompt", "def", "--max-new-tokens", "30", *words)[0]
+
+    assert text("--seed", "5") == text("--seed", "5") != text("--seed", "6")
+    assert text() == text("--seed", "0", "--temperature", "1", "--top-p", "1", "--top-k", "None")
+    assert (
+        text("--top-k", "1") == text("--temperature", "0") == text("--top-p", "1e-9") == greedy_text("def", 30) + "\n"
+    )
+    assert text("--top-k", "3") != text() != text("--temperature", "0.5")
+
+
+def test_a_prompt_of_a_batch_gives_the_text_it_gives_alone(write) -> None:
+    words = ["--max-new-tokens", "10"]
+    alone, _ = write("--prompt", "while True", "--seed", "8", *words)
+    out, _ = write("--prompt", "class A: pass", "--prompt", "while True", "--seed", "7", *words)
+    assert f"[2] while True\n{alone}\n" in out
+
+
+def test_eos_ends_the_text(write, tmp_path) -> None:
+    """The end of the text is made a little likelier than a token that comes after some others."""
+    model, prompt = toy(), "def main"
+    ids = greedy_ids(prompt, 30)
+    place = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
+    with torch.no_grad():
+        model.output.weight[2] = 1.001 * model.output.weight[ids[place]]
+    save_hf(model, tmp_path)
+    out, err = write("--prompt", prompt, "--max-new-tokens", "64", "--temperature", "0", checkpoint=tmp_path)
+    assert out == decoded(prompt, ids[:place]) + "\n"
+    assert f"\n{place} tokens in" in err and "max_seq_len" not in err
+
+
+def test_the_end_of_the_positions_ends_the_text_with_a_note(write) -> None:
+    prompt = "def main"
+    n = 64 - 1 - len(BUNDLED.encode(prompt))
+    out, err = write("--prompt", prompt, "--prompt", "x", "--max-new-tokens", "62", "--temperature", "0")
+    assert f"[1] {prompt}\n{greedy_text(prompt, n)}\n" in out
+    assert f"prompt 1 ended after {n} of 62 tokens, at model.max_seq_len 64\n" in err and "prompt 2" not in err
+
+
+def test_weights_in_a_folder_of_ours(write, tmp_path) -> None:
+    save_weights(toy(), tmp_path)
+    out, _ = write("--prompt", "x", "--max-new-tokens", "9", "--temperature", "0", checkpoint=tmp_path)
+    assert out == greedy_text("x", 9) + "\n"
+
+
+def test_tokenizer_of_the_checkpoint_goes_before_the_recipes(write, tmp_path) -> None:
+    import sentencepiece
+
+    save_hf(toy(), tmp_path)
+    (tmp_path / "text").write_text("Some text to train on, with words.\n" * 20)
+    own, other = tmp_path / "tokenizer.model", tmp_path / "other.model"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=290, byte_fallback=True,
+        minloglevel=2, model_type="bpe",
+    )  # fmt: skip
+    _, err = write("--prompt", "x", "--max-new-tokens", "1", checkpoint=tmp_path)
+    assert err.splitlines()[0] == f"tokenizer  SentencePiece, 290 tokens ({own}), that of the checkpoint"
+    other.write_bytes((importlib.resources.files("core.data") / "tokenizer.model").read_bytes())
+    _, err = write("--prompt", "x", "--max-new-tokens", "1", "--tokenizer.path", str(other), checkpoint=tmp_path)
+    assert err.splitlines()[0] == f"tokenizer  SentencePiece, 2,048 tokens ({other})"
+
+
+def test_tokenizer_json_of_the_checkpoint_and_a_prompt_without_bos(write, fails, tmp_path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="the hf extra is not installed")
+    save_hf(toy(), tmp_path)
+    bytes_alone = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytes_alone.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=256, show_progress=False)
+    bytes_alone.train_from_iterator([""], trainer)
+    bytes_alone.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(b"not read")
+    out, err = write("--prompt", "日本", "--max-new-tokens", "40", checkpoint=tmp_path)
+    assert err.startswith("tokenizer  Hugging Face tokenizer, 256 tokens, none that ends a document (")
+    assert f"({tmp_path / 'tokenizer.json'}), that of the checkpoint\n" in err and "40 tokens in" in err
+    assert out.endswith("\n")
+    message = fails("--prompt", "x", "--prompt", "", checkpoint=tmp_path)
+    assert message == "error: prompt 2 has no tokens, and this tokenizer none to begin with: write something\n"
+
+
+def test_config_of_a_run_is_a_recipe_too(weights, capsys, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(to_json(toy_recipes.toy()))
+    words = ["--checkpoint", str(weights), "--prompt", "x", "--max-new-tokens", "9", "--temperature", "0"]
+    main(toy_recipes, ["--config", str(tmp_path / "config.json"), *words])
+    assert capsys.readouterr().out == greedy_text("x", 9) + "\n"
+
+
+def test_text_streams_as_it_comes(write, monkeypatch) -> None:
+    """Each piece is flushed before the next token is computed."""
+
+    class Screen(io.StringIO):
+        def flush(self) -> None:
+            shown.append(self.getvalue())
+
+    shown, screen = [], Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    write("--prompt", "def main", "--max-new-tokens", "10", "--temperature", "0")
+    whole = greedy_text("def main", 10) + "\n"
+    assert len(shown) > 5 and shown[-1] == whole
+    assert all(len(a) < len(b) and whole.startswith(a) for a, b in zip(shown, shown[1:], strict=False))
+
+
+def test_reader_that_leaves_ends_the_program_quietly(weights, tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import toy_recipes\nfrom core.generate.command import main\nmain(toy_recipes)\n")
+    words = ["--config", "toy", "--checkpoint", str(weights), "--prompt", "x", "--max-new-tokens", "50"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, str(program), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
+    assert err.count("\n") == 2
+
+
+def test_help(capsys, weights) -> None:
+    main(toy_recipes, ["--help"])
+    out = capsys.readouterr().out
+    assert "--checkpoint FOLDER" in out and "recipes: toy, no_run" in out
+    main(toy_recipes, ["--config", "toy", "--help"])
+    out = capsys.readouterr().out
+    for part in (
+        "--prompt TEXT",
+        "--top_p FLOAT = 1.0",
+        "--temperature",
+        "--tokenizer.path",
+        "--model.max_seq_len INT",
+    ):
+        assert part in out
+    assert "--training" not in out
+    main(toy_recipes, ["--config", "toy", "--checkpoint", str(weights), "--prompt", "x", "--print-config"])
+    assert json.loads(capsys.readouterr().out)["prompt"] == ["x"]
+
+
+def test_every_setting_is_explained() -> None:
+    assert set(field_names(command.Generation.Config)) <= field_docs(command.Generation.Config).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "-0.5"], "temperature: temperature -0.5 must be finite and not negative; 0 is greedy"),
+        (["--temperature", "inf"], "temperature: temperature inf must be finite"),
+        (["--temperature", "nan"], "temperature: temperature nan must be finite"),
+        (["--temperature", "hot"], "--temperature: expected FLOAT, got hot"),
+        (["--top-k", "0"], "top_k: top_k 0 must be at least 1, or None for all tokens"),
+        (["--top-p", "0"], "top_p: top_p 0.0 must be above 0 and at most 1"),
+        (["--top-p", "1.01"], "top_p: top_p 1.01 must be above 0 and at most 1"),
+        (["--top-p", "nan"], "top_p: top_p nan must be above 0 and at most 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens: max_new_tokens 0 must be at least 1"),
+        (["--seed", "-1"], "seed: seed -1 must be from 0 to 2^63 - 1"),
+        (["--seed", str(2**63)], f"seed: seed {2**63} must be from 0 to 2^63 - 1"),
+        (["--device", "gpu7"], '"gpu7" is not a device: use auto, cpu or cuda'),
+        (["--tok-k", "3"], "no option --tok-k; did you mean --top_k?"),
+        (["--training.steps", "3"], "no option --training.steps"),
+        (
+            ["--prompt", "Once", "upon", "a time"],
+            '--prompt takes one text, got 3 words: write --prompt "Once upon a time"',
+        ),
+        (["--prompt"], '--prompt takes one text, got 0 words: write --prompt "..."'),
+        (["--prompt-file", "none.txt"], "cannot read the prompt in none.txt: No such file or directory"),
+        (["--prompt", "word " * 90], "with model.max_seq_len 64 it may have 63: shorten it"),
+        (["--model.vocab_size", "500"], "the tokenizer has 2,048 tokens, model.vocab_size is 500"),
+        (["--model.dim", "32"], "does not fit"),
+    ],
+)
+def test_wrong_settings(fails, words: list[str], message: str) -> None:
+    assert message in fails("--prompt", "x", *words)
+
+
+def test_all_wrong_settings_are_told_at_once(fails) -> None:
+    message = fails("--top-p", "2", "--top-k", "-1", checkpoint=None)
+    assert "checkpoint: no weights: give their folder, --checkpoint FOLDER" in message
+    assert 'prompt: nothing to continue: give --prompt "..." or --prompt-file FILE' in message
+    assert "top_p 2.0" in message and "top_k -1" in message
+
+
+def test_prompt_file_that_is_no_text(fails, tmp_path) -> None:
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe")
+    assert f"cannot read the prompt in {tmp_path / 'prompt'}: 'utf-8' codec" in fails(
+        "--prompt-file", str(tmp_path / "prompt")
+    )
+
+
+def test_longest_prompt_that_fits(write, fails) -> None:
+    texts = [" x" * n for n in range(1, 64)]
+    text = next(text for text in texts if len(BUNDLED.encode(text)) == 62)
+    out, err = write("--prompt", text, "--temperature", "0")
+    assert out == greedy_text(text, 1) + "\n"
+    assert "prompt 1 ended after 1 of 128 tokens" in err
+    assert "prompt 1 has 64 tokens, with model.max_seq_len 64 it may have 63" in fails("--prompt", text + " x")
+
+
+def test_wrong_checkpoints(fails, tmp_path) -> None:
+    words = ["--prompt", "x"]
+    missing = tmp_path / "missing"
+    assert f"there is no folder {missing}: --checkpoint names one with" in fails(*words, checkpoint=missing)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "config.json cannot be read: No such file" in fails(*words, checkpoint=empty)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(toy_recipes.toy()))
+    assert "has no weights, just the config.json of core.train.trainer:Trainer" in fails(*words, checkpoint=run)
+    (run / "config.json").write_text('{"model_type": "toy"}')
+    assert "has no model.safetensors" in fails(*words, checkpoint=run)
+
+
+def test_weights_of_another_shape(fails, tmp_path) -> None:
+    save_hf(toy(dim=32), tmp_path)
+    message = fails("--prompt", "x", checkpoint=tmp_path)
+    assert "does not fit the model" in message and "[2048, 32], the model wants [2048, 16]" in message
+
+
+def test_model_that_the_memory_cannot_hold(fails, monkeypatch) -> None:
+    monkeypatch.setattr(command, "free_memory", lambda device: 1000)
+    n_gib = sum(weight.numel() for weight in toy().parameters()) * 4 / 2**30
+    expected = f"the weights take {n_gib:.1f} GiB in float32, cpu has 0.0 GiB left"
+    assert expected in fails("--prompt", "x")
+
+
+def test_recipes(fails, capsys) -> None:
+    assert "no recipe tou; did you mean toy?" in fails("--prompt", "x", config="tou")
+    assert "no_run states no model and no tokenizer" in fails("--prompt", "x", config="no_run")
+    with pytest.raises(SystemExit):
+        main(toy_recipes, [])
+    out, err = capsys.readouterr()
+    assert "recipes: toy, no_run" in out and err == "error: choose a recipe: --config NAME\n"
+
+
+def test_broken_weights(fails, tmp_path) -> None:
+    model = toy()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    save_hf(model, tmp_path)
+    message = fails("--prompt", "x", checkpoint=tmp_path)
+    assert "error: the model gives logits that are not finite: the weights of this checkpoint are broken" in message

@@ -1,0 +1,286 @@
+"""One rule of visibility, and the kernels that follow it, against loops over rows, heads, queries and keys."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_by_loops import CAUSAL, PACKED, WHERES, documents, looped, numbers, seen_by
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+import core.nn.kernel
+from core.config.errors import UserError
+from core.nn.kernel import KERNELS, SDPA, Flex, Keys, MaskMod, Where, visible, with_sinks
+from core.testing.checkpointing import Dispatched
+
+CPU = torch.device("cpu")
+WINDOWS = [None, 1, 3, 12, 100]
+eager_flex = pytest.mark.filterwarnings(  # compiling takes half a minute, and only speed is lost without it
+    "ignore:flex_attention called without torch.compile:UserWarning"
+)
+every_where = pytest.mark.parametrize("where", WHERES.values(), ids=WHERES.keys())
+
+
+def sides(
+    where: Where, *, n_heads: int = 4, n_kv_heads: int = 2, width: int = 6, v_width: int = 6, dtype=torch.float64
+) -> list[Tensor]:
+    """Queries, keys, values and sinks that fit `where`."""
+    _, n_queries, n_keys = where.grid
+    keys = 2, n_kv_heads, n_keys
+    shapes = (2, n_heads, n_queries, width), (*keys, width), (*keys, v_width), (n_heads,)
+    return [numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+
+
+def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The result of a function, and the gradients of its arguments under random weights of the result."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    (out * numbers(*out.shape, seed=9, dtype=out.dtype).to(out.device)).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+# ------------------------------------------------------------------------------------------------------ who sees whom
+
+
+def test_rows_start_at_position_0() -> None:
+    where = Where.rows(torch.zeros(3, 5, dtype=torch.long))
+    assert where.position_BL.tolist() == [[0, 1, 2, 3, 4]] and where[1:] == (None,) * 4
+    assert where.is_plain and where.grid == (1, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    {
+        "documents": (2, 12, 12),
+        "rows alike": (1, 12, 12),
+        "another order": (1, 12, 12),
+        "another order of documents": (2, 12, 12),
+        "earlier keys": (1, 3, 12),
+        "keys of documents from elsewhere": (2, 4, 12),
+    }.items(),
+)
+def test_grid_counts_rows_queries_and_keys(name: str, grid: tuple[int, int, int]) -> None:
+    assert WHERES[name].grid == grid and not WHERES[name].is_plain
+
+
+def test_positions_that_differ_make_no_rows_differ() -> None:
+    """Positions turn queries and keys, they hide none: rows of single documents need one mask."""
+    where = Where(torch.tensor([[0, 1, 2], [5, 6, 7]]))
+    assert where.grid == (1, 3, 3) and SDPA().mask(where) is None
+
+
+@every_where
+@pytest.mark.parametrize("window", WINDOWS)
+def test_masks_are_the_rule(where: Where, window: int | None) -> None:
+    n_rows, n_queries, n_keys = where.grid
+    seen = seen_by(where, window, n_rows, n_queries, n_keys)
+    found = create_mask(visible(where, window), n_rows, None, n_queries, n_keys, device="cpu")
+    assert torch.equal(found, seen)
+    mask = SDPA(window).mask(where)
+    if mask is None:
+        assert torch.equal(seen[0, 0], torch.ones(12, 12).tril().bool())
+    else:
+        assert torch.equal(mask, seen)
+
+
+def test_no_mask_is_built_where_the_causal_flag_says_it_all() -> None:
+    assert SDPA().mask(CAUSAL) is None and SDPA(12).mask(CAUSAL) is None and SDPA(100).mask(CAUSAL) is None
+    assert SDPA(11).mask(CAUSAL) is not None and SDPA().mask(PACKED) is not None
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        PACKED._replace(key_index_BM=torch.arange(12)[None]),
+        CAUSAL._replace(key_index_BM=torch.arange(12)[None], key_document_BM=PACKED.document_BL),
+        PACKED._replace(key_document_BM=PACKED.document_BL),
+    ],
+    ids=["keys without documents", "queries without documents", "keys without places"],
+)
+def test_half_a_statement_about_keys_is_caught(where: Where) -> None:
+    with pytest.raises(AssertionError, match="key_document goes with key_index and document"):
+        visible(where)
+
+
+def test_keys_that_are_not_the_tokens_need_a_mask() -> None:
+    q, k, v, _ = sides(WHERES["earlier keys"])
+    with pytest.raises(AssertionError, match="no mask, and the keys are not the tokens"):
+        SDPA()(q, k, v, None, scale=1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ SDPA
+
+
+@every_where
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
+def test_sdpa_equals_loops(where: Where, window: int | None, with_sink: bool) -> None:
+    kernel, leaves = SDPA(window), sides(where)[: 4 if with_sink else 3]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return kernel(q, k, v, kernel.mask(where), scale=0.3, sinks_N=sinks)
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return looped(q, k, v, where, scale=0.3, window=window, sinks_N=sinks)
+
+    found = with_gradients(ours, leaves)
+    torch.testing.assert_close(found, with_gradients(expected, leaves), rtol=0, atol=1e-12)
+    assert all(tensor.any() for tensor in found)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("v_width", [2, 6, 10], ids=["narrow", "equal", "wide"])
+@pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
+def test_sdpa_shares_keys_and_takes_values_of_any_width(n_kv_heads: int, v_width: int, with_sink: bool) -> None:
+    leaves = sides(PACKED, n_kv_heads=n_kv_heads, v_width=v_width)[: 4 if with_sink else 3]
+    mask = SDPA().mask(PACKED)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return SDPA()(q, k, v, mask, scale=0.4, sinks_N=sinks)
+
+    def by_loops(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return looped(q, k, v, PACKED, scale=0.4, sinks_N=sinks)
+
+    found, expected = with_gradients(ours, leaves), with_gradients(by_loops, leaves)
+    assert found[0].shape == (2, 4, 12, v_width)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sink", [-30.0, 0.0, 30.0])
+def test_a_sink_takes_its_share(sink: float) -> None:
+    """Over two keys of logit 0 it leaves 2 / (2 + e^sink) of their mean."""
+    q, k, v = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.tensor([1.0, 3.0])[:, None].expand(1, 1, 2, 4)
+    out = SDPA()(q, k, v, None, scale=0.5, sinks_N=torch.tensor([sink]))
+    expected = torch.tensor([1 / (1 + torch.tensor(sink).exp()), 4 / (2 + torch.tensor(sink).exp())])
+    torch.testing.assert_close(out[0, 0], expected[:, None].expand(2, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sink_is_one_key_more() -> None:
+    q, k, v, sinks = sides(CAUSAL)
+    q, k, v, mask = with_sinks(q, k, v, None, sinks)
+    assert q.shape == (2, 4, 12, 14) and k.shape == (2, 2, 13, 14) and v.shape == (2, 2, 13, 14)
+    products = q @ k.repeat_interleave(2, dim=1).mT
+    torch.testing.assert_close(products[..., -1], sinks[:, None].expand(2, 4, 12))
+    assert mask.shape == (1, 1, 12, 13) and mask[..., -1].all() and not v[:, :, -1].any()
+    assert torch.equal(mask[0, 0, :, :12], torch.ones(12, 12).tril().bool())
+
+
+@pytest.mark.parametrize("where", [CAUSAL, PACKED], ids=["causal", "document"])
+def test_bfloat16_stays_near(where: Where) -> None:
+    leaves = sides(where, width=16, v_width=8)
+    mask = SDPA(5).mask(where)
+    half = [leaf.to(torch.bfloat16) for leaf in leaves[:3]]
+    found = with_gradients(lambda q, k, v, s: SDPA(5)(q, k, v, mask, scale=0.25, sinks_N=s), [*half, leaves[3].float()])
+    expected = with_gradients(lambda q, k, v, s: looped(q, k, v, where, scale=0.25, window=5, sinks_N=s), leaves)
+    assert found[0].dtype == torch.bfloat16 and found[4].dtype == torch.float32
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < 0.02, f"off by {error:.1%}"
+
+
+@pytest.mark.parametrize("n_kv_heads", [2, 4])
+@pytest.mark.parametrize("case", ["causal", "mask", "window", "sinks", "narrow values", "all"])
+def test_the_fused_kernel_runs(case: str, n_kv_heads: int) -> None:
+    """The plain path would keep a table of queries by keys for backward."""
+    where = PACKED if case in ("mask", "all") else CAUSAL
+    v_width = 4 if case in ("narrow values", "all") else 6
+    q, k, v, sinks = sides(where, n_kv_heads=n_kv_heads, v_width=v_width, dtype=torch.float32)
+    kernel = SDPA(5 if case in ("window", "all") else None)
+    leaves = [leaf.requires_grad_() for leaf in (q, k, v, sinks)]
+    with Dispatched() as dispatched:
+        kernel(*leaves[:3], kernel.mask(where), scale=1.0, sinks_N=leaves[3] if case in ("sinks", "all") else None)
+    names = {str(op) for op, _ in dispatched.calls}
+    assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in names
+    assert not names & {"aten._safe_softmax.default", "aten._softmax.default"}
+
+
+# ------------------------------------------------------------------------------------------------------------ Flex
+
+
+@eager_flex
+@every_where
+@pytest.mark.parametrize(("window", "with_sink"), [(None, False), (3, True)], ids=["plain", "window and sinks"])
+@torch.no_grad()
+def test_flex_equals_loops(where: Where, window: int | None, with_sink: bool) -> None:
+    q, k, v, sinks = sides(where, width=8, v_width=4, dtype=torch.float32)
+    kernel, sinks_N = Flex(window), sinks if with_sink else None
+    out = kernel(q, k, v, kernel.mask(where), scale=0.3, sinks_N=sinks_N)
+    expected = looped(*(t.double() for t in (q, k, v)), where, scale=0.3, window=window, sinks_N=sinks_N)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+
+
+@eager_flex
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_flex_shares_keys(n_kv_heads: int) -> None:
+    q, k, v, sinks = sides(PACKED, n_kv_heads=n_kv_heads, width=8, v_width=8, dtype=torch.float32)
+    out, expected = (kernel(q, k, v, kernel.mask(PACKED), scale=0.3, sinks_N=sinks) for kernel in (Flex(), SDPA()))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@eager_flex
+@torch.no_grad()
+def test_both_kernels_consume_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rule in the one place changes both alike: here every third token is hidden."""
+
+    def gaps(where: Where, window: int | None = None) -> MaskMod:
+        return lambda row, head, query, key: (key <= query) & ((key % 3 != 1) | (key == query))
+
+    q, k, v, _ = sides(PACKED, width=8, v_width=8, dtype=torch.float32)
+    sdpa, flex = SDPA(), Flex()
+    before = sdpa(q, k, v, sdpa.mask(PACKED), scale=1.0)
+    monkeypatch.setattr(core.nn.kernel, "visible", gaps)
+    after = sdpa(q, k, v, sdpa.mask(PACKED), scale=1.0)
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(flex(q, k, v, flex.mask(PACKED), scale=1.0), after, rtol=0, atol=1e-5)
+
+
+def test_flex_cannot_train_on_a_cpu() -> None:
+    with pytest.raises(UserError, match='attention.backend "flex" cannot train on a cpu.*backend sdpa'):
+        Flex().check_trains_on(CPU)
+    Flex().check_trains_on(torch.device("cuda"))
+    SDPA().check_trains_on(CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention has a backward on GPUs only")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
+def test_flex_trains_like_sdpa(window: int | None, with_sink: bool) -> None:
+    where = Where(*(None if t is None else t.cuda() for t in PACKED))
+    leaves = [leaf.cuda() for leaf in sides(where, width=16, v_width=16, dtype=torch.float32)[: 4 if with_sink else 3]]
+    found = [
+        with_gradients(
+            lambda q, k, v, *s, kernel=kernel: kernel(
+                q, k, v, kernel.mask(where), scale=0.25, sinks_N=s[0] if s else None
+            ),
+            leaves,
+        )
+        for kernel in (Flex(window), SDPA(window))
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=2e-2)
+
+
+# ------------------------------------------------------------------------------------------------- what both share
+
+
+def test_equal_kernels_are_one_key() -> None:
+    kernels = [SDPA(), SDPA(None), SDPA(4), SDPA(4), Flex(), Flex(4), Flex(4)]
+    assert len(set(kernels)) == 4 and SDPA(4) == SDPA(4) and SDPA(4) != SDPA(5) and SDPA() != Flex()
+    assert KERNELS == {"sdpa": SDPA, "flex": Flex}
+
+
+def test_keys_are_what_is_given_until_someone_hooks_them() -> None:
+    keys, k, v = Keys(), numbers(1, 2, 3), numbers(1, 2, 4)
+    found = keys(k, v)
+    assert found[0] is k and found[1] is v and not list(keys.parameters())
+    keys.register_forward_hook(lambda module, given, out: tuple(torch.cat((side, side), 1) for side in out))
+    assert [side.shape for side in keys(k, v)] == [(1, 4, 3), (1, 4, 4)]
+
+
+def test_documents_are_told_apart_by_number_alone() -> None:
+    """Numbers need not grow: a text behind pads may have the lower one."""
+    where = Where(torch.arange(5)[None], torch.tensor([[7, 7, 2, 2, 2]]))
+    same = Where(torch.arange(5)[None], torch.tensor([documents(2, 3)]))
+    assert torch.equal(SDPA().mask(where), SDPA().mask(same))

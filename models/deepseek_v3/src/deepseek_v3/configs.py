@@ -1,0 +1,47 @@
+"""DeepSeek-V3's recipes: each is a function that returns the whole configuration of a run."""
+
+from core.optim.optimizer import Optimizer
+from core.optim.schedule import Schedule
+from core.train.laptop import laptop_run
+from core.train.settings import Compile, Training
+from core.train.trainer import Trainer
+from deepseek_v3.model import size
+
+
+def deepseek_v3_debug() -> Trainer.Config:
+    """A small DeepSeek-V3 that learns the standard library's text on a laptop's CPU in about three minutes."""
+    return laptop_run(size("debug"))
+
+
+def deepseek_v3_16b() -> Trainer.Config:
+    """DeepSeek-V2-Lite 16B."""
+    return Trainer.Config(
+        model=size("16B"),
+        training=Training(steps=1000, seq_len=4096, local_batch_size=4),
+        optimizer=Optimizer.Config(lr=2.2e-4),
+        lr_scheduler=Schedule.Config(warmup_steps=200, decay_ratio=0.8, decay_type="cosine", min_lr_factor=0.1),
+        compile=Compile(enable=True, components=["loss"]),
+    )
+
+
+def deepseek_v3_236b() -> Trainer.Config:
+    """DeepSeek-V2 236B."""
+    config = deepseek_v3_671b()
+    config.model = size("236B")
+    return config
+
+
+def deepseek_v3_671b() -> Trainer.Config:
+    """DeepSeek-V3 671B."""
+    config = deepseek_v3_16b()
+    config.model = size("671B")
+    config.training.steps = 10_000
+    config.lr_scheduler.warmup_steps = 2000
+    return config
+
+
+def deepseek_v3_671b_mtp() -> Trainer.Config:
+    """DeepSeek-V3 671B that also learns to predict the token after the next one."""
+    config = deepseek_v3_671b()
+    config.model.n_mtp_layers = 1
+    return config

@@ -1,0 +1,7 @@
+"""Convert weights of DeepSeek-V3 and V2: python -m deepseek_v3.convert from-hf SRC DST, or to-hf SRC DST."""
+
+from core.checkpoint.convert import main
+from deepseek_v3.model import DeepSeekV3
+
+if __name__ == "__main__":
+    main({"deepseek_v3": DeepSeekV3, "deepseek_v2": DeepSeekV3})

@@ -1,0 +1,148 @@
+"""DeepSeek-V3 (arXiv:2412.19437) and DeepSeek-V2 (arXiv:2405.04434): multi-head latent attention, shared and routed
+experts behind a few dense blocks, interleaved RoPE stretched by YaRN.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.nn.decoder import Block, Decoder
+from core.nn.feed_forward import FeedForward
+from core.nn.mla import MLA
+from core.nn.moe import Experts, MoE, Router
+from core.nn.rope import RoPE, rope_to_hf
+from deepseek_v3.hf import (
+    COPIES,
+    IGNORED,
+    KEYS,
+    ROUTERS,
+    V2,
+    V3,
+    attention_from_hf,
+    attention_to_hf,
+    check_exportable,
+    moe_from_hf,
+    moe_to_hf,
+    rotation_from_hf,
+)
+
+
+class DeepSeekV3(Decoder):
+    """The decoder of DeepSeek-V3, and of DeepSeek-V2, which differs in its router alone."""
+
+    HF_KEYS = KEYS
+    HF_IGNORED = IGNORED
+    HF_COPIES = COPIES
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        attention: MLA.Config
+        """Self-attention of every block."""
+        feed_forward: FeedForward.Config
+        """Feed-forward network of the dense blocks."""
+        n_dense_layers: int
+        """Blocks at the start that have no experts."""
+        moe: MoE.Config
+        """Mixture of experts of all other blocks, those for multi-token prediction included."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            yield from super().problems()
+            dense, n_layers = self.n_dense_layers, self.n_layers
+            if not 0 <= dense <= n_layers:
+                yield "n_dense_layers", f"n_dense_layers {dense} must be from 0 to n_layers {n_layers}"
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
+
+    def block(self, i: int) -> Block:
+        c = self.config
+        network = c.feed_forward if i < c.n_dense_layers else c.moe
+        return self.make_block(c.attention, network, temperature=self.rope.temperature)
+
+    def rope_dim(self) -> int:
+        return self.config.attention.qk_rope_head_dim
+
+    @classmethod
+    def from_hf_config(cls, hf: dict) -> Config:
+        hf = checked_hf_config(hf, V2 if hf.get("model_type") == V2["model_type"] else V3)
+        return cls.Config(
+            **decoder_from_hf(hf),
+            n_mtp_layers=hf.get("num_nextn_predict_layers") or 0,
+            rope=rotation_from_hf(hf),
+            attention=attention_from_hf(hf),
+            feed_forward=FeedForward.Config(hidden_dim=hf["intermediate_size"]),
+            n_dense_layers=hf["first_k_dense_replace"],
+            moe=moe_from_hf(hf),
+        )
+
+    def to_hf_config(self) -> dict:
+        c = self.config
+        check_exportable(c)
+        soft = c.moe.router.score == "softmax"
+        ahead = {} if soft else {"num_nextn_predict_layers": c.n_mtp_layers}
+        return {
+            "architectures": [f"DeepseekV{2 if soft else 3}ForCausalLM"],
+            **decoder_to_hf(c),
+            **rope_to_hf(c.rope),
+            **attention_to_hf(c.attention),
+            "intermediate_size": c.feed_forward.hidden_dim,
+            "first_k_dense_replace": c.n_dense_layers,
+            **moe_to_hf(c.moe),
+            **ahead,
+        }
+
+
+SIZES = {
+    # name: dim, blocks, dense ones, (heads, query latent, key latent, plain, rotated, value width), dense hidden,
+    #       (experts, shared, per token, hidden), (family, factor, groups, of which), vocabulary
+    "debug": (128, 4, 1, (4, 64, 32, 32, 16, 32), 384, (8, 1, 2, 96), ("v3", 2.5, 4, 2), 2_048),
+    "16B": (2048, 27, 1, (16, None, 512, 128, 64, 128), 10_944, (64, 2, 6, 1_408), ("v2", 1.0, 1, 1), 102_400),
+    "236B": (5120, 60, 1, (128, 1536, 512, 128, 64, 128), 12_288, (160, 2, 6, 1_536), ("v2", 16.0, 8, 3), 102_400),
+    "671B": (7168, 61, 3, (128, 1536, 512, 128, 64, 128), 18_432, (256, 1, 8, 2_048), ("v3", 2.5, 8, 4), 129_280),
+}
+
+
+def size(name: str) -> DeepSeekV3.Config:
+    """A new configuration of the published size `name`, or of the small "debug" one."""
+    dim, n_layers, n_dense_layers, heads, dense_dim, experts, routing, vocab_size = SIZES[name]
+    n_heads, q_lora_rank, kv_lora_rank, plain, rotated, value = heads
+    n_experts, n_shared, top_k, hidden_dim = experts
+    family, factor, n_groups, limit = routing
+    mscale, balance_loss_coeff = (0.707, 1e-3) if family == "v2" else (1.0, 1e-4)
+    router = Router.Config(
+        n_experts=n_experts,
+        top_k=top_k,
+        route_scale=factor,
+        n_groups=n_groups,
+        n_limited_groups=limit,
+        balance_loss_coeff=balance_loss_coeff,
+        **ROUTERS[f"deepseek_{family}"],
+    )
+    return DeepSeekV3.Config(
+        dim=dim,
+        n_layers=n_layers,
+        vocab_size=vocab_size,
+        max_seq_len=163_840,
+        rope=RoPE.Config(
+            layout="interleaved",
+            scaling="yarn",
+            scaling_factor=40.0,
+            original_seq_len=4096,
+            mscale=mscale,
+            mscale_all_dim=mscale,
+        ),
+        attention=MLA.Config(
+            n_heads=n_heads,
+            q_lora_rank=q_lora_rank,
+            kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=plain,
+            qk_rope_head_dim=rotated,
+            v_head_dim=value,
+        ),
+        feed_forward=FeedForward.Config(hidden_dim=dense_dim),
+        n_dense_layers=n_dense_layers,
+        moe=MoE.Config(
+            router=router,
+            experts=Experts.Config(hidden_dim=hidden_dim),
+            shared_experts=FeedForward.Config(hidden_dim=n_shared * hidden_dim),
+        ),
+    )

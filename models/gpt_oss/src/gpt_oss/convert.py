@@ -1,0 +1,7 @@
+"""Convert weights of GPT-OSS: python -m gpt_oss.convert from-hf SRC DST, or to-hf SRC DST."""
+
+from core.checkpoint.convert import main
+from gpt_oss.model import GptOss
+
+if __name__ == "__main__":
+    main({"gpt_oss": GptOss})

@@ -1,0 +1,10 @@
+"""Let a GPT-OSS write.
+
+python -m gpt_oss.generate --config gpt_oss_20b --checkpoint FOLDER --prompt TEXT
+"""
+
+from core.generate.command import main
+from gpt_oss import configs
+
+if __name__ == "__main__":
+    main(configs)

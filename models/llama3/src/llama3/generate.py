@@ -1,0 +1,10 @@
+"""Let a Llama 3 write.
+
+python -m llama3.generate --config llama3_8b --checkpoint FOLDER --prompt TEXT
+"""
+
+from core.generate.command import main
+from llama3 import configs
+
+if __name__ == "__main__":
+    main(configs)

@@ -1,0 +1,10 @@
+"""Let a Qwen3 write.
+
+python -m qwen3.generate --config qwen3_1_7b --checkpoint FOLDER --prompt TEXT
+"""
+
+from core.generate.command import main
+from qwen3 import configs
+
+if __name__ == "__main__":
+    main(configs)
