@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from core.config.errors import UserError
-from core.nn.balance import force_balance, load_metrics, routers, start_step, update_selection_bias
+from core.nn.balance import (
+    balance_loss,
+    force_balance,
+    layer_loads,
+    load_metrics,
+    routers,
+    start_step,
+    update_selection_bias,
+)
 from core.nn.init import Scale
 from core.nn.module import Module
 from core.nn.moe import Router
@@ -91,7 +99,7 @@ def test_steps_even_out_a_crooked_router() -> None:
 
 
 def values(model: Module) -> dict[str, float]:
-    return dict(load_metrics(model))
+    return load_metrics(layer_loads(model), balance_loss(model))
 
 
 def test_metrics_by_hand() -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
-from core.nn.balance import load_metrics, routers
+from core.nn.balance import balance_loss, layer_loads, load_metrics, routers
 from core.nn.decoder import Decoder
 from core.nn.kernel import Where
 from core.nn.mtp import Predictions
 from core.optim.optimizer import Optimizer
+from core.parallel.layout import Alone
 from core.testing.toy import Toy, ToyMoE, on_cpu, randomise
 from core.train.loss import cross_entropy
 from core.train.step import Objective, labels_ahead, train_step, valid_tokens
@@ -26,7 +27,7 @@ def build() -> Decoder:
 
 
 def objective(model, *, mask="causal", dtype=torch.float32) -> Objective:
-    return Objective(model, cross_entropy, device=CPU, dtype=dtype, mask=mask)
+    return Objective([model], cross_entropy, layout=Alone(CPU), dtype=dtype, mask=mask)
 
 
 def rows(n: int, *, length: int = 12, seed: int = 0) -> Batch:
@@ -168,8 +169,8 @@ def ahead_by_loops(labels: list[list[int]], documents: list[list[int]] | None, k
 def test_labels_further_on_stay_in_row_and_document(k, mask):
     batch = rows(4)
     labels, documents = batch.labels_BL.tolist(), batch.documents_BL.tolist()
-    where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
-    expected = ahead_by_loops(labels, documents if where else None, k)
+    where = Where(batch.positions_BL, batch.documents_BL if mask == "document" else None)
+    expected = ahead_by_loops(labels, documents if mask == "document" else None, k)
     assert labels_ahead(batch.labels_BL, k, where).tolist() == expected
     assert batch.labels_BL.tolist() == labels, "the labels of the next token are read again"
     assert k > 1 or any(label != IGNORE for row in expected for label in row)
@@ -300,11 +301,11 @@ def test_evaluation_between_steps_moves_and_counts_nothing():
         for _ in range(3):
             step(model, [batch], lr=1e-2)
             if evaluates:
-                before = dict(load_metrics(model))
+                before = load_metrics(layer_loads(model), balance_loss(model))
                 with torch.no_grad():
                     objective(model.eval())(rows(6, seed=5))
                 model.train()
-                assert dict(load_metrics(model)) == before
+                assert load_metrics(layer_loads(model), balance_loss(model)) == before
         found.append(model.state_dict())
     for name, value in found[0].items():
         assert torch.equal(found[1][name], value), name
@@ -349,12 +350,14 @@ def test_balance_loss_shares_the_denominator_of_the_step(sizes, mask):
     assert info.loss == pytest.approx(main.item(), rel=1e-6)
     for (name, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
-    assert dict(load_metrics(model))["moe/balance_loss"] == pytest.approx(balance.item(), rel=1e-5)
+    assert load_metrics(layer_loads(model), balance_loss(model))["moe/balance_loss"] == pytest.approx(
+        balance.item(), rel=1e-5
+    )
     plain = build_moe(balance_loss_coeff=0.0)
     step(plain, [batch], mask=mask)
     gates = [(a.gate.weight.grad, b.gate.weight.grad) for a, b in zip_routers(model, plain)]
     assert all((a - b).norm() > 0.01 * b.norm() for a, b in gates), "the balance loss is too small to be seen"
-    assert "moe/balance_loss" not in dict(load_metrics(plain))
+    assert "moe/balance_loss" not in load_metrics(layer_loads(plain), balance_loss(plain))
 
 
 def zip_routers(a: Decoder, b: Decoder):
@@ -364,7 +367,7 @@ def zip_routers(a: Decoder, b: Decoder):
 def test_balance_loss_is_no_part_of_evaluation():
     model, batch = build_moe(balance_loss_coeff=0.5, load_balance_coeff=None), rows(6)
     step(model, [batch])
-    before = dict(load_metrics(model))
+    before = load_metrics(layer_loads(model), balance_loss(model))
     model.eval()
     model.zero_grad()
     objective(model)(batch).total.backward()
@@ -372,4 +375,4 @@ def test_balance_loss_is_no_part_of_evaluation():
     objective(plain)(batch).total.backward()
     for a, b in zip_routers(model, plain):
         torch.testing.assert_close(a.gate.weight.grad, b.gate.weight.grad)
-    assert dict(load_metrics(model)) == before
+    assert load_metrics(layer_loads(model), balance_loss(model)) == before

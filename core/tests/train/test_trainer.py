@@ -20,7 +20,7 @@ from core.config.record import from_json, to_json
 from core.config.validate import validate
 from core.data.loader import DataLoader
 from core.data.packing import IGNORE
-from core.nn.balance import load_metrics, routers
+from core.nn.balance import routers
 from core.nn.kernel import Where
 from core.testing.checkpointing import autograd_bytes
 from core.testing.toy import ToyMoE
@@ -110,23 +110,23 @@ def test_validation_weighs_every_token_alike(tmp_path):
     for row in range(loader.windows_per_epoch):
         batch = loader.read(row, 1)
         with torch.no_grad():
-            logits = run_.model(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))[0].double()
+            logits = run_.parts.models[0](batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))[0].double()
         for position, label in enumerate(batch.labels_BL[0].tolist()):
             if label != IGNORE:
                 total -= logits[position].log_softmax(-1)[label].item()
                 count += 1
     assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-6)
-    assert run_.model.training
+    assert run_.parts.models[0].training
 
 
 def test_validation_gives_up_half_way_when_asked(tmp_path):
     config = toy_run(tmp_path)
     config.validator = Validator.Config(enable=True)
     run_ = config.build()
-    assert run_.validator.rows > 2 * run_.validator.batch_size
+    assert run_.validator.rows > 2 * run_.validator.rows_per_step
     answers = iter([False, True])
     assert run_.validator.loss(lambda: next(answers)) is None
-    assert run_.model.training
+    assert run_.parts.models[0].training
 
 
 def test_data_bound_the_run(tmp_path, capsys):
@@ -230,17 +230,17 @@ def test_compute_dtype(dtype, chosen, device, compute):
 def test_estimate_is_what_the_tensors_take(tmp_path):
     config = toy_run(tmp_path, steps=1)
     run_ = config.build()
-    need = memory.estimate(run_.model, 2048, config.training)
+    need = memory.estimate(run_.parts.models[0], 2048, config.training)
     run_.run()
-    weights = sum(p.numel() * p.element_size() for p in run_.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in run_.parts.models[0].parameters())
     moments = sum(state[k].nbytes for state in run_.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
-    assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.model.parameters())
+    assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.parts.models[0].parameters())
     assert need.optimizer == moments and need.logits == 2 * 4 * 16 * 2048 * 4
 
 
-def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
+def test_ranks_without_a_launcher_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE is 2"):
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK missing.*start with torchrun"):
         toy_run(tmp_path).build()
 
 
@@ -302,7 +302,7 @@ def test_skipped_steps_are_reported(tmp_path, capsys):
     config = toy_run(tmp_path, steps=2)
     config.debug.on_nonfinite = "skip"
     run_ = config.build()
-    run_.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    run_.parts.models[0].norm.weight.register_hook(lambda gradient: gradient * math.inf)
     run_.run()
     assert "warning: step 2 left out" in capsys.readouterr().out
     lines = (run_.folder / "metrics.jsonl").read_text().splitlines()
@@ -537,8 +537,8 @@ def test_load_of_experts_is_reported(tmp_path):
     assert all(set(r) == FIELDS | EXPERTS | {"moe/balance_loss"} for r in records)
     config.dump_folder = str(tmp_path / "again")
     again = config.build()
-    seen = {name: [] for name in routers(again.model)}
-    for name, router in routers(again.model).items():
+    seen = {name: [] for name in routers(again.parts.models[0])}
+    for name, router in routers(again.parts.models[0]).items():
         router.register_forward_hook(
             lambda module, given, out, name=name: None if is_recomputing() else seen[name].append(out.ids_TK)
         )
@@ -559,7 +559,7 @@ def test_load_of_experts_is_reported(tmp_path):
             assert record[f"moe/{layer}/dead_experts"] == dead[-1]
         assert record["moe/max_over_mean_load"] == pytest.approx(max(worst))
         assert record["moe/dead_experts"] == sum(dead)
-        assert record["moe/balance_loss"] == pytest.approx(dict(load_metrics(again.model))["moe/balance_loss"])
+        assert record["moe/balance_loss"] == pytest.approx(again._expert_loads()["moe/balance_loss"])
 
 
 def test_experts_learn(tmp_path):
@@ -589,11 +589,11 @@ def test_validation_leaves_the_experts_alone(tmp_path):
     config.validator = Validator.Config(enable=True)
     run_ = config.build()
     run_.step(1)
-    before = {name: value.clone() for name, value in run_.model.named_buffers()}
+    before = {name: value.clone() for name, value in run_.parts.models[0].named_buffers()}
     assert before["layers.1.moe.router.tokens_E"].sum() == 4 * 16 * 2
     assert before["layers.1.moe.router.balance_loss"] > 0 and before["layers.1.moe.router.selection_bias"].any()
     assert run_.validator.loss(lambda: False) > 0
-    for name, value in run_.model.named_buffers():
+    for name, value in run_.parts.models[0].named_buffers():
         assert torch.equal(value, before[name]), name
 
 

@@ -54,6 +54,7 @@ class TestDeepSeekV3(ModelSuite):
         "sparse": "wq_a wq_b* wkv_a wkv_b* wo gate* w1 w3 w2 w1* w3 w2*",
         "sparse, one matrix for queries": "wq wkv_a* wkv_b wo* gate* w1 w3 w2 w1 w3* w2",
     }
+    spread = v3(vocab_size=62, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8)
     hf_model = HuggingFace
     hf_configs = {
         "v3": v3(),

@@ -98,6 +98,7 @@ class TestGptOss(ModelSuite):
         "120b": Flops(30_786_600_960, 7_247_757_312),
     }
     products = {0: "wq wk* wv wo* gate* w1 w3 w2"}
+    spread = tiny(vocab_size=62, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, sliding_window=5)
     hf_model = GptOssForCausalLM
     hf_configs = {
         "yarn": tiny(),

@@ -91,6 +91,9 @@ class TestLlama3(ModelSuite):
         "405B": Flops(2_422_487_384_064, 101_468_602_368),
     }
     products = {0: "wq wk* wv wo* w1 w3* w2"}
+    spread = tiny(
+        vocab_size=62, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False
+    )
     hf_model = LlamaForCausalLM
     hf_configs = {
         "scaled": tiny(),

@@ -91,6 +91,9 @@ class TestQwen3(ModelSuite):
         "32B": Flops(191_901_204_480, 25_769_803_776),
     }
     products = {0: "wq wk* wv wo* w1 w3* w2"}
+    spread = tiny(
+        vocab_size=62, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True
+    )
     hf_model = Qwen3ForCausalLM
     hf_configs = {
         "tied": tiny(),

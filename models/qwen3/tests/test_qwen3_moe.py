@@ -82,6 +82,7 @@ class TestQwen3MoE(ModelSuite):
         "235B-A22B": Flops(129_405_812_736, 37_849_399_296),
     }
     products = {0: "wq wk* wv wo* gate* w1 w3 w2"}
+    spread = tiny(vocab_size=62, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
     hf_model = Qwen3MoeForCausalLM
     hf_configs = {
         "untied": tiny(),

@@ -1,6 +1,6 @@
 """The load of the experts over one step: counted by the routers, read here, and held even by their bias."""
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ def routers(model: nn.Module) -> dict[str, Router]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
-def start_step(model: nn.Module, n_valid: int) -> None:
+def start_step(model: nn.Module, n_valid: float) -> None:
     """Forget what was counted, and give balance losses the denominator of a step of `n_valid` tokens."""
     for router in routers(model).values():
         router.tokens_E.zero_()
@@ -30,10 +30,11 @@ def update_selection_bias(model: nn.Module) -> None:
     without its mean the step leaves the bias' sum where it is. To be called once per update of the weights.
     """
     for router in routers(model).values():
-        if router.selection_bias is not None:
+        coeff = router.config.load_balance_coeff
+        if router.selection_bias is not None and coeff is not None:
             load_E = router.tokens_E
             step_E = (load_E.sum() - load_E * len(load_E)).sign().float()  # in whole numbers, alike on every device
-            router.selection_bias += router.config.load_balance_coeff * (step_E - step_E.mean())
+            router.selection_bias += coeff * (step_E - step_E.mean())
 
 
 def force_balance(model: nn.Module) -> None:
@@ -45,26 +46,39 @@ def force_balance(model: nn.Module) -> None:
         router.force_balance = True
 
 
-def load_metrics(model: nn.Module) -> Iterator[tuple[str, float]]:
-    """How the last step loaded the experts, as (name, value): for each layer and for all of them.
+class Load(NamedTuple):
+    """How evenly the experts of one layer were loaded in a step: 1 when all got the same, and how many got nothing."""
 
-    max_over_mean_load is 1 when all experts got the same number of tokens (of all layers: the worst);
-    dead_experts counts those that got none (of all layers: the sum); balance_loss is nats per valid token.
-    """
-    found = routers(model)
-    if not found:
-        return
-    worst, dead = 0.0, 0
-    for name, router in found.items():
+    max_over_mean: float
+    dead_experts: int
+
+
+def layer_loads(model: nn.Module) -> dict[str, Load]:
+    """The load of every layer of `model` in the last step, by the name of the layer."""
+    loads = {}
+    for name, router in routers(model).items():
         load_E = router.tokens_E.double()
-        layer = name.removesuffix(".moe.router")
-        of_layer = (load_E.max() / load_E.mean()).item()
-        idle = int((load_E == 0).sum())
-        yield f"moe/{layer}/max_over_mean_load", of_layer
-        yield f"moe/{layer}/dead_experts", idle
-        worst, dead = max(worst, of_layer), dead + idle
-    yield "moe/max_over_mean_load", worst
-    yield "moe/dead_experts", dead
-    if any(router.config.balance_loss_coeff > 0 for router in found.values()):
-        losses = [router.balance_loss * router.loss_scale for router in found.values()]
-        yield "moe/balance_loss", torch.stack(losses).sum().item()
+        worst = (load_E.max() / load_E.mean()).item()
+        loads[name.removesuffix(".moe.router")] = Load(worst, int((load_E == 0).sum()))
+    return loads
+
+
+def balance_loss(model: nn.Module) -> float:
+    """The balance losses of the last step, in nats per valid token; of several ranks they add up."""
+    return sum((router.balance_loss * router.loss_scale).item() for router in routers(model).values())
+
+
+def load_metrics(loads: dict[str, Load], balance: float) -> dict[str, float]:
+    """The loads of all layers as metrics, by layer and for all (the worst; the sum of experts without a token), and the
+    balance loss if there is one."""
+    if not loads:
+        return {}
+    metrics: dict[str, float] = {}
+    for layer, load in loads.items():
+        metrics[f"moe/{layer}/max_over_mean_load"] = load.max_over_mean
+        metrics[f"moe/{layer}/dead_experts"] = load.dead_experts
+    metrics["moe/max_over_mean_load"] = max(load.max_over_mean for load in loads.values())
+    metrics["moe/dead_experts"] = sum(load.dead_experts for load in loads.values())
+    if balance > 0:
+        metrics["moe/balance_loss"] = balance
+    return metrics

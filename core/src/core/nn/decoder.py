@@ -51,7 +51,8 @@ class Block(Module):
 
     def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotation, mask)
-        network = self.feed_forward if self.moe is None else self.moe
+        network = self.feed_forward or self.moe
+        assert network is not None
         return x_BLD + network(self.ffn_norm(x_BLD))
 
 
@@ -185,7 +186,8 @@ class Decoder(Module, Configurable, ABC):
         if not (self.training and self.ahead):
             return logits_BLV
         further = []
-        for i, merge in self.ahead.items():
+        assert self.tok_embeddings is not None, "a stage of a pipeline predicts one token"
+        for i, merge in cast(dict[str, Merge], dict(self.ahead.items())).items():
             tokens_BL = tokens_BL.roll(-1, dims=1)
             x_BLD = merge(x_BLD, self.tok_embeddings(tokens_BL))
             x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], where, masks)))
@@ -193,7 +195,7 @@ class Decoder(Module, Configurable, ABC):
         return Predictions(logits_BLV, further)
 
     def flops_per_token(self, seq_len: int) -> Flops:
-        return Flops(matmul=2 * self.output.weight.numel() * self.config.n_mtp_layers)
+        return Flops(matmul=2 * self.config.vocab_size * self.config.dim * self.config.n_mtp_layers)
 
     def _mask(self, block: Block, where: Where, masks: dict[Kernel, Mask]) -> Mask:
         """The mask of a block's kernel, made once for all blocks with an equal one."""

@@ -73,9 +73,9 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override] - the decorator is untyped
         (place_TK,) = ctx.saved_tensors
-        return _sum_of_choices(grad_RD, place_TK), None, None
+        return _sum_of_choices(grads[0], place_TK), None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -88,9 +88,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override] - the decorator is untyped
         (token_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, token_R), None, None
+        return grads[0].index_select(0, token_R), None, None
 
 
 def _sum_of_choices(rows_RD: Tensor, place_TK: Tensor) -> Tensor:

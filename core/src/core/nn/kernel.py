@@ -194,6 +194,7 @@ class Flex:
         o_BNLH, aux = attend(
             q_BNLH, k_BKMH, v_BKMH, block_mask=mask, enable_gqa=grouped, scale=scale, return_aux=AuxRequest(lse=True)
         )
+        assert aux.lse is not None
         # One term e^sink more in the denominator: o e^lse / (e^lse + e^sink).
         return o_BNLH * torch.sigmoid(aux.lse - sinks_N[:, None]).unsqueeze(-1).to(o_BNLH.dtype)
 

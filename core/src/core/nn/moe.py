@@ -269,7 +269,8 @@ class MoE(Module, Configurable):
         self.top_k, self.n_experts = config.router.top_k, config.router.n_experts
         self.router = config.router.build(dim=dim, scale=scale)
         self.experts = config.experts.build(n_experts=self.n_experts, dim=dim, scale=scale)
-        self.shared_experts = config.shared_experts and config.shared_experts.build(dim=dim, scale=scale)
+        shared = config.shared_experts
+        self.shared_experts: FeedForward | None = None if shared is None else shared.build(dim=dim, scale=scale)
         self.dispatcher = Local()
 
     def forward(self, x_BLD: Tensor) -> Tensor:

@@ -2,16 +2,15 @@
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+
+
+def joint_norm(gradients: list[Tensor]) -> float:
+    """The 2-norm of all gradients together, their own norms added in fp64; 0 of none."""
+    if not gradients:
+        return 0.0
+    return torch.stack(torch._foreach_norm(gradients)).double().square().sum().sqrt().item()
 
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Scale in place gradients whose joint norm is `norm` so that it is at most `max_norm`."""
     torch._foreach_mul_(gradients, min(max_norm / (norm + 1e-6), 1.0))
-
-
-def clip_gradients(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients in place so that their joint 2-norm is at most `max_norm`; gives the norm before."""
-    norm = get_total_norm(gradients)
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm

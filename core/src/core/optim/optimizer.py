@@ -77,10 +77,10 @@ class Optimizer(Configurable):
                 continue
             states = [self._state(name) for name in live]
             adam(
-                [self.weights[name] for name in live],
-                list(live.values()),
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [own(self.weights[name]) for name in live],
+                [own(grad) for grad in live.values()],
+                [own(state["exp_avg"]) for state in states],
+                [own(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=c.implementation == "fused",
@@ -104,3 +104,8 @@ class Optimizer(Configurable):
                 "exp_avg_sq": torch.zeros_like(weight),
             }
         return self.state[name]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is spread over ranks; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

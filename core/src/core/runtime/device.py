@@ -29,8 +29,20 @@ PEAK_FLOPS = {
 """Dense bf16 operations per second by the vendors' data sheets, most specific name first."""
 
 
-def select_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the machine's accelerator, or the CPU where there is none."""
+def select_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" is the machine's accelerator, or the CPU where there is none.
+
+    Of several accelerators rank number `local_rank` of the machine gets that one, unless the name has a number.
+    """
+    device = _named_device(name)
+    if device.type == "cpu" or device.index is not None:
+        return device
+    if local_rank >= (n := torch.accelerator.device_count()):
+        raise UserError(f"rank {local_rank} of this machine has no {device.type} device of its own, there are {n}")
+    return torch.device(device.type, local_rank)
+
+
+def _named_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     if name == "auto":
         return accelerator or torch.device("cpu")

@@ -1,6 +1,7 @@
 """What a run says: plain lines on standard output, warnings marked as such."""
 
 import logging
+from pathlib import Path
 
 LOGGER = logging.getLogger("armature")
 
@@ -13,9 +14,20 @@ class Console(logging.Handler):
         print(text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}", flush=True)
 
 
-def start_logging() -> None:
-    """Send this project's messages to standard output, once, without touching anybody else's loggers."""
+def start_logging(*, aloud: bool = True) -> None:
+    """Send this project's messages to standard output, once, without touching anybody else's loggers.
+
+    Of several ranks one speaks aloud.
+    """
     if not LOGGER.handlers:
-        LOGGER.addHandler(Console())
+        LOGGER.addHandler(Console() if aloud else logging.NullHandler())
         LOGGER.setLevel(logging.INFO)
         LOGGER.propagate = False
+
+
+def log_to(file: Path) -> None:
+    """Write this project's messages, with their time, to `file` as well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)

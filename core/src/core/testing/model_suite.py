@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from core.nn.kernel import Where
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.key_suite import KeySuite
+from core.testing.layout_suite import LayoutSuite
 from core.testing.toy import on_cpu, on_meta, randomise
 from core.train.loss import cross_entropy
 from core.train.trainer import Trainer
@@ -38,9 +39,9 @@ from core.train.trainer import Trainer
 FLOPS_SEQ_LEN = 4096
 
 
-class ModelSuite(KeySuite):
+class ModelSuite(KeySuite, LayoutSuite):
     """The tests of a model package. Derive a class named Test... from this one and fill in its attributes,
-    and those of `KeySuite`."""
+    and those of `KeySuite` and `LayoutSuite`."""
 
     configs: ClassVar[ModuleType]
     """The module of its recipes; those of other models of the package are left to their own suite."""
@@ -60,7 +61,12 @@ class ModelSuite(KeySuite):
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for every size, tiny configuration and recipe, where a test asks for one."""
-        choices = {"size": self.sizes, "tiny": self.hf_configs, "recipe": self.recipes()}
+        choices = {
+            "size": self.sizes,
+            "tiny": self.hf_configs,
+            "recipe": self.recipes(),
+            "layout": self.layout_parameters(),
+        }
         for argument, names in choices.items():
             if argument in metafunc.fixturenames:
                 metafunc.parametrize(argument, names)
@@ -113,7 +119,7 @@ class ModelSuite(KeySuite):
         labels_BL = tokens_BL.roll(-1, dims=1)
         cross_entropy(ours.eval()(tokens_BL), labels_BL).backward()
         cross_entropy(theirs(tokens_BL).logits, labels_BL).backward()
-        expected, found = theirs.get_input_embeddings().weight.grad, ours.tok_embeddings.weight.grad
+        expected, found = theirs.get_input_embeddings().weight.grad, ours.get_parameter("tok_embeddings.weight").grad
         assert expected is not None and expected.abs().max() > 0.1
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -241,7 +247,7 @@ class ModelSuite(KeySuite):
     def recipes(self) -> list[str]:
         """Names of the recipes whose model is this suite's."""
         found = recipes(self.configs).items()
-        return [name for name, recipe in found if isinstance(recipe().model, self.decoder.Config)]
+        return [name for name, recipe in found if isinstance(cast(Trainer.Config, recipe()).model, self.decoder.Config)]
 
     def run_config(self, recipe: str) -> Trainer.Config:
         """The run that a recipe of ours describes."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from core.config.errors import UserError
 from core.nn.module import parameter_count
+from core.parallel.settings import Degrees
 from core.runtime.device import GIB, free_memory
 from core.train.settings import Training
 
@@ -30,20 +31,27 @@ class Estimate(NamedTuple):
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
-def estimate(model: nn.Module, vocab_size: int, training: Training) -> Estimate:
-    """Weights, gradients and two moments in `training.dtype`; logits of one microbatch and their gradient in fp32."""
+def estimate(model: nn.Module, vocab_size: int, training: Training, degrees: Degrees | None = None) -> Estimate:
+    """What one rank needs: weights, gradients and two moments in `training.dtype`; logits of one microbatch and their
+    gradient in fp32."""
+    degrees = degrees or Degrees()
     stored = parameter_count(model) * (4 if training.dtype == "float32" else 2)
+    stored //= degrees.world // degrees.replicate
     logits = training.local_batch_size * training.seq_len * vocab_size * 4
+    logits //= degrees.context * degrees.tensor * degrees.pipeline
     return Estimate(stored, stored, 2 * stored, 2 * logits)
 
 
-def check_memory(need: Estimate, device: torch.device, training: Training) -> None:
-    """Raise `UserError` with both numbers and what would help when `need` exceeds the free memory of `device`."""
+def check_memory(need: Estimate, device: torch.device, training: Training, n_sharing: int = 1) -> None:
+    """Raise `UserError` with both numbers and what would help when `need` exceeds the free memory of `device`, which
+    `n_sharing` ranks share."""
     free = free_memory(device)
+    free = None if free is None else free // n_sharing
     if free is None or need.total <= free:
         return
+    each = " for each rank" if n_sharing > 1 else ""
     raise UserError(
-        f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free. {_what_helps(training)}"
+        f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free{each}. {_what_helps(training)}"
     )
 
 
@@ -60,7 +68,7 @@ def memory_advice(device: torch.device, training: Training, checkpointing: str) 
 def _what_helps(training: Training) -> str:
     helps = []
     if training.local_batch_size > 1:
-        rows = training.rows_per_step
+        rows = training.rows_per_step()
         helps.append(f"--training.local_batch_size 1 --training.global_batch_size {rows} (the same steps, row by row)")
     helps.append("a lower --training.seq_len")
     if training.dtype == "float32":

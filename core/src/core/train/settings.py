@@ -55,9 +55,9 @@ class Training(Configurable.Config):
                 "mixed_precision_param float32 cannot be had from weights in bfloat16: set dtype float32, or auto here",
             )
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.local_batch_size if self.global_batch_size == -1 else self.global_batch_size
+    def rows_per_step(self, n_data: int = 1) -> int:
+        """Rows in one step when `n_data` ranks read different ones."""
+        return self.local_batch_size * n_data if self.global_batch_size == -1 else self.global_batch_size
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The type of matrix products on `device`."""
@@ -86,6 +86,10 @@ class Compile(Configurable.Config):
             usual = ", ".join(torch.compiler.list_backends())
             yield "backend", f"backend {self.backend} is not known to torch.compile: use one of {usual}"
 
+    def takes(self, component: Literal["model", "loss"]) -> bool:
+        """Whether that part of the run is compiled."""
+        return self.enable and component in self.components
+
 
 @dataclass(kw_only=True, slots=True)
 class Debug(Configurable.Config):
@@ -100,6 +104,8 @@ class Debug(Configurable.Config):
     """End with a traceback to the operation whose backward made the first NaN (slow)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient norm that is not finite does: end the run before the update, or leave the step out."""
+    log_every_rank: bool = False
+    """Each rank writes its messages to logs/rank-<number>.log in the run's folder; without it only the first speaks."""
     moe_force_load_balance: bool = False
     """Deal out tokens to experts in turn, whatever the router says: for measuring speed, not for learning."""
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
-from core.nn.balance import start_step, update_selection_bias
+from core.nn.balance import routers, start_step, update_selection_bias
 from core.nn.decoder import Decoder
 from core.nn.kernel import Where
-from core.optim.clip import clip_gradients
 from core.optim.optimizer import Optimizer
+from core.parallel.layout import Layout
+from core.parallel.pipeline import Microbatch, Pipeline
 
 
 class Loss(NamedTuple):
@@ -27,51 +28,85 @@ class Loss(NamedTuple):
 
 
 class Objective:
-    """The loss of a batch: what training lowers and validation measures.
+    """The loss of batches: what training lowers and validation measures. Each rank has its own tokens' part of it.
 
-    `mask` "document" lets tokens see only their own document and counts positions inside it; "causal" reads a row as
-    one document. `dtype` is the type that matrix products compute in.
+    `parts` is the model, or the stages of it that this rank runs under `pipeline`. `mask` "document" lets tokens see
+    only their own document and counts positions inside it; "causal" reads a row as one document. `dtype` is the type
+    that matrix products compute in.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        parts: list[Decoder],
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
-        device: torch.device,
+        layout: Layout,
         dtype: torch.dtype,
         mask: Literal["causal", "document"],
+        pipeline: Pipeline | None = None,
     ) -> None:
-        self.model, self.loss, self.device, self.dtype, self.mask = model, loss, device, dtype, mask
+        self.parts, self.layout, self.dtype, self.mask, self.pipeline = parts, layout, dtype, mask, pipeline
+        self.loss = layout.loss(loss, parts[0].config.vocab_size)
+
+    def accumulate(self, batches: Sequence[Batch], n_valid: float) -> float:
+        """Add to the gradients those of the loss divided by `n_valid`; gives this rank's part of the main loss."""
+        if self.pipeline is not None:
+            losses = self.pipeline.run(self._microbatches(batches), self._share(n_valid), backward=True)
+            return math.fsum(loss.item() for loss in losses)
+        total = torch.zeros((), device=self.layout.device)
+        for number, batch in enumerate(batches, start=1):
+            self.layout.sum_gradients(self.parts, now=number == len(batches))
+            loss = self(batch)
+            (loss.total / n_valid).backward()
+            total += loss.main.detach() / n_valid
+        return total.item()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """This rank's part of the main loss of `batches`."""
+        if self.pipeline is not None:
+            losses = self.pipeline.run(self._microbatches(batches), self._share(1), backward=False)
+            return math.fsum(loss.item() for loss in losses)
+        return math.fsum(self(batch).main.item() for batch in batches)
 
     def __call__(self, batch: Batch) -> Loss:
-        tokens, labels = (t.to(self.device, non_blocking=True) for t in (batch.tokens_BL, batch.labels_BL))
-        where = None
-        if self.mask == "document":
-            where = Where(batch.positions_BL.to(self.device), batch.documents_BL.to(self.device))
+        """The loss of a batch that this rank computes from embedding to head."""
+        (model,) = self.parts
+        tokens_BL, labels_BL, where = self.layout.place(batch, documents=self.mask == "document")
         with self._precision():
-            predictions = self.model(tokens, where)
+            predictions = model(tokens_BL, where)
             if isinstance(predictions, Tensor):
-                loss = self.loss(predictions, labels)
+                loss = self.loss(predictions, labels_BL)
                 return Loss(loss, loss)
-            main = self.loss(predictions.logits_BLV, labels)
+            main = self.loss(predictions.logits_BLV, labels_BL)
             further = torch.zeros_like(main)
             for k, logits_BLV in enumerate(predictions.further, start=1):
-                further = further + self.loss(logits_BLV, labels_ahead(labels, k, where))
-            return Loss(main, main + self.model.config.mtp_loss_weight / len(predictions.further) * further)
+                further = further + self.loss(logits_BLV, labels_ahead(labels_BL, k, where))
+            return Loss(main, main + model.config.mtp_loss_weight / len(predictions.further) * further)
+
+    def _microbatches(self, batches: Sequence[Batch]) -> list[Microbatch]:
+        size = self.layout.settings.pipeline_parallel_microbatch_size
+        rows = (Batch(*parts) for batch in batches for parts in zip(*(part.split(size) for part in batch), strict=True))
+        return [Microbatch(*self.layout.place(row, documents=self.mask == "document")) for row in rows]
+
+    def _share(self, n_valid: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda logits_BLV, labels_BL: self.loss(logits_BLV, labels_BL) / n_valid
 
     def _precision(self) -> AbstractContextManager:
-        """Autocast without its cache, which would keep a copy of every weight until the forward ends."""
-        if self.dtype == torch.float32:
+        """Autocast without its cache, which would keep a copy of every weight until the forward ends.
+
+        Weights that are gathered for a forward come in the right type already.
+        """
+        if self.dtype == torch.float32 or self.layout.gathers:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+        return torch.autocast(self.layout.device.type, self.dtype, cache_enabled=False)
 
 
-def labels_ahead(labels_BL: Tensor, k: int, where: Where | None) -> Tensor:
+def labels_ahead(labels_BL: Tensor, k: int, where: Where) -> Tensor:
     """The labels k places further on; none where the row ends before, or where `where` has another document there."""
     ahead_BL = labels_BL.roll(-k, dims=1)
     ahead_BL[:, -k:] = IGNORE
-    if where is not None and where.document_BL is not None:
+    if where.document_BL is not None:
         other_BL = where.document_BL != where.document_BL.roll(-k, dims=1)
         ahead_BL = ahead_BL.masked_fill(other_BL, IGNORE)
     return ahead_BL
@@ -102,22 +137,20 @@ def train_step(
 ) -> StepInfo:
     """Accumulate the gradient of the mean loss over all valid tokens of all `batches`, clip it, and update once.
 
-    The denominator is the step's, not a microbatch's: the gradient does not depend on how the step is split.
-    Raises `UserError` before any update when the step has no valid token, or when its loss or gradient norm is not
-    finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are.
+    The denominator is the step's, over all ranks and microbatches: the gradient does not depend on how the step is
+    split. Raises `UserError` before any update when the step has no valid token, or when its loss or gradient norm is
+    not finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are.
     """
-    n_valid = valid_tokens(batches)
+    layout = objective.layout
+    n_valid = layout.sum_of_data(valid_tokens(batches))
     if n_valid == 0:
         raise UserError(f"step {step}: none of its {len(batches)} microbatches has a token that counts for the loss")
     optimizer.zero_grad()
-    start_step(objective.model, n_valid)
-    total = torch.zeros((), device=objective.device)
-    for batch in batches:
-        loss = objective(batch)
-        (loss.total / n_valid).backward()
-        total += loss.main.detach() / n_valid
-    norm = clip_gradients(optimizer.gradients(), max_norm)
-    info = StepInfo(total.item(), norm.item(), updated=True)
+    for part in objective.parts:
+        start_step(part, n_valid)
+    (loss,) = layout.sums(objective.accumulate(batches, n_valid))
+    layout.sum_counts([router.tokens_E for part in objective.parts for router in routers(part).values()])
+    info = StepInfo(loss, layout.clip(optimizer.gradients(), max_norm), updated=True)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
             raise UserError(
@@ -126,5 +159,6 @@ def train_step(
             )
         return info._replace(updated=False)
     optimizer.step(lr)
-    update_selection_bias(objective.model)
+    for part in objective.parts:
+        update_selection_bias(part)
     return info

@@ -2,36 +2,42 @@
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from core.activation_checkpoint.apply import ActivationCheckpoint, check_names
+from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.comm.all_to_all import AllToAll
 from core.config.configurable import Configurable
-from core.config.errors import UserError
 from core.config.record import to_dict, to_json
 from core.data.loader import DataLoader
 from core.data.packing import Batch
 from core.data.tokenizer import Tokenizer
-from core.nn.balance import force_balance, load_metrics
+from core.nn.balance import balance_loss, force_balance, layer_loads, load_metrics
 from core.nn.decoder import Decoder
-from core.nn.init import init_weights, materialise
-from core.nn.module import parameter_count, training_flops_per_token, weights
+from core.nn.module import parameter_count, training_flops_per_token
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
+from core.parallel.settings import Parallelism, describe_degrees
 from core.runtime.device import GIB, describe, peak_flops, peak_memory, select_device
-from core.runtime.log import start_logging
+from core.runtime.distributed import Comm, World, find_world, leader_first, lower_timeout, process_group
+from core.runtime.garbage import collected_garbage
+from core.runtime.log import log_to, start_logging
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
+from core.train.assemble import assemble, compile_block, make_layout
+from core.train.checks import check_layout, check_model, check_vocabulary, compile_problems, data_problems, last_step
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.loss import cross_entropy
 from core.train.memory import check_memory, estimate, memory_advice
 from core.train.metrics import Metrics, Record, console_line
 from core.train.profile import Profiler
+from core.train.rows import microbatches
 from core.train.settings import Compile, Debug, Training
 from core.train.step import Objective, StepInfo, train_step
 from core.train.validate import Validator
@@ -66,6 +72,10 @@ class Trainer(Configurable):
         """What is reported, and where."""
         profiling: Profiler.Config = field(default_factory=Profiler.Config)
         """Traces of single steps."""
+        parallelism: Parallelism = field(default_factory=Parallelism)
+        """How ranks share the work."""
+        comm: Comm = field(default_factory=Comm)
+        """How long ranks wait for one another."""
         activation_checkpoint: ActivationCheckpoint.Config = field(default_factory=ActivationCheckpoint.Config)
         """What backward keeps, and what it computes again."""
         compile: Compile = field(default_factory=Compile)
@@ -74,96 +84,114 @@ class Trainer(Configurable):
         """Seeds, determinism, and what to do when numbers break."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            compiled = self.compile.enable and "model" in self.compile.components
-            if self.activation_checkpoint.mode == "memory_budget" and not compiled:
-                yield (
-                    "activation_checkpoint.mode",
-                    "memory_budget is torch.compile's choice: add --compile.enable with model in compile.components, "
-                    "or use selective",
-                )
-            if self.training.seq_len > self.model.max_seq_len:
-                yield (
-                    "training.seq_len",
-                    f"seq_len {self.training.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}: "
-                    "shorten the rows or raise the model's limit",
-                )
-            if self.validator.enable and self.dataloader.validation_fraction == 0:
-                yield (
-                    "dataloader.validation_fraction",
-                    "validation_fraction 0 holds nothing out for the validator: raise it, or --validator.no-enable",
-                )
+            yield from compile_problems(self.compile, self.activation_checkpoint, self.parallelism)
+            yield from data_problems(self.training, self.model, self.dataloader, self.validator)
 
     def __init__(self, config: Config) -> None:
-        start_logging()
-        self.config = config
-        check_one_process()
-        check_run_folder(config.dump_folder)
-        self.device = select_device(config.training.device)
-        seed_everything(config.debug.seed, deterministic=config.debug.deterministic)
-        self.tokenizer = config.tokenizer.build()
-        check_vocabulary(self.tokenizer, config.model.vocab_size)
+        self.config, c = config, config
+        self.world = find_world() or World()
+        start_logging(aloud=self.world.rank == 0)
+        check_layout(
+            c.model,
+            c.parallelism,
+            c.training,
+            world_size=self.world.size,
+            checkpoint_mode=c.activation_checkpoint.mode,
+            compiled=c.compile.takes("model"),
+        )
+        check_run_folder(c.dump_folder)
+        self.device = select_device(c.training.device, self.world.local_rank)
+        seed_everything(c.debug.seed, deterministic=c.debug.deterministic)
+        self.tokenizer = c.tokenizer.build()
+        check_vocabulary(self.tokenizer, c.model.vocab_size)
         with torch.device("meta"):
-            self.model: Decoder = config.model.build()
-        for block in self.model.layers.values():
-            block.attention.kernel.check_trains_on(self.device)
-        if config.debug.moe_force_load_balance:
-            force_balance(self.model)
-        check_names(config.activation_checkpoint, self.model)
-        check_memory(estimate(self.model, config.model.vocab_size, config.training), self.device, config.training)
-        self.loader = self._load("train")
-        self.last_step = last_step(config.training, self.loader)
-        self.flops_per_token = training_flops_per_token(self.model, config.training.seq_len)
-        self.folder = make_run_folder(config.dump_folder, config.recipe)
+            whole: Decoder = c.model.build()
+        check_model(whole, c.activation_checkpoint, c.debug, self.device)
+        need = estimate(whole, c.model.vocab_size, c.training, c.parallelism.degrees(self.world.size))
+        check_memory(need, self.device, c.training, self.world.local_size if self.device.type == "cpu" else 1)
+        self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
+        self.n_parameters = parameter_count(whole)
+        self.exit = ExitStack()
+        self.exit.enter_context(process_group(find_world(), self.device, c.comm))
+        self.layout = make_layout(c.parallelism, self.device)
+        with leader_first(self.world):
+            self.loader = self._load("train")
+        self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
+        self.last_step = last_step(c.training, self.loader, self.layout.degrees.data)
+        self.folder = Path(self.layout.agree(self.layout.is_first and str(make_run_folder(c.dump_folder, c.recipe))))
+        if c.debug.log_every_rank:
+            log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
         self._start_model()
-        self.metrics = config.metrics.build(folder=self.folder, settings=to_dict(config))
+        self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
 
     def _load(self, split: str) -> DataLoader:
         training = self.config.training
         return self.config.dataloader.build(
-            tokenizer=self.tokenizer, seq_len=training.seq_len, seed=self.config.debug.seed, split=split
+            tokenizer=self.tokenizer,
+            seq_len=training.seq_len,
+            seed=self.config.debug.seed,
+            split=split,
+            rank=self.layout.data_rank,
+            n_ranks=self.layout.degrees.data,
         )
 
     def _start_model(self) -> None:
         c = self.config
-        materialise(self.model, self.device, getattr(torch, c.training.dtype))
-        init_weights(((w.name, w.value, w.start) for w in weights(self.model)), c.debug.seed)
-        self.optimizer = c.optimizer.build(weights=self.model.named_parameters())
-        self.schedule = c.lr_scheduler.build(steps=self.last_step)
         self.compute_dtype = c.training.compute_dtype(self.device)
         self.checkpointing = c.activation_checkpoint.build(folder=self.folder)
-        self.checkpointing.apply(self.model)
-        loss = cross_entropy
-        if c.compile.enable and "model" in c.compile.components:
-            for block in self.model.layers.values():
-                block.compile(backend=c.compile.backend, fullgraph=True)
-        if c.compile.enable and "loss" in c.compile.components:
-            loss = torch.compile(cross_entropy, backend=c.compile.backend)
-        self.objective = Objective(self.model, loss, device=self.device, dtype=self.compute_dtype, mask=c.training.mask)
+        n_rows = self.rows_per_step // self.layout.degrees.data
+        self.parts = assemble(
+            c.model,
+            self.layout,
+            checkpoint=self.checkpointing.apply,
+            compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
+            dispatcher=AllToAll,
+            dtype=getattr(torch, c.training.dtype),
+            compute_dtype=self.compute_dtype,
+            seed=c.debug.seed,
+            n_microbatches=n_rows // c.parallelism.pipeline_parallel_microbatch_size,
+        )
+        if c.debug.moe_force_load_balance:
+            for model in self.parts.models:
+                force_balance(model)
+        self.optimizer = c.optimizer.build(weights=self.parts.named_parameters())
+        self.schedule = c.lr_scheduler.build(steps=self.last_step)
+        loss = torch.compile(cross_entropy, backend=c.compile.backend) if c.compile.takes("loss") else cross_entropy
+        self.objective = Objective(
+            self.parts.models,
+            loss,
+            layout=self.layout,
+            dtype=self.compute_dtype,
+            mask=c.training.mask,
+            pipeline=self.parts.pipeline,
+        )
         self.validator = None
         if c.validator.enable:
+            with leader_first(self.world):
+                loader = self._load("validation")
             self.validator = c.validator.build(
-                loader=self._load("validation"), objective=self.objective, batch_size=c.training.local_batch_size
+                loader=loader,
+                objective=self.objective,
+                rows_per_step=self.rows_per_step,
+                local_batch_size=c.training.local_batch_size,
             )
 
     def summary(self) -> str:
         """What will be trained, on what, where, and what is written: the head of a run on the console."""
         c, flops = self.config, self.flops_per_token
-        training = c.training
         dtype = str(self.compute_dtype).removeprefix("torch.")
-        optional = {
-            c.metrics.save_tb_folder: c.metrics.enable_tensorboard,
-            c.profiling.save_traces_folder: c.profiling.enable_profiling,
-        }
-        files = ["config.json", "metrics.jsonl", *(name for name, chosen in optional.items() if chosen)]
+        files = ["config.json", "metrics.jsonl", *[c.metrics.save_tb_folder] * c.metrics.enable_tensorboard]
+        files += [c.profiling.save_traces_folder] * c.profiling.enable_profiling
         rows = {
-            "model": f"{type(self.model).__name__} ({c.recipe or 'no recipe'})",
-            "parameters": f"{parameter_count(self.model):,}",
+            "model": f"{type(self.parts.models[0]).__name__} ({c.recipe or 'no recipe'})",
+            "parameters": f"{self.n_parameters:,}",
             "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
             "data": self.loader.description,
             "tokenizer": self.tokenizer.description,
-            "device": f"{describe(self.device)}; weights {training.dtype}, compute {dtype}",
+            "device": f"{describe(self.device)}; weights {c.training.dtype}, compute {dtype}",
+            "ranks": describe_degrees(self.layout.degrees),
             "backward": f"activation checkpoint {c.activation_checkpoint.mode}",
-            "steps": f"{self.last_step:,} of {training.rows_per_step} x {training.seq_len:,} tokens",
+            "steps": f"{self.last_step:,} of {self.rows_per_step} x {c.training.seq_len:,} tokens",
             "written to": f"{self.folder} ({', '.join(files)})",
         }
         return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
@@ -173,11 +201,13 @@ class Trainer(Configurable):
         log.info(self.summary())
         if self.last_step < self.config.training.steps:
             log.info(f"the data last for {self.last_step:,} of {self.config.training.steps:,} steps")
-        (self.folder / "config.json").write_text(to_json(self.config))
+        if self.layout.is_first:
+            (self.folder / "config.json").write_text(to_json(self.config))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
         profiler = self.config.profiling.build(folder=self.folder)
         advice = memory_advice(self.device, self.config.training, self.config.activation_checkpoint.mode)
-        with StopRequest() as stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
+        metrics = self.metrics if self.layout.is_first else nullcontext()
+        with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:
             step = self._loop(stop, profiler)
         kept = f"kept in {self.folder}: config.json and metrics.jsonl (weights are not saved)"
         if stop.signal is not None:
@@ -190,7 +220,8 @@ class Trainer(Configurable):
         c = self.config
         step = since = 0
         mark = time.perf_counter()
-        while step < self.last_step and not stop:
+        stopping = False
+        while step < self.last_step and not stopping:
             step += 1
             if step % c.training.gc_freq == 0:
                 gc.collect(1)
@@ -198,8 +229,10 @@ class Trainer(Configurable):
             profiler.step()
             if step == 1:
                 self.checkpointing.report()
+                lower_timeout(c.comm)
+            stopping = self._stopping(stop)
             validates = self.validator is not None and self.validator.due(step, self.last_step)
-            if self.metrics.due(step, self.last_step) or validates or stop:
+            if self.metrics.due(step, self.last_step) or validates or stopping:
                 step_time_s = (time.perf_counter() - mark) / (step - since)
                 self._report(step, info, step_time_s, self._validate(stop) if validates else None)
                 mark, since = time.perf_counter(), step
@@ -223,17 +256,30 @@ class Trainer(Configurable):
 
     def batches(self, step: int) -> list[Batch]:
         """The microbatches of `step`, counted from 1: rows are numbered over the whole run."""
-        training = self.config.training
-        first = (step - 1) * training.rows_per_step
-        starts = range(first, first + training.rows_per_step, training.local_batch_size)
-        return [self.loader.read(start, training.local_batch_size) for start in starts]
+        return microbatches(
+            self.loader,
+            self.layout,
+            first=(step - 1) * self.rows_per_step,
+            n_rows=self.rows_per_step,
+            local_batch_size=self.config.training.local_batch_size,
+        )
+
+    def _expert_loads(self) -> dict[str, float]:
+        models = self.parts.models
+        loads = self.layout.join({name: load for model in models for name, load in layer_loads(model).items()})
+        (balance,) = self.layout.sums(sum(balance_loss(model) for model in models))
+        return load_metrics(loads, balance)
+
+    def _stopping(self, stop: StopRequest) -> bool:
+        """Whether a rank was asked to stop: all ranks hear the same."""
+        return self.layout.sums(float(bool(stop)))[0] > 0
 
     def _validate(self, stop: StopRequest) -> float | None:
         assert self.validator is not None
-        return self.validator.loss(lambda: bool(stop))
+        return self.validator.loss(lambda: self._stopping(stop))
 
     def _report(self, step: int, info: StepInfo, step_time_s: float, validation_loss: float | None) -> None:
-        tokens_per_step = self.config.training.rows_per_step * self.config.training.seq_len
+        tokens_per_step = self.rows_per_step * self.config.training.seq_len
         tokens_per_second = tokens_per_step / step_time_s
         peak = peak_flops(self.device)
         record = Record(
@@ -245,51 +291,10 @@ class Trainer(Configurable):
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
             memory_gib=peak_memory(self.device) / GIB,
-            mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak,
+            mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak / self.world.size,
             validation_loss=validation_loss,
-            experts=dict(load_metrics(self.model)),
+            experts=self._expert_loads(),
         )
-        self.metrics.write(record)
+        if self.layout.is_first:
+            self.metrics.write(record)
         log.info(console_line(record, self.last_step, (self.last_step - step) * step_time_s))
-
-
-def check_one_process() -> None:
-    """Raise `UserError` when a launcher started more than one process."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise UserError(
-            f"WORLD_SIZE is {world_size}, and this version trains in one process: start it without torchrun"
-        )
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise `UserError` when the tokenizer makes ids that the model has no row for."""
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}: "
-            f"set --model.vocab_size {tokenizer.vocab_size} or choose another tokenizer"
-        )
-
-
-def last_step(training: Training, loader: DataLoader) -> int:
-    """Steps that the run has data for, at most `training.steps`."""
-    if loader.n_samples is None:
-        return training.steps
-    steps = min(training.steps, loader.n_samples // training.rows_per_step)
-    if steps == 0:
-        raise UserError(
-            f"the data have {loader.n_samples} rows of {training.seq_len} tokens, one step takes "
-            f"{training.rows_per_step}: lower the batch size or training.seq_len, or give more text or epochs"
-        )
-    return steps
-
-
-@contextmanager
-def collected_garbage() -> Iterator[None]:
-    """Python's cycle collector stands still while the block runs: the loop calls it at its own moments."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.loader import DataLoader
+from core.train.rows import microbatches
 from core.train.step import Objective, valid_tokens
 
 
@@ -21,7 +20,7 @@ class Validator(Configurable):
         freq: int = 100
         """Steps between two validations; the last step is always validated."""
         steps: int = -1
-        """Microbatches per validation, always the same ones; -1 is all held-out text."""
+        """Batches per validation, each of as many rows as a step, always the same ones; -1 is all held-out text."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             if self.freq < 1:
@@ -29,29 +28,48 @@ class Validator(Configurable):
             if self.steps != -1 and self.steps < 1:
                 yield "steps", f"steps {self.steps} must be at least 1, or -1 for all"
 
-    def __init__(self, config: Config, *, loader: DataLoader, objective: Objective, batch_size: int) -> None:
-        self.config, self.loader, self.objective, self.batch_size = config, loader, objective, batch_size
+    def __init__(
+        self,
+        config: Config,
+        *,
+        loader: DataLoader,
+        objective: Objective,
+        rows_per_step: int,
+        local_batch_size: int,
+    ) -> None:
+        self.config, self.loader, self.objective = config, loader, objective
+        self.rows_per_step, self.local_batch_size = rows_per_step, local_batch_size
         available = loader.windows_per_epoch
         assert available is not None, "held-out text is indexed in every mode"
-        self.rows = available if config.steps == -1 else min(config.steps * batch_size, available)
+        self.rows = available if config.steps == -1 else min(config.steps * rows_per_step, available)
 
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or step % self.config.freq == 0
 
-    @torch.no_grad()
     def loss(self, stop: Callable[[], bool]) -> float | None:
         """Nats per valid token, every token weighing the same; None when `stop` asked to give up half-way."""
         total, count = 0.0, 0
-        self.objective.model.eval()
+        layout = self.objective.layout
+        for part in self.objective.parts:
+            part.eval()
         try:
-            for first in range(0, self.rows, self.batch_size):
+            for first in range(0, self.rows, self.rows_per_step):
                 if stop():
                     return None
-                batch = self.loader.read(first, min(self.batch_size, self.rows - first))
-                total += self.objective(batch).main.item()
-                count += valid_tokens([batch])
+                batches = microbatches(
+                    self.loader,
+                    layout,
+                    first=first,
+                    n_rows=self.rows_per_step,
+                    local_batch_size=self.local_batch_size,
+                    end=self.rows,
+                )
+                total += self.objective.evaluate(batches)
+                count += valid_tokens(batches)
         finally:
-            self.objective.model.train()
-        if count == 0:
+            for part in self.objective.parts:
+                part.train()
+        (total,), n_valid = layout.sums(total), layout.sum_of_data(count)
+        if n_valid == 0:
             raise UserError("the held-out text has no token that counts for the loss")
-        return total / count
+        return total / n_valid

@@ -1,0 +1,80 @@
+"""The order of wrapping, once for all models: tensor, expert, context, checkpoint policy, compile, data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from core.nn.balance import routers
+from core.nn.decoder import Decoder
+from core.nn.dispatch import Dispatcher
+from core.nn.init import Piece
+from core.parallel.context import apply_context
+from core.parallel.data import apply_data
+from core.parallel.expert import apply_expert
+from core.parallel.layout import checkpoint_and_compile
+from core.parallel.mesh import Views
+from core.parallel.settings import Parallelism
+from core.parallel.tensor import apply_tensor
+
+
+def parallelize(
+    model: Decoder,
+    views: Views,
+    settings: Parallelism,
+    *,
+    dispatcher: Callable[[ProcessGroup], Dispatcher],
+    checkpoint: Callable[[Decoder], None],
+    compile_block: Callable[[torch.nn.Module], None] | None,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Spread a model, or a stage of one, over the ranks of `views`.
+
+    The model is on the meta device still, and gets its memory afterwards.
+    """
+    degrees = views.degrees
+    if degrees.tensor > 1:
+        apply_tensor(model, views.weight["tensor"])
+    if degrees.expert > 1:
+        apply_expert(model, views.expert["expert"], dispatcher)
+    if degrees.context > 1:
+        all_to_all = settings.context_parallel_rotate_method == "alltoall"
+        apply_context(model, views.token["context"], all_to_all=all_to_all)
+    if degrees.tensor * degrees.context > 1:
+        sum_over_rows(model, views)
+    checkpoint_and_compile(model, checkpoint, compile_block)
+    reshard = settings.fsdp_reshard_after_forward
+    apply_data(
+        model,
+        views,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard == "always" or (reshard == "default" and degrees.pipeline == 1),
+        cpu_offload=settings.cpu_offload,
+    )
+
+
+def sum_over_rows(model: Decoder, views: Views) -> None:
+    """Let routers count the choices of whole rows, of which a rank sees a part."""
+    groups = [views.token[axis].get_group() for axis in ("context", "tensor")]
+
+    def add_up(_: Any, args: Any, chosen_BE: torch.Tensor) -> torch.Tensor:
+        for group in groups:
+            chosen_BE = functional.wait_tensor(functional.all_reduce(chosen_BE, "sum", group))
+        return chosen_BE
+
+    for router in routers(model).values():
+        router.of_row.register_forward_hook(add_up)
+
+
+def own_piece(weight: torch.Tensor) -> Piece:
+    """The piece of a weight that lies on this rank, and where it begins in the whole."""
+    if not isinstance(weight, DTensor):
+        return Piece(weight, (0,) * weight.dim())
+    shape, start = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    piece = weight.to_local()
+    assert piece.shape == shape, f"piece of shape {tuple(piece.shape)}, expected {shape}"
+    return Piece(piece, start)

@@ -1,0 +1,97 @@
+"""Data parallelism: FSDP and HSDP, and the gradient norm over weights of several meshes.
+
+Gradients are summed over ranks, never averaged: the loss already carries the step's number of tokens.
+"""
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
+
+from core.nn.decoder import Decoder
+from core.nn.moe import Experts
+from core.parallel.mesh import Views
+
+
+def apply_data(
+    model: Decoder,
+    views: Views,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+) -> None:
+    """Shard every block, and the rest of `model`, over the ranks of `views` that hold equal weights.
+
+    Experts lie on a mesh of their own inside their block's group, so that no hook stands within a block (torch 2.13:
+    selective checkpointing and torch.compile both lose their way there). Weights are gathered in `compute_dtype`,
+    gradients summed in fp32.
+    """
+    dense = mesh_info(views.weight)
+    same = views.degrees.expert == views.degrees.tensor == 1
+    sparse = dense if same else mesh_info(views.expert)
+    pin = dense.mesh.device_type != "cpu"  # pinning asks for an accelerator (torch 2.13)
+    settings = {
+        "mesh": dense.mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=pin) if cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": reshard_after_forward,
+    }
+    for block in model.layers.values():
+        experts = {weight for part in block.modules() if isinstance(part, Experts) for weight in part.parameters()}
+
+        def where_to(weight: nn.Parameter, experts: set = experts) -> ShardPlacementResult:
+            if weight not in experts:
+                return ShardPlacementResult(placement=Shard(0), mesh_info=dense)
+            few = weight.shape[0] < sparse.shard_mesh_size * views.degrees.expert
+            return ShardPlacementResult(placement=Shard(1 if few else 0), mesh_info=sparse)
+
+        fully_shard(block, **settings, shard_placement_fn=where_to if experts else None)
+    fully_shard(model, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+
+
+def mesh_info(view: DeviceMesh) -> FSDPMeshInfo:
+    """The axes of a view that hold equal weights, as FSDP wants to hear of them."""
+    if view["replicate"].size() > 1:
+        return HSDPMeshInfo(mesh=view["replicate", "shard"], replicate_mesh_dim=0, shard_mesh_dim=1)
+    return FSDPMeshInfo(mesh=view["shard"], shard_mesh_dim=0)
+
+
+def local_parts(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each gradient."""
+    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+
+
+def squared_norm(gradients: Iterable[Tensor], n_copies: int) -> Tensor:
+    """This rank's part of the sum of squares of all gradients, in fp64; the parts of all ranks add up to it.
+
+    `n_copies` ranks hold each gradient that is not cut (those of one pipeline stage); one that is cut into p pieces is
+    held by n_copies / p ranks, whatever its mesh.
+    """
+    gradients = list(gradients)
+    shares = [pieces(gradient) / n_copies for gradient in gradients]
+    norms = torch._foreach_norm(local_parts(gradients))
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    squares = torch.stack(norms).double().square()
+    return (squares * torch.tensor(shares, dtype=torch.float64, device=squares.device)).sum()
+
+
+def pieces(gradient: Tensor) -> int:
+    """Into how many pieces a gradient is cut."""
+    if not isinstance(gradient, DTensor):
+        return 1
+    assert not any(placement.is_partial() for placement in gradient.placements), "a gradient is still partial"
+    cuts = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+    return prod(size for placement, size in cuts if not placement.is_replicate())

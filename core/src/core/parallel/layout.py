@@ -1,0 +1,168 @@
+"""What a rank is among all: which rows it reads, which part of them it computes, and sums over all ranks.
+
+This file loads nothing of `torch.distributed.tensor`, so that a process alone starts quickly.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from core.data.packing import Batch
+from core.nn.decoder import Decoder
+from core.nn.dispatch import Dispatcher
+from core.nn.init import Piece, whole
+from core.nn.kernel import Where
+from core.optim.clip import joint_norm, scale_down
+from core.parallel.pipeline import Pipeline
+from core.parallel.settings import Degrees, Parallelism
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Layout(ABC):
+    """One rank's place in the layout of a run."""
+
+    data_rank: int
+    """Number of this rank among those that read different rows."""
+    pipeline_rank: int
+    is_first: bool
+    """Whether this rank speaks for all."""
+    gathers: bool
+    """Whether weights are gathered for each use, in the type that is computed in."""
+
+    def __init__(self, settings: Parallelism, degrees: Degrees, device: torch.device) -> None:
+        self.settings, self.degrees, self.device = settings, degrees, device
+
+    @abstractmethod
+    def sums(self, *values: float) -> list[float]:
+        """Each value summed over all ranks, in double precision."""
+
+    @abstractmethod
+    def sum_of_data(self, value: float) -> float:
+        """A value that is equal on the ranks which read equal rows, summed over those that read different ones."""
+
+    @abstractmethod
+    def sum_counts(self, counts: list[Tensor]) -> None:
+        """Sum counters of tokens, in place, over the ranks that hold the same blocks."""
+
+    @abstractmethod
+    def sum_gradients(self, parts: list[Decoder], *, now: bool) -> None:
+        """Let the next backward sum gradients over ranks, or leave that to a later one of the step."""
+
+    @abstractmethod
+    def join(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What all pipeline stages found, by name."""
+
+    @abstractmethod
+    def agree(self, value: Any) -> Any:
+        """The first rank's value."""
+
+    @abstractmethod
+    def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+        """Tokens, labels and places of what this rank computes of the rows it reads."""
+
+    @abstractmethod
+    def loss(self, loss: Loss, vocab_size: int) -> Loss:
+        """`loss` of all logits, or its equal for logits whose vocabulary is cut."""
+
+    @abstractmethod
+    def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
+        """Scale the gradients of all ranks so that their joint 2-norm is at most `max_norm`; gives the norm before."""
+
+    @abstractmethod
+    def parallelize(
+        self,
+        model: Decoder,
+        *,
+        dispatcher: Callable[[ProcessGroup], Dispatcher],
+        checkpoint: Callable[[Decoder], None],
+        compile_block: Callable[[nn.Module], None] | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Spread a model, or a stage of one, that has no memory yet, over the ranks."""
+
+    @abstractmethod
+    def own(self, weight: Tensor) -> Piece:
+        """The piece of a weight that lies on this rank, and where it begins in the whole."""
+
+    @abstractmethod
+    def pipeline(self, stages: dict[int, Decoder], *, n_stages: int, n_microbatches: int) -> Pipeline | None:
+        """What runs the stages of this rank, by their numbers; None where the model is in one piece."""
+
+
+class Alone(Layout):
+    """The layout of a process that nobody else works with."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(Parallelism(), Degrees(), device)
+        self.data_rank = self.pipeline_rank = 0
+        self.is_first, self.gathers = True, False
+
+    def sums(self, *values: float) -> list[float]:
+        return list(values)
+
+    def sum_of_data(self, value: float) -> float:
+        return value
+
+    def sum_counts(self, counts: list[Tensor]) -> None:
+        pass
+
+    def sum_gradients(self, parts: list[Decoder], *, now: bool) -> None:
+        pass
+
+    def join(self, found: dict[str, Any]) -> dict[str, Any]:
+        return found
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+    def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+        return whole_rows(batch, self.device, documents=documents)
+
+    def loss(self, loss: Loss, vocab_size: int) -> Loss:
+        return loss
+
+    @torch.no_grad()
+    def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
+        gradients = list(gradients)
+        norm = joint_norm(gradients)
+        scale_down(gradients, norm, max_norm)
+        return norm
+
+    def parallelize(
+        self,
+        model: Decoder,
+        *,
+        dispatcher: Callable[[ProcessGroup], Dispatcher],
+        checkpoint: Callable[[Decoder], None],
+        compile_block: Callable[[nn.Module], None] | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        checkpoint_and_compile(model, checkpoint, compile_block)
+
+    def own(self, weight: Tensor) -> Piece:
+        return whole(weight)
+
+    def pipeline(self, stages: dict[int, Decoder], *, n_stages: int, n_microbatches: int) -> None:
+        return None
+
+
+def checkpoint_and_compile(
+    model: Decoder, checkpoint: Callable[[Decoder], None], compile_block: Callable[[nn.Module], None] | None
+) -> None:
+    """The steps of wrapping that concern one rank: what is kept for backward, then compilation of it."""
+    checkpoint(model)
+    if compile_block is not None:
+        for block in model.layers.values():
+            compile_block(block)
+
+
+def whole_rows(batch: Batch, device: torch.device, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+    """Tokens, labels and places of a batch of which this rank computes all tokens."""
+    batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
+    where = Where(batch.positions_BL, batch.documents_BL) if documents else Where.rows(batch.tokens_BL)
+    return batch.tokens_BL, batch.labels_BL, where

@@ -1,0 +1,195 @@
+"""Pipeline parallelism: a stage is the decoder without the children that live elsewhere."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from core.nn.decoder import Decoder
+from core.nn.kernel import Where
+from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
+
+ENDS = 1
+"""What the embedding, and norm and head together, weigh in blocks when blocks are dealt out to stages."""
+
+
+class Microbatch(NamedTuple):
+    """Rows that travel the pipeline together."""
+
+    tokens_BL: Tensor
+    labels_BL: Tensor
+    where: Where
+
+
+def n_stages(settings: Parallelism, n_layers: int) -> int:
+    """Stages of the whole pipeline."""
+    if settings.pipeline_parallel_split:
+        return len(settings.pipeline_parallel_split) + 1
+    if settings.pipeline_parallel_layers_per_stage is not None:
+        return -(-(n_layers + 2 * ENDS) // settings.pipeline_parallel_layers_per_stage)
+    return settings.pipeline_parallel_degree * settings.stages_per_rank
+
+
+def split(settings: Parallelism, n_layers: int) -> list[range]:
+    """The blocks of every stage. Evenly, the ends counted as blocks; what is left over goes to the first stages."""
+    n = n_stages(settings, n_layers)
+    if settings.pipeline_parallel_split:
+        starts = [0, *settings.pipeline_parallel_split, n_layers]
+    else:
+        each, more = divmod(n_layers + 2 * ENDS, n)
+        sizes = [each + (i < more) for i in range(n)]
+        sizes[0] -= ENDS
+        sizes[-1] -= ENDS
+        starts = [sum(sizes[:i]) for i in range(n + 1)]
+    return [range(first, last) for first, last in pairwise(starts)]
+
+
+def pipeline_problems(settings: Parallelism, n_layers: int, n_microbatches: int) -> Iterator[tuple[str, str]]:
+    """What keeps a model of `n_layers` blocks and a step of `n_microbatches` from this pipeline."""
+    degree, schedule = settings.pipeline_parallel_degree, settings.pipeline_parallel_schedule
+    if degree == 1:
+        return
+    field = "pipeline_parallel_split" if settings.pipeline_parallel_split else "pipeline_parallel_layers_per_stage"
+    n = n_stages(settings, n_layers)
+    wanted = settings.stages_per_rank
+    if n % degree or n < degree * wanted or (wanted == 1 and n != degree) or (schedule in V_SHAPED and n != 2 * degree):
+        each = "exactly 2" if schedule in V_SHAPED else "at least 2" if wanted > 1 else "exactly 1"
+        yield field, f"{n} stages on {degree} pipeline ranks: schedule {schedule} wants {each} on each rank"
+    elif n > n_layers + 2 * ENDS or 0 in (sizes := [len(blocks) for blocks in split(settings, n_layers)])[1:-1]:
+        yield field, f"{n_layers} blocks are too few for {n} stages: use fewer stages"
+    elif any(size < 0 for size in sizes):
+        yield field, f"{n_layers} blocks are too few for {n} stages: use fewer stages"
+    if n_microbatches < degree:
+        yield (
+            "pipeline_parallel_microbatch_size",
+            f"{n_microbatches} microbatches in a step leave some of {degree} pipeline ranks idle: lower "
+            "pipeline_parallel_microbatch_size or raise the batch size",
+        )
+    elif schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and n_microbatches % degree:
+        yield (
+            "pipeline_parallel_microbatch_size",
+            f"schedule {schedule} wants the microbatches of a step ({n_microbatches}) to be a multiple of "
+            f"pipeline_parallel_degree {degree}",
+        )
+    elif schedule == "DualPipeV" and n_microbatches < 2 * degree:
+        yield (
+            "pipeline_parallel_microbatch_size",
+            f"schedule DualPipeV wants at least {2 * degree} microbatches in a step, there are {n_microbatches}",
+        )
+
+
+def stages_of(rank: int, settings: Parallelism, n_layers: int) -> list[int]:
+    """Numbers of the stages that pipeline rank `rank` holds.
+
+    in a loop    rank 0: 0 2    rank 1: 1 3            in a V    rank 0: 0 3    rank 1: 1 2
+    """
+    n, degree = n_stages(settings, n_layers), settings.pipeline_parallel_degree
+    if settings.pipeline_parallel_schedule in V_SHAPED:
+        return [rank, n - 1 - rank]
+    return list(range(rank, n, degree))
+
+
+def cut_stage(model: Decoder, stages: list[range], number: int) -> None:
+    """Leave the blocks of stage `number` of `model`; the first stage embeds, the last has norm and head."""
+    for name in list(model.layers):
+        if int(name) not in stages[number]:
+            del model.layers[name]
+    if number > 0:
+        model.tok_embeddings = None
+    if number < len(stages) - 1:
+        model.norm = model.output = None
+
+
+class Pipeline:
+    """The stages of this rank under a schedule of torch.distributed.pipelining."""
+
+    def __init__(
+        self,
+        parts: dict[int, Decoder],
+        settings: Parallelism,
+        mesh: DeviceMesh,
+        device: torch.device,
+        *,
+        n_stages: int,
+        n_microbatches: int,
+    ) -> None:
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import (
+            PipelineScheduleMulti,
+            _PipelineScheduleRuntime,
+            get_schedule_class,
+        )
+
+        group = mesh.get_group()
+        self.stages = [PipelineStage(part, i, n_stages, device, group=group) for i, part in parts.items()]
+        csv = settings.pipeline_parallel_schedule_csv
+        kind = _PipelineScheduleRuntime if csv else get_schedule_class(settings.pipeline_parallel_schedule)
+        several = issubclass(kind, PipelineScheduleMulti)
+        self.schedule: Any = kind(
+            self.stages if several else self.stages[0],  # pyrefly: ignore[bad-argument-type] - by kind
+            n_microbatches=n_microbatches,
+            loss_fn=lambda output, labels_BL: self._loss(output, labels_BL),
+            scale_grads=False,
+        )
+        if csv:
+            self.schedule._load_csv(csv)
+        self.n_microbatches = n_microbatches
+        self._initialize: Any = getattr(self.schedule, "_initialize_stages" if several else "_initialize_stage")
+        """Runs a first microbatch through the stages once, to learn shapes."""
+        self._loss: Callable[[Tensor, Tensor], Tensor]
+
+    def run(
+        self, microbatches: Sequence[Microbatch], loss: Callable[[Tensor, Tensor], Tensor], *, backward: bool
+    ) -> list[Tensor]:
+        """The losses of all microbatches on the rank of the last stage, nothing on the others; gradients with
+        `backward`.
+
+        Microbatches come cut, so that each has its own `where`: `step` of torch 2.13 would cut them itself.
+        """
+        assert len(microbatches) == self.n_microbatches, f"{len(microbatches)} of {self.n_microbatches} microbatches"
+        self._loss = loss
+        first, last = (any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last"))
+        losses: list[Tensor] = []
+        self.schedule._has_backward = backward
+        for stage in self.stages:
+            stage.has_backward = backward
+            stage.clear_runtime_states()
+        inputs: list[tuple[Tensor, ...]] = [(batch.tokens_BL,) if first else () for batch in microbatches]
+        places = [{"where": batch.where} for batch in microbatches]
+        labels = [batch.labels_BL for batch in microbatches] if last else None
+        with self._uncounted():
+            self._initialize(inputs[0], places[0], labels and labels[0])
+        self.schedule._step_microbatches(inputs, places, labels, losses if last else None, return_outputs=False)
+        return losses
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Evaluation mode while the block runs: a trial run must not count as training."""
+        modes = [stage.submod.training for stage in self.stages]
+        for stage in self.stages:
+            stage.submod.eval()
+        yield
+        for stage, training in zip(self.stages, modes, strict=True):
+            stage.submod.train(training)
+
+
+def checkpoint_problem(settings: Parallelism, mode: str) -> str | None:
+    """Why a schedule and activation checkpointing do not go together; None if they do.
+
+    A zero-bubble schedule walks a block's graph twice, for its input and for its weights; outputs that selective
+    checkpointing saved are given out once.
+    """
+    if (
+        settings.pipeline_parallel_schedule in ZERO_BUBBLE
+        and mode == "selective"
+        and settings.pipeline_parallel_degree > 1
+    ):
+        return (
+            f"schedule {settings.pipeline_parallel_schedule} computes backward in two passes and selective "
+            "checkpointing allows one: use --activation_checkpoint.mode full or none"
+        )
+    return None

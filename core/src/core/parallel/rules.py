@@ -1,0 +1,56 @@
+"""Logical axis -> mesh axis: the layout of all weights, one table."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from core.nn.module import Module
+
+RULES: dict[str, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "ffn": "tensor",
+    "experts": "expert",
+    "embed": None,
+    "merge": None,
+    "head": None,
+    "lora": None,
+    "choices": None,
+    "expert_ffn": None,
+}
+
+
+class Named(NamedTuple):
+    """A weight as a module names it: `owner.leaf`, its axes, and whether it is added to a sum that is cut."""
+
+    owner: nn.Module
+    leaf: str
+    axes: tuple[str, ...]
+    summand: bool
+
+
+def named_weights(module: nn.Module) -> Iterator[Named]:
+    """The weights whose axes `module` itself states.
+
+    A bias is a summand when the last axis of its weight is cut: each rank then holds a part of the sum that it joins.
+    """
+    for name, axes in getattr(module, "AXES", {}).items():
+        part = getattr(module, name, None)
+        if isinstance(part, nn.Parameter):
+            yield Named(module, name, axes, summand=False)
+        elif part is not None:
+            yield Named(part, "weight", axes, summand=False)
+            if getattr(part, "bias", None) is not None:
+                yield Named(part, "bias", axes[:-1], summand=RULES[axes[-1]] is not None)
+
+
+def cut(axes: tuple[str, ...], mesh_axis: str) -> int | None:
+    """The dimension that `mesh_axis` cuts; None if it cuts none."""
+    dims = [i for i, axis in enumerate(axes) if RULES[axis] == mesh_axis]
+    assert len(dims) < 2, f"two of {axes} lie on {mesh_axis}"
+    return dims[0] if dims else None
+
+
+def is_module(part: nn.Module) -> bool:
+    return isinstance(part, Module)

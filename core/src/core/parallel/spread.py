@@ -1,0 +1,119 @@
+"""The layout of a run of several ranks."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+
+from core.data.packing import Batch
+from core.nn.decoder import Decoder
+from core.nn.dispatch import Dispatcher
+from core.nn.init import Piece
+from core.nn.kernel import Where
+from core.optim.clip import scale_down
+from core.parallel.apply import own_piece, parallelize
+from core.parallel.context import split_rows
+from core.parallel.data import local_parts, squared_norm
+from core.parallel.layout import Layout, Loss, whole_rows
+from core.parallel.mesh import views
+from core.parallel.pipeline import Pipeline
+from core.parallel.settings import Parallelism
+from core.parallel.tensor import cross_entropy_of_cut
+
+
+class Spread(Layout):
+    """One rank of the process group, and its place in the meshes."""
+
+    def __init__(self, settings: Parallelism, device: torch.device) -> None:
+        super().__init__(settings, settings.degrees(dist.get_world_size()), device)
+        self.views = views(self.degrees, device)
+        token = self.views.token
+        self.data_rank = token["replicate"].get_local_rank() * self.degrees.shard + token["batch"].get_local_rank()
+        self.pipeline_rank = token["pipeline"].get_local_rank()
+        self.is_first, self.gathers = dist.get_rank() == 0, True
+
+    def sums(self, *values: float) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_of_data(self, value: float) -> float:
+        return self.sums(value)[0] * self.degrees.data / self.degrees.world
+
+    def sum_counts(self, counts: list[Tensor]) -> None:
+        if not counts:
+            return
+        joined = torch.stack(counts)
+        for axis in ("replicate", "batch", "context", "tensor"):
+            dist.all_reduce(joined, group=self.views.token[axis].get_group())
+        for mine, total in zip(counts, joined, strict=True):
+            mine.copy_(total)
+
+    def sum_gradients(self, parts: list[Decoder], *, now: bool) -> None:
+        for part in parts:
+            cast(FSDPModule, part).set_requires_gradient_sync(now)
+
+    def join(self, found: dict[str, Any]) -> dict[str, Any]:
+        if self.degrees.pipeline == 1:
+            return found
+        stages: list[dict[str, Any]] = [{}] * self.degrees.pipeline
+        dist.all_gather_object(stages, found, group=self.views.token["pipeline"].get_group())
+        return {name: value for stage in stages for name, value in stage.items()}
+
+    def agree(self, value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+        if self.degrees.context == 1:
+            return whole_rows(batch, self.device, documents=documents)
+        batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
+        balanced = self.settings.context_parallel_load_balancer == "headtail"
+        return split_rows(batch, self.views.token["context"], documents=documents, balanced=balanced)
+
+    def loss(self, loss: Loss, vocab_size: int) -> Loss:
+        if self.degrees.tensor == 1:
+            return loss
+        return partial(cross_entropy_of_cut, mesh=self.views.token["tensor"], vocab_size=vocab_size)
+
+    @torch.no_grad()
+    def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
+        gradients = list(gradients)
+        (squared,) = self.sums(squared_norm(gradients, self.degrees.world // self.degrees.pipeline).item())
+        norm = squared**0.5
+        scale_down(local_parts(gradients), norm, max_norm)
+        return norm
+
+    def parallelize(
+        self,
+        model: Decoder,
+        *,
+        dispatcher: Callable[[ProcessGroup], Dispatcher],
+        checkpoint: Callable[[Decoder], None],
+        compile_block: Callable[[nn.Module], None] | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        parallelize(
+            model,
+            self.views,
+            self.settings,
+            dispatcher=dispatcher,
+            checkpoint=checkpoint,
+            compile_block=compile_block,
+            compute_dtype=compute_dtype,
+        )
+
+    def own(self, weight: Tensor) -> Piece:
+        return own_piece(weight)
+
+    def pipeline(self, stages: dict[int, Decoder], *, n_stages: int, n_microbatches: int) -> Pipeline | None:
+        if self.degrees.pipeline == 1:
+            return None
+        mesh = self.views.token["pipeline"]
+        return Pipeline(stages, self.settings, mesh, self.device, n_stages=n_stages, n_microbatches=n_microbatches)

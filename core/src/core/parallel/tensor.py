@@ -1,0 +1,155 @@
+"""Tensor parallelism with sequence parallelism.
+
+Outside a region every token lives on one rank; the loss is the sum over ranks; every backward is the transpose of its
+forward. Hence the gradient of a weight that is not cut is a partial sum: always.
+
+Inside a region each rank sees all tokens, and its own heads, hidden columns or rows of the vocabulary. Modules compute
+with plain tensors; a DTensor is only the label on a stored weight, for FSDP, gradient norms and checkpoints.
+
+Letters: B rows, L length, D width, V vocabulary; what is cut is named by its local size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from core.data.packing import IGNORE
+from core.nn.layers import Embedding
+from core.nn.moe import Experts
+from core.parallel.rules import cut, named_weights
+
+Reading = Callable[[Tensor], Tensor]
+
+
+class Plain:
+    """A module as its own forward is to see it: the weights that it reads are plain tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.readings: dict[str, Reading] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        reading, weight = self.readings.get(name), self.module._parameters.get(name)
+        return getattr(self.module, name) if reading is None or weight is None else reading(weight)
+
+
+def read(owner: nn.Module, leaf: str, reading: Reading) -> None:
+    """Let the forward of `owner` find `reading` of its weight instead of the weight."""
+    if "forward" not in vars(owner):
+        owner.forward = partial(type(owner).forward, Plain(owner))
+    cast(partial, owner.forward).args[0].readings[leaf] = reading
+
+
+def local(weight: Tensor) -> Tensor:
+    """Of a cut weight, the own piece."""
+    return weight.to_local()  # pyrefly: ignore[missing-attribute] - a DTensor
+
+
+def summed(weight: Tensor) -> Tensor:
+    """Of a copied weight, the copy; the gradients of the copies are parts of a sum."""
+    return weight.to_local(grad_placements=[Partial()])  # pyrefly: ignore[missing-attribute] - a DTensor
+
+
+def zeros(weight: Tensor) -> Tensor:
+    """Of a copied weight that joins a sum over ranks, zeros: another rank adds it."""
+    return summed(weight) * 0.0
+
+
+def place(owner: nn.Module, leaf: str, mesh: DeviceMesh, placement: Any, placed: dict[nn.Parameter, Any]) -> None:
+    """Store a weight as a DTensor; a tied one stays one object."""
+    weight = owner._parameters[leaf]
+    assert weight is not None
+    if weight not in placed:
+        placed[weight] = nn.Parameter(distribute_tensor(weight.data, mesh, [placement], src_data_rank=None))
+    owner._parameters[leaf] = placed[weight]
+
+
+def gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The tokens (dimension 1) of all ranks; backward gives each rank's tokens their summed gradient."""
+    return functional.wait_tensor(functional.all_gather_single(x.contiguous(), 1, mesh))
+
+
+def scatter_sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The own tokens (dimension 1), summed over ranks; backward gathers."""
+    return functional.wait_tensor(functional.reduce_scatter_single(x.contiguous(), "sum", 1, mesh))
+
+
+def apply_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut the weights of `model` over `mesh` by their axes, and put communication at the doors of the regions.
+
+    A region is a module whose AXES cut a matrix: tokens are gathered in front of it where an output axis is cut, and
+    summed and scattered behind it where an input axis is.
+    """
+    placed: dict[nn.Parameter, Any] = {}
+    once = summed if mesh.get_local_rank() == 0 else zeros
+    for module in list(model.modules()):
+        if isinstance(module, Experts):
+            continue
+        gathers = scatters = False
+        for owner, leaf, axes, summand in list(named_weights(module)):
+            dim = cut(axes, "tensor")
+            place(owner, leaf, mesh, Replicate() if dim is None else Shard(dim), placed)
+            read(owner, leaf, once if summand else summed if dim is None else local)
+            if dim is not None and len(axes) > 1:
+                gathers |= dim < len(axes) - 1
+                scatters |= dim == len(axes) - 1
+        if isinstance(module, Embedding):
+            look_up_own_rows(module, mesh)
+        else:
+            if gathers:
+                module.register_forward_pre_hook(lambda _, args: (gather(args[0], mesh), *args[1:]))
+            if scatters:
+                module.register_forward_hook(lambda _, args, out: scatter_sum(out, mesh))
+
+
+def look_up_own_rows(embedding: Embedding, mesh: DeviceMesh) -> None:
+    """Ids of other ranks' rows give zeros; the sum over ranks has every row."""
+    rows = embedding.forward
+
+    def forward(tokens_BL: Tensor) -> Tensor:
+        first, n = own_vocabulary(embedding.weight.shape[0], mesh)
+        own_BL = (tokens_BL >= first) & (tokens_BL < first + n)
+        if n == 0:
+            empty_BLD = local(embedding.weight).new_zeros(*tokens_BL.shape, embedding.weight.shape[1])
+            return scatter_sum(empty_BLD, mesh)
+        return scatter_sum(rows(torch.where(own_BL, tokens_BL - first, 0)) * own_BL.unsqueeze(-1), mesh)
+
+    embedding.forward = forward
+
+
+def own_vocabulary(size: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """First row and number of rows of this rank, as `Shard(0)` cuts a vocabulary of `size`."""
+    each = -(-size // mesh.size())
+    first = min(mesh.get_local_rank() * each, size)
+    return first, min(each, size - first)
+
+
+def cross_entropy_of_cut(logits_BLV: Tensor, labels_BL: Tensor, *, mesh: DeviceMesh, vocab_size: int) -> Tensor:
+    """Summed negative log-likelihood of this rank's tokens, from logits of all tokens and this rank's vocabulary.
+
+    The exponentials' sums and the labels' logits are summed over the vocabulary's ranks and scattered over tokens at
+    once, half the traffic of giving every rank the sums of all tokens.
+    """
+    first, n = own_vocabulary(vocab_size, mesh)
+    logits_BLV = logits_BLV.float()
+    own_max_BL = logits_BLV.detach().amax(-1) if n else labels_BL.new_full(labels_BL.shape, 0).float() - torch.inf
+    max_BL = functional.wait_tensor(functional.all_reduce(own_max_BL, "max", mesh))
+    own_BL = (labels_BL >= first) & (labels_BL < first + n)
+    picked_BL = own_BL * 0.0
+    if n:
+        index_BL = torch.where(own_BL, labels_BL - first, 0).unsqueeze(-1)
+        picked_BL = logits_BLV.gather(-1, index_BL).squeeze(-1).masked_fill(~own_BL, 0.0)
+    total_BL = (logits_BLV - max_BL.unsqueeze(-1)).exp().sum(-1)
+    total_BL, picked_BL = scatter_sum(total_BL, mesh), scatter_sum(picked_BL, mesh)
+    max_BL, labels_BL = (t.chunk(mesh.size(), 1)[mesh.get_local_rank()] for t in (max_BL, labels_BL))
+    return (total_BL.log() + max_BL - picked_BL).masked_fill(labels_BL == IGNORE, 0.0).sum()
+
+
+def is_cut_on(weight: Tensor, mesh: DeviceMesh) -> bool:
+    return isinstance(weight, DTensor) and weight.device_mesh == mesh

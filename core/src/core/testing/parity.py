@@ -1,0 +1,163 @@
+"""Every layout computes what one rank computes: the comparison, number by number.
+
+Letters: B rows, L length, V vocabulary.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.comm.all_to_all import AllToAll
+from core.data.packing import IGNORE, Batch
+from core.nn.balance import routers
+from core.nn.decoder import Decoder
+from core.optim.optimizer import Optimizer
+from core.parallel.apply import own_piece
+from core.parallel.layout import Alone, Layout
+from core.parallel.settings import Parallelism
+from core.parallel.spread import Spread
+from core.testing.ranks import run_ranks
+from core.train.assemble import Parts, assemble
+from core.train.loss import cross_entropy
+from core.train.step import Objective, train_step
+
+
+@dataclass
+class Case:
+    """A model, a layout, and how a step is split."""
+
+    model: Decoder.Config
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    world_size: int = 1
+    checkpoint: Literal["none", "full", "selective"] = "none"
+    n_rows: int = 8
+    length: int = 16
+    local_batch_size: int = -1
+    """Rows of a microbatch; -1 is all that a data rank reads."""
+    compile: str | None = None
+
+
+@dataclass
+class Result:
+    """What a step did, in whole tensors by name: the state before, gradients, and the state after."""
+
+    loss: float
+    grad_norm: float
+    next_loss: float
+    start: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    selection_bias: dict[str, Tensor]
+
+
+def drawn_batch(config: Decoder.Config, n_rows: int, length: int) -> Batch:
+    """Rows of several documents, a fifth of the labels ignored, the whole first row among them."""
+    generator = torch.Generator().manual_seed(3)
+    tokens_BL, labels_BL = torch.randint(config.vocab_size, (2, n_rows, length), generator=generator)
+    labels_BL[torch.rand(n_rows, length, generator=generator) < 0.2] = IGNORE
+    labels_BL[0] = IGNORE
+    begins_BL = torch.rand(n_rows, length, generator=generator) < 0.12
+    begins_BL[:, 0] = False
+    index_BL = torch.arange(length).expand(n_rows, length)
+    first_BL = torch.where(begins_BL, index_BL, 0).cummax(1).values
+    return Batch(tokens_BL, labels_BL, index_BL - first_BL, begins_BL.long().cumsum(1))
+
+
+def result_of(case: Case) -> Result:
+    """One step of `case` on this rank, and the loss of a second one; every rank gets whole tensors."""
+    device = torch.device("cpu")
+    layout: Layout = Alone(device) if case.world_size == 1 else Spread(case.parallelism, device)
+    n_data = layout.degrees.data
+    local = case.n_rows // n_data if case.local_batch_size == -1 else case.local_batch_size
+    parts = assemble(
+        case.model,
+        layout,
+        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=None).apply,
+        compile_block=None if case.compile is None else (lambda b: b.compile(backend=case.compile, fullgraph=True)),
+        dispatcher=AllToAll,
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        seed=7,
+        n_microbatches=case.n_rows // n_data // case.parallelism.pipeline_parallel_microbatch_size,
+    )
+    widen(parts)
+    objective = Objective(
+        parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask="document", pipeline=parts.pipeline
+    )
+    optimizer = Optimizer.Config(lr=1e-2).build(weights=parts.named_parameters())
+    whole = drawn_batch(case.model, case.n_rows, case.length)
+    step = local * n_data
+    starts = range(layout.data_rank * local, case.n_rows, step)
+    batches = [Batch(*(part[first : first + local] for part in whole)) for first in starts]
+    start = {name: full(weight.detach()).clone() for name, weight in parts.named_parameters()}
+    step_once = partial(train_step, objective, optimizer, batches, lr=1e-2, max_norm=1.0, on_nonfinite="stop")
+    info = step_once(step=1)
+    scale = min(1.0 / (info.grad_norm + 1e-6), 1.0)
+    gradients = {name: full(weight.grad) / scale for name, weight in parts.named_parameters()}
+    found = {name: router for model in parts.models for name, router in routers(model).items()}
+    counts = {name: router.tokens_E.clone() for name, router in found.items()}
+    bias = {name: router.selection_bias.clone() for name, router in found.items() if router.selection_bias is not None}
+    following = step_once(step=2)
+    return Result(info.loss, info.grad_norm, following.loss, start, gradients, counts, bias)
+
+
+def widen(parts: Parts) -> None:
+    """Make the start matter more: biases and sinks that are not zero, norms that are not one."""
+    for name, weight in parts.named_parameters():
+        if weight.dim() == 1 or name.endswith("bias"):
+            piece = own_piece(weight)
+            generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
+            noise = torch.randn(weight.shape, generator=generator) * 0.2
+            cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.value.shape, strict=True))
+            with torch.no_grad():
+                piece.value.add_(noise[cut])
+        else:
+            with torch.no_grad():
+                own_piece(weight).value.mul_(6.0)
+
+
+def full(tensor: Tensor | None) -> Tensor:
+    """The whole of a tensor that is spread over ranks."""
+    assert tensor is not None
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def differences(found: list[Result], expected: Result) -> dict[str, float]:
+    """The largest difference of each kind over all ranks, relative to the largest number of its kind."""
+    worst: dict[str, float] = {}
+
+    def note(kind: str, difference: float, size: float) -> None:
+        worst[kind] = max(worst.get(kind, 0.0), difference / max(size, 1e-30))
+
+    gradients: set[str] = set()
+    for result in found:
+        note("loss", abs(result.loss - expected.loss), expected.loss)
+        note("grad norm", abs(result.grad_norm - expected.grad_norm), expected.grad_norm)
+        note("next loss", abs(result.next_loss - expected.next_loss), expected.next_loss)
+        for name, value in result.start.items():
+            note("start", (value - expected.start[name]).abs().max().item(), 1.0)
+        for name, value in result.gradients.items():
+            size = expected.gradients[name].abs().max().item()
+            note("gradient", (value - expected.gradients[name]).abs().max().item(), size)
+        for name, value in result.counts.items():
+            note("counts", (value - expected.counts[name]).abs().max().item(), 1.0)
+        for name, value in result.selection_bias.items():
+            note("selection bias", (value - expected.selection_bias[name]).abs().max().item(), 1.0)
+        gradients |= result.gradients.keys()
+    assert gradients == expected.gradients.keys(), f"no rank has {expected.gradients.keys() - gradients}"
+    return worst
+
+
+def alone(case: Case) -> Case:
+    """The same model and step on one rank."""
+    return replace(case, parallelism=Parallelism(), world_size=1, compile=None, checkpoint="none")
+
+
+def compare(case: Case, timeout_s: float = 120.0) -> dict[str, Any]:
+    """The largest differences between `case` and one rank."""
+    found = run_ranks(result_of, case.world_size, case, timeout_s=timeout_s)
+    return differences(found, result_of(alone(case)))

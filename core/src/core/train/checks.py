@@ -1,0 +1,199 @@
+"""What must hold between a run's settings, its ranks, its text and its model before anything is allocated."""
+
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import torch
+
+from core.activation_checkpoint.apply import ActivationCheckpoint, check_names
+from core.config.configurable import Configurable
+from core.config.errors import UserError, joined
+from core.config.fields import Problem
+from core.data.loader import DataLoader
+from core.data.tokenizer import Tokenizer
+from core.nn.attention import Attention
+from core.nn.balance import force_balance
+from core.nn.decoder import Block, Decoder
+from core.nn.mla import MLA
+from core.nn.moe import MoE
+from core.parallel.pipeline import checkpoint_problem, pipeline_problems
+from core.parallel.settings import Degrees, Parallelism, world_problems
+from core.train.settings import Compile, Debug, Training
+from core.train.validate import Validator
+
+
+def check_layout(
+    model: Decoder.Config,
+    parallelism: Parallelism,
+    training: Training,
+    *,
+    world_size: int,
+    checkpoint_mode: str,
+    compiled: bool,
+) -> None:
+    """Raise one `UserError` with everything that keeps these settings from `world_size` ranks."""
+    problems = [(f"parallelism.{field}", message) for field, message in world_problems(parallelism, world_size)]
+    degrees = parallelism.degrees(world_size)
+    problems += model_problems(model, parallelism, degrees)
+    problems += training_problems(training, parallelism, degrees)
+    if not any(field.endswith("shard_degree") for field, _ in problems):
+        size = parallelism.pipeline_parallel_microbatch_size
+        n_microbatches = training.rows_per_step(degrees.data) // degrees.data // size
+        found = pipeline_problems(parallelism, model.n_layers, n_microbatches)
+        problems += [(f"parallelism.{field}", message) for field, message in found]
+    if message := checkpoint_problem(parallelism, checkpoint_mode):
+        problems.append(("activation_checkpoint.mode", message))
+    if compiled and degrees.tensor > 1 and checkpoint_mode == "full":
+        problems.append(
+            (
+                "activation_checkpoint.mode",
+                f"full with compile and tensor_parallel_degree {degrees.tensor}: PyTorch 2.13 cannot compile that; "
+                "use selective, or leave model out of compile.components",
+            )
+        )
+    if problems:
+        raise joined(problems)
+
+
+def training_problems(training: Training, parallelism: Parallelism, degrees: Degrees) -> Iterator[Problem]:
+    """What keeps the rows of a step from being dealt out."""
+    multiple = degrees.sequence_multiple
+    if training.seq_len % multiple:
+        yield (
+            "training.seq_len",
+            f"seq_len {training.seq_len} must be a multiple of {multiple} (tensor_parallel_degree {degrees.tensor}"
+            f"{f' x 2 context_parallel_degree {degrees.context}' if degrees.context > 1 else ''}): "
+            f"use {training.seq_len // multiple * multiple or multiple}",
+        )
+    rows = training.local_batch_size * degrees.data
+    if training.global_batch_size != -1 and training.global_batch_size % rows:
+        yield (
+            "training.global_batch_size",
+            f"global_batch_size {training.global_batch_size} must be a multiple of local_batch_size "
+            f"{training.local_batch_size} x {degrees.data} data ranks = {rows}, or -1",
+        )
+    size = parallelism.pipeline_parallel_microbatch_size
+    if degrees.pipeline > 1 and training.local_batch_size % size:
+        yield (
+            "parallelism.pipeline_parallel_microbatch_size",
+            f"pipeline_parallel_microbatch_size {size} must divide local_batch_size {training.local_batch_size}",
+        )
+
+
+def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Degrees) -> Iterator[Problem]:
+    """What keeps a model from being cut this way."""
+    heads = degrees.tensor
+    by_heads = f"tensor_parallel_degree {degrees.tensor}"
+    if degrees.context > 1 and parallelism.context_parallel_rotate_method == "alltoall":
+        heads *= degrees.context
+        by_heads += f" x context_parallel_degree {degrees.context} (rotate method alltoall)"
+    for path, config in parts(model, "model"):
+        if isinstance(config, Attention.Config | MLA.Config):
+            names = ["n_heads"] if isinstance(config, MLA.Config) else ["n_heads", "n_kv_heads"]
+            for name in names:
+                if getattr(config, name) % heads:
+                    fits = [n for n in range(1, getattr(config, name) + 1) if getattr(config, name) % n == 0]
+                    yield (
+                        f"{path}.{name}",
+                        f"{by_heads} must divide {name} {getattr(config, name)}: use {', '.join(map(str, fits))}",
+                    )
+        if isinstance(config, MoE.Config) and config.router.n_experts % degrees.expert:
+            yield (
+                f"{path}.router.n_experts",
+                f"expert_parallel_degree {degrees.expert} must divide n_experts {config.router.n_experts}",
+            )
+    if degrees.expert > 1 and not any(isinstance(config, MoE.Config) for _, config in parts(model, "model")):
+        yield (
+            "parallelism.expert_parallel_degree",
+            f"expert_parallel_degree {degrees.expert} asked for, and the model has no experts: leave it at 1",
+        )
+    if degrees.pipeline > 1 and model.tie_embeddings:
+        yield (
+            "parallelism.pipeline_parallel_degree",
+            "a pipeline would hold the tied embedding and head on different ranks, which is not supported: set "
+            "pipeline_parallel_degree 1 or model.tie_embeddings false",
+        )
+    if model.n_mtp_layers and degrees.pipeline * degrees.context > 1:
+        yield (
+            "model.n_mtp_layers",
+            "multi-token prediction with a pipeline or context parallelism is not supported: set n_mtp_layers 0, or "
+            "pipeline_parallel_degree and context_parallel_degree 1",
+        )
+
+
+def compile_problems(
+    compiling: Compile, checkpoint: ActivationCheckpoint.Config, parallelism: Parallelism
+) -> Iterator[Problem]:
+    """What is asked of torch.compile, which is not on."""
+    if compiling.takes("model"):
+        return
+    if checkpoint.mode == "memory_budget":
+        yield (
+            "activation_checkpoint.mode",
+            "memory_budget is torch.compile's choice: add --compile.enable with model in compile.components, "
+            "or use selective",
+        )
+    if parallelism.enable_async_tensor_parallel:
+        yield (
+            "parallelism.enable_async_tensor_parallel",
+            "asynchronous tensor parallelism is torch.compile's work: add --compile.enable with model in "
+            "compile.components",
+        )
+
+
+def data_problems(
+    training: Training, model: Decoder.Config, dataloader: DataLoader.Config, validator: Validator.Config
+) -> Iterator[Problem]:
+    """Rows longer than the model allows, and a validator without text."""
+    if training.seq_len > model.max_seq_len:
+        yield (
+            "training.seq_len",
+            f"seq_len {training.seq_len} exceeds model.max_seq_len {model.max_seq_len}: "
+            "shorten the rows or raise the model's limit",
+        )
+    if validator.enable and dataloader.validation_fraction == 0:
+        yield (
+            "dataloader.validation_fraction",
+            "validation_fraction 0 holds nothing out for the validator: raise it, or --validator.no-enable",
+        )
+
+
+def parts(config: Configurable.Config, path: str) -> Iterator[tuple[str, Configurable.Config]]:
+    """A configuration and all that are nested in it, by their paths."""
+    yield path, config
+    for name in config.__dataclass_fields__:
+        value = getattr(config, name)
+        if isinstance(value, Configurable.Config):
+            yield from parts(value, f"{path}.{name}")
+
+
+def check_model(model: Decoder, checkpoint: ActivationCheckpoint.Config, debug: Debug, device: torch.device) -> None:
+    """Raise `UserError` for a model, on the meta device still, that cannot be trained with these settings."""
+    for block in cast(Iterable[Block], model.layers.values()):
+        block.attention.kernel.check_trains_on(device)
+    if debug.moe_force_load_balance:
+        force_balance(model)
+    check_names(checkpoint, model)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise `UserError` when the tokenizer makes ids that the model has no row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}: "
+            f"set --model.vocab_size {tokenizer.vocab_size} or choose another tokenizer"
+        )
+
+
+def last_step(training: Training, loader: DataLoader, n_data: int) -> int:
+    """Steps that the run has data for, at most `training.steps`, when `n_data` ranks read different rows."""
+    if loader.n_samples is None:
+        return training.steps
+    rows = training.rows_per_step(n_data)
+    steps = min(training.steps, loader.n_samples // rows)
+    if steps == 0:
+        raise UserError(
+            f"the data have {loader.n_samples} rows of {training.seq_len} tokens, one step takes {rows}: lower the "
+            "batch size or training.seq_len, or give more text or epochs"
+        )
+    return steps

@@ -1,0 +1,41 @@
+"""Which rows of the text a rank reads for a step."""
+
+import torch
+
+from core.data.loader import DataLoader
+from core.data.packing import IGNORE, Batch
+from core.parallel.layout import Layout
+
+
+def microbatches(
+    loader: DataLoader, layout: Layout, *, first: int, n_rows: int, local_batch_size: int, end: int | None = None
+) -> list[Batch]:
+    """This rank's part of the rows first, ..., first + n_rows - 1, `local_batch_size` rows at a time.
+
+    Rows are dealt out microbatch by microbatch, so that a step has the same rows on any number of ranks. Rows from
+    `end` on are there, and count for nothing: every rank has equally many.
+
+        microbatch     0 0 1 1        of two ranks, two rows at a time
+        rank           0 1 0 1
+    """
+    n_data = layout.degrees.data
+    batches = []
+    for start in range(first, first + n_rows, local_batch_size * n_data):
+        if loader.windows_per_epoch is None:  # a stream is dealt out already
+            batches.append(loader.read(start // n_data, local_batch_size))
+            continue
+        own = start + layout.data_rank * local_batch_size
+        count = local_batch_size if end is None else min(max(end - own, 0), local_batch_size)
+        batch = loader.read(own if count else first, max(count, 1))
+        batches.append(padded(batch, count, local_batch_size))
+    return batches
+
+
+def padded(batch: Batch, count: int, n_rows: int) -> Batch:
+    """The first `count` rows of a batch, and as many more that count for nothing as make `n_rows`."""
+    if count == n_rows:
+        return batch
+    row = torch.arange(n_rows).clamp(max=max(count - 1, 0))
+    whole = Batch(*(part[row] for part in batch))
+    whole.labels_BL[count:] = IGNORE
+    return whole
