@@ -6,6 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.data.packing import IGNORE, Batch
 from core.train.trainer import Trainer
 from qwen3.configs import qwen3_debug
 
@@ -31,6 +36,28 @@ def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str, early_sto
     config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
     config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
     return config.build()
+
+
+def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Trainer) -> Step:
+    """Forward, backward, clip and fused AdamW, and nothing else."""
+    c = trainer.config.optimizer
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+
+    def step(number: int) -> float:
+        batch: Batch = trainer.batches(number)[0]
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * trainer.schedule.factor(number)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(batch.tokens_BL).flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.config.training.max_norm)
+        optimizer.step()
+        return loss.item()
+
+    return step
 
 
 def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:

@@ -12,41 +12,16 @@ keeps threads that wait for a busy core from keeping it busy.
 
 import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from minimal import Minimal
-from side_by_side import Step, arguments, in_turns, make_trainer, ratios
-from torch import Tensor, nn
-from torch.nn import functional as F
+from side_by_side import Step, arguments, in_turns, make_trainer, plain_loop, ratios
+from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from core.checkpoint.hf import save_hf
-from core.data.packing import IGNORE, Batch
 from core.train.trainer import Trainer
-
-
-def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Trainer) -> Step:
-    """Forward, backward, clip and fused AdamW, and nothing else."""
-    c = trainer.config.optimizer
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
-
-    def step(number: int) -> float:
-        batch: Batch = trainer.batches(number)[0]
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * trainer.schedule.factor(number)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits(batch.tokens_BL).flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.config.training.max_norm)
-        optimizer.step()
-        return loss.item()
-
-    return step
 
 
 def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
@@ -63,9 +38,10 @@ def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
 
 
 def peers(trainer: Trainer, folder: Path) -> dict[str, Step]:
-    save_hf(trainer.model, folder / "hf")
-    minimal = Minimal(trainer.model.to_hf_config(), trainer.config.training.seq_len)
-    copy_weights(minimal, trainer.model.state_dict())
+    (model,) = trainer.parts.models
+    save_hf(model, folder / "hf")
+    minimal = Minimal(model.to_hf_config(), trainer.config.training.seq_len)
+    copy_weights(minimal, model.state_dict())
     reference = Qwen3ForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
     return {
         "minimal": plain_loop(minimal, minimal, trainer),

@@ -25,6 +25,7 @@ from core.nn.kernel import Where
 from core.testing.checkpointing import autograd_bytes
 from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
+from core.train.assemble import expert_loads
 from core.train.laptop import laptop_run
 from core.train.metrics import Record, console_line, duration
 from core.train.profile import Profiler
@@ -458,6 +459,7 @@ def test_durations_are_read_by_people(seconds, text):
 
 def test_console_line_shows_what_is_known():
     record = Record(
+        mtp_loss=None,
         step=5,
         loss=2.0,
         grad_norm=1.0,
@@ -559,7 +561,9 @@ def test_load_of_experts_is_reported(tmp_path):
             assert record[f"moe/{layer}/dead_experts"] == dead[-1]
         assert record["moe/max_over_mean_load"] == pytest.approx(max(worst))
         assert record["moe/dead_experts"] == sum(dead)
-        assert record["moe/balance_loss"] == pytest.approx(again._expert_loads()["moe/balance_loss"])
+        assert record["moe/balance_loss"] == pytest.approx(
+            expert_loads(again.parts.models, again.layout)["moe/balance_loss"]
+        )
 
 
 def test_experts_learn(tmp_path):

@@ -27,7 +27,7 @@ def grouped_mm(x_RI: Tensor, weight_GOI: Tensor, counts_G: Tensor) -> Tensor:
     dtype, as by `F.linear`. GPUs from Hopper on have a kernel for bf16 that stays on the device; elsewhere `counts_G`
     is read by the host, and a group is a product.
     """
-    x_RI, weight_GOI = _autocast(x_RI), _autocast(weight_GOI)
+    x_RI, weight_GOI = to_autocast(x_RI), to_autocast(weight_GOI)
     if _has_kernel(x_RI, weight_GOI):
         return torch._grouped_mm(x_RI, weight_GOI.mT, offs=counts_G.cumsum(0, dtype=torch.int32))
     return GROUPED_MM(x_RI, weight_GOI, counts_G)
@@ -54,7 +54,7 @@ class GroupedLinear(Module):
         return y_RO + bias_GO.repeat_interleave(counts_G, dim=0, output_size=x_RI.shape[0]).to(y_RO.dtype)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def to_autocast(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that autocast asks of a matrix product; fp64 it leaves alone."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -16,7 +16,7 @@ from core.activation_checkpoint.region import is_recomputing, kept, off_the_reco
 from core.config.configurable import Configurable
 from core.nn.dispatch import Dispatcher, Local, count
 from core.nn.feed_forward import FeedForward
-from core.nn.grouped import GroupedLinear
+from core.nn.grouped import GroupedLinear, to_autocast
 from core.nn.init import Constant, Normal, Scale
 from core.nn.module import Flops, Module
 
@@ -274,7 +274,7 @@ class MoE(Module, Configurable):
         self.dispatcher = Local()
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_TD = x_BLD.flatten(0, 1)
+        x_TD = to_autocast(x_BLD.flatten(0, 1))
         ids_TK, weight_TK = self.router(x_BLD)
         rows = self.dispatcher.dispatch(x_TD, ids_TK, weight_TK, self.n_experts)
         y_RD = self.experts(rows.x_RD, rows.counts_G) * rows.weight_R.unsqueeze(-1)

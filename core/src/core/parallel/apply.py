@@ -39,6 +39,8 @@ def parallelize(
     degrees = views.degrees
     if degrees.tensor > 1:
         apply_tensor(model, views.weight["tensor"])
+        if settings.enable_async_tensor_parallel:
+            overlap(views.weight["tensor"].get_group())
     if degrees.expert > 1:
         apply_expert(model, views.expert["expert"], dispatcher)
     if degrees.context > 1:
@@ -55,6 +57,15 @@ def parallelize(
         reshard_after_forward=reshard == "always" or (reshard == "default" and degrees.pipeline == 1),
         cpu_offload=settings.cpu_offload,
     )
+
+
+def overlap(group: ProcessGroup) -> None:
+    """Let torch.compile cut products and their communication into pieces that overlap (GPUs with symmetric memory)."""
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group.group_name)
 
 
 def sum_over_rows(model: Decoder, views: Views) -> None:

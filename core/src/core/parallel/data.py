@@ -4,7 +4,9 @@ Gradients are summed over ranks, never averaged: the loss already carries the st
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +56,20 @@ def apply_data(
             return ShardPlacementResult(placement=Shard(1 if few else 0), mesh_info=sparse)
 
         fully_shard(block, **settings, shard_placement_fn=where_to if experts else None)
+    if views.degrees.expert > 1:
+        prefetch(list(model.layers.values()))
     fully_shard(model, **settings)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+
+
+def prefetch(blocks: list[nn.Module]) -> None:
+    """Gather a block's weights while its neighbour computes, though the host waits for counts of tokens in between."""
+    for block, following in pairwise(cast(list[FSDPModule], blocks)):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 def mesh_info(view: DeviceMesh) -> FSDPMeshInfo:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from core.nn.balance import balance_loss, layer_loads, load_metrics
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
@@ -67,6 +68,13 @@ def assemble(
         models[number] = model
     pipeline = layout.pipeline(models, n_stages=len(stages), n_microbatches=n_microbatches)
     return Parts(list(models.values()), pipeline)
+
+
+def expert_loads(models: list[Decoder], layout: Layout) -> dict[str, float]:
+    """How evenly the experts of all layers were loaded in the last step, as metrics; every rank must ask."""
+    loads = layout.join({name: load for model in models for name, load in layer_loads(model).items()})
+    (balance,) = layout.sums(sum(balance_loss(model) for model in models))
+    return load_metrics(loads, balance)
 
 
 def make_layout(parallelism: Parallelism, device: torch.device) -> Layout:

@@ -167,10 +167,20 @@ def parts(config: Configurable.Config, path: str) -> Iterator[tuple[str, Configu
             yield from parts(value, f"{path}.{name}")
 
 
-def check_model(model: Decoder, checkpoint: ActivationCheckpoint.Config, debug: Debug, device: torch.device) -> None:
+def check_model(
+    model: Decoder,
+    checkpoint: ActivationCheckpoint.Config,
+    parallelism: Parallelism,
+    debug: Debug,
+    device: torch.device,
+) -> None:
     """Raise `UserError` for a model, on the meta device still, that cannot be trained with these settings."""
     for block in cast(Iterable[Block], model.layers.values()):
         block.attention.kernel.check_trains_on(device)
+    if parallelism.enable_async_tensor_parallel and device.type == "cpu":
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel wants GPUs with symmetric memory: leave it off on a cpu"
+        )
     if debug.moe_force_load_balance:
         force_balance(model)
     check_names(checkpoint, model)

@@ -21,6 +21,8 @@ class Record:
     step: int
     loss: float
     """Mean over the step's valid tokens, in nats."""
+    mtp_loss: float | None
+    """Mean over the depths of multi-token prediction, each divided by the step's valid tokens, in nats."""
     grad_norm: float
     """Before clipping."""
     lr: float

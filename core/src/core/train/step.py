@@ -48,18 +48,20 @@ class Objective:
         self.parts, self.layout, self.dtype, self.mask, self.pipeline = parts, layout, dtype, mask, pipeline
         self.loss = layout.loss(loss, parts[0].config.vocab_size)
 
-    def accumulate(self, batches: Sequence[Batch], n_valid: float) -> float:
-        """Add to the gradients those of the loss divided by `n_valid`; gives this rank's part of the main loss."""
+    def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
+        """Add to the gradients those of the loss divided by `n_valid`; gives this rank's part of it, main and total."""
         if self.pipeline is not None:
             losses = self.pipeline.run(self._microbatches(batches), self._share(n_valid), backward=True)
-            return math.fsum(loss.item() for loss in losses)
-        total = torch.zeros((), device=self.layout.device)
+            main = math.fsum(loss.item() for loss in losses)
+            return main, main
+        sums = torch.zeros(2, device=self.layout.device)
         for number, batch in enumerate(batches, start=1):
             self.layout.sum_gradients(self.parts, now=number == len(batches))
             loss = self(batch)
             (loss.total / n_valid).backward()
-            total += loss.main.detach() / n_valid
-        return total.item()
+            sums += torch.stack(loss).detach() / n_valid
+        main, total = sums.tolist()
+        return main, total
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -113,9 +115,11 @@ def labels_ahead(labels_BL: Tensor, k: int, where: Where) -> Tensor:
 
 
 class StepInfo(NamedTuple):
-    """What one step did: mean loss in nats over its valid tokens, the norm before clipping, and whether it counted."""
+    """What one step did: mean loss in nats over its valid tokens, of the next token and with further predictions, the
+    norm before clipping, and whether it counted."""
 
     loss: float
+    total_loss: float
     grad_norm: float
     updated: bool
 
@@ -148,9 +152,9 @@ def train_step(
     optimizer.zero_grad()
     for part in objective.parts:
         start_step(part, n_valid)
-    (loss,) = layout.sums(objective.accumulate(batches, n_valid))
+    loss, total = layout.sums(*objective.accumulate(batches, n_valid))
     layout.sum_counts([router.tokens_E for part in objective.parts for router in routers(part).values()])
-    info = StepInfo(loss, layout.clip(optimizer.gradients(), max_norm), updated=True)
+    info = StepInfo(loss, total, layout.clip(optimizer.gradients(), max_norm), updated=True)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
             raise UserError(

@@ -18,7 +18,7 @@ from core.config.record import to_dict, to_json
 from core.data.loader import DataLoader
 from core.data.packing import Batch
 from core.data.tokenizer import Tokenizer
-from core.nn.balance import balance_loss, force_balance, layer_loads, load_metrics
+from core.nn.balance import force_balance
 from core.nn.decoder import Decoder
 from core.nn.module import parameter_count, training_flops_per_token
 from core.optim.optimizer import Optimizer
@@ -30,7 +30,7 @@ from core.runtime.garbage import collected_garbage
 from core.runtime.log import log_to, start_logging
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.train.assemble import assemble, compile_block, make_layout
+from core.train.assemble import assemble, compile_block, expert_loads, make_layout
 from core.train.checks import check_layout, check_model, check_vocabulary, compile_problems, data_problems, last_step
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.loss import cross_entropy
@@ -106,7 +106,7 @@ class Trainer(Configurable):
         check_vocabulary(self.tokenizer, c.model.vocab_size)
         with torch.device("meta"):
             whole: Decoder = c.model.build()
-        check_model(whole, c.activation_checkpoint, c.debug, self.device)
+        check_model(whole, c.activation_checkpoint, c.parallelism, c.debug, self.device)
         need = estimate(whole, c.model.vocab_size, c.training, c.parallelism.degrees(self.world.size))
         check_memory(need, self.device, c.training, self.world.local_size if self.device.type == "cpu" else 1)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
@@ -264,12 +264,6 @@ class Trainer(Configurable):
             local_batch_size=self.config.training.local_batch_size,
         )
 
-    def _expert_loads(self) -> dict[str, float]:
-        models = self.parts.models
-        loads = self.layout.join({name: load for model in models for name, load in layer_loads(model).items()})
-        (balance,) = self.layout.sums(sum(balance_loss(model) for model in models))
-        return load_metrics(loads, balance)
-
     def _stopping(self, stop: StopRequest) -> bool:
         """Whether a rank was asked to stop: all ranks hear the same."""
         return self.layout.sums(float(bool(stop)))[0] > 0
@@ -279,12 +273,14 @@ class Trainer(Configurable):
         return self.validator.loss(lambda: self._stopping(stop))
 
     def _report(self, step: int, info: StepInfo, step_time_s: float, validation_loss: float | None) -> None:
+        model = self.config.model
         tokens_per_step = self.rows_per_step * self.config.training.seq_len
         tokens_per_second = tokens_per_step / step_time_s
         peak = peak_flops(self.device)
         record = Record(
             step=step,
             loss=info.loss,
+            mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
             grad_norm=info.grad_norm,
             lr=self.config.optimizer.lr * self.schedule.factor(step),
             tokens=step * tokens_per_step,
@@ -293,7 +289,7 @@ class Trainer(Configurable):
             memory_gib=peak_memory(self.device) / GIB,
             mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak / self.world.size,
             validation_loss=validation_loss,
-            experts=self._expert_loads(),
+            experts=expert_loads(self.parts.models, self.layout),
         )
         if self.layout.is_first:
             self.metrics.write(record)
