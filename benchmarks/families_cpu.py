@@ -16,6 +16,7 @@ from pathlib import Path
 
 from side_by_side import Step, in_turns, plain_loop, ratios
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from core.checkpoint.hf import save_hf
 from core.train.trainer import Trainer
@@ -40,6 +41,7 @@ def contenders(recipe: Callable[[], Trainer.Config], folder: Path) -> tuple[Trai
 
 
 def main() -> None:
+    disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender")
     args = parser.parse_args()
