@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/ranks_cpu.py
 
 The ranks of all contenders live in the same two processes and take turns step by step, so that a change of the
-machine's speed hits all alike; the loss of the first step must agree. The hand-made loop is the minimal one: forward, backward,
-clip, fused AdamW. Ratios are of step times to the hand-made FSDP, per round of turns: median (lowest to highest); below
-1 is faster. The one rank computes the rows of both.
+machine's speed hits all alike; the loss of the first step must agree. The hand-made loop is the minimal one: forward,
+backward, clip, fused AdamW. Ratios are of step times to the hand-made FSDP, per round of turns: median (lowest to
+highest); below 1 is faster. The one rank computes the rows of both.
 """
 
 import argparse

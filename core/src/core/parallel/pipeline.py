@@ -1,14 +1,17 @@
 """Pipeline parallelism: a stage is the decoder without the children that live elsewhere."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.nn.kernel import Where
 from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
@@ -25,8 +28,30 @@ class Microbatch(NamedTuple):
     where: Where
 
 
+class Actions(NamedTuple):
+    """What a schedule from a file computes: the stages of every rank, and the number of microbatches."""
+
+    stages: list[list[int]]
+    n_microbatches: int
+
+
+def read_schedule(file: str) -> Actions:
+    """A schedule as PyTorch's `_dump_csv` writes it: a row for each rank, and in it actions such as 0F3, the forward of
+    microbatch 3 in stage 0. Raises `UserError` for a file that is none."""
+    try:
+        rows = [re.findall(r"(\d+)[FBIW](\d+)", row) for row in Path(file).read_text().splitlines() if row.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read the schedule {file}: {error.strerror}") from error
+    if not rows or not all(rows):
+        raise UserError(f"{file} is no schedule: every row needs actions such as 0F0 or 1B3")
+    stages = [sorted({int(stage) for stage, _ in row}) for row in rows]
+    return Actions(stages, 1 + max(int(microbatch) for row in rows for _, microbatch in row))
+
+
 def n_stages(settings: Parallelism, n_layers: int) -> int:
     """Stages of the whole pipeline."""
+    if settings.pipeline_parallel_schedule_csv:
+        return sum(map(len, read_schedule(settings.pipeline_parallel_schedule_csv).stages))
     if settings.pipeline_parallel_split:
         return len(settings.pipeline_parallel_split) + 1
     if settings.pipeline_parallel_layers_per_stage is not None:
@@ -52,6 +77,9 @@ def pipeline_problems(settings: Parallelism, n_layers: int, n_microbatches: int)
     """What keeps a model of `n_layers` blocks and a step of `n_microbatches` from this pipeline."""
     degree, schedule = settings.pipeline_parallel_degree, settings.pipeline_parallel_schedule
     if degree == 1:
+        return
+    if settings.pipeline_parallel_schedule_csv:
+        yield from _file_problems(settings.pipeline_parallel_schedule_csv, settings, n_layers, n_microbatches)
         return
     field = "pipeline_parallel_split" if settings.pipeline_parallel_split else "pipeline_parallel_layers_per_stage"
     n = n_stages(settings, n_layers)
@@ -82,11 +110,38 @@ def pipeline_problems(settings: Parallelism, n_layers: int, n_microbatches: int)
         )
 
 
+def _file_problems(file: str, settings: Parallelism, n_layers: int, n_microbatches: int) -> Iterator[tuple[str, str]]:
+    field = "pipeline_parallel_schedule_csv"
+    try:
+        actions = read_schedule(file)
+    except UserError as error:
+        yield field, str(error)
+        return
+    degree, count = settings.pipeline_parallel_degree, sum(map(len, actions.stages))
+    if len(actions.stages) != degree:
+        yield field, f"{file} is for {len(actions.stages)} ranks, pipeline_parallel_degree is {degree}"
+    if actions.n_microbatches != n_microbatches:
+        yield (
+            field,
+            f"{file} is for {actions.n_microbatches} microbatches, a step has {n_microbatches}: change the batch size "
+            "or pipeline_parallel_microbatch_size",
+        )
+    if count > n_layers + 2 * ENDS:
+        yield field, f"{file} has {count} stages, too many for {n_layers} blocks"
+    if settings.pipeline_parallel_split and len(settings.pipeline_parallel_split) != count - 1:
+        yield (
+            "pipeline_parallel_split",
+            f"it makes {len(settings.pipeline_parallel_split) + 1} stages, {file} has {count}",
+        )
+
+
 def stages_of(rank: int, settings: Parallelism, n_layers: int) -> list[int]:
     """Numbers of the stages that pipeline rank `rank` holds.
 
     in a loop    rank 0: 0 2    rank 1: 1 3            in a V    rank 0: 0 3    rank 1: 1 2
     """
+    if settings.pipeline_parallel_schedule_csv:
+        return read_schedule(settings.pipeline_parallel_schedule_csv).stages[rank]
     n, degree = n_stages(settings, n_layers), settings.pipeline_parallel_degree
     if settings.pipeline_parallel_schedule in V_SHAPED:
         return [rank, n - 1 - rank]

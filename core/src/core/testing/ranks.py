@@ -32,7 +32,7 @@ PRELOAD = [
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
 ]
-FOLLOWS = re.compile(r"connection (closed|refused|reset)|broken pipe|timed? ?out", re.IGNORECASE)
+FOLLOWS = re.compile(r"connection (closed|refused|reset)|broken pipe|timed out|timeout (after|caused)", re.IGNORECASE)
 """What gloo and the store say in a rank that misses another one: that other one failed first."""
 PATIENCE_S = 3.0  # how long the others may go on after the first failure, and how long dying may take
 OUTPUT = 10_000  # characters of a rank's output that an error shows, the last ones
@@ -190,7 +190,8 @@ class Failure:
     @property
     def order(self) -> tuple[bool, float]:
         """Sorts the failure that others follow from to the front."""
-        return bool(FOLLOWS.search(self.text)), self.moment
+        message = self.text.rpartition("\n  File ")[2]
+        return bool(FOLLOWS.search(message)), self.moment
 
 
 def _failures(codes: list[int | None], call: Call, ended: dict[int, float]) -> list[Failure]:
