@@ -4,15 +4,18 @@ import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the differences that `core.testing.layout_suite` recorded, as a Markdown table."""
+    """Print the differences that `core.testing.layout_suite` recorded, the worst of each layout, as Markdown."""
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
     rows = [value for report in reports for name, value in report.user_properties if name == "differences"]
     if not rows:
         return
     kinds = ["loss", "gradient", "grad norm", "next loss"]
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        seen = worst.setdefault((row["model"], row["layout"]), dict.fromkeys(kinds, 0.0))
+        seen.update({kind: max(seen[kind], row[kind]) for kind in kinds})
     terminalreporter.section("differences from one rank")
     terminalreporter.line(f"| model | layout | {' | '.join(kinds)} |")
     terminalreporter.line("|---" * (len(kinds) + 2) + "|")
-    for row in rows:
-        numbers = " | ".join(f"{row[kind]:.0e}" for kind in kinds)
-        terminalreporter.line(f"| {row['model']} | {row['layout']} | {numbers} |")
+    for (model, layout), seen in worst.items():
+        terminalreporter.line(f"| {model} | {layout} | {' | '.join(f'{seen[kind]:.0e}' for kind in kinds)} |")

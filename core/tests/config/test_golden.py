@@ -65,19 +65,19 @@ def package(tmp_path, monkeypatch) -> Path:
 
 def test_the_command_writes_what_changed_and_removes_what_is_gone(package, tmp_path, capsys):
     golden = tmp_path / "tests" / "golden"
-    main(["toygold", str(golden)])
+    main(["toygold.configs", str(golden)])
     assert capsys.readouterr().out == "new small.txt\nnew large.txt\n"
     assert (golden / "small.txt").read_text() == SMALL
     large = (golden / "large.txt").read_text()
     assert 'part.class = "toygold.configs:Big"\npart.size = 9\n' in large
 
-    main(["toygold", str(golden)])
+    main(["toygold.configs", str(golden)])
     assert capsys.readouterr().out == "nothing changed\n"
 
     (golden / "small.txt").write_text(SMALL.replace("part.size = 1", "part.size = 2"))
     (golden / "old.txt").write_text("# recipe old\nrate = 1\n")
     (golden / "notes.txt").write_text("mine\n")
-    main(["toygold", str(golden)])
+    main(["toygold.configs", str(golden)])
     report = "removed old.txt\nchanged small.txt\n  -part.size = 2\n  +part.size = 1\n"
     assert capsys.readouterr().out == report
     assert sorted(file.name for file in golden.iterdir()) == ["large.txt", "notes.txt", "small.txt"]
@@ -90,8 +90,16 @@ def test_texts_for_the_tests_of_a_package(package):
     assert golden_texts(configs)["small"] == SMALL == f"# recipe small\n{golden_text(configs.small())}"
 
 
+def test_a_module_without_recipes_removes_nothing(package, tmp_path, capsys):
+    main(["toygold.configs", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main(["toygold", str(tmp_path)])
+    assert "error: no recipes in toygold: name the module" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.glob("*.txt")} == {"large.txt", "small.txt"}
+
+
 @pytest.mark.parametrize(
-    ("argv", "message"), [([], "usage: "), (["no_such_package", "x"], "no recipes in no_such_package: No module named")]
+    ("argv", "message"), [([], "usage: "), (["no_such.configs", "x"], "no recipes in no_such.configs: No module named")]
 )
 def test_wrong_calls_exit_with_2(argv, message, capsys):
     with pytest.raises(SystemExit) as end:

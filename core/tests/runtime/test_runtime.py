@@ -29,7 +29,9 @@ def test_auto_is_the_accelerator_or_the_cpu():
 
 @pytest.mark.skipif(HAS_CUDA, reason="asks for a device that this machine has")
 def test_absent_accelerator_is_refused():
-    with pytest.raises(UserError, match='"cuda" asked for, this machine has no accelerator .*: use auto or cpu'):
+    with pytest.raises(
+        UserError, match='^device "cuda" asked for, this machine has no accelerator .*: use auto or cpu'
+    ):
         select_device("cuda")
 
 
@@ -42,7 +44,7 @@ def test_absent_second_accelerator_is_refused(monkeypatch):
 
 
 def test_nonsense_device_is_refused():
-    with pytest.raises(UserError, match='"gpu" is not a device: use auto, cpu or cuda'):
+    with pytest.raises(UserError, match='^"gpu" is not a device: use auto, cpu or cuda$'):
         select_device("gpu")
 
 

@@ -36,10 +36,6 @@ OPTIONAL = (
     "higher_order.flex_attention",
     "higher_order.inductor_compiled_code",
     "torch_attn._varlen_attn.default",
-    "deepep.dispatch.default",
-    "deepep.combine.default",
-    "hybridep.dispatch.default",
-    "hybridep.combine.default",
 )
 """Operations that exist only where a feature is loaded; `--activation_checkpoint.debug` reports the absent ones."""
 

@@ -1,9 +1,21 @@
 """What a user did wrong, told so that it can be mended: the message, the nearest right name, the end of the program."""
 
+import json
+import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+"""What torchrun, and srun, call a rank's number, how many there are, and the number on its machine."""
+LOST = re.compile("closed by peer|reset by peer|pair closure|broken pipe", re.IGNORECASE)
+"""What gloo says in a rank that misses another one, which failed first."""
+PATIENCE_S = 3.0  # in which a launcher, hearing of the rank that failed first, ends the others
 
 
 class UserError(ValueError):
@@ -27,12 +39,42 @@ def exit_plainly() -> Iterator[None]:
 
     A `UserError` is printed as `error: ...` on standard error and gives code 2, Ctrl-C gives code 130. Any other
     exception is a defect and keeps its traceback.
+
+    Of several ranks only some need to speak. A mistake is told at once by the first rank of each machine; the others
+    give it a moment, in which the launcher ends them if the first had the same to say. So does a rank that misses
+    another one, which failed first and knows why.
     """
+    rank, leads = speaker(os.environ)
     try:
         yield
     except UserError as error:
-        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
+        if not leads:
+            time.sleep(PATIENCE_S)
+        text = f"error{rank}: " + str(error).replace("\n", "\n       ")
+        print(text, file=sys.stderr, flush=True)
+        tell_torchrun(text)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if leads:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if rank and LOST.search(str(error)):
+            time.sleep(PATIENCE_S)
+        tell_torchrun(traceback.format_exc())
+        raise
+
+
+def speaker(environ: Mapping[str, str]) -> tuple[str, bool]:
+    """` (rank 1 of 8)`, or nothing for a process alone; and whether this is the first rank of its machine."""
+    for number, size, local in LAUNCHERS:
+        if environ.get(size, "1") != "1":
+            return f" (rank {environ.get(number, '?')} of {environ[size]})", environ.get(local, "0") == "0"
+    return "", True
+
+
+def tell_torchrun(text: str) -> None:
+    """Leave the last words of this process where torchrun looks for them, which closes with those of the first rank."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))

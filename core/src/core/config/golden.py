@@ -52,16 +52,18 @@ def update(configs: ModuleType, folder: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m core.config.golden PACKAGE FOLDER`: update FOLDER for the recipes of PACKAGE.configs."""
+    """`python -m core.config.golden MODULE FOLDER`: update FOLDER for the recipes of MODULE, as in qwen3.configs."""
     with exit_plainly():
         words = sys.argv[1:] if argv is None else argv
         if len(words) != 2:
-            raise UserError("usage: python -m core.config.golden PACKAGE FOLDER")
-        package, folder = words
+            raise UserError("usage: python -m core.config.golden MODULE FOLDER")
+        module, folder = words
         try:
-            configs = import_module(f"{package}.configs")
+            configs = import_module(module)
         except ModuleNotFoundError as error:
-            raise UserError(f"no recipes in {package}: {error}") from error
+            raise UserError(f"no recipes in {module}: {error}") from error
+        if not recipes(configs):
+            raise UserError(f"no recipes in {module}: name the module that defines them, as in qwen3.configs")
         print("\n".join(update(configs, Path(folder)) or ["nothing changed"]))
 
 

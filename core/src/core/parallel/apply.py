@@ -18,6 +18,7 @@ from core.parallel.data import apply_data
 from core.parallel.expert import apply_expert
 from core.parallel.layout import checkpoint_and_compile
 from core.parallel.mesh import Views
+from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import apply_tensor
 
@@ -36,6 +37,7 @@ def parallelize(
 
     The model is on the meta device still, and gets its memory afterwards.
     """
+    check_axes(model)
     degrees = views.degrees
     if degrees.tensor > 1:
         apply_tensor(model, views.weight["tensor"])

@@ -53,7 +53,8 @@ def apply_data(
             if weight not in experts:
                 return ShardPlacementResult(placement=Shard(0), mesh_info=dense)
             few = weight.shape[0] < sparse.shard_mesh_size * views.degrees.expert
-            return ShardPlacementResult(placement=Shard(1 if few else 0), mesh_info=sparse)
+            even = weight.shape[1] % sparse.shard_mesh_size == 0  # FSDP cuts other dimensions into equal pieces alone
+            return ShardPlacementResult(placement=Shard(1 if few and even else 0), mesh_info=sparse)
 
         fully_shard(block, **settings, shard_placement_fn=where_to if experts else None)
     if views.degrees.expert > 1:

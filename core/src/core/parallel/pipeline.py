@@ -87,10 +87,9 @@ def pipeline_problems(settings: Parallelism, n_layers: int, n_microbatches: int)
     if n % degree or n < degree * wanted or (wanted == 1 and n != degree) or (schedule in V_SHAPED and n != 2 * degree):
         each = "exactly 2" if schedule in V_SHAPED else "at least 2" if wanted > 1 else "exactly 1"
         yield field, f"{n} stages on {degree} pipeline ranks: schedule {schedule} wants {each} on each rank"
-    elif n > n_layers + 2 * ENDS or 0 in (sizes := [len(blocks) for blocks in split(settings, n_layers)])[1:-1]:
+    elif n > n_layers + 2 * ENDS:
         yield field, f"{n_layers} blocks are too few for {n} stages: use fewer stages"
-    elif any(size < 0 for size in sizes):
-        yield field, f"{n_layers} blocks are too few for {n} stages: use fewer stages"
+    yield from _split_problems(settings.pipeline_parallel_split, n_layers)
     if n_microbatches < degree:
         yield (
             "pipeline_parallel_microbatch_size",
@@ -107,6 +106,14 @@ def pipeline_problems(settings: Parallelism, n_layers: int, n_microbatches: int)
         yield (
             "pipeline_parallel_microbatch_size",
             f"schedule DualPipeV wants at least {2 * degree} microbatches in a step, there are {n_microbatches}",
+        )
+
+
+def _split_problems(firsts: list[int], n_layers: int) -> Iterator[tuple[str, str]]:
+    if any(after <= before for before, after in pairwise(firsts)) or not all(0 <= i <= n_layers for i in firsts):
+        yield (
+            "pipeline_parallel_split",
+            f"pipeline_parallel_split {firsts} must rise, from 0 at least to the number of blocks {n_layers} at most",
         )
 
 
@@ -133,6 +140,7 @@ def _file_problems(file: str, settings: Parallelism, n_layers: int, n_microbatch
             "pipeline_parallel_split",
             f"it makes {len(settings.pipeline_parallel_split) + 1} stages, {file} has {count}",
         )
+    yield from _split_problems(settings.pipeline_parallel_split, n_layers)
 
 
 def stages_of(rank: int, settings: Parallelism, n_layers: int) -> list[int]:

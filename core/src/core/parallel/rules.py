@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from core.nn.module import Module
+from core.nn.module import Module, weights
 
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
@@ -52,5 +52,12 @@ def cut(axes: tuple[str, ...], mesh_axis: str) -> int | None:
     return dims[0] if dims else None
 
 
-def is_module(part: nn.Module) -> bool:
-    return isinstance(part, Module)
+def check_axes(model: Module) -> None:
+    """Raise `TypeError` for a weight with an axis that the table does not have."""
+    for weight in weights(model):
+        for axis in weight.axes:
+            if axis not in RULES:
+                raise TypeError(
+                    f"{weight.name}: nothing says how to lay out the axis {axis!r} of {weight.axes}; use one of "
+                    f"{', '.join(RULES)}, or add it to RULES in core.parallel.rules"
+                )

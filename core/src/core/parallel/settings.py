@@ -37,10 +37,10 @@ class Degrees(NamedTuple):
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
-def describe_degrees(degrees: Degrees) -> str:
-    """The number of ranks, and the degrees that are not 1, for people."""
+def describe_degrees(degrees: Degrees, comm_backend: str) -> str:
+    """The number of ranks, and the degrees that are not 1, for people; `comm_backend` is how tokens reach experts."""
     words = " x ".join(f"{axis} {n}" for axis, n in degrees._asdict().items() if n > 1 and axis != "expert")
-    experts = f", experts over {degrees.expert}" if degrees.expert > 1 else ""
+    experts = f", experts over {degrees.expert} by {comm_backend}" if degrees.expert > 1 else ""
     return f"{degrees.world} ({words}{experts})" if words else f"{degrees.world}"
 
 
@@ -88,6 +88,12 @@ class Parallelism(Configurable.Config):
     """Rows of a local batch that travel the pipeline together."""
     expert_parallel_degree: int = 1
     """Ranks that hold different experts; they are found among the shard, context and tensor ranks."""
+    expert_parallel_comm_backend: Literal["standard", "deepep", "hybridep", "reference"] = "standard"
+    """How tokens travel to experts: by PyTorch's all-to-all, by the GPU libraries DeepEP or HybridEP, or by the
+    reference, which runs DeepEP's operations on every device."""
+    hybridep_non_blocking_expert_capacity_factor: float | None = None
+    """hybridep: room for arriving rows, as a share of the most that could arrive, so that the host need not wait for
+    their number; a run in which more arrive ends with an error. None waits."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in DEGREES:
@@ -99,6 +105,23 @@ class Parallelism(Configurable.Config):
             yield "pipeline_parallel_microbatch_size", "pipeline_parallel_microbatch_size must be at least 1"
         if self.pipeline_parallel_layers_per_stage is not None and self.pipeline_parallel_split:
             yield "pipeline_parallel_split", "it says where stages begin, and layers_per_stage too: give one of the two"
+        yield from self._travel_problems()
+
+    def _travel_problems(self) -> Iterator[tuple[str, str]]:
+        backend, factor = self.expert_parallel_comm_backend, self.hybridep_non_blocking_expert_capacity_factor
+        if backend != "standard" and self.expert_parallel_degree == 1:
+            yield (
+                "expert_parallel_comm_backend",
+                f"expert_parallel_comm_backend {backend} has no effect with expert_parallel_degree 1, where no token "
+                "travels: raise the degree, or leave the backend at standard",
+            )
+        if factor is None:
+            return
+        name = "hybridep_non_blocking_expert_capacity_factor"
+        if not 0 < factor <= 1:
+            yield name, f"{name} {factor} must be above 0 and at most 1, or None"
+        if backend != "hybridep":
+            yield name, f"{name} has no effect with backend {backend}: use hybridep, or leave it at None"
 
     def __getitem__(self, name: str) -> int:
         return getattr(self, name)

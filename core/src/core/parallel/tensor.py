@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 from core.data.packing import IGNORE
 from core.nn.layers import Embedding
@@ -116,8 +116,8 @@ def look_up_own_rows(embedding: Embedding, mesh: DeviceMesh) -> None:
         first, n = own_vocabulary(embedding.weight.shape[0], mesh)
         own_BL = (tokens_BL >= first) & (tokens_BL < first + n)
         if n == 0:
-            empty_BLD = local(embedding.weight).new_zeros(*tokens_BL.shape, embedding.weight.shape[1])
-            return scatter_sum(empty_BLD, mesh)
+            weight = local(embedding.weight)  # its sum, 0, keeps this rank in the backward that the others wait for
+            return scatter_sum(weight.new_zeros(*tokens_BL.shape, weight.shape[1]) + weight.sum(), mesh)
         return scatter_sum(rows(torch.where(own_BL, tokens_BL - first, 0)) * own_BL.unsqueeze(-1), mesh)
 
     embedding.forward = forward
@@ -141,7 +141,7 @@ def cross_entropy_of_cut(logits_BLV: Tensor, labels_BL: Tensor, *, mesh: DeviceM
     own_max_BL = logits_BLV.detach().amax(-1) if n else labels_BL.new_full(labels_BL.shape, 0).float() - torch.inf
     max_BL = functional.wait_tensor(functional.all_reduce(own_max_BL, "max", mesh))
     own_BL = (labels_BL >= first) & (labels_BL < first + n)
-    picked_BL = own_BL * 0.0
+    picked_BL = logits_BLV.sum(-1)  # 0 without a row; still a part of the backward that the others wait for
     if n:
         index_BL = torch.where(own_BL, labels_BL - first, 0).unsqueeze(-1)
         picked_BL = logits_BLV.gather(-1, index_BL).squeeze(-1).masked_fill(~own_BL, 0.0)
@@ -149,7 +149,3 @@ def cross_entropy_of_cut(logits_BLV: Tensor, labels_BL: Tensor, *, mesh: DeviceM
     total_BL, picked_BL = scatter_sum(total_BL, mesh), scatter_sum(picked_BL, mesh)
     max_BL, labels_BL = (t.chunk(mesh.size(), 1)[mesh.get_local_rank()] for t in (max_BL, labels_BL))
     return (total_BL.log() + max_BL - picked_BL).masked_fill(labels_BL == IGNORE, 0.0).sum()
-
-
-def is_cut_on(weight: Tensor, mesh: DeviceMesh) -> bool:
-    return isinstance(weight, DTensor) and weight.device_mesh == mesh

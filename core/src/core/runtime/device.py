@@ -49,13 +49,13 @@ def _named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f'training.device "{name}" is not a device: use auto, cpu or cuda') from error
+        raise UserError(f'"{name}" is not a device: use auto, cpu or cuda') from error
     if device.type != "cpu":
         if accelerator is None or accelerator.type != device.type:
             found = accelerator or "no accelerator that this PyTorch can use"
-            raise UserError(f'training.device "{name}" asked for, this machine has {found}: use auto or cpu')
+            raise UserError(f'device "{name}" asked for, this machine has {found}: use auto or cpu')
         if (device.index or 0) >= (n := torch.accelerator.device_count()):
-            raise UserError(f'training.device "{name}" asked for, the last of {n} here is {device.type}:{n - 1}')
+            raise UserError(f'device "{name}" asked for, the last of {n} here is {device.type}:{n - 1}')
     return device
 
 

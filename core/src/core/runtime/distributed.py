@@ -2,10 +2,13 @@
 
 import os
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,17 +17,22 @@ import torch.distributed as dist
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 
+LONG = timedelta(days=30)
+PORTS = range(12_000, 32_000)
+"""Where the ranks of a SLURM step meet: below the ports that Linux hands out by itself."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Comm(Configurable.Config):
     """Patience with other ranks, and what is remembered of their communication."""
 
     init_timeout_seconds: int = 300
-    """Longest wait for another rank until the first step is done, compilation included."""
+    """Longest wait for another rank until the first step is done, compilation included; text may take longer."""
     train_timeout_seconds: int = 100
-    """Longest wait for another rank afterwards."""
+    """Longest wait for another rank afterwards; what a pipeline sends through gloo keeps the first one."""
     trace_buf_size: int = 20_000
-    """Collectives that NCCL's flight recorder remembers, written out when one times out; 0 turns it off."""
+    """Collectives that NCCL's flight recorder remembers; when one times out, each rank writes them to
+    comm_traces/rank_<number> in the run's folder. 0 turns it off."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):
@@ -46,39 +54,66 @@ class World(NamedTuple):
 def find_world(environ: Mapping[str, str] = os.environ) -> World | None:
     """What torchrun, or `srun` of SLURM, says of this process; None when neither started it.
 
-    Raises `UserError` when some of torchrun's variables are missing.
+    A shell inside a SLURM job has variables of the job, and is a step of one task at most: what it starts is alone.
+    Raises `UserError` when some of a launcher's variables are missing or make no sense.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
-        missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in environ]
-        if missing:
-            raise UserError(f"{', '.join(missing)} missing beside other variables of torchrun: start with torchrun")
-        size = int(environ["WORLD_SIZE"])
-        local_size = int(environ.get("LOCAL_WORLD_SIZE", size))
-        return World(int(environ["RANK"]), size, int(environ["LOCAL_RANK"]), local_size)
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in environ:
-        size, nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
-        return World(int(environ["SLURM_PROCID"]), size, int(environ["SLURM_LOCALID"]), -(-size // nodes))
-    return None
+        rank, size, local = _numbers(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return World(rank, size, local, int(environ.get("LOCAL_WORLD_SIZE", size)))
+    if environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return None
+    rank, size, local = _numbers(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return World(rank, size, local, -(-size // int(environ.get("SLURM_STEP_NUM_NODES", "1"))))
+
+
+def _numbers(environ: Mapping[str, str], *names: str) -> list[int]:
+    """A rank's number, the number of ranks, and its number on its machine."""
+    if missing := [name for name in names if name not in environ]:
+        others = ", ".join(name for name in names if name in environ)
+        raise UserError(f"{others} set without {', '.join(missing)}: start with torchrun or srun, or unset {others}")
+    words = ", ".join(f"{name}={environ[name]}" for name in names)
+    if not all(environ[name].isdecimal() for name in names):
+        raise UserError(f"{words}: not numbers of ranks; start with torchrun or srun")
+    rank, size, local = numbers = [int(environ[name]) for name in names]
+    if not local <= rank < size:
+        raise UserError(f"{words}: ranks count from 0, and no rank's number on its machine is above its number of all")
+    return numbers
 
 
 def meeting_point(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Address and port where the ranks meet: the launcher's, or under SLURM the first node and a port of the job."""
-    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        return environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    if "SLURM_JOB_ID" not in environ:
-        raise UserError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun, or srun under SLURM")
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    return names.stdout.split()[0], 20_000 + int(environ["SLURM_JOB_ID"]) % 20_000
+    """Address and port where the ranks meet: the launcher's, or under SLURM the first node and a port of the step."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if missing and "SLURM_JOB_ID" not in environ:
+        raise UserError(f"{' and '.join(missing)} not set: start with torchrun, or with srun inside a SLURM job")
+    address = environ.get("MASTER_ADDR") or _first_node(environ)
+    if "MASTER_PORT" not in environ:
+        return address, PORTS[(31 * int(environ["SLURM_JOB_ID"]) + int(environ.get("SLURM_STEP_ID", 0))) % len(PORTS)]
+    if not environ["MASTER_PORT"].isdecimal():
+        raise UserError(f"MASTER_PORT={environ['MASTER_PORT']} is no port: use a free one from 1024 to 65535")
+    return address, int(environ["MASTER_PORT"])
+
+
+def _first_node(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f'scontrol cannot tell the first node of "{nodes}": set MASTER_ADDR to its name') from error
+
+
+def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What all attempts of one torchrun have in common and no other has; None where there is nothing like that."""
+    name = environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
 
 
 @contextmanager
 def process_group(world: World | None, device: torch.device, comm: Comm) -> Iterator[None]:
     """The process group of all ranks while the block runs; none for a process that nobody launched.
 
-    Tensors of the host travel by gloo on every device. A restart by torchrun gets a store of its own, because workers
-    of the attempt before left their addresses in the old one (torch 2.13).
+    Tensors of the host travel by gloo on every device. An error leaves the group to the end of the process, for
+    taking leave of ranks that no longer answer may take long.
     """
     if world is None or dist.is_initialized():
         yield
@@ -91,28 +126,74 @@ def process_group(world: World | None, device: torch.device, comm: Comm) -> Iter
     address, port = meeting_point()
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(address, port, world.size, is_master=world.rank == 0 and not hosted, timeout=timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt {attempt}", store),
+        store=unused_part(store, world, timeout) if hosted else store,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def unused_part(store: dist.Store, world: World, timeout: timedelta) -> dist.Store:
+    """A part of a launcher's store that no earlier attempt of these ranks has written to.
+
+    torchrun keeps one store over all attempts, in which a rank would find addresses of dead ones, and machines count
+    attempts differently (torch 2.13). So every rank makes up a name; the first answers each with its own, which names
+    the part, until all have heard it. What dead ranks asked is answered too, and nobody listens.
+    """
+    name = uuid.uuid4().hex
+    if world.rank > 0:
+        store.set(f"asks {world.rank}", name)
+        part = store.get(f"answer to {name}").decode()
+        store.add(f"heard of {part}", 1)
+        return dist.PrefixStore(part, store)
+    answered: set[str] = set()
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (heard := store.add(f"heard of {name}", 0)) < world.size - 1:
+        for rank in range(1, world.size):
+            if store.check([f"asks {rank}"]) and (asks := store.get(f"asks {rank}").decode()) not in answered:
+                store.set(f"answer to {asks}", name)
+                answered.add(asks)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{heard + 1} of {world.size} ranks came within {timeout.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def keep_traces_in(folder: Path) -> None:
+    """Have NCCL's flight recorder, where it is on, write to comm_traces in the run's `folder`; `torchfrtrace` reads it.
+
+    PyTorch looks for the place when it writes, for the rest when the group is made. The environment goes before.
+    """
+    if os.environ.get("TORCH_NCCL_DUMP_ON_TIMEOUT") == "1":
+        traces = folder.absolute() / "comm_traces"
+        traces.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{traces}/rank_")
 
 
 @contextmanager
 def leader_first(world: World) -> Iterator[None]:
-    """The first rank of each machine goes through the block, then the others: they find what it prepared."""
-    if dist.is_initialized() and world.local_rank > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and world.local_rank == 0:
-        dist.barrier()
+    """The first rank of each machine goes through the block, then the others: they find what it prepared.
+
+    They wait as long as it takes. An error of the first does not keep the others: they find out for themselves.
+    """
+    if world.local_rank > 0:
+        _meet()
+    try:
+        yield
+    finally:
+        if world.local_rank == 0:
+            _meet()
+
+
+def _meet() -> None:
+    if (world := dist.group.WORLD) is not None:
+        options = dist.AllreduceOptions()
+        options.timeout = LONG
+        world.allreduce([torch.zeros(1)], options).wait()
 
 
 def lower_timeout(comm: Comm) -> None:

@@ -208,7 +208,7 @@ class ModelSuite(KeySuite, LayoutSuite):
     def test_recipe_equals_its_golden_text(self, recipe: str) -> None:
         file = self.golden / f"{recipe}.txt"
         found = file.read_text(encoding="utf-8") if file.exists() else None
-        update = f"python -m core.config.golden {package(self.configs)} {self.golden}"
+        update = f"python -m core.config.golden {self.configs.__name__} {self.golden}"
         assert found == golden_texts(self.configs)[recipe], f"{file} is not what the recipe says; to update: {update}"
 
     def test_every_golden_text_has_a_recipe(self) -> None:
@@ -254,11 +254,6 @@ class ModelSuite(KeySuite, LayoutSuite):
         config = recipes(self.configs)[recipe]()
         assert isinstance(config, Trainer.Config)
         return config
-
-
-def package(configs: ModuleType) -> str:
-    """Name of the package that a module of recipes belongs to."""
-    return configs.__name__.partition(".")[0]
 
 
 def random_tokens(config: Decoder.Config) -> Tensor:

@@ -3,17 +3,17 @@
 Letters: B rows, L length, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
-from core.comm.all_to_all import AllToAll
 from core.data.packing import IGNORE, Batch
-from core.nn.balance import routers
+from core.nn.balance import balance_loss, routers
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.parallel.apply import own_piece
@@ -21,7 +21,7 @@ from core.parallel.layout import Alone, Layout
 from core.parallel.settings import Parallelism
 from core.parallel.spread import Spread
 from core.testing.ranks import run_ranks
-from core.train.assemble import Parts, assemble
+from core.train.assemble import Parts, assemble, compile_block, make_dispatcher
 from core.train.loss import cross_entropy
 from core.train.step import Objective, train_step
 
@@ -38,7 +38,15 @@ class Case:
     length: int = 16
     local_batch_size: int = -1
     """Rows of a microbatch; -1 is all that a data rank reads."""
+    empty_rows: int = 1
+    """How many rows, from the first on, have no label that counts."""
+    mask: Literal["causal", "document"] = "document"
+    idle_experts: range = range(0)
+    """Experts that no token chooses; their routers must have a bias on the choice."""
+    compute_dtype: torch.dtype = torch.float32
+    """What is computed in; weights are stored in fp32."""
     compile: str | None = None
+    """Backend of torch.compile; None leaves the blocks as they are."""
 
 
 @dataclass
@@ -48,18 +56,19 @@ class Result:
     loss: float
     grad_norm: float
     next_loss: float
+    balance_loss: float
     start: dict[str, Tensor]
     gradients: dict[str, Tensor]
     counts: dict[str, Tensor]
     selection_bias: dict[str, Tensor]
 
 
-def drawn_batch(config: Decoder.Config, n_rows: int, length: int) -> Batch:
-    """Rows of several documents, a fifth of the labels ignored, the whole first row among them."""
+def drawn_batch(config: Decoder.Config, n_rows: int, length: int, empty_rows: int = 1) -> Batch:
+    """Rows of several documents; a fifth of the labels is ignored, and all of the first `empty_rows`."""
     generator = torch.Generator().manual_seed(3)
     tokens_BL, labels_BL = torch.randint(config.vocab_size, (2, n_rows, length), generator=generator)
     labels_BL[torch.rand(n_rows, length, generator=generator) < 0.2] = IGNORE
-    labels_BL[0] = IGNORE
+    labels_BL[:empty_rows] = IGNORE
     begins_BL = torch.rand(n_rows, length, generator=generator) < 0.12
     begins_BL[:, 0] = False
     index_BL = torch.arange(length).expand(n_rows, length)
@@ -71,38 +80,54 @@ def result_of(case: Case) -> Result:
     """One step of `case` on this rank, and the loss of a second one; every rank gets whole tensors."""
     device = torch.device("cpu")
     layout: Layout = Alone(device) if case.world_size == 1 else Spread(case.parallelism, device)
-    n_data = layout.degrees.data
-    local = case.n_rows // n_data if case.local_batch_size == -1 else case.local_batch_size
-    parts = assemble(
-        case.model,
-        layout,
-        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=None).apply,
-        compile_block=None if case.compile is None else (lambda b: b.compile(backend=case.compile, fullgraph=True)),
-        dispatcher=AllToAll,
-        dtype=torch.float32,
-        compute_dtype=torch.float32,
-        seed=7,
-        n_microbatches=case.n_rows // n_data // case.parallelism.pipeline_parallel_microbatch_size,
-    )
-    widen(parts)
+    parts = parts_of(case, layout)
     objective = Objective(
-        parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask="document", pipeline=parts.pipeline
+        parts.models, cross_entropy, layout=layout, dtype=case.compute_dtype, mask=case.mask, pipeline=parts.pipeline
     )
     optimizer = Optimizer.Config(lr=1e-2).build(weights=parts.named_parameters())
-    whole = drawn_batch(case.model, case.n_rows, case.length)
-    step = local * n_data
-    starts = range(layout.data_rank * local, case.n_rows, step)
-    batches = [Batch(*(part[first : first + local] for part in whole)) for first in starts]
+    batches = batches_of(case, layout)
     start = {name: full(weight.detach()).clone() for name, weight in parts.named_parameters()}
     step_once = partial(train_step, objective, optimizer, batches, lr=1e-2, max_norm=1.0, on_nonfinite="stop")
     info = step_once(step=1)
+    (balance,) = layout.sums(sum(balance_loss(model) for model in parts.models))
     scale = min(1.0 / (info.grad_norm + 1e-6), 1.0)
     gradients = {name: full(weight.grad) / scale for name, weight in parts.named_parameters()}
     found = {name: router for model in parts.models for name, router in routers(model).items()}
     counts = {name: router.tokens_E.clone() for name, router in found.items()}
     bias = {name: router.selection_bias.clone() for name, router in found.items() if router.selection_bias is not None}
     following = step_once(step=2)
-    return Result(info.loss, info.grad_norm, following.loss, start, gradients, counts, bias)
+    return Result(info.loss, info.grad_norm, following.loss, balance, start, gradients, counts, bias)
+
+
+def parts_of(case: Case, layout: Layout) -> Parts:
+    """This rank's part of the model, with a start that makes every weight matter."""
+    rows = case.n_rows // layout.degrees.data
+    parts = assemble(
+        case.model,
+        layout,
+        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=None).apply,
+        compile_block=None if case.compile is None else partial(compile_block, backend=case.compile),
+        dispatcher=make_dispatcher(case.parallelism, layout.device),
+        dtype=torch.float32,
+        compute_dtype=case.compute_dtype,
+        seed=7,
+        n_microbatches=rows // case.parallelism.pipeline_parallel_microbatch_size,
+    )
+    widen(parts)
+    for model in parts.models:
+        for router in routers(model).values() if case.idle_experts else ():
+            assert router.selection_bias is not None, "a choice without a bias cannot be kept from an expert"
+            router.selection_bias[list(case.idle_experts)] = -100.0
+    return parts
+
+
+def batches_of(case: Case, layout: Layout) -> list[Batch]:
+    """The microbatches of this rank."""
+    n_data = layout.degrees.data
+    local = case.n_rows // n_data if case.local_batch_size == -1 else case.local_batch_size
+    whole = drawn_batch(case.model, case.n_rows, case.length, case.empty_rows)
+    starts = range(layout.data_rank * local, case.n_rows, local * n_data)
+    return [Batch(*(part[first : first + local] for part in whole)) for first in starts]
 
 
 def widen(parts: Parts) -> None:
@@ -138,6 +163,7 @@ def differences(found: list[Result], expected: Result) -> dict[str, float]:
         note("loss", abs(result.loss - expected.loss), expected.loss)
         note("grad norm", abs(result.grad_norm - expected.grad_norm), expected.grad_norm)
         note("next loss", abs(result.next_loss - expected.next_loss), expected.next_loss)
+        note("balance loss", abs(result.balance_loss - expected.balance_loss), expected.balance_loss)
         for name, value in result.start.items():
             note("start", (value - expected.start[name]).abs().max().item(), 1.0)
         for name, value in result.gradients.items():
@@ -157,7 +183,7 @@ def alone(case: Case) -> Case:
     return replace(case, parallelism=Parallelism(), world_size=1, compile=None, checkpoint="none")
 
 
-def compare(case: Case, timeout_s: float = 120.0) -> dict[str, Any]:
-    """The largest differences between `case` and one rank."""
-    found = run_ranks(result_of, case.world_size, case, timeout_s=timeout_s)
+def compare(case: Case, run: Callable[[Case], Result] = result_of, timeout_s: float = 120.0) -> dict[str, float]:
+    """The largest differences between `case` on its ranks, each of which calls `run`, and one rank."""
+    found = run_ranks(run, case.world_size, case, timeout_s=timeout_s)
     return differences(found, result_of(alone(case)))

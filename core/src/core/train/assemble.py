@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from core.comm.backend import dispatchers
 from core.nn.balance import balance_loss, layer_loads, load_metrics
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
@@ -86,7 +87,14 @@ def make_layout(parallelism: Parallelism, device: torch.device) -> Layout:
     return Spread(parallelism, device)
 
 
+def make_dispatcher(parallelism: Parallelism, device: torch.device) -> Callable[[ProcessGroup], Dispatcher]:
+    """What gives each process group of experts its dispatcher. Raises `UserError` when the backend cannot run."""
+    factor = parallelism.hybridep_non_blocking_expert_capacity_factor
+    return dispatchers(parallelism.expert_parallel_comm_backend, device, capacity_factor=factor)
+
+
 def compile_block(block: torch.nn.Module, backend: str) -> None:
     """Let torch.compile have a block, in one graph; numbers that the host reads, such as rows to send, stay in it."""
     torch._dynamo.config.capture_scalar_outputs = True
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
     block.compile(backend=backend, fullgraph=True)

@@ -14,6 +14,7 @@ from core.data.tokenizer import Tokenizer
 from core.nn.attention import Attention
 from core.nn.balance import force_balance
 from core.nn.decoder import Block, Decoder
+from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import MoE
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems
@@ -97,11 +98,14 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
                         f"{path}.{name}",
                         f"{by_heads} must divide {name} {getattr(config, name)}: use {', '.join(map(str, fits))}",
                     )
+        if isinstance(config, FeedForward.Config):
+            yield from empty_piece_problem(f"{path}.hidden_dim", config.hidden_dim, degrees.tensor)
         if isinstance(config, MoE.Config) and config.router.n_experts % degrees.expert:
             yield (
                 f"{path}.router.n_experts",
                 f"expert_parallel_degree {degrees.expert} must divide n_experts {config.router.n_experts}",
             )
+    yield from empty_piece_problem("model.vocab_size", model.vocab_size, degrees.tensor)
     if degrees.expert > 1 and not any(isinstance(config, MoE.Config) for _, config in parts(model, "model")):
         yield (
             "parallelism.expert_parallel_degree",
@@ -118,6 +122,18 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
             "model.n_mtp_layers",
             "multi-token prediction with a pipeline or context parallelism is not supported: set n_mtp_layers 0, or "
             "pipeline_parallel_degree and context_parallel_degree 1",
+        )
+
+
+def empty_piece_problem(path: str, size: int, n_ranks: int) -> Iterator[Problem]:
+    """Ranks need not share a size evenly, but each needs a part of it."""
+    each = -(-size // n_ranks)
+    if each * (n_ranks - 1) >= size:
+        name = path.rpartition(".")[2]
+        yield (
+            path,
+            f"tensor_parallel_degree {n_ranks} gives {each} of {name} {size} to a rank until none is left, and a rank "
+            "without any is not supported: lower the degree",
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
-from core.comm.all_to_all import AllToAll
+from core.comm.transport import release
 from core.config.configurable import Configurable
 from core.config.record import to_dict, to_json
 from core.data.loader import DataLoader
@@ -25,12 +25,12 @@ from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism, describe_degrees
 from core.runtime.device import GIB, describe, peak_flops, peak_memory, select_device
-from core.runtime.distributed import Comm, World, find_world, leader_first, lower_timeout, process_group
+from core.runtime.distributed import Comm, World, find_world, keep_traces_in, leader_first, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.log import log_to, start_logging
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.train.assemble import assemble, compile_block, expert_loads, make_layout
+from core.train.assemble import assemble, compile_block, expert_loads, make_dispatcher, make_layout
 from core.train.checks import check_layout, check_model, check_vocabulary, compile_problems, data_problems, last_step
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.loss import cross_entropy
@@ -111,8 +111,10 @@ class Trainer(Configurable):
         check_memory(need, self.device, c.training, self.world.local_size if self.device.type == "cpu" else 1)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
         self.n_parameters = parameter_count(whole)
+        self.dispatcher = make_dispatcher(c.parallelism, self.device)
         self.exit = ExitStack()
         self.exit.enter_context(process_group(find_world(), self.device, c.comm))
+        self.exit.callback(release)
         self.layout = make_layout(c.parallelism, self.device)
         with leader_first(self.world):
             self.loader = self._load("train")
@@ -121,6 +123,7 @@ class Trainer(Configurable):
         self.folder = Path(self.layout.agree(self.layout.is_first and str(make_run_folder(c.dump_folder, c.recipe))))
         if c.debug.log_every_rank:
             log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
+        keep_traces_in(self.folder)
         self._start_model()
         self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
 
@@ -145,7 +148,7 @@ class Trainer(Configurable):
             self.layout,
             checkpoint=self.checkpointing.apply,
             compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
-            dispatcher=AllToAll,
+            dispatcher=self.dispatcher,
             dtype=getattr(torch, c.training.dtype),
             compute_dtype=self.compute_dtype,
             seed=c.debug.seed,
@@ -183,13 +186,13 @@ class Trainer(Configurable):
         files = ["config.json", "metrics.jsonl", *[c.metrics.save_tb_folder] * c.metrics.enable_tensorboard]
         files += [c.profiling.save_traces_folder] * c.profiling.enable_profiling
         rows = {
-            "model": f"{type(self.parts.models[0]).__name__} ({c.recipe or 'no recipe'})",
+            "model": f"{type(c.model).__qualname__.removesuffix('.Config')} ({c.recipe or 'no recipe'})",
             "parameters": f"{self.n_parameters:,}",
             "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
             "data": self.loader.description,
             "tokenizer": self.tokenizer.description,
             "device": f"{describe(self.device)}; weights {c.training.dtype}, compute {dtype}",
-            "ranks": describe_degrees(self.layout.degrees),
+            "ranks": describe_degrees(self.layout.degrees, c.parallelism.expert_parallel_comm_backend),
             "backward": f"activation checkpoint {c.activation_checkpoint.mode}",
             "steps": f"{self.last_step:,} of {self.rows_per_step} x {c.training.seq_len:,} tokens",
             "written to": f"{self.folder} ({', '.join(files)})",
@@ -210,8 +213,9 @@ class Trainer(Configurable):
         with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:
             step = self._loop(stop, profiler)
         kept = f"kept in {self.folder}: config.json and metrics.jsonl (weights are not saved)"
-        if stop.signal is not None:
-            log.info(f"stopped by {stop.signal.name} after step {step} of {self.last_step}; {kept}")
+        if stop or step < self.last_step:
+            cause = stop.signal.name if stop.signal else "a signal to another rank"
+            log.info(f"stopped by {cause} after step {step} of {self.last_step}; {kept}")
         else:
             log.info(f"finished {step:,} steps; {kept}")
 

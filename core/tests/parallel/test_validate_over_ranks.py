@@ -1,0 +1,122 @@
+"""Validation over ranks gives the loss of one rank, and leaves training as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+from layout_cases import CP, EP2, FSDP2, FSDP2_TP2, FSDP4, HSDP4, TP2, dense, sparse
+from torch.nn import functional as F
+
+from core.data.packing import IGNORE, Batch
+from core.nn.balance import routers
+from core.nn.decoder import Decoder
+from core.nn.kernel import Where
+from core.optim.optimizer import Optimizer
+from core.parallel.layout import Alone, Layout
+from core.parallel.spread import Spread
+from core.testing.layout_suite import SCHEDULES, Ranks, degrees
+from core.testing.parity import Case, batches_of, drawn_batch, parts_of
+from core.testing.ranks import run_ranks
+from core.train.loss import cross_entropy
+from core.train.step import Objective, train_step
+from core.train.validate import Validator
+
+HELD_OUT = 13
+"""Rows of validation: no multiple of anything, and less than two steps."""
+
+
+class Rows:
+    """The held-out text."""
+
+    windows_per_epoch = HELD_OUT
+
+    def __init__(self, model: Decoder.Config) -> None:
+        self.all = drawn_batch(model, HELD_OUT, 16, empty_rows=2)
+
+    def read(self, first: int, count: int) -> Batch:
+        assert 0 <= first and first + count <= HELD_OUT
+        return Batch(*(part[first : first + count] for part in self.all))
+
+
+def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
+    """Validate, if so `first`; train; validate; train again."""
+    layout: Layout = (
+        Alone(torch.device("cpu")) if case.world_size == 1 else Spread(case.parallelism, torch.device("cpu"))
+    )
+    parts = parts_of(case, layout)
+    objective = Objective(
+        parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask="document", pipeline=parts.pipeline
+    )
+    local = case.n_rows // layout.degrees.data if case.local_batch_size == -1 else case.local_batch_size
+    validator = Validator.Config(enable=True, steps=steps).build(
+        loader=Rows(case.model), objective=objective, rows_per_step=case.n_rows, local_batch_size=local
+    )
+    optimizer = Optimizer.Config().build(weights=parts.named_parameters())
+
+    def train() -> list[float]:
+        info = train_step(
+            objective, optimizer, batches_of(case, layout), step=1, lr=1e-2, max_norm=1.0, on_nonfinite="stop"
+        )
+        return [info.loss, info.grad_norm]
+
+    def counts() -> list[list[int]]:
+        return [router.tokens_E.tolist() for model in parts.models for router in routers(model).values()]
+
+    losses = [validator.loss(lambda: False)] if first else []
+    trained = train()
+    counted = counts()
+    losses.append(validator.loss(lambda: False))
+    assert counts() == counted, "validation counts as training"
+    assert all(model.training for model in parts.models)
+    trained += train()
+    assert validator.loss(lambda: True) is None and all(model.training for model in parts.models)
+    return {"losses": losses, "trained": trained}
+
+
+def loss_of_all(case: Case, n_rows: int) -> float:
+    """Nats per valid token at the start, by the plainest means."""
+    (model,) = parts_of(case, Alone(torch.device("cpu"))).models
+    batch = Rows(case.model).read(0, n_rows)
+    logits_BLV = model.eval()(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))
+    return F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE).item()
+
+
+LAYOUTS = {
+    "fsdp2": FSDP2.case(dense(), "none"),
+    "fsdp2-accumulate": FSDP2.case(dense(), "none", local_batch_size=1),
+    "hsdp2x2": HSDP4.case(dense(), "none"),
+    "tp2": TP2.case(dense(), "none"),
+    "fsdp2-tp2": FSDP2_TP2.case(dense(), "none"),
+    "cp2": CP["cp2"].case(dense(), "none"),
+    "ep2": EP2.case(sparse(), "full"),
+    "fsdp2-pp2": Ranks(4, degrees(pipeline=2)).case(dense(n_layers=4), "none"),
+    **{
+        f"pp2-{schedule}": Ranks(2, degrees(pipeline=2, schedule=schedule)).case(sparse(n_layers=4), "none")
+        for schedule in SCHEDULES
+    },
+    "fsdp4": FSDP4.case(dense(), "none"),
+}
+FEW = ["fsdp2-accumulate", "fsdp4", "fsdp2-tp2", "pp2-1F1B", "pp2-DualPipeV"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.matrix) for name in LAYOUTS]
+)
+def test_validation_over_ranks(name: str) -> None:
+    case = LAYOUTS[name]
+    alone = Case(case.model)
+    expected = train_and_validate(alone, -1, True)
+    assert expected["losses"][0] == pytest.approx(loss_of_all(alone, HELD_OUT), rel=1e-6)
+    assert expected["losses"][0] != pytest.approx(expected["losses"][1], rel=1e-3), "training changed nothing"
+    for found in run_ranks(train_and_validate, case.world_size, case, -1, True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert found["trained"] == pytest.approx(expected["trained"], rel=1e-5)
+
+
+def test_validation_can_stop_early_in_the_text() -> None:
+    """One batch of validation is as many rows as a step."""
+    case = Case(dense())
+    expected = loss_of_all(case, 8)
+    assert train_and_validate(case, 1, True)["losses"][0] == pytest.approx(expected, rel=1e-6)
+    for found in run_ranks(train_and_validate, 2, FSDP2.case(dense(), "none"), 1, True):
+        assert found["losses"][0] == pytest.approx(expected, rel=1e-5)
