@@ -85,6 +85,16 @@ def tests(session: nox.Session, package: str) -> None:
     session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *session.posargs, env=threads)
 
 
+@nox.session(default=False, requires=["shared"])
+def matrix(session: nox.Session) -> None:
+    """Compare every model in every layout with one rank, and print the table of docs/layouts.md (about an hour)."""
+    for package in MODELS:
+        install(session, package)
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    tests = [f"{folder}/tests" for folder in FOLDERS.values()]
+    session.run("python", "-m", "pytest", *tests, "-m", "layout or matrix", *session.posargs, env=threads)
+
+
 def run_debug(session: nox.Session, model: str, *options: str) -> None:
     """Train a model's debug recipe in a folder outside the checkout."""
     with tempfile.TemporaryDirectory() as away, session.chdir(away):

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.activation_checkpoint import apply
+from core.activation_checkpoint import apply, ops
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.activation_checkpoint.region import is_recomputing
 from core.checkpoint.hf import load_hf, save_hf
@@ -392,14 +392,15 @@ def report(model_settings, step=True):
     checkpointing.report()
 
 
-def test_debug_reports_what_was_saved(messages):
+def test_debug_reports_what_was_saved(messages, monkeypatch):
+    monkeypatch.setattr(ops, "OPTIONAL", ("feature.that_nobody_loaded.default",))
     report({"debug": True, "save_ops": ["aten.silu.default", "aten.erf.default"]})
     text = messages.text
     assert "aten.mm.default saved 8 times" in text  # four of seven in each of two blocks
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default saved 2 times" in text
     assert "aten.silu.default saved 2 times" in text
     assert "aten.mul.Tensor" not in text
-    assert "not in this process: " in text and "deepep.dispatch.default" in text and "hybridep.combine.default" in text
+    assert "not in this process: feature.that_nobody_loaded.default" in text
     warnings = [record.message for record in messages.records if record.levelno == logging.WARNING]
     assert warnings == ["activation_checkpoint.save_ops: aten.erf.default was never dispatched in a block"]
 

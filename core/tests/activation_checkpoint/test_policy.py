@@ -13,7 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
-import core.nn.grouped  # noqa: F401 - its operation is on the list, here and in other processes
+import core.comm.ops
+import core.nn.grouped  # noqa: F401 - their operations are on the list, here and in other processes
 from core.activation_checkpoint import ops
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
 from core.activation_checkpoint.region import kept, recomputed
@@ -186,7 +187,7 @@ def test_one_object_for_one_set_of_settings():
 
 def test_hash_is_the_same_in_every_process():
     code = (
-        "import core.nn.grouped;"  # whose operation is on the list, here and there
+        "import core.comm.ops, core.nn.grouped;"  # whose operations are on the list, here and there
         "from core.activation_checkpoint.policy import default_activation_checkpoint_policy as policy;"
         "shapes = frozenset({(1, 2), (3, 4), (9, 9)});"
         "print(policy(save_ops=('aten.silu.default',), recompute_shapes=shapes).cache_hash)"

@@ -224,3 +224,20 @@ def test_a_long_run_ends_with_the_same_bits() -> None:
     standard, by_reference = (run_ranks(losses, 4, kind, 200) for kind in ("standard", "reference"))
     assert standard == by_reference
     assert sum(sum(rank[-20:]) for rank in standard) < 0.9 * sum(sum(rank[:20]) for rank in standard)
+
+
+def copies_in_bfloat16() -> tuple[Tensor, Tensor, Tensor]:
+    """A token whose four experts live here and answer 256, 1, 1, 1; their gradients are the same."""
+    dispatcher, x = DeepEP(dist.group.WORLD), torch.ones(1, D, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(1, 4, requires_grad=True)
+    rows = dispatcher.dispatch(x, torch.tensor([[3, 0, 7, 5]]), weight, E)
+    answers = torch.tensor([256.0, 1.0, 1.0, 1.0]).view(4, 1)
+    y = dispatcher.combine(rows.x_RD * answers * rows.weight_R.unsqueeze(-1), rows.back)
+    (rows.x_RD * answers).sum().backward()
+    return y, x.grad, rows.weight_R
+
+
+def test_copies_of_a_token_are_summed_in_fp32() -> None:
+    ((y, x_grad, weight_R),) = run_ranks(copies_in_bfloat16, 1)
+    assert y.dtype == x_grad.dtype == torch.bfloat16 and weight_R.dtype == torch.float32
+    assert y.tolist() == x_grad.tolist() == [[260.0] * D], "rounded once: 256 when each sum is rounded"

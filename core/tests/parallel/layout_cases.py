@@ -71,7 +71,7 @@ def expert_cases() -> dict[str, Case]:
     """Experts that get nothing, few experts, tokens that nothing divides, balance losses."""
     balanced = sparse(router={"balance_loss_coeff": 0.5}, n_layers=3)
     idle = {
-        f"idle-{name}-{mode}": ranks.case(sparse(), mode, idle_experts=range(first, first + 8 // share))
+        f"idle-{name}-{mode}-{first}": ranks.case(sparse(), mode, idle_experts=range(first, first + 8 // share))
         for name, ranks, share in [("ep2", EP2, 2), ("ep4", EP4, 4), ("ep2-tp2", EP2_TP2, 2)]
         for first in (0, 8 - 8 // share)
         for mode in ("none", "full", "selective")
@@ -183,4 +183,30 @@ def split_cases() -> dict[str, Case]:
 
 
 MODES = ("none", "full", "selective")
-CASES = {**attention_cases(), **expert_cases(), **ahead_cases(), **cut_cases(), **empty_cases(), **split_cases()}
+GROUPS = {
+    "attention": attention_cases(),
+    "experts": expert_cases(),
+    "ahead": ahead_cases(),
+    "cuts": cut_cases(),
+    "empty": empty_cases(),
+    "splits": split_cases(),
+}
+FEW = [
+    "cp2-window-sinks-document",
+    "cp2-alltoall-window-sinks-causal",
+    "idle-ep2-selective-0",
+    "idle-ep4-none-6",
+    "few-experts-odd-width-fsdp4",
+    "odd-ep2-tp2",
+    "balance-cp2-tp2",
+    "ahead-tp2-full",
+    "ahead-ep2-selective",
+    "ahead-tied-tp2",
+    "uneven-tp4",
+    "narrow-tp4",
+    "no-label-fsdp2-ep4-tp2",
+    "no-label-pp2-zbv",
+    "accumulate-fsdp2-pp2",
+    "offload-ep2-tp2",
+]
+"""The cases that every test run does."""

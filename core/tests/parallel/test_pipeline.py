@@ -9,9 +9,18 @@ import torch
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from core.nn.decoder import Decoder
-from core.parallel.pipeline import cut_stage, n_stages, pipeline_problems, read_schedule, split, stages_of
+from core.parallel.pipeline import (
+    checkpoint_problem,
+    cut_stage,
+    n_stages,
+    pipeline_problems,
+    read_schedule,
+    split,
+    stages_of,
+)
 from core.parallel.settings import SINGLE_STAGE, Parallelism
-from core.testing.layout_suite import SCHEDULES, degrees
+from core.testing.layout_suite import SCHEDULES, assert_equal, degrees
+from core.testing.parity import Case, compare
 from core.testing.toy import Toy, on_cpu, on_meta
 
 
@@ -142,19 +151,74 @@ class Named:
         self.device = torch.device("cpu")
 
 
+def written(folder: Path, schedule: str, *, form: str = "compute_only", n_microbatches: int = 4) -> Path:
+    """A schedule of PyTorch's for two ranks, in a file."""
+    kind: Any = get_schedule_class(schedule)
+    file = folder / f"{schedule}.csv"
+    made = kind([Named(i, 0, 4, 2) for i in stages_of(0, piped(2, schedule), 6)], n_microbatches=n_microbatches)
+    made._dump_csv(str(file), format=form)
+    return file
+
+
 @pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
 def test_a_schedule_from_a_file_says_where_stages_lie(tmp_path: Path, schedule: str) -> None:
-    kind: Any = get_schedule_class(schedule)
-    made = kind([Named(i, 0, 4, 2) for i in stages_of(0, piped(2, schedule), 6)], n_microbatches=4)
-    file = tmp_path / "schedule.csv"
-    made._dump_csv(str(file), format="compute_only")
-    settings = piped(2, "1F1B", schedule_csv=str(file))
-    assert read_schedule(str(file)).n_microbatches == 4
-    assert [stages_of(rank, settings, 6) for rank in range(2)] == [
-        stages_of(r, piped(2, schedule), 6) for r in range(2)
-    ]
+    file = str(written(tmp_path, schedule))
+    settings = piped(2, "1F1B", schedule_csv=file)
+    assert read_schedule(file).n_microbatches == 4
+    for rank in range(2):
+        assert stages_of(rank, settings, 6) == stages_of(rank, piped(2, schedule), 6)
     assert not problems(settings, n_layers=6, n_microbatches=4)
-    ((field, message),) = problems(settings, n_layers=6, n_microbatches=8)
-    assert field == "pipeline_parallel_schedule_csv" and "is for 4 microbatches, a step has 8" in message
-    ((field, message),) = problems(settings, n_layers=1, n_microbatches=4)
-    assert "has 4 stages, too many for 1 blocks" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_layers", "n_microbatches", "words"),
+    [
+        ({}, 6, 8, "is for 4 microbatches, a step has 8: change the batch size or pipeline_parallel_microbatch_size"),
+        ({}, 1, 4, "has 4 stages, too many for 1 blocks"),
+        ({"degree": 3}, 6, 4, "is for 2 ranks, pipeline_parallel_degree is 3"),
+        ({"split": [2, 4]}, 6, 4, "it makes 3 stages, .* has 4"),
+        ({"split": [2, 9, 10]}, 6, 4, "must rise"),
+    ],
+)
+def test_a_file_that_does_not_fit(
+    tmp_path: Path, settings: dict[str, Any], n_layers: int, n_microbatches: int, words: str
+) -> None:
+    file = str(written(tmp_path, "LoopedBFS"))
+    ((_, message),) = problems(piped(**{"degree": 2, "schedule_csv": file, **settings}), n_layers, n_microbatches)
+    assert re.search(words, message), message
+
+
+def test_a_file_that_is_no_schedule(tmp_path: Path) -> None:
+    absent, empty, prose = tmp_path / "absent.csv", tmp_path / "empty.csv", tmp_path / "prose.csv"
+    empty.write_text("")
+    prose.write_text("0F0,0B0\nto be or not to be\n")
+    with_sends = written(tmp_path, "LoopedBFS", form="compute_comms")
+    for file, words in (
+        (absent, "cannot read the schedule .*: No such file"),
+        (empty, "is no schedule: every row needs actions such as 0F0"),
+        (prose, "is no schedule"),
+        (with_sends, 'and no communication; it is as PyTorch writes it with format="compute_only"'),
+    ):
+        settings = piped(2, schedule_csv=str(file))
+        ((field, message),) = problems(settings)
+        assert field == "pipeline_parallel_schedule_csv" and re.search(words, message), message
+        assert checkpoint_problem(settings, "selective") is None
+
+
+def test_a_backward_in_two_parts_is_known_from_the_file(tmp_path: Path) -> None:
+    for schedule, refused in (("LoopedBFS", False), ("ZBVZeroBubble", True), ("InterleavedZeroBubble", True)):
+        settings = piped(2, schedule_csv=str(written(tmp_path, schedule)))
+        message = checkpoint_problem(settings, "selective")
+        assert (message is not None) == refused
+        assert message is None or f"{schedule}.csv computes backward in two passes" in message
+        assert checkpoint_problem(settings, "full") is None
+
+
+@pytest.mark.layout
+@pytest.mark.parametrize(
+    "schedule",
+    ["ZBVZeroBubble", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("LoopedBFS", "DualPipeV"))],
+)
+def test_a_step_from_a_file_equals_one_rank(tmp_path: Path, schedule: str) -> None:
+    file = written(tmp_path, schedule, n_microbatches=8)
+    assert_equal(compare(Case(Toy.Config(n_layers=6), piped(2, schedule_csv=str(file)), 2)))

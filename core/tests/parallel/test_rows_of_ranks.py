@@ -50,9 +50,9 @@ def test_rows_by_hand() -> None:
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("local_batch_size", [1, 2, 4])
 def test_a_step_has_the_same_rows_on_any_number_of_ranks(n_ranks: int, local_batch_size: int) -> None:
-    ranks = dealt(n_ranks, first=5, n_rows=24, local_batch_size=local_batch_size)
+    ranks = dealt(n_ranks, first=5, n_rows=48, local_batch_size=local_batch_size)
     in_turn = [row for batches in zip(*ranks, strict=True) for row in counted(list(batches))]
-    assert in_turn == list(range(5, 29))
+    assert in_turn == list(range(5, 53))
     assert {batch.tokens_BL.shape for batches in ranks for batch in batches} == {(local_batch_size, 3)}
 
 

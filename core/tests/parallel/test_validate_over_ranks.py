@@ -21,6 +21,7 @@ from core.train.loss import cross_entropy
 from core.train.step import Objective, train_step
 from core.train.validate import Validator
 
+CPU = torch.device("cpu")
 HELD_OUT = 13
 """Rows of validation: no multiple of anything, and less than two steps."""
 
@@ -75,7 +76,7 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
 
 def loss_of_all(case: Case, n_rows: int) -> float:
     """Nats per valid token at the start, by the plainest means."""
-    (model,) = parts_of(case, Alone(torch.device("cpu"))).models
+    (model,) = parts_of(case, Alone(CPU)).models
     batch = Rows(case.model).read(0, n_rows)
     logits_BLV = model.eval()(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))
     return F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE).item()
@@ -107,7 +108,7 @@ def test_validation_over_ranks(name: str) -> None:
     alone = Case(case.model)
     expected = train_and_validate(alone, -1, True)
     assert expected["losses"][0] == pytest.approx(loss_of_all(alone, HELD_OUT), rel=1e-6)
-    assert expected["losses"][0] != pytest.approx(expected["losses"][1], rel=1e-3), "training changed nothing"
+    assert expected["losses"][0] != pytest.approx(expected["losses"][1], rel=1e-4), "training changed nothing"
     for found in run_ranks(train_and_validate, case.world_size, case, -1, True):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["trained"] == pytest.approx(expected["trained"], rel=1e-5)

@@ -241,7 +241,7 @@ def test_estimate_is_what_the_tensors_take(tmp_path):
 
 def test_ranks_without_a_launcher_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK, LOCAL_RANK missing.*start with torchrun"):
+    with pytest.raises(UserError, match="WORLD_SIZE set without RANK, LOCAL_RANK: start with torchrun"):
         toy_run(tmp_path).build()
 
 

@@ -24,6 +24,7 @@ from core.nn.decoder import Block, Decoder
 from core.nn.kernel import Where
 from core.nn.module import parameter_count, training_flops_per_token
 from core.nn.mtp import Merge, Predictions
+from core.parallel.layout import Alone
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
 from core.testing.toy import on_cpu, on_meta, randomise
@@ -59,7 +60,7 @@ def labelled(model: Decoder) -> Batch:
 
 
 def objective(model: Decoder, mask: Any) -> Objective:
-    return Objective(model, cross_entropy, device=CPU, dtype=torch.float32, mask=mask)
+    return Objective([model], cross_entropy, layout=Alone(CPU), dtype=torch.float32, mask=mask)
 
 
 @torch.no_grad()

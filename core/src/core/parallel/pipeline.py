@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
 ENDS = 1
 """What the embedding, and norm and head together, weigh in blocks when blocks are dealt out to stages."""
 
+FORWARD = ("UNSHARD", "RECV_F", "FORWARD", "SEND_F", "RESHARD")
+"""PyTorch's names of the actions of a schedule that no backward needs."""
+
 
 class Microbatch(NamedTuple):
     """Rows that travel the pipeline together."""
@@ -29,23 +32,33 @@ class Microbatch(NamedTuple):
 
 
 class Actions(NamedTuple):
-    """What a schedule from a file computes: the stages of every rank, and the number of microbatches."""
+    """What a schedule from a file computes: the stages of every rank, the number of microbatches, and whether a
+    backward comes in two parts."""
 
     stages: list[list[int]]
     n_microbatches: int
+    in_two_parts: bool
 
 
 def read_schedule(file: str) -> Actions:
-    """A schedule as PyTorch's `_dump_csv` writes it: a row for each rank, and in it actions such as 0F3, the forward of
-    microbatch 3 in stage 0. Raises `UserError` for a file that is none."""
+    """A schedule as PyTorch's `_dump_csv` writes it with the format compute_only: a row for each rank, and in it
+    actions such as 0F3, the forward of microbatch 3 in stage 0. Raises `UserError` for a file that is none."""
     try:
-        rows = [re.findall(r"(\d+)[FBIW](\d+)", row) for row in Path(file).read_text().splitlines() if row.strip()]
+        text = Path(file).read_text()
     except OSError as error:
         raise UserError(f"cannot read the schedule {file}: {error.strerror}") from error
-    if not rows or not all(rows):
-        raise UserError(f"{file} is no schedule: every row needs actions such as 0F0 or 1B3")
-    stages = [sorted({int(stage) for stage, _ in row}) for row in rows]
-    return Actions(stages, 1 + max(int(microbatch) for row in rows for _, microbatch in row))
+    rows = [re.findall(r"(\d+)([FBIW])(\d+)", row) for row in text.splitlines() if row.strip()]
+    if not rows or not all(rows) or "SEND" in text:
+        raise UserError(
+            f"{file} is no schedule: every row needs actions such as 0F0 or 1B3, and no communication; it is as "
+            'PyTorch writes it with format="compute_only"'
+        )
+    actions = [action for row in rows for action in row]
+    return Actions(
+        [sorted({int(stage) for stage, _, _ in row}) for row in rows],
+        1 + max(int(microbatch) for _, _, microbatch in actions),
+        any(kind in "IW" for _, kind, _ in actions),
+    )
 
 
 def n_stages(settings: Parallelism, n_layers: int) -> int:
@@ -226,8 +239,19 @@ class Pipeline:
         labels = [batch.labels_BL for batch in microbatches] if last else None
         with self._uncounted():
             self._initialize(inputs[0], places[0], labels and labels[0])
-        self.schedule._step_microbatches(inputs, places, labels, losses if last else None, return_outputs=False)
+        with nullcontext() if backward else self._forward_only():
+            self.schedule._step_microbatches(inputs, places, labels, losses if last else None, return_outputs=False)
         return losses
+
+    @contextmanager
+    def _forward_only(self) -> Iterator[None]:
+        """Schedules without their backward actions while the block runs: those in a V fail at them (torch 2.13)."""
+        ranks = getattr(self.schedule, "pipeline_order_with_comms", None)
+        if ranks is not None:
+            self.schedule.pipeline_order_with_comms = {rank: forward_actions(ranks[rank]) for rank in ranks}
+        yield
+        if ranks is not None:
+            self.schedule.pipeline_order_with_comms = ranks
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
@@ -240,19 +264,31 @@ class Pipeline:
             stage.submod.train(training)
 
 
+def forward_actions(actions: list[Any]) -> list[Any]:
+    """Of a rank's actions, of which some are two at once, those without a backward."""
+    single = [part for action in actions for part in action.sub_actions or [action]]
+    return [part for part in single if part.computation_type.name in FORWARD]
+
+
 def checkpoint_problem(settings: Parallelism, mode: str) -> str | None:
     """Why a schedule and activation checkpointing do not go together; None if they do.
 
     A zero-bubble schedule walks a block's graph twice, for its input and for its weights; outputs that selective
     checkpointing saved are given out once.
     """
-    if (
-        settings.pipeline_parallel_schedule in ZERO_BUBBLE
-        and mode == "selective"
-        and settings.pipeline_parallel_degree > 1
-    ):
+    if settings.pipeline_parallel_degree == 1 or mode != "selective":
+        return None
+    name, file = settings.pipeline_parallel_schedule, settings.pipeline_parallel_schedule_csv
+    if in_two_parts(file) if file else name in ZERO_BUBBLE:
         return (
-            f"schedule {settings.pipeline_parallel_schedule} computes backward in two passes and selective "
-            "checkpointing allows one: use --activation_checkpoint.mode full or none"
+            f"schedule {file or name} computes backward in two passes and selective checkpointing allows one: use "
+            "--activation_checkpoint.mode full or none"
         )
     return None
+
+
+def in_two_parts(file: str) -> bool:
+    try:
+        return read_schedule(file).in_two_parts
+    except UserError:  # said by `pipeline_problems`
+        return False

@@ -168,7 +168,7 @@ class LayoutSuite:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
     @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # dynamo does, torch 2.13
     @pytest.mark.parametrize("mode", ["none", "selective"])
-    @pytest.mark.parametrize("name", ["fsdp2", "tp2", "ep2"])
+    @pytest.mark.parametrize("name", ["fsdp2", "tp2", "ep2", "ep2-reference"])
     def test_compiled_layout_equals_one_rank(
         self, name: str, mode: str, record_property: Callable[[str, object], None]
     ) -> None:

@@ -1,0 +1,76 @@
+"""The journey of tokens inside one graph of torch.compile, with and without checkpointing, equal to eager."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from token_traffic import D, E, Watched, numbers_like, reference, traffic
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from core.activation_checkpoint.policy import default_activation_checkpoint_policy
+from core.comm.deepep import DeepEP
+from core.comm.hybridep import HybridEP
+from core.comm.transport import bind
+from core.nn.dispatch import Dispatcher
+from core.nn.grouped import grouped_mm
+from core.testing.ranks import run_ranks
+
+MODES: list[Any] = [None, "selective", "full"]
+
+
+def layer(dispatcher: Dispatcher, weight_GDD: Tensor, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    rows = dispatcher.dispatch(x, ids, weight, E)
+    y = grouped_mm(rows.x_RD, weight_GDD, rows.counts_G).sigmoid() * rows.weight_R.unsqueeze(-1)
+    return dispatcher.combine(y, rows.back).sin()
+
+
+def checkpointed(policy: Any, *args: Any) -> Tensor:
+    return checkpoint(layer, *args, use_reentrant=False, context_fn=policy)
+
+
+def results(forward: Any, weight_GDD: Tensor, case: str, n_tokens: int) -> list[Tensor]:
+    x, ids, weight = traffic(case, dist.get_rank(), n_tokens)
+    leaves = [weight_GDD.detach().requires_grad_(), numbers_like(x, 1).requires_grad_(), weight.requires_grad_()]
+    y = forward(leaves[0], leaves[1], ids, leaves[2])
+    return [y.detach(), *torch.autograd.grad((y * numbers_like(y, 2)).sum(), leaves)]
+
+
+def compiled_and_eager(namespace: str, settings: dict[str, Any]) -> list[Any]:
+    """For each mode: whether all results were equal, and the calls of the compiled layer."""
+    group, found = dist.group.WORLD, []
+    torch._dynamo.config.capture_scalar_outputs = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    dispatcher = DeepEP(group) if namespace == "deepep" else HybridEP(group, **settings)
+    weight_GDD = torch.randn(E // group.size(), D, D, generator=torch.Generator().manual_seed(group.rank()))
+    for mode in MODES:
+        policy = None if mode is None else default_activation_checkpoint_policy(mode=mode)
+        forward = partial(layer, dispatcher) if policy is None else partial(checkpointed, policy, dispatcher)
+        fast = torch.compile(forward, backend="aot_eager", fullgraph=True)
+        bind(group, watched := Watched(reference(namespace, group)))
+        equal = True
+        for case, n_tokens in (("mixed", 6), ("all to one rank", 6), ("mixed", 9)):
+            ours = results(fast, weight_GDD, case, n_tokens)
+            theirs = results(partial(layer, dispatcher), weight_GDD, case, n_tokens)
+            equal = equal and all(map(torch.equal, ours, theirs))
+        found.append((equal, dict(watched.calls)))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # dynamo does, torch 2.13
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
+@pytest.mark.parametrize(
+    ("namespace", "settings"),
+    [("deepep", {}), ("hybridep", {"pad_multiple": 2}), ("hybridep", {"capacity_factor": 1.0, "pad_multiple": 2})],
+    ids=["deepep", "hybridep", "hybridep with a capacity"],
+)
+def test_compiled_equals_eager(namespace: str, settings: dict[str, Any]) -> None:
+    """Of twice three steps the eager half travels once each way, and so does the compiled one but in mode full."""
+    for rank in run_ranks(compiled_and_eager, 2, namespace, settings, timeout_s=300):
+        for mode, (equal, calls) in zip(MODES, rank, strict=True):
+            assert equal, f"{mode}: compiled and eager differ"
+            again = 3 if mode == "full" else 0
+            there = {"dispatch": 6 + again, "combine": 6 + again}
+            assert calls == {**there, "dispatch_cached": 6, "combine_weights": 6}, f"{mode}: {calls}"

@@ -1,0 +1,105 @@
+"""The comparison of layouts with one rank sees each thing that could be wrong: one is broken at a time."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from layout_cases import CP, EP2, FSDP2, TP2, dense, piped, sparse
+from torch.distributed.fsdp import FSDPModule
+
+import core.parallel.apply
+import core.parallel.context
+import core.parallel.data
+import core.parallel.spread
+import core.parallel.tensor
+from core.nn import moe
+from core.nn.init import Piece
+from core.parallel.spread import Spread
+from core.testing import parity
+from core.testing.layout_suite import TOLERANCE
+from core.testing.parity import Case, Result, compare, result_of
+
+
+def plain(weight: Any) -> torch.Tensor:
+    return weight.to_local()
+
+
+def local_positions(*args: Any, **kwargs: Any) -> Any:
+    tokens_BL, labels_BL, where = core.parallel.context.split_rows(*args, **kwargs)
+    return tokens_BL, labels_BL, where._replace(position_BL=torch.arange(tokens_BL.shape[1])[None])
+
+
+def from_the_first(weight: torch.Tensor) -> Piece:
+    piece = core.parallel.apply.own_piece(weight)
+    return Piece(piece.value, (0,) * weight.dim())
+
+
+def scaled_parts(*args: Any) -> Any:
+    parts = parity_parts(*args)
+    parts.pipeline.schedule.scale_grads = True
+    return parts
+
+
+parity_parts = parity.parts_of
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def own_alone(self: Spread, value: float) -> float:
+    return value
+
+
+BREAKS: dict[str, Callable[[], Any]] = {
+    "gradients of copies are not summed": lambda: patch.object(core.parallel.tensor, "summed", plain),
+    "every rank adds a row bias": lambda: patch.object(core.parallel.tensor, "zeros", core.parallel.tensor.summed),
+    "gradients are averaged": lambda: patch.multiple(
+        FSDPModule, set_gradient_divide_factor=nothing, set_force_sum_reduction_for_comms=nothing
+    ),
+    "gradients of a pipeline are averaged": lambda: patch.object(parity, "parts_of", scaled_parts),
+    "tokens are counted when they are computed again": lambda: patch.object(moe, "is_recomputing", lambda: False),
+    "counts stay on their ranks": lambda: patch.object(Spread, "sum_counts", nothing),
+    "positions are those in the piece": lambda: patch.object(core.parallel.spread, "split_rows", local_positions),
+    "choices are counted in parts of rows": lambda: patch.object(core.parallel.apply, "sum_over_rows", nothing),
+    "pieces start as the first one": lambda: patch.object(core.parallel.spread, "own_piece", from_the_first),
+    "the denominator is a rank's": lambda: patch.object(Spread, "sum_of_data", own_alone),
+    "the norm counts copies twice": lambda: patch.object(core.parallel.data, "pieces", lambda gradient: 1),
+    "only the first microbatch is summed": lambda: patch.object(
+        Spread,
+        "sum_gradients",
+        lambda self, parts, *, now: [part.set_requires_gradient_sync(not now) for part in parts],
+    ),
+}
+
+BALANCED = sparse(router={"balance_loss_coeff": 0.5})
+RED: dict[str, tuple[Case, set[str], set[str]]] = {  # break -> case, what must differ, what does not
+    "gradients of copies are not summed": (TP2.case(sparse(), "none"), {"gradient", "grad norm"}, {"loss"}),
+    "every rank adds a row bias": (TP2.case(dense(), "none"), {"loss", "gradient"}, {"start"}),
+    "gradients are averaged": (FSDP2.case(dense(), "none"), {"gradient", "grad norm"}, {"loss"}),
+    "gradients of a pipeline are averaged": (piped(2, "1F1B").case(dense(), "none"), {"gradient"}, {"loss"}),
+    "tokens are counted when they are computed again": (EP2.case(sparse(), "full"), {"counts"}, {"loss", "gradient"}),
+    "counts stay on their ranks": (EP2.case(sparse(), "none"), {"counts"}, {"loss", "gradient"}),
+    "positions are those in the piece": (CP["cp2"].case(dense(), "none"), {"loss", "gradient"}, {"start"}),
+    "choices are counted in parts of rows": (TP2.case(BALANCED, "none"), {"balance loss", "gradient"}, {"loss"}),
+    "pieces start as the first one": (FSDP2.case(dense(), "none"), {"start", "loss"}, set()),
+    "the denominator is a rank's": (FSDP2.case(dense(), "none"), {"loss", "gradient"}, {"start"}),
+    "the norm counts copies twice": (FSDP2.case(dense(), "none"), {"grad norm"}, {"loss"}),
+    "only the first microbatch is summed": (FSDP2.case(dense(), "none", local_batch_size=2), {"gradient"}, {"loss"}),
+}
+
+
+def broken(name: str, case: Case) -> Result:
+    with BREAKS[name]():
+        return result_of(case)
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_is_seen(name: str) -> None:
+    case, red, green = RED[name]
+    found = compare(case, run=partial(broken, name))
+    assert {kind for kind in red if found[kind] <= 10 * TOLERANCE} == set(), found
+    assert {kind for kind in green if found[kind] > TOLERANCE} == set(), found
