@@ -83,6 +83,7 @@ def kernel(window: int | None) -> Any:
 
 def test_equal_kernels_share_a_mask() -> None:
     assert kernel(3) == kernel(3) and hash(kernel(3)) == hash(kernel(3))
+    assert kernel(3) != kernel(4) and kernel(3) != SDPA(3)
     assert len({kernel(3): 0, kernel(3): 0, kernel(4): 0, SDPA(3): 0}) == 3
 
 

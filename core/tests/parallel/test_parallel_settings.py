@@ -188,9 +188,15 @@ def test_what_is_not_supported_is_refused() -> None:
     check(degrees(schedule="ZBVZeroBubble"), 2, mode="selective")
     (line,) = refusal(degrees(tensor=2), 2, mode="full", compiled=True)
     assert line.startswith("activation_checkpoint.mode: full with compile and tensor_parallel_degree 2")
+    (line,) = refusal(degrees(expert=2), 2, model=ToyMoE.Config(), mode="full", compiled=True)
+    assert line.startswith("activation_checkpoint.mode: full with compile and expert_parallel_degree 2")
     for mode, compiled in (("full", False), ("selective", True), ("none", True)):
         check(degrees(tensor=2), 2, mode=mode, compiled=compiled)
-    check(degrees(), 2, mode="full", compiled=True)
+        check(degrees(expert=2), 2, model=ToyMoE.Config(), mode=mode, compiled=compiled)
+    check(degrees(context=2), 2, mode="full", compiled=True)
+    (line,) = refusal(zero_bubble, 2, compiled=True)
+    assert line.startswith("parallelism.pipeline_parallel_schedule: a compiled block has one backward, ")
+    check(degrees(pipeline=2), 2, mode="full", compiled=True)
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -212,6 +218,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "model.attention.n_kv_heads",
         "model.moe.router.n_experts",
         "parallelism.pipeline_parallel_degree",
+        "parallelism.pipeline_parallel_schedule",
         "training.seq_len",
         "training.global_batch_size",
         "activation_checkpoint.mode",

@@ -46,6 +46,7 @@ def become_rank(words: list[str], environ: dict[str, str], output: Path) -> None
         sys.stdout = sys.stderr = stream
         torch.set_num_threads(1)
         sys.path.insert(0, str(HERE))
+        program.say_who_tokenises()
         try:
             main(program, words)
         except Exception:
@@ -136,7 +137,7 @@ def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, tensor):
     folder = tmp_path / "run"
     assert same(folder, alone)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "logs", "metrics.jsonl", "torchrun-id"]
-    assert ended.texts[1] == "" and ended.texts[0].count("rank 0 tokenises") == 1
+    assert ended.texts[1] == "" and ended.texts[0].count("tokenises here") == 1
     assert "2 (tensor 2)" in ended.texts[0] if tensor == 2 else "2 (shard 2)" in ended.texts[0]
     logs = [(folder / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     for log in [ended.texts[0], *logs]:

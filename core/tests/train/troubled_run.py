@@ -63,12 +63,16 @@ def troubled_run(folder: Path, name: str, **trouble: object) -> Path:
     return file
 
 
-def _prepare(corpus: Corpus, *args: object) -> object:
-    print(f"rank {os.environ.get('RANK', 'alone')} tokenises", flush=True)
-    return _quietly(corpus, *args)
+def say_who_tokenises() -> None:
+    """From here on, who tokenises a corpus in this process says so."""
+    quietly = Corpus._prepare
 
+    def prepare(corpus: Corpus, *args: object) -> object:
+        print("tokenises here", flush=True)
+        return quietly(corpus, *args)
 
-_quietly, Corpus._prepare = Corpus._prepare, _prepare
+    Corpus._prepare = prepare
+
 
 if __name__ == "__main__":
     main(sys.modules[__name__])

@@ -1,9 +1,9 @@
 """What carries tokens between the ranks of a group: the two contracts, and which transport a group is bound to.
 
-Rank r of R keeps experts r G .. (r + 1) G - 1. For every rank, in forward and backward and whatever the counts, a call
-is a collective: all ranks of the group make it. Nothing that comes in is changed. What goes out is no view, which keeps
-it aligned as torch.compile expects, is ready on the current stream, and never grows a buffer that others see.
-Handles are tensors, and all that is remembered of a dispatch: calls may interleave.
+Rank r of R keeps experts r G .. (r + 1) G - 1. In forward and backward, whatever the counts, a call is a collective:
+all ranks of the group make it. Nothing that comes in is changed. What goes out is ready on the current stream, and no
+view of something larger: torch.compile relies on its alignment. Handles are tensors, and all that is remembered of a
+dispatch: calls may interleave.
 
 Letters: T tokens, K choices of a token, D width, E experts, G of which live here, N rows that arrive, P rows with pads.
 """

@@ -273,22 +273,24 @@ def forward_actions(actions: list[Any]) -> list[Any]:
 def checkpoint_problem(settings: Parallelism, mode: str) -> str | None:
     """Why a schedule and activation checkpointing do not go together; None if they do.
 
-    A zero-bubble schedule walks a block's graph twice, for its input and for its weights; outputs that selective
-    checkpointing saved are given out once.
+    Outputs that selective checkpointing saved are given out once, and a backward in two passes asks twice.
     """
-    if settings.pipeline_parallel_degree == 1 or mode != "selective":
+    if mode != "selective" or not splits_backward(settings):
         return None
-    name, file = settings.pipeline_parallel_schedule, settings.pipeline_parallel_schedule_csv
-    if in_two_parts(file) if file else name in ZERO_BUBBLE:
-        return (
-            f"schedule {file or name} computes backward in two passes and selective checkpointing allows one: use "
-            "--activation_checkpoint.mode full or none"
-        )
-    return None
+    name = settings.pipeline_parallel_schedule_csv or settings.pipeline_parallel_schedule
+    return (
+        f"schedule {name} computes backward in two passes and selective checkpointing allows one: use "
+        "--activation_checkpoint.mode full or none"
+    )
 
 
-def in_two_parts(file: str) -> bool:
+def splits_backward(settings: Parallelism) -> bool:
+    """Whether a block's graph is walked twice, for its input and for its weights (zero bubble, arXiv:2401.10241)."""
+    if settings.pipeline_parallel_degree == 1:
+        return False
+    if settings.pipeline_parallel_schedule_csv is None:
+        return settings.pipeline_parallel_schedule in ZERO_BUBBLE
     try:
-        return read_schedule(file).in_two_parts
+        return read_schedule(settings.pipeline_parallel_schedule_csv).in_two_parts
     except UserError:  # said by `pipeline_problems`
         return False

@@ -17,7 +17,7 @@ from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import MoE
-from core.parallel.pipeline import checkpoint_problem, pipeline_problems
+from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.train.settings import Compile, Debug, Training
 from core.train.validate import Validator
@@ -44,14 +44,8 @@ def check_layout(
         problems += [(f"parallelism.{field}", message) for field, message in found]
     if message := checkpoint_problem(parallelism, checkpoint_mode):
         problems.append(("activation_checkpoint.mode", message))
-    if compiled and degrees.tensor > 1 and checkpoint_mode == "full":
-        problems.append(
-            (
-                "activation_checkpoint.mode",
-                f"full with compile and tensor_parallel_degree {degrees.tensor}: PyTorch 2.13 cannot compile that; "
-                "use selective, or leave model out of compile.components",
-            )
-        )
+    if compiled:
+        problems += layout_compile_problems(parallelism, degrees, checkpoint_mode)
     if problems:
         raise joined(problems)
 
@@ -154,6 +148,23 @@ def compile_problems(
             "parallelism.enable_async_tensor_parallel",
             "asynchronous tensor parallelism is torch.compile's work: add --compile.enable with model in "
             "compile.components",
+        )
+
+
+def layout_compile_problems(parallelism: Parallelism, degrees: Degrees, checkpoint_mode: str) -> Iterator[Problem]:
+    """Layouts whose blocks PyTorch 2.13 cannot compile."""
+    axis = "tensor" if degrees.tensor > 1 else "expert"
+    if checkpoint_mode == "full" and degrees.tensor * degrees.expert > 1:
+        yield (
+            "activation_checkpoint.mode",
+            f"full with compile and {axis}_parallel_degree {getattr(degrees, axis)}: PyTorch 2.13 cannot compile that; "
+            "use selective, or leave model out of compile.components",
+        )
+    if splits_backward(parallelism):
+        yield (
+            "parallelism.pipeline_parallel_schedule",
+            "a compiled block has one backward, and the schedule computes it in two passes: use Interleaved1F1B, or "
+            "leave model out of compile.components",
         )
 
 
