@@ -51,14 +51,7 @@ def parallelize(
     if degrees.tensor * degrees.context > 1:
         sum_over_rows(model, views)
     checkpoint_and_compile(model, checkpoint, compile_block)
-    reshard = settings.fsdp_reshard_after_forward
-    apply_data(
-        model,
-        views,
-        compute_dtype=compute_dtype,
-        reshard_after_forward=reshard == "always" or (reshard == "default" and degrees.pipeline == 1),
-        cpu_offload=settings.cpu_offload,
-    )
+    apply_data(model, views, compute_dtype=compute_dtype, settings=settings)
 
 
 def overlap(group: ProcessGroup) -> None:

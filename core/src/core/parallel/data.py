@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from core.nn.decoder import Decoder
 from core.nn.moe import Experts
 from core.parallel.mesh import Views
+from core.parallel.settings import Parallelism
 
 
 def apply_data(
@@ -25,10 +26,9 @@ def apply_data(
     views: Views,
     *,
     compute_dtype: torch.dtype,
-    reshard_after_forward: bool,
-    cpu_offload: bool,
+    settings: Parallelism,
 ) -> None:
-    """Shard every block, and the rest of `model`, over the ranks of `views` that hold equal weights.
+    """Shard every block, the embedding, the head, and what is left, over the ranks of `views` that hold equal weights.
 
     Experts lie on a mesh of their own inside their block's group, so that no hook stands within a block (torch 2.13:
     selective checkpointing and torch.compile both lose their way there). Weights are gathered in `compute_dtype`,
@@ -38,13 +38,15 @@ def apply_data(
     same = views.degrees.expert == views.degrees.tensor == 1
     sparse = dense if same else mesh_info(views.expert)
     pin = dense.mesh.device_type != "cpu"  # pinning asks for an accelerator (torch 2.13)
-    settings = {
+    reshard = settings.fsdp_reshard_after_forward
+    offload = CPUOffloadPolicy(pin_memory=pin) if settings.cpu_offload else OffloadPolicy()
+    options = {
         "mesh": dense.mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy(pin_memory=pin) if cpu_offload else OffloadPolicy(),
-        "reshard_after_forward": reshard_after_forward,
+        "offload_policy": offload,
+        "reshard_after_forward": reshard == "always" or (reshard == "default" and views.degrees.pipeline == 1),
     }
     for block in model.layers.values():
         experts = {weight for part in block.modules() if isinstance(part, Experts) for weight in part.parameters()}
@@ -56,10 +58,16 @@ def apply_data(
             even = weight.shape[1] % sparse.shard_mesh_size == 0  # FSDP cuts other dimensions into equal pieces alone
             return ShardPlacementResult(placement=Shard(1 if few and even else 0), mesh_info=sparse)
 
-        fully_shard(block, **settings, shard_placement_fn=where_to if experts else None)
+        fully_shard(block, **options, shard_placement_fn=where_to if experts else None)
     if views.degrees.expert > 1:
         prefetch(list(model.layers.values()))
-    fully_shard(model, **settings)
+    used_once = not model.config.tie_embeddings and not model.ahead
+    if used_once and model.tok_embeddings is not None:
+        fully_shard(model.tok_embeddings, **options)
+    if used_once and model.norm is not None and model.output is not None:
+        at_once = options | {"reshard_after_forward": reshard == "always"}  # backward begins with them
+        fully_shard([model.norm, model.output], **at_once)
+    fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
