@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
 )
 
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
-from core.activation_checkpoint.region import is_recomputing, off_the_record
+from core.activation_checkpoint.region import is_recomputing, kept, off_the_record
 from core.activation_checkpoint.replay import MODULES, SAVED, name_modules
 
 MODES = ["selective", "full"]
@@ -161,6 +161,19 @@ def test_backward_twice():
     torch.autograd.grad(y, x, retain_graph=True)
     with pytest.raises(RuntimeError, match="backward went a second time"):
         torch.autograd.grad(y, x)
+
+
+def test_what_full_keeps_is_there_for_a_second_pass_of_backward():
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with kept():
+            order = x[:, 0].argsort()
+        return x[order].flatten().sin() * order.repeat_interleave(x.shape[1])
+
+    x = X.clone().requires_grad_()
+    y = run(function, x, mode="full").sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.equal(*first, *torch.autograd.grad(y, x))
+    assert torch.equal(*first, *torch.autograd.grad(function(x).sum(), x))
 
 
 def test_a_saved_output_that_is_changed_in_place_is_an_error():

@@ -1,31 +1,42 @@
 """Which dispatcher a run gets, and what is said when it cannot have the one that it asked for."""
 
-import importlib.util
+import json
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from core.comm import backend
 from core.comm.all_to_all import AllToAll
 from core.comm.backend import Backend, dispatchers
 from core.comm.deepep import DeepEP
 from core.comm.reference import Reference
-from core.comm.transport import bound, release
+from core.comm.transport import Sizes, bound, release
 from core.config.errors import UserError
+from core.config.record import from_dict
 from core.config.validate import validate
 from core.parallel.settings import Degrees, Parallelism, describe_degrees
 from core.testing.ranks import run_ranks
-from core.train.assemble import make_dispatcher
+from core.testing.toy import ToyMoE
+from core.train import folder
+from core.train.assemble import largest_dispatch, make_dispatcher
+from core.train.folder import config_text
+from core.train.settings import Training
+from core.train.trainer import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SPREAD: dict[str, Any] = {"expert_parallel_degree": 2}
 
 
+def run_of(**parallelism: Any) -> Trainer.Config:
+    """A run with experts, three rows of 64 tokens at a time."""
+    training = Training(local_batch_size=3, seq_len=64)
+    return Trainer.Config(model=ToyMoE.Config(), training=training, parallelism=Parallelism(**parallelism, **SPREAD))
+
+
 def test_settings_know_the_backends() -> None:
     assert get_type_hints(Parallelism)["expert_parallel_comm_backend"] == Backend
-    assert get_args(Backend) == ("standard", "deepep", "hybridep", "reference")
+    assert get_args(Backend) == ("standard", "deepep", "deepep_v1", "deepep_v2", "hybridep", "reference")
     assert Parallelism().expert_parallel_comm_backend == "standard"
     for name in get_args(Backend):
         validate(Parallelism(expert_parallel_comm_backend=name, **SPREAD))
@@ -57,18 +68,37 @@ def test_the_capacity_factor_is_a_share_and_hybridep_s(factor: float, name: Any,
     validate(spread)
 
 
-@pytest.mark.parametrize("name", ["deepep", "hybridep"])
-def test_what_cannot_run_is_an_error_with_the_reason(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    spread = Parallelism(expert_parallel_comm_backend=name, **SPREAD)
+@pytest.mark.parametrize("name", ["deepep", "deepep_v1", "deepep_v2", "hybridep"])
+def test_what_cannot_run_is_an_error_with_the_reason(name: Any) -> None:
+    run = run_of(expert_parallel_comm_backend=name)
     start = f"^parallelism.expert_parallel_comm_backend {name} cannot run: "
     with pytest.raises(UserError, match=f"{start}it needs NVIDIA GPUs, and this run is on cpu; use reference"):
-        make_dispatcher(spread, CPU)
-    monkeypatch.setattr(backend, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=f"{start}not importable: there is no package deep_ep; build it from source"):
-        make_dispatcher(spread, GPU)
-    monkeypatch.setattr(backend, "find_spec", lambda package: importlib.util.find_spec("json"))
-    with pytest.raises(UserError, match=f"{start}not importable: this version has no adapter for deep_ep"):
-        make_dispatcher(spread, GPU)
+        make_dispatcher(run, CPU, 2)
+    with pytest.raises(UserError, match=f"{start}there is no package deep_ep; build it from source: git clone"):
+        make_dispatcher(run, GPU, 2)
+
+
+def test_buffers_are_for_what_a_rank_sends_at_once() -> None:
+    """Rows of a microbatch times their length, divided by the ranks that share a row."""
+    run = run_of()
+    expected = Sizes(3 * 64, 16, 6, 2, 2, torch.bfloat16)
+    assert largest_dispatch(run, GPU, 2) == expected
+    run.parallelism = Parallelism(tensor_parallel_degree=2, context_parallel_degree=2, **SPREAD)
+    assert largest_dispatch(run, GPU, 4) == expected._replace(n_tokens=3 * 64 // 4)
+    run.parallelism = Parallelism(pipeline_parallel_degree=2, **SPREAD)
+    assert largest_dispatch(run, GPU, 4) == expected._replace(n_tokens=64)
+    run.parallelism = Parallelism()
+    assert largest_dispatch(run, GPU, 2) is None
+
+
+def test_config_json_names_the_generation_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(expert_parallel_comm_backend="deepep")
+    monkeypatch.setattr(folder, "installed", lambda name, device: {"deepep": "deepep_v2"}.get(name, name))
+    told = from_dict(json.loads(config_text(run, GPU)), Trainer.Config)
+    assert told.parallelism.expert_parallel_comm_backend == "deepep_v2"
+    assert run.parallelism.expert_parallel_comm_backend == "deepep"
+    told.parallelism.expert_parallel_comm_backend = "deepep"
+    assert told == run
 
 
 def wired() -> list[Any]:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from token_traffic import D, E, Watched, numbers_like, reference, traffic
+from carriers import CARRIERS, carry, deterministic, wants_equal
+from token_traffic import D, E, Watched, numbers_like, traffic
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -38,9 +39,12 @@ def results(forward: Any, weight_GDD: Tensor, case: str, n_tokens: int) -> list[
     return [y.detach(), *torch.autograd.grad((y * numbers_like(y, 2)).sum(), leaves)]
 
 
-def compiled_and_eager(namespace: str, settings: dict[str, Any]) -> list[Any]:
+def compiled_and_eager(carrier: str, settings: dict[str, Any]) -> list[Any]:
     """For each mode: whether all results were equal, and the calls of the compiled layer."""
-    group, found = dist.group.WORLD, []
+    group, found, namespace = dist.group.WORLD, [], CARRIERS[carrier].namespace
+    deterministic()
+    transport = carry(carrier, group, n_tokens=8 if wants_equal(carrier) else 16)
+    n_tokens = (8, 8, 8) if wants_equal(carrier) else (6, 6, 9)
     torch._dynamo.config.capture_scalar_outputs = torch._dynamo.config.capture_dynamic_output_shape_ops = True
     dispatcher = DeepEP(group) if namespace == "deepep" else HybridEP(group, **settings)
     weight_GDD = torch.randn(E // group.size(), D, D, generator=torch.Generator().manual_seed(group.rank()))
@@ -48,11 +52,11 @@ def compiled_and_eager(namespace: str, settings: dict[str, Any]) -> list[Any]:
         policy = None if mode is None else default_activation_checkpoint_policy(mode=mode)
         forward = partial(layer, dispatcher) if policy is None else partial(checkpointed, policy, dispatcher)
         fast = torch.compile(forward, backend="aot_eager", fullgraph=True)
-        bind(group, watched := Watched(reference(namespace, group)))
+        bind(group, watched := Watched(transport))
         equal = True
-        for case, n_tokens in (("mixed", 6), ("all to one rank", 6), ("mixed", 9)):
-            ours = results(fast, weight_GDD, case, n_tokens)
-            theirs = results(partial(layer, dispatcher), weight_GDD, case, n_tokens)
+        for case, n in zip(("mixed", "all to one rank", "mixed"), n_tokens, strict=True):
+            ours = results(fast, weight_GDD, case, n)
+            theirs = results(partial(layer, dispatcher), weight_GDD, case, n)
             equal = equal and all(map(torch.equal, ours, theirs))
         found.append((equal, dict(watched.calls)))
     return found
@@ -62,13 +66,20 @@ def compiled_and_eager(namespace: str, settings: dict[str, Any]) -> list[Any]:
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # dynamo does, torch 2.13
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
 @pytest.mark.parametrize(
-    ("namespace", "settings"),
-    [("deepep", {}), ("hybridep", {"pad_multiple": 2}), ("hybridep", {"capacity_factor": 1.0, "pad_multiple": 2})],
-    ids=["deepep", "hybridep", "hybridep with a capacity"],
+    ("carrier", "settings"),
+    [
+        ("deepep reference", {}),
+        ("hybridep reference", {"pad_multiple": 2}),
+        ("hybridep reference", {"capacity_factor": 1.0, "pad_multiple": 2}),
+        ("deepep v1", {}),
+        ("deepep v2.1", {}),
+        ("hybridep 11", {"capacity_factor": 1.0, "pad_multiple": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "plain",
 )
-def test_compiled_equals_eager(namespace: str, settings: dict[str, Any]) -> None:
+def test_compiled_equals_eager(carrier: str, settings: dict[str, Any]) -> None:
     """Of twice three steps the eager half travels once each way, and so does the compiled one but in mode full."""
-    for rank in run_ranks(compiled_and_eager, 2, namespace, settings, timeout_s=300):
+    for rank in run_ranks(compiled_and_eager, 2, carrier, settings, timeout_s=300):
         for mode, (equal, calls) in zip(MODES, rank, strict=True):
             assert equal, f"{mode}: compiled and eager differ"
             again = 3 if mode == "full" else 0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from carriers import CARRIERS, carry, deterministic
 from token_traffic import E, Watched, reference, traffic
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,36 +38,39 @@ def test_names_of_arguments_are_those_of_the_contract() -> None:
     assert results[2] == ["rows", "row_weights", "counts", "overflow", "handle"]
 
 
-def checks() -> dict[str, dict[str, str]]:
+def checks(carrier: str) -> dict[str, dict[str, str]]:
     """`torch.library.opcheck` of every operation: schema, autograd, fake results, tracing with changing sizes."""
-    group, found = dist.group.WORLD.group_name, {}
-    x, ids, weight = traffic("masked", dist.get_rank())
+    group, found, namespace = dist.group.WORLD.group_name, {}, CARRIERS[carrier].namespace
+    deterministic()
+    carry(carrier, dist.group.WORLD, n_tokens=8)
+    x, ids, weight = traffic("masked", dist.get_rank(), 8)
     x.requires_grad_(), weight.requires_grad_()
-    sent = (x, ids, weight, E, 64, 4, group)
-    found["with capacity"] = torch.library.opcheck(ops.HYBRIDEP_DISPATCH, sent)
-    for namespace, more in (("deepep", ()), ("hybridep", (None, 4))):
-        names = getattr(torch.ops, namespace)
-        sent = (x, ids, weight, E, *more, group)
-        rows, *others, handle = [
-            [tensor.detach() for tensor in part] if isinstance(part, list) else part.detach()
-            for part in names.dispatch(*sent)
-        ]
-        row_weight = others[1 if namespace == "deepep" else 0]
-        back = (handle, len(x), group) if namespace == "deepep" else (ids, handle, group)
-        calls: dict[str, tuple[Any, ...]] = {
-            "dispatch": sent,
-            "combine": (rows.clone().requires_grad_(), handle, len(x), group),
-            "_dispatch_cached": (x.detach(), handle, len(rows), group),
-            "_combine_weights": (rows, row_weight, *back),
-        }
-        for name, args in calls.items():
-            found[f"{namespace}::{name}"] = torch.library.opcheck(getattr(names, name).default, args)
+    more = () if namespace == "deepep" else (None, 4)
+    if namespace == "hybridep":
+        found["with capacity"] = torch.library.opcheck(ops.HYBRIDEP_DISPATCH, (x, ids, weight, E, 64, 4, group))
+    names = getattr(torch.ops, namespace)
+    sent = (x, ids, weight, E, *more, group)
+    rows, *others, handle = [
+        [tensor.detach() for tensor in part] if isinstance(part, list) else part.detach()
+        for part in names.dispatch(*sent)
+    ]
+    row_weight = others[1 if namespace == "deepep" else 0]
+    back = (handle, len(x), group) if namespace == "deepep" else (ids, handle, group)
+    calls: dict[str, tuple[Any, ...]] = {
+        "dispatch": sent,
+        "combine": (rows.clone().requires_grad_(), handle, len(x), group),
+        "_dispatch_cached": (x.detach(), handle, len(rows), group),
+        "_combine_weights": (rows, row_weight, *back),
+    }
+    for name, args in calls.items():
+        found[name] = torch.library.opcheck(getattr(names, name).default, args)
     return found
 
 
-def test_pytorch_finds_nothing_wrong() -> None:
-    for found in run_ranks(checks, 2, timeout_s=300):
-        assert len(found) == 9
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_pytorch_finds_nothing_wrong(carrier: str) -> None:
+    for found in run_ranks(checks, 2, carrier, timeout_s=300):
+        assert len(found) == (4 if CARRIERS[carrier].namespace == "deepep" else 5)
         for name, results in found.items():
             assert set(results.values()) == {"SUCCESS"} and len(results) >= 4, f"{name}: {results}"
 

@@ -335,7 +335,7 @@ def test_wrong_checkpoints(fails, tmp_path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(to_json(toy_recipes.toy()))
-    assert "has no weights, just the config.json of core.train.trainer:Trainer" in fails(*words, checkpoint=run)
+    assert "has no weights, just the config.json of core.testing.toy:Toy" in fails(*words, checkpoint=run)
     (run / "config.json").write_text('{"model_type": "toy"}')
     assert "has no model.safetensors" in fails(*words, checkpoint=run)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.attention import Attention
@@ -15,7 +16,8 @@ from core.parallel.settings import Degrees, Parallelism, describe_degrees, world
 from core.testing.layout_suite import degrees
 from core.testing.toy import Toy, ToyMoE
 from core.train.checks import check_layout
-from core.train.settings import Training
+from core.train.settings import Compile, Training
+from core.train.trainer import Trainer
 
 
 def check(
@@ -27,14 +29,14 @@ def check(
     compiled: bool = False,
     **training: Any,
 ) -> None:
-    check_layout(
-        model or Toy.Config(),
-        parallelism,
-        Training(**{"seq_len": 64, "local_batch_size": 4, **training}),
-        world_size=world_size,
-        checkpoint_mode=mode,
-        compiled=compiled,
+    run = Trainer.Config(
+        model=model or Toy.Config(),
+        parallelism=parallelism,
+        training=Training(**{"seq_len": 64, "local_batch_size": 4, **training}),
+        activation_checkpoint=ActivationCheckpoint.Config(mode=mode),
+        compile=Compile(enable=compiled),
     )
+    check_layout(run, world_size)
 
 
 def refusal(parallelism: Parallelism, world_size: int, **changes: Any) -> list[str]:

@@ -1,29 +1,81 @@
-"""The folder of a run that torchrun starts several times."""
+"""The folder of a run: whose it is, what it holds, and that nobody else is in it."""
+
+import json
+import os
+import socket
+from pathlib import Path
 
 import pytest
 
+from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
-from core.train.folder import check_run_folder, make_run_folder
+from core.train.folder import carry_on, check_run_folder, held, make_run_folder
 
 OURS = {"TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_MAX_RESTARTS": "2"}
+NONE = Checkpoint()
 
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def measured(folder: Path, *steps: int) -> None:
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+
+
+def steps(folder: Path, name: str = "metrics.jsonl") -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / name).read_text().splitlines()]
+
+
 def test_every_attempt_goes_on_in_the_folder_and_keeps_what_was_measured(tmp_path):
     folder = tmp_path / "run"
     for attempt in range(3):
-        check_run_folder(str(folder), OURS)
-        assert make_run_folder(str(folder), "toy", OURS) == folder and not (folder / "metrics.jsonl").exists()
-        (folder / "metrics.jsonl").write_text(f"attempt {attempt}")
-    kept = [(folder / f"metrics.attempt-{number}.jsonl").read_text() for number in (0, 1)]
-    assert kept == ["attempt 0", "attempt 1"]
+        check_run_folder(str(folder), NONE, OURS)
+        assert make_run_folder(str(folder), "toy", OURS) == folder
+        carry_on(folder, 0)
+        assert not (folder / "metrics.jsonl").exists() or not steps(folder)
+        measured(folder, attempt + 1)
+    assert [steps(folder, f"metrics.attempt-{number}.jsonl") for number in (0, 1)] == [[1], [2]]
     for stranger in ({}, {"TORCHELASTIC_RUN_ID": "8"}, {"TORCHELASTIC_RUN_ID": "none"}):
         with pytest.raises(UserError, match="already holds a run: choose another"):
-            check_run_folder(str(folder), stranger)
+            check_run_folder(str(folder), NONE, stranger)
     assert len(names(folder)) == 4
+
+
+def test_records_after_the_step_that_a_run_goes_on_from_are_put_aside(tmp_path):
+    measured(tmp_path, 1, 10, 20)
+    carry_on(tmp_path, 20)
+    assert names(tmp_path) == ["metrics.jsonl"] and steps(tmp_path) == [1, 10, 20]
+    carry_on(tmp_path, 15)
+    assert steps(tmp_path) == [1, 10] and steps(tmp_path, "metrics.attempt-0.jsonl") == [1, 10, 20]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # the process was killed while it wrote
+    carry_on(tmp_path, 15)
+    assert steps(tmp_path) == [1, 10]
+
+
+def test_a_folder_with_checkpoints_is_gone_on_with(tmp_path):
+    measured(tmp_path, 1)
+    saves = Checkpoint(enable=True)
+    with pytest.raises(UserError, match="already holds a run, and no checkpoint to go on from: choose another"):
+        check_run_folder(str(tmp_path), saves, {})
+    (tmp_path / "checkpoint/step-1.tmp").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint"):
+        check_run_folder(str(tmp_path), saves, {})
+    (tmp_path / "checkpoint/step-1").mkdir()
+    check_run_folder(str(tmp_path), saves, {})
+    for other in (NONE, Checkpoint(enable=True, resume="never")):
+        with pytest.raises(UserError, match="already holds a run: choose another"):
+            check_run_folder(str(tmp_path), other, {})
+
+
+def test_one_process_at_a_time_is_in_a_folder(tmp_path):
+    with held(tmp_path):
+        said = f"is in use by process {os.getpid()} on {socket.gethostname()}: wait until it ends, or choose another"
+        with pytest.raises(UserError, match=said), held(tmp_path):
+            pass
+    with held(tmp_path):
+        pass
 
 
 def test_a_run_that_torchrun_did_not_start_leaves_no_name(tmp_path):
@@ -31,12 +83,12 @@ def test_a_run_that_torchrun_did_not_start_leaves_no_name(tmp_path):
     assert names(tmp_path / "run") == []
     (tmp_path / "run/metrics.jsonl").touch()
     with pytest.raises(UserError, match="already holds a run"):
-        check_run_folder(str(tmp_path / "run"), OURS)
+        check_run_folder(str(tmp_path / "run"), NONE, OURS)
 
 
 def test_a_restart_must_be_able_to_tell_its_own_folder(tmp_path):
     nameless = OURS | {"TORCHELASTIC_RUN_ID": "none"}
     with pytest.raises(UserError, match="add --rdzv-id NAME to torchrun's options, or leave dump_folder out"):
-        check_run_folder(str(tmp_path / "run"), nameless)
-    check_run_folder(None, nameless)
-    check_run_folder(str(tmp_path / "run"), nameless | {"TORCHELASTIC_MAX_RESTARTS": "0"})
+        check_run_folder(str(tmp_path / "run"), NONE, nameless)
+    check_run_folder(None, NONE, nameless)
+    check_run_folder(str(tmp_path / "run"), NONE, nameless | {"TORCHELASTIC_MAX_RESTARTS": "0"})

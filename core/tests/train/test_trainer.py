@@ -107,7 +107,7 @@ def test_validation_weighs_every_token_alike(tmp_path):
     records = metrics(Path(config.dump_folder))
     assert [r["step"] for r in records] == [1, 2, 3]
     assert [r["validation_loss"] is None for r in records] == [True, False, False]
-    loader, total, count = run_._load("validation"), 0.0, 0
+    loader, total, count = run_._open("validation"), 0.0, 0
     for row in range(loader.windows_per_epoch):
         batch = loader.read(row, 1)
         with torch.no_grad():

@@ -58,7 +58,10 @@ def default_activation_checkpoint_policy(
 def _contexts(
     mode: Literal["selective", "full"], save_ops: tuple[str, ...], recompute_shapes: frozenset[Shape], debug: bool
 ) -> Replay:
-    """The modes of one call of a block, which count its matrix products from the first."""
+    """The modes of one call of a block, which count its matrix products from the first.
+
+    The little that "full" keeps is there for a second pass of backward too, as zero-bubble pipelines make.
+    """
     saved = saved_ops(save_ops) if mode == "selective" else frozenset()
     n_products = 0
 
@@ -76,7 +79,7 @@ def _contexts(
             return SAVE if n_products % 2 else RECOMPUTE
         return SAVE
 
-    return replay_contexts(decide, Trace(debug=debug))
+    return replay_contexts(decide, Trace(debug=debug, once=mode == "selective"))
 
 
 def weight_shape(op: Op, args: tuple[Any, ...]) -> Shape | None:

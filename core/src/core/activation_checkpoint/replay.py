@@ -49,6 +49,8 @@ class Trace:
 
     debug: bool = False
     """Also note the module of each operation, and count in SAVED."""
+    once: bool = True
+    """Saved outputs are given back once, and free then; else they are there as often as backward comes by."""
     ops: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Trace:
             SAVED[op] += output is not RECOMPUTE
 
     def take(self, op: Any, index: int) -> Any:
-        """The output saved for operation number `index`, or RECOMPUTE; it is given back once.
+        """The output saved for operation number `index`, or RECOMPUTE.
 
         Raises `CheckpointError` when `op` is not the operation that the forward did at this point.
         """
@@ -78,7 +80,7 @@ class Trace:
                 "backward went a second time through a block under activation checkpointing, whose saved outputs are "
                 "given back only once: use --activation_checkpoint.mode none"
             )
-        if output is not RECOMPUTE:
+        if output is not RECOMPUTE and self.once:
             self.outputs[index] = USED
         return output
 
@@ -180,8 +182,8 @@ def saved(output: Any) -> Any:
 
 
 def given_back(kept: _VersionWrapper) -> Any:
-    """The output again; a RuntimeError when it was changed in place meanwhile."""
-    return kept.get_val(allow_cache_entry_mutation=False)
+    """The output again, without a graph of an earlier time; a RuntimeError when it was changed in place meanwhile."""
+    return _detach_helper(kept.get_val(allow_cache_entry_mutation=False))
 
 
 MEND = (

@@ -149,10 +149,16 @@ def add(rows: dict[tuple[str, Fate], Row], fate: Fate, op: Any, args: tuple, kwa
 
 
 def flops(op: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    """Operations of one call, by PyTorch's formulas; attention of every kernel compares each query with every key."""
+    """Operations of one call, by PyTorch's formulas; attention of every kernel compares each query with every key.
+
+    Its backward computes the scores again, and two products for each of the forward's.
+    """
     if "scaled_dot_product" in str(op):
-        (rows, heads, queries, width), keys = args[0].shape, args[1].shape[2]
-        return 2 * rows * heads * queries * keys * (width + args[2].shape[3])
+        backward = "backward" in str(op)
+        query, key, value = args[1:4] if backward else args[:3]
+        (rows, heads, queries, width), keys = query.shape, key.shape[2]
+        widths = 3 * width + 2 * value.shape[3] if backward else width + value.shape[3]
+        return 2 * rows * heads * queries * keys * widths
     count = flop_registry.get(getattr(op, "overloadpacket", op))
     return count(*args, **kwargs, out_val=out) if count else 0
 

@@ -6,7 +6,7 @@ Tensor by tensor: no more than the files that are written, one at a time, is in 
 import argparse
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write
 from core.checkpoint.hf import write_hf_config
 from core.checkpoint.layout import HFModel, hf_layout, own_layout
+from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
-from core.checkpoint.weights import class_of, read_config
+from core.checkpoint.weights import class_of, model_of, read_config
 from core.config.configurable import Configurable
 from core.config.errors import UserError, exit_plainly
 from core.config.record import from_dict, to_json
@@ -93,23 +94,37 @@ def from_hf(
 def to_hf(
     families: Mapping[str, type[Family]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
 ) -> None:
-    """Write the weights of a folder of ours as a Hugging Face folder."""
+    """Write the weights of a folder of ours, or of the newest checkpoint of a run, as a Hugging Face folder."""
+    src = newest(src)
     known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
     if (found := class_of(src)) not in known:
         raise UserError(f"{src} holds the weights of {found}, not of {' or '.join(sorted(known))}")
-    config = from_dict(read_config(src))
+    config = from_dict(model_of(read_config(src)))
     validate(config)
     model = on_meta(config)
+    with whole(dst) as folder:
+        write_as_hf(model, src, folder, dtype=dtype, shard_gib=shard_gib, say=say)
+        copy_companions(src, folder)
+
+
+def write_as_hf(
+    model: HFModel,
+    src: Path,
+    dst: Path,
+    *,
+    dtype: torch.dtype | None,
+    shard_gib: float = 5.0,
+    say: Callable[[str], object],
+) -> None:
+    """Write the weights of a model, which needs no memory, out of a folder of ours into one that is there already."""
     stated = model.to_hf_config()  # raises before a file is written
     source, layout = Source(own_layout(model), src), hf_layout(model)
     types = dtypes(model, layout, {name: source.dtype(name) for name in source.pieces if name in layout.places}, dtype)
     for name in [name for name in source.pieces if name not in types]:
         say(f"{name} has no place at Hugging Face: left out")
     made = outputs(layout, types, source.read)
-    with whole(dst) as folder:
-        write(folder, made, shard_gib, say)
-        write_hf_config(stated, made, folder)
-        copy_companions(src, folder)
+    write(dst, made, shard_gib, say)
+    write_hf_config(stated, made, dst)
 
 
 def say(line: str) -> None:

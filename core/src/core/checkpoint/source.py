@@ -1,5 +1,6 @@
 """The weights of a model in a folder: checked to be all there before any is read, and read piece by piece."""
 
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from core.checkpoint.files import Folder
 from core.checkpoint.layout import Layout, Piece
 from core.checkpoint.quantised import Stored, stored_weights
+from core.checkpoint.saved import Saved, is_checkpoint
 from core.config.errors import UserError
 
 MOST = 30
@@ -24,7 +26,7 @@ class Source:
 
     def __init__(self, layout: Layout, path: str | Path) -> None:
         self.layout = layout
-        self.folder = Folder(path)
+        self.folder = Saved(Path(path)) if is_checkpoint(Path(path)) else Folder(path)
         headers = {key: header for key, header in self.folder.headers.items() if not layout.ignores(key)}
         self.stored = stored_weights(headers)
         problems: list[str] = []
@@ -47,19 +49,29 @@ class Source:
         """The type that holds what is stored of a weight of ours; bfloat16 for fewer bits."""
         return reduce(torch.promote_types, {self.stored[piece.key].dtype for piece in self.pieces[name]})
 
+    def in_few_bits(self) -> str | None:
+        """The first of the stored weights, by name, that is in fewer bits than it is read in; None if there is none."""
+        return next((name for name, stored in sorted(self.stored.items()) if len(stored.keys) > 1), None)
+
     def read(self, key: str, row: int | None = None) -> Tensor:
         """A stored weight, or one row of it, decoded."""
         stored = self.stored[key]
         return stored.decode(*(self.folder.read(part, row) for part in stored.keys))
 
     @torch.no_grad()
-    def fill(self, name: str, weight: Tensor) -> Tensor:
-        """Copy the stored values of a weight of ours into `weight`, cast to its type."""
+    def fill(self, name: str, part: Tensor, start: Sequence[int] = ()) -> Tensor:
+        """Copy the stored values of a weight of ours, or of the box of it that begins at `start`, into `part`, cast to
+        its type. Of a weight that is stored row by row, as experts are, no other rows are read."""
+        start = start or (0,) * part.dim()
+        shape = self.layout.weights[name].shape
+        box = [slice(first, first + size) for first, size in zip(start, part.shape, strict=True)]
         for piece in self.pieces[name]:
-            values = piece.view(self.read(piece.key, piece.stored_row))
-            part = weight if piece.row is None else weight[piece.row]
-            part.view(values.shape).copy_(values)
-        return weight
+            if piece.row is None:
+                part.copy_(piece.view(self.read(piece.key, piece.stored_row)).reshape(shape)[tuple(box)])
+            elif box[0].start <= piece.row < box[0].stop:
+                values = piece.view(self.read(piece.key, piece.stored_row)).reshape(shape[1:])
+                part[piece.row - box[0].start].copy_(values[tuple(box[1:])])
+        return part
 
     def _choose(self, name: str, places: list[list[Piece]]) -> list[str]:
         """Settle where a weight of ours stands; gives what is wrong with it."""

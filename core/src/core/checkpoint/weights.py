@@ -1,6 +1,8 @@
-"""Weights in a folder of ours: `config.json`, which names the model's class, and safetensors under our own names."""
+"""Weights in a folder of ours: `config.json`, which names the model's class, and safetensors under our own names or the
+pieces of a checkpoint."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +10,39 @@ import torch
 
 from core.checkpoint.hf import load_by, load_hf, save_by
 from core.checkpoint.layout import HFModel, own_layout
+from core.checkpoint.saved import newest
 from core.config.errors import UserError
-from core.config.record import to_json
+from core.config.record import differences, to_dict, to_json
+
+log = logging.getLogger("armature")
 
 
 def load(model: HFModel, folder: str | Path) -> None:
-    """Copy the weights of a folder, ours or Hugging Face's, into `model`; `config.json` says which it is.
+    """Copy the weights of a folder, ours, Hugging Face's, or that of a run or a checkpoint, into `model`.
 
-    Raises `UserError`, before a single weight is changed, when the folder is neither, or does not fit the model.
+    `config.json` says which it is. Raises `UserError`, before a single weight is changed, when the folder is none of
+    these, or does not fit the model.
     """
-    stated = read_config(folder)
-    if "model_type" in stated:
+    if "model_type" in read_config(folder):
         load_hf(model, folder)
     else:
         load_weights(model, folder)
 
 
 def load_weights(model: HFModel, folder: str | Path) -> None:
-    """Copy the weights of a folder that `save_weights` or `python -m <model>.convert from-hf` wrote into `model`.
+    """Copy the weights of a folder of ours into `model`: one that `save_weights` or `python -m <model>.convert from-hf`
+    wrote, a checkpoint, or a run, of which the newest whole checkpoint is taken.
 
-    Raises `UserError`, before a single weight is changed, when it is no such folder or does not fit the model.
+    Settings of that model which differ are logged. Raises `UserError`, before a single weight is changed, when it is no
+    such folder or does not fit the model.
     """
+    folder = newest(folder)
     ours = f"{type(model).__module__}:{type(model).__qualname__}"
     if (found := class_of(folder)) != ours:
         raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
+    for path, before, now in differences(to_dict(model.config), model_of(read_config(folder))):
+        if path != "class":
+            log.warning(f"{folder}: the weights are of a model with {path} {before}, not {now}")
     load_by(own_layout(model), folder)
 
 
@@ -49,14 +60,19 @@ def save_weights(
 def class_of(folder: str | Path) -> str:
     """The class of the model whose weights a folder of ours holds, as "module:Class".
 
-    Raises `UserError` for a folder of another kind: that of a run has a `config.json`, but no weights.
+    Raises `UserError` for a folder of another kind: that of a run may have a `config.json`, and no weights.
     """
-    stated = read_config(folder)
+    stated = model_of(read_config(folder))
     if "class" not in stated:
         raise UserError(f"{folder}/config.json states no class: this is no folder of our weights")
     if not any(Path(folder).glob("*.safetensors*")):
         raise UserError(f"{folder} has no weights, just the config.json of {stated['class']}")
     return str(stated["class"])
+
+
+def model_of(stated: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the model in that of a run; that of a model is itself."""
+    return stated["model"] if isinstance(stated.get("model"), dict) else stated
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

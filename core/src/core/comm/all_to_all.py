@@ -3,6 +3,7 @@
 Letters: T tokens, K choices of a token, R = T K rows sent, Q rows received, D width, E experts, G of which live here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +15,20 @@ from core.activation_checkpoint.region import kept
 from core.nn.dispatch import Local, Rows
 
 
+def read_splits(splits_2N: Tensor, n_rows: int) -> list[list[int]]:
+    """How many of `n_rows` rows go to each of N ranks, and how many come from each, as the device counted them."""
+    del n_rows
+    return splits_2N.tolist()
+
+
 class AllToAll:
     """Rank r keeps experts r G .. (r + 1) G - 1: rows are sorted by expert, sent in one all-to-all, sorted again.
 
-    The host reads how many rows go where, once per layer.
+    The host asks `splits` how many rows go where, once per layer.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group, self.size = group, group.size()
+    def __init__(self, group: ProcessGroup, splits: Callable[[Tensor, int], list[list[int]]] = read_splits) -> None:
+        self.group, self.size, self.splits = group, group.size(), splits
         self.local = Local()
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> Rows:
@@ -30,7 +37,8 @@ class AllToAll:
         with kept(), torch.no_grad():
             theirs_E = functional.wait_tensor(functional.all_to_all_single(rows.counts_G, None, None, self.group))
             counts_RG = theirs_E.view(self.size, n_here)
-            splits = torch.stack((rows.counts_G.view(self.size, n_here).sum(1), counts_RG.sum(1))).tolist()
+            splits_2N = torch.stack((rows.counts_G.view(self.size, n_here).sum(1), counts_RG.sum(1)))
+            splits = self.splits(splits_2N, len(rows.x_RD))
             expert_Q = torch.arange(n_here, device=x_TD.device).repeat(self.size)
             expert_Q = expert_Q.repeat_interleave(theirs_E, output_size=sum(splits[1]))
             order_Q = expert_Q.argsort(stable=True)

@@ -8,7 +8,8 @@ dispatch: calls may interleave.
 Letters: T tokens, K choices of a token, D width, E experts, G of which live here, N rows that arrive, P rows with pads.
 """
 
-from typing import Any, Protocol, cast
+import sys
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 Handle = list[Tensor]
+
+
+class Sizes(NamedTuple):
+    """The largest dispatch of a run, for which buffers are made: the same on all ranks of a group."""
+
+    n_tokens: int
+    """Of a rank."""
+    dim: int
+    n_experts: int
+    top_k: int
+    n_ranks: int
+    dtype: torch.dtype
+    """Of the rows."""
 
 
 class Transport(Protocol):
@@ -94,8 +108,16 @@ def bind(group: ProcessGroup, transport: Transport) -> None:
 
 
 def release() -> None:
-    """Let go of all that is bound, before the process groups end."""
+    """Let go of all that is bound, before the process groups end; called by all ranks.
+
+    A transport with a method `close` is closed, which all ranks of its group do together: not after an error, when some
+    may not come.
+    """
+    transports = list(_BOUND.values())
     _BOUND.clear()
+    for transport in transports if sys.exc_info()[0] is None else ():
+        if (close := getattr(transport, "close", None)) is not None:
+            close()
 
 
 def bound(namespace: str, group_name: str) -> Transport | None:

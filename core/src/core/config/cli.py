@@ -1,9 +1,11 @@
 """The command lines: choose a recipe or a file where there is a choice, change any setting, run."""
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -23,21 +25,31 @@ usage: {program} --config NAME|FILE.json [--section.field VALUE ...]
   --config NAME|FILE.json   a recipe, or the config.json of an earlier run
   --help                    this text; with --config all settings of that recipe
   --print-config            print the resolved settings as JSON, and end
+  --dry-run                 print what a step would take of one rank, and end; or all that keeps it from starting
+    --world-size N          of so many ranks; else of as many as the settings ask for
+    --rank N                of the rank with this number; else of rank 0
+    --json                  as JSON
 
 Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable and
 unset by --section.no-enable; lists take their items one after another: --section.names a b.
 """
 
 
+OWN = {"config": 1, "help": 0, "print_config": 0, "dry_run": 0, "world_size": 1, "rank": 1, "json": 0}
+"""The options of `main` that are no settings, and how many words each takes."""
+OF_DRY_RUN = ("world_size", "rank", "json")
+
+
 def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
     """Resolve a configuration from the command line, validate it, build it and run it.
 
     `configs` is the module of the recipes: its public functions without arguments, which return the Config of something
-    that has a `run()`. Command line goes before recipe or file, and those before the defaults of the classes. A mistake
-    of the user ends the program with code 2 and one line that says what to do.
+    that has a `run()`, and for --dry-run a static `plan(config, world_size, rank)`, which validates it and gives a
+    dataclass. Command line goes before recipe or file, and those before the defaults of the classes. A mistake of the
+    user ends the program with code 2 and one line that says what to do.
     """
     with exit_plainly():
-        own, settings = own_flags(split(argv), {"config": 1, "help": 0, "print_config": 0})
+        own, settings = own_flags(split(argv), OWN)
         if "config" in own:
             settle_and_run(load(own["config"], configs), own["config"], own, settings)
             return
@@ -59,12 +71,35 @@ def settle_and_run(config: Config, title: str, own: dict[str, str], settings: Se
     if "help" in own:
         show(field_help(title, config))
         return
+    lost = [f"--{name.replace('_', '-')}" for name in OF_DRY_RUN if name in own and "dry_run" not in own]
+    if lost:
+        raise UserError(f"{', '.join(lost)} says how --dry-run is done: add --dry-run, or leave it out")
     override(config, settings)
+    if "dry_run" in own:
+        show(planned(config, own))
+        return
     validate(config)
     if "print_config" in own:
         show(to_json(config).rstrip())
         return
     config.build().run()
+
+
+def planned(config: Config, own: dict[str, str]) -> str:
+    """What the configured run would take of one rank, as its owner's `plan` says, in words or as JSON."""
+    plan = getattr(owner_of(type(config)), "plan", None)
+    if plan is None:
+        raise UserError(f"{type(config).__qualname__} makes no plans: leave --dry-run out")
+    world_size = number("--world-size", own["world_size"]) if "world_size" in own else None
+    found = plan(config, world_size=world_size, rank=number("--rank", own.get("rank", "0")))
+    return json.dumps(asdict(found), indent=2) if "json" in own else str(found)
+
+
+def number(flag: str, word: str) -> int:
+    """The whole number, not negative, that an option of ours was given."""
+    if not word.isdecimal():
+        raise UserError(f"{flag} takes a whole number, got {word}")
+    return int(word)
 
 
 def split(argv: Sequence[str] | None) -> list[Flag]:

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +25,18 @@ class UserError(ValueError):
 def joined(problems: Iterable[tuple[str, str]]) -> UserError:
     """One error for many problems: a line `path: message` for each, or the message alone where the path is empty."""
     return UserError("\n".join(f"{path}: {message}" if path else message for path, message in problems))
+
+
+def check_all(*checks: Callable[[], None]) -> None:
+    """Run every check; raises one `UserError` with all that they say, each thing once."""
+    said: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            said[str(error)] = None
+    if said:
+        raise UserError("\n".join(said))
 
 
 def did_you_mean(wrong: str, names: Iterable[str], n: int = 1, cutoff: float = 0.6) -> str:

@@ -69,7 +69,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def diff(config: Config, base: Config) -> list[tuple[str, Any, Any]]:
     """The settings that differ, as (path, value in the base, value here); `...` for a path that one side lacks."""
-    new, old = flatten(config), flatten(base)
+    return differences(to_dict(config), to_dict(base))
+
+
+def differences(data: dict[str, Any], base: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """As `diff`, of configurations as data: those that another version wrote, too."""
+    new, old = dict(_leaves(data, "")), dict(_leaves(base, ""))
     pairs = [(path, old.get(path, ...), new.get(path, ...)) for path in old | new]
     return [(path, before, after) for path, before, after in pairs if repr(before) != repr(after)]
 

@@ -6,7 +6,13 @@ from core.config.fields import Problem, field_types, join, type_problems, walk
 
 
 def validate(config: Configurable.Config) -> None:
-    """Raise one `UserError` that lists everything wrong in the tree, a line `path: message` each.
+    """Raise one `UserError` that lists everything wrong in the tree, a line `path: message` each."""
+    if problems := problems_of(config):
+        raise joined(problems)
+
+
+def problems_of(config: Configurable.Config) -> list[Problem]:
+    """Everything wrong in the tree.
 
     A config that has a wrong type in or below it is not asked for its `problems()`, which may rely on the types.
     """
@@ -15,8 +21,7 @@ def validate(config: Configurable.Config) -> None:
     for path, node in walk(config):
         if not any(inside(wrong, path) for wrong, _ in wrong_types):
             problems += [(join(path, name), message) for name, message in node.problems()]
-    if problems:
-        raise joined(problems)
+    return problems
 
 
 def wrong_field_types(config: Configurable.Config) -> list[Problem]:

@@ -69,9 +69,9 @@ class Corpus(Configurable):
             "on_bad_line": config.on_bad_line,
             "validation_fraction": config.validation_fraction,
             "tokenizer": tokenizer.fingerprint,
-            "source": _digest(source.fingerprint()),
+            "source": digest(source.fingerprint()),
         }
-        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{_digest(made_from)[:16]}").strip("-")
+        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{digest(made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
         self.manifest = self._find() or self._prepare(source, tokenizer, made_from, config.validation_fraction)
@@ -145,7 +145,8 @@ class Corpus(Configurable):
             shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _digest(data: Any) -> str:
+def digest(data: Any) -> str:
+    """The hash of data that JSON can hold."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.data.corpus import Corpus, Split
+from core.data.corpus import Corpus, Split, digest
 from core.data.packing import Batch, pack
 from core.data.sampling import shuffled
 from core.data.shards import TokenStream
@@ -60,14 +60,17 @@ class DataLoader(Configurable):
         """Samples in the whole run; None where they never end."""
         self.windows_per_epoch: int | None = None
         """Samples in one pass; None for a stream, whose length is not known."""
+        self.fingerprint: str
+        """Changes when the text or the tokenizer does."""
         self._stream: StreamedSamples | None = None
         self._seq_len, self._seed, self._shuffle = seq_len, seed, config.shuffle and split == "train"
         if config.mode == "indexed":
             corpus = Corpus(config, tokenizer=tokenizer)
-            self.description = corpus.describe(split)
+            self.description, self.fingerprint = corpus.describe(split), corpus.manifest.splits[split].sha256
             self._index(corpus.split(split), split, config.epochs)
             return
         source = open_source(config.dataset, config.text_field, config.on_bad_line)
+        self.fingerprint = digest([source.fingerprint(), tokenizer.fingerprint])
         if split == "validation":
             held = reserved_documents(source, tokenizer, config.validation_fraction)
             self.description = f"{source.name}: {held.extent.documents:,} documents held in memory (validation)"

@@ -5,17 +5,18 @@ last SHARD_TOKENS long) and s.starts (64-bit: the place in the stream where each
 written last, says how much there must be. A document may lie across two files. All numbers are little-endian.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 2**28
 MANIFEST = "manifest.json"
 _STARTS = np.dtype("<i8")
@@ -28,6 +29,8 @@ class Extent:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    sha256: str = field(default="", compare=False)
+    """Hash of the tokens and of the places where documents begin; empty for what was not written."""
 
 
 class SplitWriter:
@@ -39,11 +42,14 @@ class SplitWriter:
         self._dtype = _token_type(vocab_size)
         self._starts: IO[bytes] = open(folder / f"{split}.starts", "wb")
         self._shard: IO[bytes] | None = None
+        self._hash = hashlib.sha256()
 
     def write(self, documents: Sequence[list[int]], n_bytes: int) -> None:
         """Append documents, whose text has `n_bytes` in UTF-8."""
         lengths = np.array([len(ids) for ids in documents], dtype=_STARTS)
-        self._starts.write((self.extent.tokens + np.cumsum(lengths) - lengths).astype(_STARTS).tobytes())
+        starts = (self.extent.tokens + np.cumsum(lengths) - lengths).astype(_STARTS).tobytes()
+        self._starts.write(starts)
+        self._hash.update(starts)
         tokens = np.fromiter(chain.from_iterable(documents), self._dtype, count=int(lengths.sum()))
         while tokens.size:
             filled = self.extent.tokens % self._shard_tokens
@@ -52,6 +58,7 @@ class SplitWriter:
             part, tokens = tokens[: self._shard_tokens - filled], tokens[self._shard_tokens - filled :]
             assert self._shard is not None
             self._shard.write(part.tobytes())
+            self._hash.update(part.tobytes())
             self.extent.tokens += part.size
         self.extent.documents += len(documents)
         self.extent.bytes += n_bytes
@@ -64,6 +71,7 @@ class SplitWriter:
 
     def close(self) -> None:
         """Bring everything to the disk."""
+        self.extent.sha256 = self._hash.hexdigest()
         for file in (self._starts, self._shard):
             if file is not None:
                 _close(file)

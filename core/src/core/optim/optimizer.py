@@ -67,6 +67,10 @@ class Optimizer(Configurable):
         """Gradients of all weights that have one, in the order of their names' registration."""
         return [weight.grad for weight in self.weights.values() if weight.grad is not None]
 
+    def full_state(self) -> dict[str, dict[str, Tensor]]:
+        """The moments and the count of updates of every weight by its name; those that were never updated get zeros."""
+        return {name: self._state(name) for name in self.weights}
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every weight that has a gradient, with learning rate `lr`."""

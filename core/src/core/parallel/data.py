@@ -6,7 +6,7 @@ Gradients are summed over ranks, never averaged: the loss already carries the st
 from collections.abc import Iterable
 from itertools import pairwise
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def apply_data(
     pin = dense.mesh.device_type != "cpu"  # pinning asks for an accelerator (torch 2.13)
     reshard = settings.fsdp_reshard_after_forward
     offload = CPUOffloadPolicy(pin_memory=pin) if settings.cpu_offload else OffloadPolicy()
-    options = {
+    options: dict[str, Any] = {
         "mesh": dense.mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -63,7 +63,8 @@ def apply_data(
         prefetch(list(model.layers.values()))
     used_once = not model.config.tie_embeddings and not model.ahead
     if used_once and model.tok_embeddings is not None:
-        fully_shard(model.tok_embeddings, **options)
+        embedding = fully_shard(model.tok_embeddings, **options)
+        embedding.set_unshard_in_backward(False)  # a look-up's backward reads no weight
     if used_once and model.norm is not None and model.output is not None:
         at_once = options | {"reshard_after_forward": reshard == "always"}  # backward begins with them
         fully_shard([model.norm, model.output], **at_once)

@@ -90,7 +90,7 @@ class Layout(ABC):
         """The piece of a weight that lies on this rank, and where it begins in the whole."""
 
     @abstractmethod
-    def pipeline(self, stages: dict[int, Decoder], *, n_stages: int, n_microbatches: int) -> Pipeline | None:
+    def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
         """What runs the stages of this rank, by their numbers; None where the model is in one piece."""
 
 
@@ -147,7 +147,7 @@ class Alone(Layout):
     def own(self, weight: Tensor) -> Piece:
         return whole(weight)
 
-    def pipeline(self, stages: dict[int, Decoder], *, n_stages: int, n_microbatches: int) -> None:
+    def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> None:
         return None
 
 

@@ -88,9 +88,11 @@ class Parallelism(Configurable.Config):
     """Rows of a local batch that travel the pipeline together."""
     expert_parallel_degree: int = 1
     """Ranks that hold different experts; they are found among the shard, context and tensor ranks."""
-    expert_parallel_comm_backend: Literal["standard", "deepep", "hybridep", "reference"] = "standard"
+    expert_parallel_comm_backend: Literal["standard", "deepep", "deepep_v1", "deepep_v2", "hybridep", "reference"] = (
+        "standard"
+    )
     """How tokens travel to experts: by PyTorch's all-to-all, by the GPU libraries DeepEP or HybridEP, or by the
-    reference, which runs DeepEP's operations on every device."""
+    reference, which runs DeepEP's operations on every device. deepep is the generation that is installed."""
     hybridep_non_blocking_expert_capacity_factor: float | None = None
     """hybridep: room for arriving rows, as a share of the most that could arrive, so that the host need not wait for
     their number; a run in which more arrive ends with an error. None waits."""

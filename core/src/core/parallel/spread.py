@@ -21,7 +21,7 @@ from core.parallel.context import split_rows
 from core.parallel.data import local_parts, squared_norm
 from core.parallel.layout import Layout, Loss, whole_rows
 from core.parallel.mesh import views
-from core.parallel.pipeline import Pipeline
+from core.parallel.pipeline import Pipeline, n_stages
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import cross_entropy_of_cut
 
@@ -112,8 +112,9 @@ class Spread(Layout):
     def own(self, weight: Tensor) -> Piece:
         return own_piece(weight)
 
-    def pipeline(self, stages: dict[int, Decoder], *, n_stages: int, n_microbatches: int) -> Pipeline | None:
+    def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
         if self.degrees.pipeline == 1:
             return None
-        mesh = self.views.token["pipeline"]
-        return Pipeline(stages, self.settings, mesh, self.device, n_stages=n_stages, n_microbatches=n_microbatches)
+        (n_layers,) = {stage.config.n_layers for stage in stages.values()}
+        n, mesh = n_stages(self.settings, n_layers), self.views.token["pipeline"]
+        return Pipeline(stages, self.settings, mesh, self.device, n_stages=n, n_microbatches=n_microbatches)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.runtime.ranks import PATIENT
 
 LONG = timedelta(days=30)
 PORTS = range(12_000, 32_000)
@@ -197,11 +198,13 @@ def _meet() -> None:
 
 
 def lower_timeout(comm: Comm) -> None:
-    """From now on wait no longer than the training timeout, in every process group."""
+    """From now on wait no longer than the training timeout, in every process group but those of patient `Ranks`."""
     if not dist.is_initialized():
         return
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     dist.barrier()
     for group in _world.pg_map:
+        if group.group_desc == PATIENT:
+            continue
         _set_pg_timeout(timedelta(seconds=comm.train_timeout_seconds), group)

@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 import logging
-import os
 import signal
 import threading
 from types import FrameType
@@ -15,7 +14,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """A flag that SIGINT and SIGTERM raise while the block runs; a second signal ends the process at once.
 
-    Outside the main thread, where Python delivers no signals, the flag is never raised.
+    That one is left to the system, for Python hears of none while it waits for another rank. Outside the main thread,
+    where Python delivers no signals, the flag is never raised.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         self.signal = signal.Signals(number)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
         log.info(f"{self.signal.name}: stopping after the current step (once more to stop at once)")

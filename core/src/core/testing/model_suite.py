@@ -29,6 +29,7 @@ from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.nn.kernel import Where
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
+from core.parallel.settings import Parallelism
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.key_suite import KeySuite
 from core.testing.layout_suite import LayoutSuite
@@ -218,6 +219,17 @@ class ModelSuite(KeySuite, LayoutSuite):
         config = self.run_config(recipe)
         assert (config.dataloader, config.tokenizer) == (DataLoader.Config(), Tokenizer.Config())
         assert config.tokenizer.build().vocab_size <= config.model.vocab_size
+
+    def test_recipe_can_be_planned(self, recipe: str) -> None:
+        config = self.run_config(recipe)
+        sparse = any(block.moe is not None for block in on_meta(config.model).layers.values())
+        degrees = {"tensor_parallel_degree": 2 - config.compile.enable, "expert_parallel_degree": 8 if sparse else 1}
+        config.parallelism = Parallelism(**degrees)
+        plan = Trainer.plan(config, world_size=16, rank=0)
+        assert plan.parameters == pytest.approx(plan.model_parameters / 16, rel=0.1)
+        assert plan.peak_bytes > plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes
+        assert 1 < plan.flops / plan.model_flops < 2, "attention's scores and checkpointed blocks come twice"
+        assert {part.axis for part in plan.traffic} >= {"shard", *["expert"] * sparse}
 
     def test_loss_falls_on_real_text(self, tmp_path: Path) -> None:
         (tmp_path / "topics.txt").write_text("\n".join(topics.values()), encoding="utf-8")

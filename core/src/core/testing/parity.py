@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.comm.backend import dispatchers
 from core.data.packing import IGNORE, Batch
 from core.nn.balance import balance_loss, routers
 from core.nn.decoder import Decoder
@@ -21,7 +22,7 @@ from core.parallel.layout import Alone, Layout
 from core.parallel.settings import Parallelism
 from core.parallel.spread import Spread
 from core.testing.ranks import run_ranks
-from core.train.assemble import Parts, assemble, compile_block, make_dispatcher
+from core.train.assemble import Parts, assemble, compile_block
 from core.train.loss import cross_entropy
 from core.train.step import Objective, train_step
 
@@ -107,7 +108,7 @@ def parts_of(case: Case, layout: Layout) -> Parts:
         layout,
         checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=None).apply,
         compile_block=None if case.compile is None else partial(compile_block, backend=case.compile),
-        dispatcher=make_dispatcher(case.parallelism, layout.device),
+        dispatcher=dispatchers(case.parallelism.expert_parallel_comm_backend, layout.device),
         dtype=torch.float32,
         compute_dtype=case.compute_dtype,
         seed=7,

@@ -9,14 +9,17 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from core.comm.backend import dispatchers
+from core.comm.transport import Sizes
 from core.nn.balance import balance_loss, layer_loads, load_metrics
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
 from core.nn.module import weights
+from core.nn.moe import MoE
 from core.parallel.layout import Alone, Layout
 from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
 from core.parallel.settings import Parallelism
+from core.train.checks import Run, parts
 
 
 class Parts(NamedTuple):
@@ -47,15 +50,8 @@ def assemble(
     `n_microbatches` is how many travel a pipeline per step. Weights are stored in `dtype`.
     """
     settings = layout.settings
-    piped = layout.degrees.pipeline > 1
-    stages = split(settings, config.n_layers) if piped else []
-    numbers = stages_of(layout.pipeline_rank, settings, config.n_layers) if piped else [0]
     models = {}
-    for number in numbers:
-        with torch.device("meta"):
-            model: Decoder = config.build()
-        if piped:
-            cut_stage(model, stages, number)
+    for number, model in cut(config, layout):
         layout.parallelize(
             model,
             dispatcher=dispatcher,
@@ -67,8 +63,25 @@ def assemble(
         materialise(model, layout.device, dtype, weights_on=weights_on)
         init_weights(((w.name, w.value, w.start) for w in weights(model)), seed, layout.own)
         models[number] = model
-    pipeline = layout.pipeline(models, n_stages=len(stages), n_microbatches=n_microbatches)
-    return Parts(list(models.values()), pipeline)
+    return Parts(list(models.values()), layout.pipeline(models, n_microbatches))
+
+
+def without_memory(config: Decoder.Config) -> Decoder:
+    """The whole model on the meta device."""
+    with torch.device("meta"):
+        return config.build()
+
+
+def cut(config: Decoder.Config, layout: Layout) -> Iterator[tuple[int, Decoder]]:
+    """The stages of this rank by their numbers, or the whole model as 0, without memory and not spread yet."""
+    settings = layout.settings
+    piped = layout.degrees.pipeline > 1
+    stages = split(settings, config.n_layers) if piped else []
+    for number in stages_of(layout.pipeline_rank, settings, config.n_layers) if piped else [0]:
+        model = without_memory(config)
+        if piped:
+            cut_stage(model, stages, number)
+        yield number, model
 
 
 def expert_loads(models: list[Decoder], layout: Layout) -> dict[str, float]:
@@ -87,10 +100,29 @@ def make_layout(parallelism: Parallelism, device: torch.device) -> Layout:
     return Spread(parallelism, device)
 
 
-def make_dispatcher(parallelism: Parallelism, device: torch.device) -> Callable[[ProcessGroup], Dispatcher]:
+def make_dispatcher(run: Run, device: torch.device, world_size: int) -> Callable[[ProcessGroup], Dispatcher]:
     """What gives each process group of experts its dispatcher. Raises `UserError` when the backend cannot run."""
-    factor = parallelism.hybridep_non_blocking_expert_capacity_factor
-    return dispatchers(parallelism.expert_parallel_comm_backend, device, capacity_factor=factor)
+    settings, sizes = run.parallelism, largest_dispatch(run, device, world_size)
+    factor = settings.hybridep_non_blocking_expert_capacity_factor
+    return dispatchers(settings.expert_parallel_comm_backend, device, sizes, capacity_factor=factor)
+
+
+def largest_dispatch(run: Run, device: torch.device, world_size: int) -> Sizes | None:
+    """What a rank sends to experts at once; None in a run where it has them all itself."""
+    degrees = run.parallelism.degrees(world_size)
+    routers = [config.router for _, config in parts(run.model, "model") if isinstance(config, MoE.Config)]
+    if not routers or degrees.expert == 1:
+        return None
+    training, piped = run.training, degrees.pipeline > 1
+    rows = run.parallelism.pipeline_parallel_microbatch_size if piped else training.local_batch_size
+    return Sizes(
+        n_tokens=rows * training.seq_len // (degrees.context * degrees.tensor),
+        dim=run.model.dim,
+        n_experts=max(config.n_experts for config in routers),
+        top_k=max(config.top_k for config in routers),
+        n_ranks=degrees.expert,
+        dtype=training.compute_dtype(device),
+    )
 
 
 def compile_block(block: torch.nn.Module, backend: str) -> None:

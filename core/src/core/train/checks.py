@@ -1,13 +1,16 @@
 """What must hold between a run's settings, its ranks, its text and its model before anything is allocated."""
 
 from collections.abc import Iterable, Iterator
-from typing import cast
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, check_names
+from core.checkpoint.manifest import Progress
+from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
-from core.config.errors import UserError, joined
+from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem
 from core.data.loader import DataLoader
 from core.data.tokenizer import Tokenizer
@@ -17,22 +20,34 @@ from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import MoE
+from core.optim.optimizer import Optimizer
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
+from core.train.metrics import Metrics
+from core.train.profile import Profiler
 from core.train.settings import Compile, Debug, Training
 from core.train.validate import Validator
 
 
-def check_layout(
-    model: Decoder.Config,
-    parallelism: Parallelism,
-    training: Training,
-    *,
-    world_size: int,
-    checkpoint_mode: str,
-    compiled: bool,
-) -> None:
-    """Raise one `UserError` with everything that keeps these settings from `world_size` ranks."""
+class Run(Protocol):
+    """What ranks and a plan need to know of the configuration of a run."""
+
+    recipe: str
+    model: Decoder.Config
+    training: Training
+    optimizer: Optimizer.Config
+    parallelism: Parallelism
+    activation_checkpoint: ActivationCheckpoint.Config
+    metrics: Metrics.Config
+    profiling: Profiler.Config
+    checkpoint: Checkpoint
+    compile: Compile
+    debug: Debug
+
+
+def check_layout(run: Run, world_size: int) -> None:
+    """Raise one `UserError` with everything that keeps a run from `world_size` ranks."""
+    model, parallelism, training = run.model, run.parallelism, run.training
     problems = [(f"parallelism.{field}", message) for field, message in world_problems(parallelism, world_size)]
     degrees = parallelism.degrees(world_size)
     problems += model_problems(model, parallelism, degrees)
@@ -42,10 +57,10 @@ def check_layout(
         n_microbatches = training.rows_per_step(degrees.data) // degrees.data // size
         found = pipeline_problems(parallelism, model.n_layers, n_microbatches)
         problems += [(f"parallelism.{field}", message) for field, message in found]
-    if message := checkpoint_problem(parallelism, checkpoint_mode):
+    if message := checkpoint_problem(parallelism, run.activation_checkpoint.mode):
         problems.append(("activation_checkpoint.mode", message))
-    if compiled:
-        problems += layout_compile_problems(parallelism, degrees, checkpoint_mode)
+    if run.compile.takes("model"):
+        problems += layout_compile_problems(parallelism, degrees, run.activation_checkpoint.mode)
     if problems:
         raise joined(problems)
 
@@ -194,23 +209,23 @@ def parts(config: Configurable.Config, path: str) -> Iterator[tuple[str, Configu
             yield from parts(value, f"{path}.{name}")
 
 
-def check_model(
-    model: Decoder,
-    checkpoint: ActivationCheckpoint.Config,
-    parallelism: Parallelism,
-    debug: Debug,
-    device: torch.device,
-) -> None:
-    """Raise `UserError` for a model, on the meta device still, that cannot be trained with these settings."""
-    for block in cast(Iterable[Block], model.layers.values()):
-        block.attention.kernel.check_trains_on(device)
+def check_model(model: Decoder, run: Run, device: torch.device) -> None:
+    """Raise one `UserError` with everything that keeps a model, on the meta device still, from being trained so."""
+    kernels = [block.attention.kernel for block in cast(Iterable[Block], model.layers.values())]
+    check_all(
+        *(partial(kernel.check_trains_on, device) for kernel in kernels),
+        partial(check_overlap, run.parallelism, device),
+        partial(force_balance, model) if run.debug.moe_force_load_balance else lambda: None,
+        partial(check_names, run.activation_checkpoint, model),
+    )
+
+
+def check_overlap(parallelism: Parallelism, device: torch.device) -> None:
+    """Raise `UserError` when communication is to overlap with products where it cannot."""
     if parallelism.enable_async_tensor_parallel and device.type == "cpu":
         raise UserError(
             "parallelism.enable_async_tensor_parallel wants GPUs with symmetric memory: leave it off on a cpu"
         )
-    if debug.moe_force_load_balance:
-        force_balance(model)
-    check_names(checkpoint, model)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -222,15 +237,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def last_step(training: Training, loader: DataLoader, n_data: int) -> int:
-    """Steps that the run has data for, at most `training.steps`, when `n_data` ranks read different rows."""
+def last_step(training: Training, loader: DataLoader, rows_per_step: int, start: Progress) -> int:
+    """The last step that a run has data for, which goes on from `start`; at most `training.steps`."""
     if loader.n_samples is None:
         return training.steps
-    rows = training.rows_per_step(n_data)
-    steps = min(training.steps, loader.n_samples // rows)
-    if steps == 0:
+    last = min(training.steps, start.step + (loader.n_samples - start.rows) // rows_per_step)
+    if last == 0:
         raise UserError(
-            f"the data have {loader.n_samples} rows of {training.seq_len} tokens, one step takes {rows}: lower the "
-            "batch size or training.seq_len, or give more text or epochs"
+            f"the data have {loader.n_samples} rows of {training.seq_len} tokens, one step takes {rows_per_step}: "
+            "lower the batch size or training.seq_len, or give more text or epochs"
         )
-    return steps
+    return last

@@ -1,30 +1,47 @@
 """The folder of a run: a new one for each, so that no two runs mix their records."""
 
+import fcntl
+import json
+import logging
 import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from core.checkpoint.settings import Checkpoint
+from core.comm.backend import installed
 from core.config.errors import UserError
+from core.config.record import to_json
 from core.runtime.distributed import launch_id
+
+log = logging.getLogger("armature")
 
 ANOTHER = "choose another with --dump_folder, or --dump_folder None for outputs/<recipe>-<time>"
 LAUNCH = "torchrun-id"
 """File that says which torchrun a run belongs to."""
+LOCK = ".lock"
 
 
-def check_run_folder(dump_folder: str | None, environ: Mapping[str, str] = os.environ) -> None:
+def check_run_folder(dump_folder: str | None, checkpoint: Checkpoint, environ: Mapping[str, str] = os.environ) -> None:
     """Raise `UserError` when the folder that was asked for is no folder, or already holds a run.
 
-    What an earlier attempt of the same torchrun left is no other run.
+    What an earlier attempt of the same torchrun left is no other run, nor one with checkpoints to go on from.
     """
     if dump_folder is None:
         return
     folder = Path(dump_folder)
     if not dump_folder or (folder.exists() and not folder.is_dir()):
         raise UserError(f'dump_folder "{dump_folder}" is not a folder: {ANOTHER}')
-    if (folder / "metrics.jsonl").exists() and not _is_ours(folder, environ):
-        raise UserError(f"dump_folder {folder} already holds a run: {ANOTHER}")
+    known = _is_ours(folder, environ) or checkpoint.continues(folder)
+    if (folder / "metrics.jsonl").exists() and not known:
+        without = ", and no checkpoint to go on from" if checkpoint.enable and checkpoint.resume != "never" else ""
+        raise UserError(f"dump_folder {folder} already holds a run{without}: {ANOTHER}")
     if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and launch_id(environ) is None:
         raise UserError(
             f"a restart by torchrun could not tell its own dump_folder {folder} from another run's: add "
@@ -33,10 +50,7 @@ def check_run_folder(dump_folder: str | None, environ: Mapping[str, str] = os.en
 
 
 def make_run_folder(dump_folder: str | None, recipe: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Make the folder that was asked for, or else outputs/<recipe>-<time>, with a number where another run has that.
-
-    Metrics of an earlier attempt of the same torchrun are kept as metrics.attempt-<number>.jsonl.
-    """
+    """Make the folder that was asked for, or else outputs/<recipe>-<time>, with a number where another run has that."""
     stem = f"outputs/{recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     chosen = Path(stem if dump_folder is None else dump_folder)
     try:
@@ -46,12 +60,69 @@ def make_run_folder(dump_folder: str | None, recipe: str, environ: Mapping[str, 
         chosen.mkdir(exist_ok=True)
         if launch := launch_id(environ):
             (chosen / LAUNCH).write_text(launch)
-        metrics = chosen / "metrics.jsonl"
-        if metrics.exists():
-            metrics.rename(chosen / f"metrics.attempt-{len(list(chosen.glob('metrics.attempt-*')))}.jsonl")
     except OSError as error:
         raise UserError(f"cannot make the run's folder {chosen}: {error.strerror}; {ANOTHER}") from error
     return chosen
+
+
+@contextmanager
+def held(folder: Path, checkpoint: Checkpoint) -> Iterator[None]:
+    """Keep other processes out of a run's folder, and out of that of its checkpoints, while the block runs.
+
+    Raises `UserError` when one is there, or when nothing can be written there. Behind a URI there is no lock.
+    """
+    folders = {folder.resolve(): ANOTHER}
+    if checkpoint.enable and not checkpoint.load_only and (place := checkpoint.storage(folder)).is_local:
+        folders.setdefault(Path(place.root).resolve(), "choose another with --checkpoint.folder")
+    with ExitStack() as locks:
+        for each, another in folders.items():
+            locks.enter_context(_locked(each, another))
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, another: str) -> Iterator[None]:
+    """One folder. The lock goes with the process that has it, whatever ends it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}; {another}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise UserError(f"{folder} is in use by {holder}: wait until it ends, or {another}") from error
+        except OSError as error:
+            log.warning(f"{folder} cannot be locked ({error.strerror}): see that no other run writes there")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        yield
+
+
+def carry_on(folder: Path, step: int) -> None:
+    """Leave in metrics.jsonl the records up to `step`, which the run goes on from.
+
+    Where there are later ones the file as it was is kept as metrics.attempt-<number>.jsonl.
+    """
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        attempts = len(list(folder.glob("metrics.attempt-*")))
+        file.rename(folder / f"metrics.attempt-{attempts}.jsonl")
+        file.write_text("".join(kept), encoding="utf-8")
+
+
+def config_text(config: Any, device: torch.device) -> str:
+    """What config.json says of a run on `device`: its configuration, with the generation of DeepEP that it has."""
+    backend = installed(config.parallelism.expert_parallel_comm_backend, device)
+    parallelism = replace(config.parallelism, expert_parallel_comm_backend=backend)
+    return to_json(replace(config, parallelism=parallelism))
 
 
 def _is_ours(folder: Path, environ: Mapping[str, str]) -> bool:

@@ -11,6 +11,8 @@ from core.config.errors import UserError
 from core.nn.module import parameter_count
 from core.parallel.settings import Degrees
 from core.runtime.device import GIB, free_memory
+from core.runtime.distributed import World
+from core.train.checks import Run
 from core.train.settings import Training
 
 
@@ -42,33 +44,36 @@ def estimate(model: nn.Module, vocab_size: int, training: Training, degrees: Deg
     return Estimate(stored, stored, 2 * stored, 2 * logits)
 
 
-def check_memory(need: Estimate, device: torch.device, training: Training, n_sharing: int = 1) -> None:
-    """Raise `UserError` with both numbers and what would help when `need` exceeds the free memory of `device`, which
-    `n_sharing` ranks share."""
+def check_memory(model: nn.Module, run: Run, device: torch.device, world: World) -> None:
+    """Raise `UserError` with both numbers and what would help when a run needs more than the free memory of `device`; a
+    CPU's is shared by all ranks on its machine."""
+    degrees = run.parallelism.degrees(world.size)
+    need = estimate(model, run.model.vocab_size, run.training, degrees)
+    n_sharing = world.local_size if device.type == "cpu" else 1
     free = free_memory(device)
     free = None if free is None else free // n_sharing
     if free is None or need.total <= free:
         return
     each = " for each rank" if n_sharing > 1 else ""
-    raise UserError(
-        f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free{each}. {_what_helps(training)}"
-    )
+    helps = _what_helps(run.training, degrees)
+    raise UserError(f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free{each}. {helps}")
 
 
 @contextmanager
-def memory_advice(device: torch.device, training: Training, checkpointing: str) -> Iterator[None]:
+def memory_advice(device: torch.device, run: Run, degrees: Degrees) -> Iterator[None]:
     """Where `device` runs out of memory while the block runs, a `UserError` says what would help."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        less = "" if checkpointing == "full" else "; --activation_checkpoint.mode full (blocks keep their input alone)"
-        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(training)}{less}") from error
+        full = run.activation_checkpoint.mode == "full"
+        less = "" if full else "; --activation_checkpoint.mode full (blocks keep their input alone)"
+        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(run.training, degrees)}{less}") from error
 
 
-def _what_helps(training: Training) -> str:
+def _what_helps(training: Training, degrees: Degrees) -> str:
     helps = []
     if training.local_batch_size > 1:
-        rows = training.rows_per_step()
+        rows = training.rows_per_step(degrees.data)
         helps.append(f"--training.local_batch_size 1 --training.global_batch_size {rows} (the same steps, row by row)")
     helps.append("a lower --training.seq_len")
     if training.dtype == "float32":

@@ -71,7 +71,7 @@ class Metrics(Configurable):
         self._wandb: Any = None
 
     def __enter__(self) -> "Metrics":
-        self._file = (self.folder / "metrics.jsonl").open("x", buffering=1)
+        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         if self.config.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

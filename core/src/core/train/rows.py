@@ -2,9 +2,19 @@
 
 import torch
 
+from core.data.corpus import Split
 from core.data.loader import DataLoader
 from core.data.packing import IGNORE, Batch
+from core.data.tokenizer import Tokenizer
 from core.parallel.layout import Layout
+
+
+def open_text(
+    config: DataLoader.Config, tokenizer: Tokenizer, layout: Layout, split: Split, *, seq_len: int, seed: int
+) -> DataLoader:
+    """The text of a run, as this rank reads it."""
+    place = {"rank": layout.data_rank, "n_ranks": layout.degrees.data}
+    return config.build(tokenizer=tokenizer, seq_len=seq_len, seed=seed, split=split, **place)
 
 
 def microbatches(

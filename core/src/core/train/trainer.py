@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.checkpoint.settings import Checkpoint
 from core.comm.transport import release
 from core.config.configurable import Configurable
-from core.config.record import to_dict, to_json
+from core.config.record import to_dict
+from core.data.corpus import Split
 from core.data.loader import DataLoader
 from core.data.packing import Batch
 from core.data.tokenizer import Tokenizer
@@ -23,23 +25,26 @@ from core.nn.decoder import Decoder
 from core.nn.module import parameter_count, training_flops_per_token
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
-from core.parallel.settings import Parallelism, describe_degrees
+from core.parallel.settings import Parallelism
 from core.runtime.device import GIB, describe, peak_flops, peak_memory, select_device
 from core.runtime.distributed import Comm, World, find_world, keep_traces_in, leader_first, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.log import log_to, start_logging
+from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.train.assemble import assemble, compile_block, expert_loads, make_dispatcher, make_layout
+from core.train.assemble import assemble, compile_block, expert_loads, make_dispatcher, make_layout, without_memory
 from core.train.checks import check_layout, check_model, check_vocabulary, compile_problems, data_problems, last_step
-from core.train.folder import check_run_folder, make_run_folder
+from core.train.folder import check_run_folder, config_text, held, make_run_folder
+from core.train.keeper import Keeper
 from core.train.loss import cross_entropy
-from core.train.memory import check_memory, estimate, memory_advice
+from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics, Record, console_line
 from core.train.profile import Profiler
-from core.train.rows import microbatches
+from core.train.rows import microbatches, open_text
 from core.train.settings import Compile, Debug, Training
 from core.train.step import Objective, StepInfo, train_step
+from core.train.summary import summary
 from core.train.validate import Validator
 
 log = logging.getLogger("armature")
@@ -80,6 +85,8 @@ class Trainer(Configurable):
         """What backward keeps, and what it computes again."""
         compile: Compile = field(default_factory=Compile)
         """torch.compile."""
+        checkpoint: Checkpoint = field(default_factory=Checkpoint)
+        """What is saved, and what the run goes on from."""
         debug: Debug = field(default_factory=Debug)
         """Seeds, determinism, and what to do when numbers break."""
 
@@ -91,51 +98,48 @@ class Trainer(Configurable):
         self.config, c = config, config
         self.world = find_world() or World()
         start_logging(aloud=self.world.rank == 0)
-        check_layout(
-            c.model,
-            c.parallelism,
-            c.training,
-            world_size=self.world.size,
-            checkpoint_mode=c.activation_checkpoint.mode,
-            compiled=c.compile.takes("model"),
-        )
-        check_run_folder(c.dump_folder)
+        check_layout(c, self.world.size)
+        check_run_folder(c.dump_folder, c.checkpoint)
         self.device = select_device(c.training.device, self.world.local_rank)
         seed_everything(c.debug.seed, deterministic=c.debug.deterministic)
         self.tokenizer = c.tokenizer.build()
         check_vocabulary(self.tokenizer, c.model.vocab_size)
-        with torch.device("meta"):
-            whole: Decoder = c.model.build()
-        check_model(whole, c.activation_checkpoint, c.parallelism, c.debug, self.device)
-        need = estimate(whole, c.model.vocab_size, c.training, c.parallelism.degrees(self.world.size))
-        check_memory(need, self.device, c.training, self.world.local_size if self.device.type == "cpu" else 1)
+        whole = without_memory(c.model)
+        check_model(whole, c, self.device)
+        check_memory(whole, c, self.device, self.world)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
         self.n_parameters = parameter_count(whole)
-        self.dispatcher = make_dispatcher(c.parallelism, self.device)
+        self.dispatcher = make_dispatcher(c, self.device, self.world.size)
         self.exit = ExitStack()
         self.exit.enter_context(process_group(find_world(), self.device, c.comm))
         self.exit.callback(release)
         self.layout = make_layout(c.parallelism, self.device)
         with leader_first(self.world):
-            self.loader = self._load("train")
+            self.loader = self._open("train")
         self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
-        self.last_step = last_step(c.training, self.loader, self.layout.degrees.data)
-        self.folder = Path(self.layout.agree(self.layout.is_first and str(make_run_folder(c.dump_folder, c.recipe))))
+        ranks = Ranks.patient()
+        self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
+        ranks.first(lambda: self.exit.enter_context(held(self.folder, c.checkpoint)))
         if c.debug.log_every_rank:
             log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
         keep_traces_in(self.folder)
+        self.keeper = Keeper(c, self.layout, ranks, whole, self.loader, folder=self.folder, n_rows=self.rows_per_step)
+        self.last_step = last_step(c.training, self.loader, self.rows_per_step, self.keeper.start)
         self._start_model()
+        self.keeper.restore(self.parts, self.optimizer)
         self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
 
-    def _load(self, split: str) -> DataLoader:
-        training = self.config.training
-        return self.config.dataloader.build(
-            tokenizer=self.tokenizer,
-            seq_len=training.seq_len,
-            seed=self.config.debug.seed,
-            split=split,
-            rank=self.layout.data_rank,
-            n_ranks=self.layout.degrees.data,
+    @staticmethod
+    def plan(config: Config, *, world_size: int | None, rank: int) -> Any:
+        """What a step of such a run takes of one rank, worked out without running it: a `core.train.plan.Plan`."""
+        from core.train.plan import plan  # loads much that a run does without
+
+        return plan(config, world_size=world_size, rank=rank)
+
+    def _open(self, split: Split) -> DataLoader:
+        c = self.config
+        return open_text(
+            c.dataloader, self.tokenizer, self.layout, split, seq_len=c.training.seq_len, seed=c.debug.seed
         )
 
     def _start_model(self) -> None:
@@ -171,7 +175,7 @@ class Trainer(Configurable):
         self.validator = None
         if c.validator.enable:
             with leader_first(self.world):
-                loader = self._load("validation")
+                loader = self._open("validation")
             self.validator = c.validator.build(
                 loader=loader,
                 objective=self.objective,
@@ -180,24 +184,17 @@ class Trainer(Configurable):
             )
 
     def summary(self) -> str:
-        """What will be trained, on what, where, and what is written: the head of a run on the console."""
-        c, flops = self.config, self.flops_per_token
-        dtype = str(self.compute_dtype).removeprefix("torch.")
-        files = ["config.json", "metrics.jsonl", *[c.metrics.save_tb_folder] * c.metrics.enable_tensorboard]
-        files += [c.profiling.save_traces_folder] * c.profiling.enable_profiling
-        rows = {
-            "model": f"{type(c.model).__qualname__.removesuffix('.Config')} ({c.recipe or 'no recipe'})",
-            "parameters": f"{self.n_parameters:,}",
-            "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
-            "data": self.loader.description,
-            "tokenizer": self.tokenizer.description,
-            "device": f"{describe(self.device)}; weights {c.training.dtype}, compute {dtype}",
-            "ranks": describe_degrees(self.layout.degrees, c.parallelism.expert_parallel_comm_backend),
-            "backward": f"activation checkpoint {c.activation_checkpoint.mode}",
-            "steps": f"{self.last_step:,} of {self.rows_per_step} x {c.training.seq_len:,} tokens",
-            "written to": f"{self.folder} ({', '.join(files)})",
-        }
-        return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+        """The head of a run on the console."""
+        return summary(
+            self.config,
+            self.layout.degrees,
+            {"data": self.loader.description, "tokenizer": self.tokenizer.description, "device": describe(self.device)},
+            dtype=self.compute_dtype,
+            flops=self.flops_per_token,
+            n_parameters=self.n_parameters,
+            steps=f"{self.last_step:,} of {self.rows_per_step} x {self.config.training.seq_len:,} tokens",
+            folder=self.folder,
+        )
 
     def run(self) -> None:
         """Train to the last step, or to the end of the step in which SIGINT or SIGTERM arrives."""
@@ -205,24 +202,23 @@ class Trainer(Configurable):
         if self.last_step < self.config.training.steps:
             log.info(f"the data last for {self.last_step:,} of {self.config.training.steps:,} steps")
         if self.layout.is_first:
-            (self.folder / "config.json").write_text(to_json(self.config))
+            (self.folder / "config.json").write_text(config_text(self.config, self.device))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
         profiler = self.config.profiling.build(folder=self.folder)
-        advice = memory_advice(self.device, self.config.training, self.config.activation_checkpoint.mode)
+        advice = memory_advice(self.device, self.config, self.layout.degrees)
         metrics = self.metrics if self.layout.is_first else nullcontext()
         with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:
             step = self._loop(stop, profiler)
-        kept = f"kept in {self.folder}: config.json and metrics.jsonl (weights are not saved)"
+        end = f"finished {step:,} steps"
         if stop or step < self.last_step:
             cause = stop.signal.name if stop.signal else "a signal to another rank"
-            log.info(f"stopped by {cause} after step {step} of {self.last_step}; {kept}")
-        else:
-            log.info(f"finished {step:,} steps; {kept}")
+            end = f"stopped by {cause} after step {step} of {self.last_step}"
+        log.info(f"{end}; kept in {self.folder}: config.json and metrics.jsonl ({self.keeper.said()})")
 
     def _loop(self, stop: StopRequest, profiler: Profiler) -> int:
         """Steps until the last or until `stop`; gives the number of the last one."""
         c = self.config
-        step = since = 0
+        step = since = start = self.keeper.start.step
         mark = time.perf_counter()
         stopping = False
         while step < self.last_step and not stopping:
@@ -231,15 +227,20 @@ class Trainer(Configurable):
                 gc.collect(1)
             info = self.step(step)
             profiler.step()
-            if step == 1:
+            if step == start + 1:
                 self.checkpointing.report()
                 lower_timeout(c.comm)
             stopping = self._stopping(stop)
-            validates = self.validator is not None and self.validator.due(step, self.last_step)
-            if self.metrics.due(step, self.last_step) or validates or stopping:
-                step_time_s = (time.perf_counter() - mark) / (step - since)
-                self._report(step, info, step_time_s, self._validate(stop) if validates else None)
+            validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
+            reports = self.metrics.due(step, self.last_step) or validator is not None or stopping
+            step_time_s = (time.perf_counter() - mark) / (step - since)
+            validation_loss = validator.loss(lambda: self._stopping(stop)) if validator else None
+            if reports:
+                self._report(step, info, step_time_s, validation_loss)
                 mark, since = time.perf_counter(), step
+            last = step == self.last_step
+            mark += self.keeper.after_step(step, last=last, stopping=stopping, validation_loss=validation_loss)
+        self.keeper.finish()
         return step
 
     def step(self, step: int) -> StepInfo:
@@ -263,18 +264,16 @@ class Trainer(Configurable):
         return microbatches(
             self.loader,
             self.layout,
-            first=(step - 1) * self.rows_per_step,
+            first=self.keeper.progress(step - 1).rows,
             n_rows=self.rows_per_step,
             local_batch_size=self.config.training.local_batch_size,
         )
 
     def _stopping(self, stop: StopRequest) -> bool:
-        """Whether a rank was asked to stop: all ranks hear the same."""
-        return self.layout.sums(float(bool(stop)))[0] > 0
-
-    def _validate(self, stop: StopRequest) -> float | None:
-        assert self.validator is not None
-        return self.validator.loss(lambda: self._stopping(stop))
+        """Whether a rank was asked to stop: all ranks hear the same, and of a save that went wrong."""
+        stops, failures = self.layout.sums(float(bool(stop)), float(self.keeper.failed))
+        self.keeper.check(failures > 0)
+        return stops > 0
 
     def _report(self, step: int, info: StepInfo, step_time_s: float, validation_loss: float | None) -> None:
         model = self.config.model
@@ -287,7 +286,7 @@ class Trainer(Configurable):
             mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
             grad_norm=info.grad_norm,
             lr=self.config.optimizer.lr * self.schedule.factor(step),
-            tokens=step * tokens_per_step,
+            tokens=self.keeper.progress(step).tokens,
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
             memory_gib=peak_memory(self.device) / GIB,

@@ -1,0 +1,96 @@
+"""Checkpoints that are there, and whole. What is given `ranks` is a collective of them."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from core.checkpoint.manifest import Damaged, Manifest, Written, problems, read_manifest
+from core.checkpoint.settings import Checkpoint
+from core.checkpoint.storage import Storage, steps_in
+from core.config.errors import UserError
+from core.runtime.ranks import Ranks
+
+log = logging.getLogger("armature")
+
+
+class Found(NamedTuple):
+    """A checkpoint that was found whole."""
+
+    storage: Storage
+    folder: str
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        return f"{self.storage}/{self.folder}"
+
+
+def find(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:
+    """The checkpoint that a run goes on from; None for one that begins.
+
+    Damaged ones are named and passed over. Raises `UserError` when none of those there is whole, when the one that was
+    asked for is not, and when there must be one and is none.
+    """
+    found = sorted(ranks.first(lambda: steps_in(storage)), reverse=True)
+    names = ", ".join(f"step-{step}" for step in found)
+    if settings.resume == "never":
+        if found:
+            raise UserError(f"checkpoint.resume never, and {storage} holds {names}: choose another folder")
+        return None
+    if settings.load_step != -1:
+        if settings.load_step not in found:
+            raise UserError(f"checkpoint.load_step {settings.load_step}: {storage} holds {names or 'no checkpoint'}")
+        try:
+            return inspect(storage, f"step-{settings.load_step}", ranks)
+        except Damaged as damage:
+            raise UserError(f"{storage}/step-{settings.load_step} is damaged: {damage}") from damage
+    if whole := first_whole(((storage, f"step-{step}") for step in found), ranks):
+        return whole
+    if found:
+        raise UserError(f"no checkpoint in {storage} is whole ({names}): choose another folder to begin anew")
+    if settings.resume == "must":
+        raise UserError(f"checkpoint.resume must, and {storage} holds no checkpoint: use auto to begin anew")
+    return None
+
+
+def find_in(place: str, ranks: Ranks) -> Found:
+    """The checkpoint that a folder is, or the newest whole one that it holds; raises `UserError` where none is."""
+    if whole := first_whole(ranks.first(lambda: list(candidates(place))), ranks):
+        return whole
+    raise UserError(f"{place} holds no checkpoint that is whole")
+
+
+def first_whole(places: Iterator[tuple[Storage, str]] | list[tuple[Storage, str]], ranks: Ranks) -> Found | None:
+    """The first of these that is whole; those before it are named."""
+    for storage, folder in places:
+        try:
+            return inspect(storage, folder, ranks)
+        except Damaged as damage:
+            log.warning(f"{storage}/{folder} is damaged and passed over: {damage}")
+    return None
+
+
+def inspect(storage: Storage, folder: str, ranks: Ranks) -> Found:
+    """A checkpoint whose files are as they were written; raises `Damaged` for another."""
+    manifest = ranks.first(lambda: read_manifest(storage, folder))
+    if found := all_problems(storage, folder, manifest.files, ranks):
+        raise Damaged("; ".join([*found[:5], *[f"and {len(found) - 5} more"] * (len(found) > 5)]))
+    return Found(storage, folder, manifest)
+
+
+def all_problems(storage: Storage, folder: str, files: Mapping[str, Written], ranks: Ranks) -> list[str]:
+    """What is wrong with the files of a checkpoint; one rank reads each."""
+    mine = {name: files[name] for name in sorted(files)[ranks.rank :: ranks.size]}
+    return [line for lines in ranks.gather(problems(storage, folder, mine)) for line in lines]
+
+
+def candidates(place: str) -> Iterator[tuple[Storage, str]]:
+    """The checkpoint that a folder is, or those that it holds as a run's folder or as one of checkpoints, the newest
+    first."""
+    parent, _, name = place.rstrip("/").rpartition("/")
+    if name.removeprefix("step-").isdecimal():
+        yield Storage(parent or "."), name
+        return
+    for inside in (place, f"{place.rstrip('/')}/{Checkpoint().folder}"):
+        storage = Storage(inside)
+        for step in reversed(steps_in(storage)):
+            yield storage, f"step-{step}"

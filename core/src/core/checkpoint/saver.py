@@ -1,0 +1,223 @@
+"""Saves and loads the state of a run. Every method is a collective: all ranks call it."""
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from platform import python_version
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from core.checkpoint.find import Found, all_problems, find
+from core.checkpoint.index import read_index
+from core.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    Damaged,
+    Manifest,
+    Progress,
+    Written,
+    read_manifest,
+    write_manifest,
+)
+from core.checkpoint.retention import to_remove
+from core.checkpoint.settings import Checkpoint
+from core.checkpoint.storage import steps_in
+from core.config.errors import UserError
+from core.runtime.ranks import Ranks
+
+log = logging.getLogger("armature")
+
+MOST = 20
+"""So many problems are listed."""
+Kind = Literal["full", "model"]
+GROWING = ".tmp"
+"""End of the name of a checkpoint that is not whole yet."""
+
+
+class Saver:
+    """The checkpoints of one run.
+
+    `step-N` is written as `step-N.tmp`, flushed, read back, given a manifest, and renamed; nothing else bears that
+    name. What was left half-written is removed when the run goes on.
+    """
+
+    def __init__(
+        self,
+        settings: Checkpoint,
+        ranks: Ranks,
+        *,
+        run_folder: Path,
+        config: str,
+        export: Callable[[Found, Path], None],
+    ) -> None:
+        """`config` is the text of `config.json`; `export` writes weights that were saved as a Hugging Face folder."""
+        self.settings, self.ranks, self.config, self.export = settings, ranks, config, export
+        self.storage = settings.storage(run_folder)
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[None] | None = None
+        self._stager: Any = None
+
+    def find(self) -> Found | None:
+        """The checkpoint that the run goes on from; None for a run that begins. Errors as in `core.checkpoint.find`."""
+        return find(self.settings, self.storage, self.ranks) if self.settings.enable else None
+
+    def load(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the tensors of this rank, whatever layout wrote them.
+
+        Raises `UserError`, before any is filled, for a tensor that is not there or has another shape, and for a weight
+        there that no rank has.
+        """
+        from core.checkpoint.pieces import load_tensors  # loads torch.distributed.tensor: seconds
+
+        index = read_index(found.storage, found.folder)
+        wrong = [f"{name} is missing" for name in tensors if name not in index]
+        wrong += [
+            f"{name} has shape {list(index[name].shape)}, here {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name in index and index[name].shape != tuple(tensor.shape)
+        ]
+        gathered = self.ranks.gather((wrong, list(tensors)))
+        known = {name for _, names in gathered for name in names}
+        lines = {line for wrong, _ in gathered for line in wrong}
+        kinds = {name.partition(".")[0] for name in known} - {"random"}
+        lines |= {f"{name} is unknown here" for name in index.keys() - known if name.partition(".")[0] in kinds}
+        if lines:
+            shown = [*sorted(lines)[:MOST], *[f"and {len(lines) - MOST} more"] * (len(lines) > MOST)]
+            raise UserError("\n  ".join([f"{found} does not fit this run:", *shown]))
+        load_tensors(tensors, found.storage, found.folder, self.ranks.group)
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether this step, perhaps the last of the run or of this process, is saved."""
+        c = self.settings
+        if not c.enable or c.load_only:
+            return False
+        return last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint)
+
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor], *, kind: Kind, wait: bool) -> None:
+        """Save a step; with an `async_mode`, unless told to `wait`, the writing goes on behind the call.
+
+        An earlier save is waited for. Raises `UserError` for what keeps this or that one from being written.
+        """
+        self.wait()
+        if kind == "model":
+            tensors = {name: self._exported(tensor) for name, tensor in tensors.items() if name.startswith("model.")}
+        if self.settings.async_mode == "disabled" or wait:
+            self._write(progress, tensors, kind)
+        else:
+            self._running = self._pool.submit(self._write, progress, self._copy(tensors), kind)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save behind the run went wrong on this rank; `wait` raises why. (No collective.)"""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for a save behind the run, and raise what went wrong with it."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def set_aside(self, after: int) -> None:
+        """Rename the checkpoints of later steps than `after`, which the run will come to again, and remove what was
+        left half-written."""
+        if self.settings.enable and not self.settings.load_only:
+            self.ranks.first(lambda: self._clear(after))
+
+    def _exported(self, tensor: Tensor) -> Tensor:
+        """A weight in the type to export; a buffer as it is."""
+        is_weight = isinstance(tensor, torch.nn.Parameter)
+        return tensor.detach().to(getattr(torch, self.settings.export_dtype)) if is_weight else tensor
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of this rank in memory of the host that training does not touch."""
+        if self._stager is None:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            pinned = self.settings.async_mode == "async_with_pinned_mem"
+            options = {"use_pinned_memory": pinned, "use_non_blocking_copy": pinned}
+            self._stager = DefaultStager(StagingOptions(**options, use_shared_memory=False, use_async_staging=False))
+        return cast(dict[str, Tensor], self._stager.stage(dict(tensors)))
+
+    def _write(self, progress: Progress, tensors: Mapping[str, Tensor], kind: Kind) -> None:
+        from core.checkpoint.pieces import save_tensors  # loads torch.distributed.tensor: seconds
+
+        folder, growing = f"step-{progress.step}", f"step-{progress.step}{GROWING}"
+        try:
+            written = self.ranks.first(lambda: self._begin(growing))
+            written |= save_tensors(tensors, self.storage, growing, self.ranks.group)
+            written = self.ranks.first(lambda: written)
+            if wrong := all_problems(self.storage, growing, written, self.ranks):
+                raise UserError(
+                    f"{self.storage}/{growing} reads back otherwise than it was written: {'; '.join(wrong)}"
+                )
+            made = Manifest(
+                progress=progress, kind=kind, world_size=self.ranks.size, versions=versions(), files=written
+            )
+            self.ranks.first(lambda: self._publish(growing, folder, made))
+        except OSError as error:
+            raise UserError(
+                f"{self.storage}/{folder} could not be saved: {error.strerror or error}. The checkpoints before it are "
+                "as they were"
+            ) from error
+
+    def _begin(self, growing: str) -> dict[str, Written]:
+        """Make the folder of a new checkpoint, with the configuration in it."""
+        self.storage.remove(growing)
+        self.storage.make(growing)
+        with self.storage.create(f"{growing}/{CONFIG}") as file:
+            file.write(self.config.encode())
+        return {CONFIG: Written(file.n_bytes, file.hex())}
+
+    def _publish(self, growing: str, folder: str, made: Manifest) -> None:
+        """Make a checkpoint of what was written, and remove those that no rule keeps."""
+        c = self.settings
+        if c.last_save_in_hf and made.kind == "model":
+            self.export(Found(self.storage, growing, made), Path(self.storage.path(f"{growing}/hf")))
+            for name in self.storage.names(f"{growing}/hf"):
+                file = f"{growing}/hf/{name}"
+                made.files[f"hf/{name}"] = Written(self.storage.size(file), self.storage.digest(file))
+        write_manifest(self.storage, growing, made)
+        if self.storage.exists(folder):
+            self._set_aside(made.progress.step)
+        self.storage.rename(growing, folder, last=MANIFEST)
+        log.info(f"saved {self.storage}/{folder} ({sum(file.n_bytes for file in made.files.values()) / 2**30:.2f} GiB)")
+        losses = {step: self._validation_loss(step) for step in steps_in(self.storage)}
+        for step in to_remove(
+            losses, latest=c.keep_latest_k, every=c.keep_every, best=c.keep_best_k, pinned=frozenset(c.keep_steps)
+        ):
+            self.storage.remove(f"step-{step}")
+
+    def _validation_loss(self, step: int) -> float | None:
+        try:
+            return read_manifest(self.storage, f"step-{step}").progress.validation_loss
+        except Damaged:
+            return None
+
+    def _clear(self, after: int) -> None:
+        for name in self.storage.names():
+            if name.startswith("step-") and name.endswith(GROWING):
+                self.storage.remove(name)
+        for step in steps_in(self.storage):
+            if step > after:
+                self._set_aside(step)
+
+    def _set_aside(self, step: int) -> None:
+        """Give a checkpoint a name under which no run looks for it."""
+        number = 1
+        while self.storage.exists(aside := f"replaced-step-{step}-{number}"):
+            number += 1
+        self.storage.rename(f"step-{step}", aside, last=MANIFEST)
+        log.warning(f"{self.storage}/step-{step} is now {aside}: the run comes to that step again")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what writes a checkpoint."""
+    try:
+        core = metadata.version("armature-core")
+    except metadata.PackageNotFoundError:
+        core = "not installed"
+    return {"armature-core": core, "torch": torch.__version__, "python": python_version()}

@@ -1,0 +1,75 @@
+"""What is there of all that a run may use and does without: `python -m core.doctor`."""
+
+import textwrap
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from core.comm import probe
+
+PACKAGES = {
+    "tokenizers": ("pip install tokenizers, or armature-core[hf]", "tokenizer.json files as tokenizer.path"),
+    "datasets": ("pip install datasets, or armature-core[hf]", "Hugging Face data sets as dataloader.dataset"),
+    "tensorboard": ("pip install tensorboard, or armature-core[tensorboard]", "metrics.enable_tensorboard"),
+    "wandb": ("pip install wandb, or armature-core[wandb]", "metrics.enable_wandb"),
+    "torchao": ("pip install torchao", "products in 8 bits; no setting asks for them yet"),
+}
+BUILDS: dict[probe.Build, str] = {
+    "deepep_v1": "expert_parallel_comm_backend deepep_v1: tokens to experts over NVLink and RDMA",
+    "deepep_v2": "expert_parallel_comm_backend deepep_v2: the same over NCCL's device-side communication",
+    "hybridep": "expert_parallel_comm_backend hybridep: the same, sorted and padded on the way",
+}
+
+
+class Part(NamedTuple):
+    """Something optional: what there is of it, or else why not and what to do; and what it is for."""
+
+    name: str
+    here: str | None
+    missing: str
+    purpose: str
+
+
+def parts() -> Iterator[Part]:
+    """Every optional part."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    built = f"torch {torch.__version__} sees no GPU" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
+    kind = f"{gpus} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}" if gpus else None
+    yield Part("CUDA", kind, f"{built}; runs are on the CPU", "GPUs")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_nccl_available() else None
+    yield Part("NCCL", nccl, "comes with a torch for CUDA; ranks use gloo", "several GPUs")
+    flex = "compiled, forward and backward" if gpus else None
+    yield Part("flex attention", flex, "has no backward on a CPU: use attention.backend sdpa", "attention.backend flex")
+    for build, purpose in BUILDS.items():
+        reason = probe.missing(build)
+        here = None if reason else f"{probe.CLASSES[build]} of deep_ep {probe.version()}"
+        yield Part(f"deep_ep {build}", here, reason or "", purpose)
+    for package, (mend, purpose) in PACKAGES.items():
+        try:
+            yield Part(package, version(package), "", purpose)
+        except PackageNotFoundError:
+            yield Part(package, None, f"not installed: {mend}", purpose)
+
+
+def table(found: list[Part], width: int = 118) -> str:
+    """The parts as lines: name, yes or no, what there is or is missing, what for."""
+    name_width = max(len(part.name) for part in found)
+    indent = " " * (name_width + 7)
+    lines = []
+    for name, here, missing, purpose in found:
+        head = f"{name:<{name_width}}  {'no' if here is None else 'yes':<3}  "
+        told = textwrap.fill(missing if here is None else here, width, initial_indent=head, subsequent_indent=indent)
+        lines += [told, textwrap.fill(f"for {purpose}", width, initial_indent=indent, subsequent_indent=indent)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table; nothing that is missing is an error until a setting asks for it."""
+    print(table(list(parts())))
+
+
+if __name__ == "__main__":
+    main()

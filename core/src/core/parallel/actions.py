@@ -1,0 +1,130 @@
+"""What a rank of a pipeline does in a step, action by action: a plan does a few of each kind, and counts all.
+
+Letters: B rows, L length, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleGPipe
+from torch.distributed.pipelining.stage import InferenceMode, PipelineStage
+
+from core.parallel.pipeline import Microbatch, Pipeline
+from core.parallel.traffic import size
+
+IDLE = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
+"""Actions of a schedule that compute nothing: their bytes are those of the passes before them."""
+
+
+class Action(NamedTuple):
+    """One step of a schedule in torch.distributed.pipelining's words: F forward, B backward, its halves I (inputs) and
+    W (weights), UNSHARD, RESHARD, REDUCE_GRAD."""
+
+    kind: str
+    stage: int
+    microbatch: int | None = None
+
+
+def actions(pipeline: Pipeline) -> list[Action]:
+    """What this rank does in a step, in order."""
+    schedule, n = pipeline.schedule, pipeline.n_microbatches
+    if isinstance(schedule, PipelineScheduleMulti):
+        steps = vars(schedule)["pipeline_order_with_comms"][schedule.rank]  # all of this kind have it
+        found = [part for step in steps for part in step.sub_actions or [step]]
+        named = [Action(step.computation_type.value, step.stage_index, step.microbatch_index) for step in found]
+        return [action for action in named if action.kind not in IDLE]
+    (stage,) = pipeline.stages
+    number = stage.stage_index
+    ahead = n if isinstance(schedule, ScheduleGPipe) else min(n, stage.num_stages - number)
+    order = [Action("F", number, i) for i in range(ahead)]
+    for i in range(n):
+        order.append(Action("B", number, i))
+        if ahead + i < n:
+            order.append(Action("F", number, ahead + i))
+    return [*order, Action("REDUCE_GRAD", number)]
+
+
+class Actor:
+    """Does actions of a pipeline on this rank alone, with one microbatch in the place of all.
+
+    What other ranks send is there from the start. `residual_BLD` is what travels between stages; `order` is the whole
+    step.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, microbatch: Microbatch, loss: Callable[[Tensor, Tensor], Tensor], residual_BLD: Tensor
+    ) -> None:
+        self.microbatch, self.loss = microbatch, loss
+        self.order, self.n_microbatches = actions(pipeline), pipeline.n_microbatches
+        self.stages = {stage.stage_index: stage for stage in pipeline.stages}
+        self.keeps_sent = isinstance(pipeline.schedule, PipelineScheduleMulti)
+        self.losses: dict[int, Tensor] = {}
+        self.output: Any = None
+        self.sent: list[Tensor] = []
+        """What a schedule has in hand: until the next, or to the end if its sends are waited for then."""
+        for stage in self.stages.values():
+            enters = microbatch.tokens_BL if stage.is_first else residual_BLD
+            stage.has_backward = True
+            stage._user_meta = _StageMeta(
+                inputs=extract_tensor_metas((enters,)), outputs=extract_tensor_metas((residual_BLD,))
+            )
+            stage._inference_mode = InferenceMode.STATIC  # learning shapes would ask other ranks
+            stage._prepare_forward_infra(pipeline.n_microbatches, (enters,), {}, has_backward=True)
+            stage._prepare_backward_infra(pipeline.n_microbatches)
+
+    def perform(self, action: Action) -> int:
+        """Do it; gives the bytes that other stages are sent."""
+        stage = self.stages[action.stage]
+        match action:
+            case Action("F", _, int(i)):
+                return self._forward(stage, i)
+            case Action("B" | "I", _, int(i)):
+                stage.backward_one_chunk(i, loss=self.losses.pop(i, None), full_backward=action.kind == "B")
+                return self._pass_back(stage, i)
+            case Action("W", _, int(i)):
+                stage.backward_weight_one_chunk(i)
+            case Action("REDUCE_GRAD"):
+                stage.perform_reduce_grad(1)
+            case Action("UNSHARD" | "RESHARD"):
+                for part in stage.submod.modules():
+                    if isinstance(part, FSDPModule):
+                        part.unshard() if action.kind == "UNSHARD" else part.reshard()
+            case _:
+                raise AssertionError(f"{action} is an action that nobody has heard of")
+        return 0
+
+    def end(self) -> None:
+        """Let go of what a schedule holds until the step's last pass."""
+        self.output, self.sent = None, []
+        for stage in self.stages.values():
+            stage.clear_runtime_states()
+
+    def _forward(self, stage: PipelineStage, i: int) -> int:
+        batch = self.microbatch
+        rows = (batch.tokens_BL,) if stage.is_first else ()
+        output = stage.forward_one_chunk(i, rows, {"where": batch.where}, save_forward_output=False)
+        if not self.keeps_sent:
+            self.output = output
+        if stage.is_last:
+            self.losses[i] = self.loss(output, batch.labels_BL)
+        elif following := self.stages.get(stage.stage_index + 1):
+            following.set_local_fwd_input(output, i)
+        else:
+            return self._send([output])
+        return 0
+
+    def _pass_back(self, stage: PipelineStage, i: int) -> int:
+        if stage.is_first:
+            return 0
+        if before := self.stages.get(stage.stage_index - 1):
+            before.set_local_bwd_input(stage.get_local_bwd_output(i), i)
+            return 0
+        return self._send([op.tensor for op in stage.get_bwd_send_ops(i)])
+
+    def _send(self, tensors: list[Tensor]) -> int:
+        kept = self.sent if self.keeps_sent else []
+        self.sent = kept + [tensor.detach() for tensor in tensors]
+        return size(tensors)

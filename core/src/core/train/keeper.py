@@ -1,0 +1,193 @@
+"""Keeps a run from being lost: decides what it goes on from, restores that, and saves."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from core.checkpoint.convert import write_as_hf
+from core.checkpoint.find import Found, candidates, find_in
+from core.checkpoint.layout import hf_layout, own_layout
+from core.checkpoint.manifest import CONFIG, Progress
+from core.checkpoint.saver import Kind, Saver
+from core.checkpoint.source import Source
+from core.checkpoint.weights import class_of, model_of, read_config
+from core.config.errors import UserError
+from core.config.record import differences, to_dict
+from core.data.loader import DataLoader
+from core.nn.decoder import Decoder
+from core.optim.optimizer import Optimizer
+from core.parallel.layout import Layout
+from core.runtime.ranks import Ranks
+from core.train.assemble import Parts
+from core.train.checks import Run
+from core.train.folder import carry_on, config_text
+from core.train.state import check_same_run, model_tensors, optimizer_tensors, random_tensors, set_random
+
+log = logging.getLogger("armature")
+
+
+class Keeper:
+    """What a run goes on from, and what it leaves to go on from. Every method but `progress` is a collective.
+
+    Made before the model, so that a run that cannot go on ends before anything is allocated.
+    """
+
+    def __init__(
+        self, run: Run, layout: Layout, ranks: Ranks, model: Decoder, loader: DataLoader, *, folder: Path, n_rows: int
+    ) -> None:
+        """`model` has no memory; a step reads `n_rows` rows over all ranks."""
+        self.run, self.layout, self.ranks, self.model, self.loader = run, layout, ranks, model, loader
+        self.settings, self.n_rows, self.folder = run.checkpoint, n_rows, folder
+        text = config_text(run, layout.device)
+        self.saver = Saver(self.settings, ranks, run_folder=folder, config=text, export=self._export)
+        self.found = self._find()
+        self.start = Progress(rows_per_step=n_rows, text=loader.fingerprint)
+        """How far the run had come before."""
+        if self.found is not None:
+            self._go_on(self.found)
+        self.saver.set_aside(self.start.step)
+        ranks.first(lambda: carry_on(folder, self.start.step))
+        self._last = self.start.step
+
+    def progress(self, step: int, validation_loss: float | None = None) -> Progress:
+        """How far the run is after `step`."""
+        steps = step - self.start.step
+        return Progress(
+            step=step,
+            tokens=self.start.tokens + steps * self.n_rows * self.run.training.seq_len,
+            rows=self.start.rows + steps * self.n_rows,
+            rows_per_step=self.n_rows,
+            text=self.loader.fingerprint,
+            validation_loss=validation_loss,
+        )
+
+    def restore(self, parts: Parts, optimizer: Optimizer) -> None:
+        """Fill the parts of this rank with what the run goes on from, or begins with."""
+        self._weights, self._optimizer = model_tensors(parts.models), optimizer
+        left = self.settings.exclude_from_loading
+        if self.found is not None:
+            same_ranks = self.found.manifest.world_size == self.ranks.size
+            random = random_tensors(self.ranks.rank, self.layout.device) if same_ranks and "random" not in left else {}
+            tensors = {} if "model" in left else dict(self._weights)
+            tensors |= {} if "optimizer" in left else optimizer_tensors(optimizer)
+            self.saver.load(self.found, tensors | random)
+            set_random(random, self.layout.device)
+            log.info(f"going on from {self.found} after step {self.start.step:,}")
+        elif self.settings.initial_load_path is not None:
+            self._begin_with(self.settings.initial_load_path)
+            log.info(f"beginning with the weights of {self.settings.initial_load_path}")
+
+    def after_step(self, step: int, *, last: bool, stopping: bool, validation_loss: float | None) -> float:
+        """Save the run, if it is time; gives the seconds that it took."""
+        c, began = self.settings, time.perf_counter()
+        if not self.saver.due(step, last=last or stopping):
+            return 0.0
+        self.saver.wait()  # until then the ranks' group is that of the save behind the run
+        tensors = self._weights | optimizer_tensors(self._optimizer)
+        tensors |= random_tensors(self.ranks.rank, self.layout.device)
+        progress = self.progress(step, validation_loss)
+        progress.places = self._places()
+        kind: Kind = "model" if last and c.last_save_model_only else "full"
+        self.saver.save(progress, tensors, kind=kind, wait=last or stopping)
+        self._last = step
+        return time.perf_counter() - began
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save behind the run went wrong on this rank. (No collective.)"""
+        return self.saver.failed
+
+    def finish(self) -> None:
+        """Wait for a save behind the run."""
+        self.saver.wait()
+
+    def check(self, failed: bool) -> None:
+        """Raise what went wrong with a save behind the run, when it did on any rank."""
+        if failed:
+            self.saver.wait()
+            raise RuntimeError("a checkpoint could not be saved by another rank")
+
+    def said(self) -> str:
+        """What there is to go on from, for the end of a run."""
+        if not self.settings.enable or self.settings.load_only:
+            return "weights are not saved; --checkpoint.enable does"
+        return f"the last checkpoint is {self.saver.storage}/step-{self._last}"
+
+    def _find(self) -> Found | None:
+        c = self.settings
+        found = self.saver.find()
+        if found is None and c.initial_load_path is not None and not c.initial_load_model_only:
+            found = find_in(c.initial_load_path, self.ranks)
+        if found is not None and found.manifest.kind == "model":
+            raise UserError(
+                f"{found} holds weights alone (checkpoint.last_save_model_only), and no run can go on from it: go on "
+                "from an earlier one with --checkpoint.load_step, or begin in another folder with "
+                f"--checkpoint.initial_load_path {found}"
+            )
+        return found
+
+    def _go_on(self, found: Found) -> None:
+        """Check that this is the run that was saved, and stand where it stood."""
+        saved, left = found.manifest.progress, self.settings.exclude_from_loading
+        lines = check_same_run(
+            json.loads(config_text(self.run, self.layout.device)),
+            json.loads(found.storage.read(f"{found.folder}/{CONFIG}")),
+            place=str(found),
+            rows_per_step=(saved.rows_per_step, self.n_rows),
+            text=(saved.text, self.loader.fingerprint),
+            insist=self.settings.allow_config_change,
+        )
+        for line in lines:
+            log.info(f"changed since {found}: {line}")
+        if "train_state" not in left:
+            self.start.step, self.start.tokens = saved.step, saved.tokens
+        if "dataloader" not in left:
+            self.start.rows = saved.rows
+            if saved.places:
+                if len(saved.places) != self.layout.degrees.data:
+                    raise UserError(
+                        f"{found} was saved by {len(saved.places)} data ranks that read a stream, and here are "
+                        f"{self.layout.degrees.data}: take as many, or use dataloader.mode indexed"
+                    )
+                self.loader.load_state_dict(saved.places[self.layout.data_rank])
+
+    def _places(self) -> list[dict[str, int]]:
+        """Where each data rank stands in a stream."""
+        places = dict(self.ranks.gather((self.layout.data_rank, self.loader.state_dict())))
+        return [places[rank] for rank in range(self.layout.degrees.data)] if places[0] else []
+
+    def _begin_with(self, path: str) -> None:
+        c = self.settings
+        if c.initial_load_in_hf:
+            source = Source(hf_layout(self.model), path)
+            if (few := source.in_few_bits()) and not c.initial_load_in_hf_quantized:
+                raise UserError(
+                    f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
+                )
+            self._warn(path, to_dict(type(self.model).from_hf_config(read_config(path))))
+        elif self.ranks.first(lambda: next(candidates(path), None)):
+            found = find_in(path, self.ranks)
+            self._warn(str(found), model_of(json.loads(found.storage.read(f"{found.folder}/{CONFIG}"))))
+            return self.saver.load(found, self._weights)
+        else:
+            source = Source(own_layout(self.model), path)
+            class_of(path)
+            self._warn(path, read_config(path))
+        for name in source.pieces:
+            if (weight := self._weights.get(f"model.{name}")) is not None:
+                with torch.no_grad():
+                    piece = self.layout.own(weight)
+                    source.fill(name, piece.value, piece.start)
+
+    def _warn(self, path: str, before: dict) -> None:
+        for setting, value, now in differences(to_dict(self.run.model), before):
+            if setting != "class":
+                log.warning(f"{path}: the weights are of a model with {setting} {value}, not {now}")
+
+    def _export(self, found: Found, folder: Path) -> None:
+        folder.mkdir()
+        dtype = getattr(torch, self.settings.export_dtype)
+        write_as_hf(self.model, Path(str(found)), folder, dtype=dtype, say=log.info)

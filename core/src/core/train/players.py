@@ -1,0 +1,72 @@
+"""What does the passes of a rank's step one by one: the model in one piece, or the stages of a pipeline.
+
+Letters: B rows, L length, D width.
+"""
+
+from typing import Protocol
+
+import torch
+
+from core.data.packing import Batch
+from core.nn.decoder import Decoder
+from core.parallel.actions import Action, Actor
+from core.parallel.layout import Layout
+from core.parallel.pipeline import Microbatch
+from core.train.settings import Training
+from core.train.step import Loss, Objective
+
+
+class Player(Protocol):
+    """Does the passes of a step, each with the same microbatch."""
+
+    order: list[Action]
+    """All of them."""
+    n_microbatches: int
+
+    def perform(self, action: Action) -> int:
+        """Do one; gives the bytes that other stages are sent."""
+        ...
+
+    def end(self) -> None:
+        """Let go of what is held until the last."""
+        ...
+
+
+class Whole:
+    """The passes of a model in one piece; the methods are those of `Player`."""
+
+    def __init__(self, objective: Objective, batch: Batch, n_microbatches: int) -> None:
+        self.objective, self.batch, self.n_microbatches = objective, batch, n_microbatches
+        self.order = [Action(kind, 0, i) for i in range(n_microbatches) for kind in ("F", "B")]
+        self.loss: Loss | None = None
+
+    def perform(self, action: Action) -> int:
+        objective = self.objective
+        if action.kind == "F":
+            objective.layout.sum_gradients(objective.parts, now=action.microbatch == self.n_microbatches - 1)
+            self.loss = objective(self.batch)
+        else:
+            assert self.loss is not None
+            self.loss.total.backward()
+        return 0
+
+    def end(self) -> None:
+        self.loss = None
+
+
+def player_of(training: Training, layout: Layout, models: dict[int, Decoder], objective: Objective) -> Player:
+    """What does the passes of these stages, by their numbers, or of the model."""
+    degrees, settings = layout.degrees, layout.settings
+    piped = degrees.pipeline > 1
+    n_rows = training.rows_per_step(degrees.data) // degrees.data
+    n_each = settings.pipeline_parallel_microbatch_size if piped else training.local_batch_size
+    batch = Batch(*torch.zeros(4, n_each, training.seq_len, dtype=torch.int64).unbind())
+    if not piped:
+        return Whole(objective, batch, n_rows // n_each)
+    pipeline = layout.pipeline(models, n_rows // n_each)
+    assert pipeline is not None
+    microbatch = Microbatch(*layout.place(batch, documents=training.mask == "document"))
+    (dim,) = {model.config.dim for model in models.values()}
+    length = microbatch.tokens_BL.shape[1] // degrees.tensor
+    residual_BLD = torch.zeros(n_each, length, dim, dtype=objective.dtype, requires_grad=True)
+    return Actor(pipeline, microbatch, objective.loss, residual_BLD)

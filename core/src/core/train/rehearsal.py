@@ -1,0 +1,187 @@
+"""One rank's step on fake tensors, in a process group of ranks that are not there.
+
+Few blocks and microbatches are run, and all are counted. N ranks.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import ProcessGroup
+
+from core.activation_checkpoint.meter import Meter
+from core.comm.all_to_all import AllToAll
+from core.data.packing import Batch
+from core.nn.balance import routers
+from core.nn.init import materialise
+from core.optim.optimizer import Optimizer
+from core.parallel.actions import Action
+from core.parallel.fake import fake_ranks
+from core.parallel.layout import Alone, Layout
+from core.parallel.spread import Spread
+from core.parallel.traffic import axes
+from core.train.checks import Run
+from core.train.excerpt import Excerpt, Stored, excerpts, n_bytes, stored
+from core.train.loss import cross_entropy
+from core.train.players import Player, player_of
+from core.train.step import Objective, train_step
+from core.train.timeline import Kind, Recorder, Segment, expand
+
+CPU = torch.device("cpu")
+PASSES = {
+    "F": "head and loss",
+    "B": "backward",
+    "I": "backward of inputs",
+    "W": "backward of weights",
+    "UNSHARD": "gathering weights",
+    "RESHARD": "letting go of weights",
+    "REDUCE_GRAD": "summing gradients",
+}
+"""What the end of a pass does, behind the last block."""
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """A rank's part of a run."""
+
+    blocks: list[list[int]]
+    """The blocks of each of its stages; without a pipeline there is one."""
+    n_microbatches: int
+    stored: Stored
+    inputs: int
+    """Bytes of a microbatch, and of what a pipeline receives tensors in."""
+    segments: list[Segment]
+    """Its step."""
+
+
+def rehearse(run: Run, *, world_size: int, rank: int, device: torch.device) -> Rehearsal:
+    """A step of `run` on `rank` of `world_size`, in the types of a run on `device`, computed here and in no memory.
+
+    It is any step but the first, whose traces stay: the optimizer's state, what is learned once. Experts get equally
+    many rows.
+    """
+    training, checkpointing = run.training, run.activation_checkpoint
+    if checkpointing.mode == "memory_budget":  # the compiler's choice, and nothing is compiled
+        checkpointing = replace(checkpointing, mode="none")
+    parallelism = replace(run.parallelism, enable_async_tensor_parallel=False)  # the compiler's work, too
+    dtype = training.compute_dtype(device)
+    with nullcontext() if world_size == 1 else fake_ranks(world_size, rank):
+        layout: Layout = Alone(CPU) if world_size == 1 else Spread(parallelism, CPU)
+        parts = excerpts(run.model, layout, checkpointing, dispatcher=evenly, compute_dtype=dtype)
+        models = {number: part.model for number, part in parts.items()}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for model in models.values():
+                materialise(model, CPU, getattr(torch, training.dtype))
+            optimizer = run.optimizer.build(weights=[pair for m in models.values() for pair in m.named_parameters()])
+            objective = Objective(list(models.values()), cross_entropy, layout=layout, dtype=dtype, mask=training.mask)
+            with Meter() as entering:
+                player = player_of(training, layout, models, objective)
+            rehearsed = Rehearsed(layout, list(parts.values()), player, optimizer)
+            rehearsed.step({None, player.n_microbatches - 1})  # makes what is made once: the optimizer's state
+            rehearsed.step(microbatches_of_interest(player.order))
+            kept = stored(parts, optimizer)
+            return Rehearsal(
+                blocks=[sorted(part.like) for part in parts.values()],
+                n_microbatches=player.n_microbatches,
+                stored=kept,
+                inputs=entering.alive,
+                segments=rehearsed.segments(kept.weights),
+            )
+
+
+def evenly(group: ProcessGroup) -> AllToAll:
+    """A dispatcher that sends equally many rows to every rank: on fake tensors nobody can count them."""
+
+    def splits(_: Tensor, n_rows: int) -> list[list[int]]:
+        each, more = divmod(n_rows, group.size())
+        return [[each + (i < more) for i in range(group.size())], [each + (group.rank() < more)] * group.size()]
+
+    return AllToAll(group, splits)
+
+
+class Rehearsed:
+    """Takes the place of an `Objective` in `train_step`, and cuts the last step into segments."""
+
+    def __init__(self, layout: Layout, excerpts: list[Excerpt], player: Player, optimizer: Optimizer) -> None:
+        self.layout, self.player, self.optimizer = layout, player, optimizer
+        self.models = [part.model for part in excerpts]
+        self.axes = group_axes(layout, experts=any(routers(model) for model in self.models))
+        self.like = {i: other for part in excerpts for i, other in part.like.items()}
+        blocks = {name: block for model in self.models for name, block in model.layers.items()}
+        self.parts = self.models + [blocks[str(other)] for i, other in self.like.items() if other != i]
+        """The models, and a block again for each block that it stands for: all whose experts count tokens."""
+
+    def step(self, few: set[int | None]) -> None:
+        """Run a step of `few` microbatches; the batch that is counted is not the one that is computed."""
+        self.few = few
+        counted = Batch(*torch.zeros(4, 1, 1, dtype=torch.int64).unbind())
+        settings: dict[str, Any] = {"step": 1, "lr": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
+        self.passes: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
+        self.optimizer.zero_grad()
+        with Recorder(self.axes, self._gradients) as self.recorder, self.recorder.listening(self.models):
+            train_step(cast(Objective, self), self.optimizer, [counted], **settings)
+            self.update = self.recorder.end("update")
+
+    def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
+        """As an `Objective` does, with the player's microbatch."""
+        del batches, n_valid
+        self.start = self.recorder.end("start of the step")
+        for action in self.player.order:
+            if action.microbatch in self.few:
+                if n_sent := self.player.perform(action):
+                    self.recorder.note(Kind("pipeline", "send"), n_sent)
+                self.passes[action[:2]].append(self.recorder.end(PASSES[action.kind]))
+        self.player.end()
+        return 0.0, 0.0
+
+    def segments(self, weights: int) -> list[Segment]:
+        """The segments of the whole step of a rank that has `weights` bytes of weights."""
+        share = weights / sum(n_bytes(weight) for weight in self.optimizer.weights.values())
+        update = [replace(segment, rise=int(segment.rise * share)) for segment in self.update]
+        passes = [segment for recorded in self._all_passes() for segment in expand(recorded, self.like)]
+        return [*self.start, *passes, *update]
+
+    def _all_passes(self) -> Iterator[list[Segment]]:
+        """For each action of the step the pass that was recorded for it, or that stands for it."""
+        n = Counter(action[:2] for action in self.player.order)
+        done: Counter[tuple[str, int]] = Counter()
+        for action in self.player.order:
+            kind = action[:2]
+            yield stand_in(self.passes[kind], done[kind], n[kind])
+            done[kind] += 1
+
+    @torch.no_grad()
+    def _gradients(self) -> int:
+        return sum(n_bytes(weight.grad) for weight in self.optimizer.weights.values())
+
+
+def stand_in(recorded: list[list[Segment]], place: int, n: int) -> list[Segment]:
+    """Of `n` passes of a kind the one at `place` if all are recorded; else the first, the last, or the second for all
+    between."""
+    if len(recorded) == n:
+        return recorded[place]
+    return recorded[0 if place == 0 else -1 if place == n - 1 else min(1, len(recorded) - 1)]
+
+
+def microbatches_of_interest(order: Sequence[Action]) -> set[int | None]:
+    """The microbatches that are run: of each kind of action the first three, so that the second is in the midst of
+    others, and the last. None is for actions that concern none."""
+    by_kind: dict[tuple[str, int], list[int | None]] = defaultdict(list)
+    for action in order:
+        by_kind[action[:2]].append(action.microbatch)
+    return {i for found in by_kind.values() for i in (*found[:3], found[-1])}
+
+
+def group_axes(layout: Layout, *, experts: bool) -> Mapping[str, str]:
+    """The axis of every process group by its name; the group of all ranks is "all"."""
+    if not isinstance(layout, Spread):
+        return {}
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return {everyone.group_name: "all", **axes(layout.views, experts=experts)}

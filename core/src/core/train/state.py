@@ -1,0 +1,97 @@
+"""What a run goes on from: every tensor that a step changes, by name, and how far it has come."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from core.config.errors import UserError
+from core.config.record import differences
+from core.nn.decoder import Decoder
+from core.optim.optimizer import Optimizer
+
+FREE = (
+    "recipe",
+    "dump_folder",
+    "metrics.",
+    "profiling.",
+    "parallelism.",
+    "comm.",
+    "activation_checkpoint.",
+    "compile.",
+    "checkpoint.",
+    "validator.",
+    "training.device",
+    "training.gc_freq",
+    "training.local_batch_size",
+    "training.global_batch_size",
+    "dataloader.cache_folder",
+    "debug.detect_anomaly",
+    "debug.deterministic",
+    "debug.log_every_rank",
+    "debug.on_nonfinite",
+)
+"""Settings, or beginnings of their paths, that may change when a run goes on: what it learns stays the same."""
+
+
+def model_tensors(models: list[Decoder]) -> dict[str, Tensor]:
+    """Weights, and buffers that are saved, of the stages of a model that this rank holds.
+
+    To be asked before the first step: later a weight may be gathered, and be another tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for model in models:
+        kept = model.state_dict().keys()
+        tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in kept}
+        tensors |= {f"model.{name}": weight for name, weight in model.named_parameters()}
+    return tensors
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The moments and counts of updates of all weights."""
+    return {
+        f"optimizer.{name}.{key}": tensor
+        for name, state in optimizer.full_state().items()
+        for key, tensor in state.items()
+    }
+
+
+def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """Copies of the states of this rank's random generators."""
+    states = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"random.{rank}.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on drawing from these states."""
+    for name, state in states.items():
+        if name.endswith(".cuda"):
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+
+
+def check_same_run(
+    now: dict, before: dict, *, place: str, rows_per_step: tuple[int, int], text: tuple[str, str], insist: bool
+) -> list[str]:
+    """What differs from the configuration, the batch (before, now) and the text (before, now) of a checkpoint.
+
+    Raises `UserError` when some of it makes another run of it and nobody insists.
+    """
+    found = [(path, f"{path} {before} -> {now}") for path, before, now in differences(now, before)]
+    other = [line for path, line in found if not path.startswith(FREE)]
+    if rows_per_step[0] != rows_per_step[1]:
+        other.append(
+            f"rows per step {rows_per_step[0]} -> {rows_per_step[1]}: --training.global_batch_size {rows_per_step[0]} "
+            "keeps them"
+        )
+    if text[0] != text[1]:
+        other.append("the text or the tokenizer has changed since")
+    if other and not insist:
+        raise UserError(
+            "\n  ".join([f"{place} is of another run:", *other])
+            + "\nundo that, choose another folder, or go on nevertheless with --checkpoint.allow_config_change"
+        )
+    return [line for path, line in found if path.startswith(FREE)] + other

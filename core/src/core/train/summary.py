@@ -1,0 +1,42 @@
+"""The head of a run on the console."""
+
+from pathlib import Path
+
+import torch
+
+from core.nn.module import Flops
+from core.parallel.settings import Degrees, describe_degrees
+from core.train.checks import Run
+
+
+def summary(
+    run: Run,
+    degrees: Degrees,
+    described: dict[str, str],
+    *,
+    dtype: torch.dtype,
+    flops: Flops,
+    n_parameters: int,
+    steps: str,
+    folder: Path,
+) -> str:
+    """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device."""
+    metrics, profiling, checkpoint = run.metrics, run.profiling, run.checkpoint
+    files = ["config.json", "metrics.jsonl", *[metrics.save_tb_folder] * metrics.enable_tensorboard]
+    files += [profiling.save_traces_folder] * profiling.enable_profiling
+    saves = checkpoint.enable and not checkpoint.load_only
+    compute = str(dtype).removeprefix("torch.")
+    rows = {
+        "model": f"{type(run.model).__qualname__.removesuffix('.Config')} ({run.recipe or 'no recipe'})",
+        "parameters": f"{n_parameters:,}",
+        "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
+        "data": described["data"],
+        "tokenizer": described["tokenizer"],
+        "device": f"{described['device']}; weights {run.training.dtype}, compute {compute}",
+        "ranks": describe_degrees(degrees, run.parallelism.expert_parallel_comm_backend),
+        "backward": f"activation checkpoint {run.activation_checkpoint.mode}",
+        "steps": steps,
+        "saved": f"every {checkpoint.interval:,} steps in {checkpoint.folder}" if saves else "no weights",
+        "written to": f"{folder} ({', '.join(files)})",
+    }
+    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

@@ -1,0 +1,92 @@
+"""--dry-run on the command line: what the owner's `plan` is asked, and how its answer is shown."""
+
+import json
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from core.config.cli import main
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+from core.config.validate import validate
+
+ASKED: list[tuple[Any, int | None, int]] = []
+
+
+@dataclass
+class Answer:
+    cost: int
+
+    def __str__(self) -> str:
+        return f"it costs {self.cost}"
+
+
+class Voyage(Configurable):
+    """What can be planned."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        days: int = 3
+
+        def problems(self):
+            if self.days < 1:
+                yield "days", f"days {self.days} must be at least 1"
+
+    @staticmethod
+    def plan(config: Config, *, world_size: int | None, rank: int) -> Answer:
+        validate(config)
+        ASKED.append((config, world_size, rank))
+        if rank > 8:
+            raise UserError(f"rank {rank} is too high")
+        return Answer(config.days * 10)
+
+    def __init__(self, config: Config) -> None:
+        raise AssertionError("a plan builds nothing")
+
+
+class Walk(Configurable):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        pass
+
+
+def recipes() -> ModuleType:
+    module = ModuleType("places")
+    exec("def voyage():\n    return Voyage.Config()\ndef walk():\n    return Walk.Config()", module.__dict__)
+    module.__dict__.update(Voyage=Voyage, Walk=Walk)
+    return module
+
+
+def test_a_plan_is_printed_and_nothing_is_built(capsys: pytest.CaptureFixture[str]):
+    main(recipes(), ["--config", "voyage", "--dry-run", "--days", "4", "--world-size", "16", "--rank", "2"])
+    assert capsys.readouterr().out == "it costs 40\n"
+    (config, world_size, rank) = ASKED.pop()
+    assert (config.days, world_size, rank) == (4, 16, 2)
+
+
+def test_without_numbers_the_plan_chooses(capsys: pytest.CaptureFixture[str]):
+    main(recipes(), ["--dry_run", "--config", "voyage", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"cost": 30}
+    assert ASKED.pop()[1:] == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "voyage", "--rank", "1"], "--rank says how --dry-run is done: add --dry-run, or leave it out"),
+        (["--config", "voyage", "--json", "--world-size", "2"], "--world-size, --json says how --dry-run is done"),
+        (["--config", "voyage", "--dry-run", "--rank", "-1"], "--rank takes a whole number, got -1"),
+        (["--config", "voyage", "--dry-run", "--world-size", "many"], "--world-size takes a whole number, got many"),
+        (["--config", "voyage", "--dry-run", "--world-size"], "--world-size takes 1 value, got nothing"),
+        (["--config", "voyage", "--dry-run", "--days", "0"], "days: days 0 must be at least 1"),
+        (["--config", "voyage", "--dry-run", "--rank", "9"], "rank 9 is too high"),
+        (["--config", "walk", "--dry-run"], "Walk.Config makes no plans: leave --dry-run out"),
+    ],
+)
+def test_mistakes_end_with_code_2(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(recipes(), options)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

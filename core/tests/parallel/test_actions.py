@@ -1,0 +1,58 @@
+"""The order of a rank's passes, against the schedules of torch and against what a step must contain."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from core.parallel.actions import Action, actions
+from core.parallel.fake import fake_ranks
+from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
+from core.parallel.settings import Parallelism
+from core.parallel.spread import Spread
+from core.testing.toy import Toy, on_meta
+
+SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+N_LAYERS, N_MICROBATCHES = 8, 8
+
+
+def order_of(schedule: Any, rank: int) -> list[Action]:
+    settings = Parallelism(pipeline_parallel_degree=4, pipeline_parallel_schedule=schedule)
+    stages = split(settings, N_LAYERS)
+    with fake_ranks(4, rank):
+        layout = Spread(settings, torch.device("cpu"))
+        models = {}
+        for number in stages_of(rank, settings, N_LAYERS):
+            models[number] = on_meta(Toy.Config(n_layers=N_LAYERS))
+            cut_stage(models[number], stages, number)
+        pipeline = layout.pipeline(models, N_MICROBATCHES)
+        assert isinstance(pipeline, Pipeline)
+        return actions(pipeline)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_microbatch_goes_forward_and_back_once(schedule: str):
+    for rank in range(4):
+        order = order_of(schedule, rank)
+        own = {action.stage for action in order}
+        kinds = Counter((action.kind, action.stage) for action in order)
+        place = {action: i for i, action in enumerate(order)}
+        for stage in own:
+            assert kinds["REDUCE_GRAD", stage] == 1
+            for i in range(N_MICROBATCHES):
+                whole, inputs, weights = (Action(kind, stage, i) in place for kind in "BIW")
+                assert whole != inputs and inputs == weights
+                forward = place[Action("F", stage, i)]
+                assert forward < place[Action("B" if whole else "I", stage, i)] < place[Action("REDUCE_GRAD", stage)]
+                assert whole or place[Action("I", stage, i)] < place[Action("W", stage, i)]
+
+
+@pytest.mark.parametrize(("rank", "ahead"), [(0, 4), (1, 3), (3, 1)])
+def test_one_forward_one_backward_after_the_first_forwards(rank: int, ahead: int):
+    kinds = "".join(action.kind[0] for action in order_of("1F1B", rank))
+    assert kinds == "F" * ahead + "BF" * (N_MICROBATCHES - ahead) + "B" * ahead + "R"
+
+
+def test_all_forwards_first():
+    assert "".join(action.kind[0] for action in order_of("GPipe", 2)) == "F" * 8 + "B" * 8 + "R"

@@ -1,0 +1,509 @@
+"""What goes wrong with a run and its checkpoints: the last good one can be loaded, and the message says what to do."""
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from errno import EACCES
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_run import LIMIT_S, N_STEPS, Fault, Launched, kill_at, saved_run
+
+import core.train.folder
+from core.checkpoint.find import find
+from core.checkpoint.index import read_index, read_tensor
+from core.checkpoint.manifest import LAYOUT, Damaged, Progress, digest, read_manifest
+from core.checkpoint.saved import Saved
+from core.checkpoint.saver import Saver
+from core.checkpoint.settings import Checkpoint
+from core.checkpoint.storage import Storage
+from core.config.errors import UserError
+from core.config.record import to_json
+from core.runtime.ranks import Ranks
+from core.testing.ranks import run_ranks
+from core.train.trainer import Trainer
+
+HERE = Path(__file__).parent
+
+
+def hashes(folder: Path, step: int) -> dict[str, str]:
+    """The hashes of the tensors of a checkpoint, by file, as its manifest has them."""
+    files = json.loads((folder / f"checkpoint/step-{step}/manifest.json").read_text())["files"]
+    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
+
+
+def train(run: Trainer.Config, **changes: object) -> None:
+    """Train in this process, with other settings of its checkpoints."""
+    for name, value in changes.items():
+        setattr(run.checkpoint, name, value)
+    run.build().run()
+
+
+def refusal(run: Trainer.Config, **changes: object) -> str:
+    """What the user is told of a run that cannot begin."""
+    try:
+        train(run, **changes)
+    except UserError as error:
+        text = str(error)
+    else:
+        raise AssertionError("nothing was refused")
+    gc.collect()  # with the trainer goes the lock
+    return text
+
+
+def whole_step(run: Trainer.Config) -> int:
+    """The step of the checkpoint that a run goes on from."""
+    assert run.dump_folder is not None
+    found = find(run.checkpoint, run.checkpoint.storage(run.dump_folder), Ranks())
+    return found.manifest.progress.step if found else 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the text is, tokenised once."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> Callable[[int], dict[str, str]]:
+    """The hashes of the last checkpoint of runs that nothing happens to, by the number of ranks."""
+    known: dict[int, dict[str, str]] = {}
+
+    def get(n_ranks: int) -> dict[str, str]:
+        if n_ranks not in known:
+            run = saved_run(folder, f"undisturbed-{n_ranks}")
+            ended = Launched(run, n_ranks=n_ranks).end()
+            assert ended.codes == [0] * n_ranks, ended.texts
+            known[n_ranks] = hashes(Path(str(run.dump_folder)), N_STEPS)
+        return known[n_ranks]
+
+    return get
+
+
+@pytest.fixture
+def run(folder, tmp_path) -> Trainer.Config:
+    """A run in a folder of its own."""
+    run = saved_run(folder)
+    run.dump_folder = str(tmp_path / "run")
+    return run
+
+
+@pytest.fixture
+def saved(run, expected, folder) -> Trainer.Config:
+    """A run with checkpoints of steps 2, 4 and 6."""
+    expected(1)
+    shutil.copytree(folder / "undisturbed-1", Path(str(run.dump_folder)))
+    return run
+
+
+def check_goes_on(run: Trainer.Config, expected: dict[str, str], n_ranks: int) -> None:
+    """A run, started again without its fault, ends where one ends that nothing happened to."""
+    ended = Launched(run, n_ranks=n_ranks).end()
+    assert ended.codes == [0] * n_ranks, ended.texts
+    assert hashes(Path(str(run.dump_folder)), run.training.steps) == expected
+    assert not [name for name in os.listdir(f"{run.dump_folder}/checkpoint") if name.endswith(".tmp")]
+
+
+# Killed
+
+
+def state(step: int) -> dict[str, torch.Tensor]:
+    values = torch.arange(6_000.0).reshape(3, 2_000) + step
+    return {"model.first": values, "model.second": -values, "random.0.cpu": torch.full((9,), step, dtype=torch.uint8)}
+
+
+def saver_in(folder: Path) -> Saver:
+    settings = Checkpoint(enable=True, keep_latest_k=1)
+    return Saver(settings, Ranks(), run_folder=folder, config="{}", export=lambda found, path: None)
+
+
+def save(folder: Path, step: int) -> None:
+    saver_in(folder).save(Progress(step=step), state(step), kind="full", wait=True)
+
+
+def killed(moment: int, folder: Path) -> bool:
+    """Save step 2 in a process that is killed at that moment; gives whether it lived so long."""
+    if (pid := os.fork()) == 0:
+        kill_at(moment)
+        save(folder, 2)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status in (0, signal.SIGKILL), status
+    return status != 0
+
+
+def kill_everywhere(folder: Path) -> list[int]:
+    """The steps that are found whole after a kill at each moment of the save of step 2."""
+    found: list[int] = []
+    while True:
+        save(folder, 1)
+        if not killed(len(found) + 1, folder):
+            return found
+        saver = saver_in(folder)
+        good = saver.find()
+        assert good is not None
+        step = good.manifest.progress.step
+        index = read_index(good.storage, good.folder)
+        for name, values in state(step).items():
+            assert torch.equal(read_tensor(good.storage, good.folder, index[name]), values)
+        saver.set_aside(step)
+        save(folder, step + 1)
+        assert os.listdir(folder / "checkpoint") == [f"step-{step + 1}"]
+        found.append(step)
+        shutil.rmtree(folder)
+
+
+def test_a_save_may_be_killed_at_any_system_call(tmp_path):
+    (found,) = run_ranks(kill_everywhere, 1, tmp_path / "run")
+    assert found == sorted(found) and found.count(1) > 10 and found.count(2) > 3
+
+
+def undisturbed_hashes(folder: Path, n_ranks: int, n_steps: int) -> dict[int, dict[str, str]]:
+    """The hashes of the checkpoint of every step of a run that nothing happens to."""
+    run = saved_run(folder, f"every-step-{n_ranks}", n_steps=n_steps)
+    run.checkpoint.interval, run.checkpoint.keep_latest_k = 1, 0
+    ended = Launched(run, n_ranks=n_ranks).end()
+    assert ended.codes == [0] * n_ranks, ended.texts
+    return {step: hashes(Path(str(run.dump_folder)), step) for step in range(1, n_steps + 1)}
+
+
+def kill_again_and_again(folder: Path, *, n_ranks: int, victims: tuple[int, ...], n_kills: int, n_steps: int) -> str:
+    """Kill ranks of a run that is saved at every step, at random moments, and have it go on after each kill.
+
+    What it finds to go on from is what a run has there that nothing happens to. Says what was hit.
+    """
+    expected = undisturbed_hashes(folder, n_ranks, n_steps)
+    run = saved_run(folder, f"killed-{n_ranks}-{victims}", n_steps=n_steps)
+    run.checkpoint.interval, run.checkpoint.keep_latest_k = 1, 2
+    home = Path(str(run.dump_folder))
+    draw = random.Random(0)
+    in_saves, before = 0, 0
+    for _ in range(n_kills):
+        run.checkpoint.async_mode = draw.choice(["disabled", "async"])
+        launched = Launched(run, n_ranks=n_ranks)
+        launched.until(
+            lambda step=before + 1: (home / f"checkpoint/step-{step}.tmp").exists() or whole_step(run) >= step
+        )
+        time.sleep(draw.uniform(0, 0.2))
+        launched.send(signal.SIGKILL, *victims)
+        t=time.time()
+        ended = launched.end()
+        print("ended after", time.time()-t, run.checkpoint.async_mode, ended)
+        assert all(ended.codes[rank] == -signal.SIGKILL for rank in victims), ended.texts
+        in_saves += any(name.endswith(".tmp") for name in os.listdir(home / "checkpoint"))
+        after = whole_step(run)
+        assert after >= before and (after == 0 or hashes(home, after) == expected[after])
+        before = after
+        if after > n_steps - 20:
+            shutil.rmtree(home)
+            before = 0
+    check_goes_on(run, expected[n_steps], n_ranks)
+    return f"{n_kills} kills of {len(victims)} of {n_ranks}, {in_saves} in the middle of a save: all survived"
+
+
+VICTIMS = pytest.mark.parametrize(
+    ("n_ranks", "victims"), [(1, (0,)), (2, (1,)), (2, (0, 1))], ids=["alone", "one of two", "both"]
+)
+
+
+@VICTIMS
+def test_a_killed_run_goes_on(folder, n_ranks, victims):
+    print(kill_again_and_again(folder, n_ranks=n_ranks, victims=victims, n_kills=3, n_steps=30))
+
+
+@pytest.mark.faults
+@VICTIMS
+def test_a_run_that_is_killed_fifty_times_goes_on(tmp_path, n_ranks, victims):
+    print(kill_again_and_again(tmp_path, n_ranks=n_ranks, victims=victims, n_kills=50, n_steps=300))
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_by_itself_after_a_rank_was_killed(run, expected, tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(to_json(run))
+    fault = {"kind": "SIGKILL", "rank": 1, "step": 5, "once": str(tmp_path / "happened")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)}
+    done = subprocess.run(
+        [*command, str(HERE / "faulty_run.py"), "--config", str(file)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {run.dump_folder}/checkpoint/step-4 after step 4" in done.stdout
+    assert hashes(Path(str(run.dump_folder)), N_STEPS) == expected(2)
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("n_ranks", "name", "mode"), [(1, "SIGINT", "disabled"), (2, "SIGTERM", "async")])
+def test_a_signal_saves_after_the_step_and_ends_all_ranks_well(run, expected, n_ranks, name, mode):
+    run.checkpoint.async_mode = mode
+    ended = Launched(run, n_ranks=n_ranks, fault=Fault(name, rank=n_ranks - 1, step=3)).end()
+    assert ended.codes == [0] * n_ranks, ended.texts
+    cause = name if n_ranks == 1 else "a signal to another rank"
+    assert f"stopped by {cause} after step 3 of 6" in ended.texts[0]
+    assert f"the last checkpoint is {run.dump_folder}/checkpoint/step-3" in ended.texts[0]
+    assert whole_step(run) == 3
+    check_goes_on(run, expected(n_ranks), n_ranks)
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_checkpoint_before(run, expected):
+    launched = Launched(run, n_ranks=2, fault=Fault("hang", rank=1))
+    launched.until((Path(str(run.dump_folder)) / "checkpoint/step-4.tmp/rank-00001.safetensors").exists)
+    launched.send(signal.SIGTERM)
+    time.sleep(0.5)
+    assert all(process.is_alive() for process in launched.processes)
+    launched.send(signal.SIGTERM)
+    ended = launched.end()
+    assert ended.codes[1] == -signal.SIGTERM and ended.codes[0] in (-signal.SIGTERM, 1)
+    assert whole_step(run) == 2
+    check_goes_on(run, expected(2), 2)
+
+
+# Disks and writers that fail
+
+
+@pytest.mark.parametrize(("n_ranks", "mode"), [(1, "async"), (2, "disabled")])
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(run, expected, n_ranks, mode):
+    ended = Launched(run, "--checkpoint.async_mode", mode, n_ranks=n_ranks, fault=Fault("full", rank=n_ranks - 1)).end()
+    assert ended.codes == [2] * n_ranks, ended.texts
+    for text in ended.texts:
+        assert "checkpoint/step-4 could not be saved: No space left on device. The checkpoints before it are" in text
+    assert "Traceback" not in "".join(ended.texts) and whole_step(run) == 2
+    check_goes_on(run, expected(n_ranks), n_ranks)
+
+
+def test_a_writer_that_crashes_behind_the_run_ends_all_ranks_at_a_later_step(run):
+    run.training.steps, run.checkpoint.interval, run.checkpoint.async_mode = 40, 4, "async"
+    run.checkpoint.keep_latest_k = 0
+    ended = Launched(run, n_ranks=2, fault=Fault("crash", rank=1, step=8)).end()
+    assert ended.codes == [1, 1]
+    for text in ended.texts:
+        assert re.search(r"RuntimeError: the writer stumbled\n.*on rank 1$", text, re.MULTILINE)
+    assert "step  9/40" in ended.texts[0] and "step 13/40" not in ended.texts[0]
+    assert whole_step(run) == 4
+
+
+def test_a_folder_without_permission_is_refused_before_the_first_step(run, monkeypatch):
+    def forbid(*args: object, **kwargs: object) -> None:
+        raise PermissionError(EACCES, os.strerror(EACCES))
+
+    assert "cannot write in /proc/checkpoint: No such file or directory; choose" in refusal(
+        run, folder="/proc/checkpoint"
+    )
+    run.checkpoint.folder = "checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "names", forbid)
+        assert refusal(run) == f"{run.dump_folder}/checkpoint cannot be read: Permission denied"
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda file, how: forbid())
+        train(run)
+    shutil.rmtree(str(run.dump_folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "make", forbid)
+        assert "checkpoint/step-2 could not be saved: Permission denied" in refusal(run)
+    train(run)
+    assert whole_step(run) == N_STEPS
+
+
+def test_two_runs_in_one_folder(run, tmp_path):
+    first = Launched(run, fault=Fault("hang"))
+    checkpoints = Path(str(run.dump_folder)) / "checkpoint"
+    first.until((checkpoints / "step-4.tmp/rank-00000.safetensors").exists)
+    holder = f"in use by process {first.processes[0].pid} on {socket.gethostname()}: wait until it ends, or choose"
+    text = refusal(run)
+    assert holder in text and "--dump_folder" in text
+    run.dump_folder = str(tmp_path / "other")
+    text = refusal(run, folder=str(checkpoints))
+    assert holder in text and "--checkpoint.folder" in text
+    assert (checkpoints / "step-4.tmp").exists()
+    first.send(signal.SIGKILL)
+    first.end()
+    assert whole_step(run) == 2
+
+
+# Checkpoints that are damaged
+
+
+def cut(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1)
+
+
+def flip(file: Path, at: float) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(at * (len(data) - 1))] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "cut": ("rank-00000.safetensors", cut, "has 868,491 bytes, not 868,492"),
+    "cut to nothing": ("rank-00000.safetensors", lambda file: os.truncate(file, 0), "has 0 bytes, not 868,492"),
+    "first byte": ("rank-00000.safetensors", lambda file: flip(file, 0), "has other bytes than were written"),
+    "a byte": ("rank-00000.safetensors", lambda file: flip(file, 0.6), "has other bytes than were written"),
+    "last byte": ("rank-00000.safetensors", lambda file: flip(file, 1), "has other bytes than were written"),
+    "a byte of the index": ("tensors.json", lambda file: flip(file, 0.5), "has other bytes than were written"),
+    "a byte of the settings": ("config.json", lambda file: flip(file, 0.5), "has other bytes than were written"),
+    "manifest cut": ("manifest.json", lambda file: os.truncate(file, 100), "cannot be read: JSONDecodeError"),
+    "manifest empty": ("manifest.json", lambda file: os.truncate(file, 0), "cannot be read: JSONDecodeError"),
+    "no tensors": ("rank-00000.safetensors", os.remove, "is missing"),
+    "no index": ("tensors.json", os.remove, "is missing"),
+    "no settings": ("config.json", os.remove, "is missing"),
+    "no manifest": ("manifest.json", os.remove, "there is no manifest.json: it was never finished"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(saved, caplog, name):
+    file, damage, words = DAMAGES[name]
+    newest = Path(f"{saved.dump_folder}/checkpoint/step-6")
+    damage(newest / file)
+    logging.getLogger("armature").addHandler(caplog.handler)
+    assert whole_step(saved) == 4
+    logging.getLogger("armature").removeHandler(caplog.handler)
+    (said,) = caplog.messages
+    assert said.startswith(f"{newest} is damaged and passed over: ") and file in said and words in said
+    text = refusal(saved, load_step=6)
+    assert text.startswith(f"{newest} is damaged: ") and words in text
+
+
+def test_any_flipped_bit_of_a_manifest_is_found(saved):
+    storage = Storage(f"{saved.dump_folder}/checkpoint")
+    file = Path(storage.root) / "step-6/manifest.json"
+    good, said = read_manifest(storage, "step-6"), file.read_bytes()
+    for i in range(8 * len(said)):
+        data = bytearray(said)
+        data[i // 8] ^= 1 << i % 8
+        file.write_bytes(data)
+        try:
+            assert read_manifest(storage, "step-6") == good
+        except Damaged:
+            pass
+
+
+def test_a_run_goes_on_from_the_one_before_and_comes_to_the_same_end(saved, expected, capsys):
+    cut(Path(f"{saved.dump_folder}/checkpoint/step-6/rank-00000.safetensors"))
+    train(saved)
+    said = capsys.readouterr().out
+    assert "step-6 is damaged and passed over: rank-00000.safetensors has 868,491 bytes" in said
+    assert "step-6 is now replaced-step-6-1" in said
+    assert hashes(Path(str(saved.dump_folder)), N_STEPS) == expected(1) and whole_step(saved) == N_STEPS
+
+
+def test_without_one_that_is_whole_nothing_begins_anew(saved):
+    for step in (2, 4, 6):
+        flip(Path(f"{saved.dump_folder}/checkpoint/step-{step}/tensors.json"), 0.5)
+    before = sorted(os.listdir(f"{saved.dump_folder}/checkpoint"))
+    text = refusal(saved)
+    assert text == (
+        f"no checkpoint in {saved.dump_folder}/checkpoint is whole (step-6, step-4, step-2): choose another folder to "
+        "begin anew"
+    )
+    assert sorted(os.listdir(f"{saved.dump_folder}/checkpoint")) == before
+
+
+def test_an_empty_folder_is_no_run_to_go_on_with(run):
+    Path(f"{run.dump_folder}/checkpoint").mkdir(parents=True)
+    words = f"checkpoint.resume must, and {run.dump_folder}/checkpoint holds no checkpoint: use auto to begin anew"
+    assert refusal(run, resume="must") == words
+    shutil.rmtree(str(run.dump_folder))
+    assert refusal(run) == words
+
+
+# Checkpoints of something else
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
+    saved.model.dim = 32
+    text = refusal(saved)
+    assert "checkpoint/step-6 is of another run:\n  model.dim 16 -> 32\nundo that, choose another folder, or" in text
+    text = refusal(saved, allow_config_change=True)
+    assert "step-6 does not fit this run:" in text
+    assert "model.layers.0.attention.wq.weight has shape [32, 16], here [32, 32]" in text
+    place, saved.dump_folder = saved.dump_folder, str(tmp_path / "other")
+    text = refusal(saved, initial_load_path=place)
+    assert "step-6 does not fit this run:" in text and "\n  and " in text
+
+
+def test_a_text_that_has_changed_since_is_refused(tmp_path):
+    run = saved_run(tmp_path, n_steps=2)
+    train(run)
+    (tmp_path / "text/100.txt").write_text("one bottle\n")
+    assert "step-2 is of another run:\n  the text or the tokenizer has changed since\nundo that" in refusal(run)
+    train(run, allow_config_change=True)
+
+
+def signed(checkpoint: Path, **changes: object) -> None:
+    """Change what a manifest says, and have it vouch for that."""
+    said = {**json.loads((checkpoint / "manifest.json").read_text()), **changes}
+    del said["digest"]
+    (checkpoint / "manifest.json").write_text(json.dumps({**said, "digest": digest(said)}))
+
+
+def test_a_checkpoint_of_a_newer_layout_is_refused(saved):
+    newest = Path(f"{saved.dump_folder}/checkpoint/step-6")
+    signed(newest, layout=LAYOUT + 1)
+    words = f"{newest} was written in layout {LAYOUT + 1}, and this version reads up to {LAYOUT}: update armature-core"
+    assert refusal(saved) == words
+
+
+# Checkpoints that mean harm
+
+
+@pytest.mark.parametrize("name", ["../run.json", "/etc/hostname", "hf/../../../run.json", "..", "..\\run.json"])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(saved, name):
+    newest = Path(f"{saved.dump_folder}/checkpoint/step-6")
+    signed(newest, files={name: {"n_bytes": 1, "sha256": "0" * 64}})
+    assert whole_step(saved) == 4
+    assert f"manifest.json names {name!r}, which is no file in the folder" in refusal(saved, load_step=6)
+
+
+@pytest.mark.parametrize("name", ["../step-4/rank-00000.safetensors", "/etc/hostname", ".."])
+def test_an_index_that_names_a_file_elsewhere_is_refused(saved, name):
+    newest = Path(f"{saved.dump_folder}/checkpoint/step-6")
+    index = (newest / "tensors.json").read_text().replace("rank-00000.safetensors", name)
+    (newest / "tensors.json").write_text(index)
+    written = {"n_bytes": len(index), "sha256": hashlib.sha256(index.encode()).hexdigest()}
+    signed(newest, files={**json.loads((newest / "manifest.json").read_text())["files"], "tensors.json": written})
+    words = f"{newest}/tensors.json names {name!r}, which is no file in the folder"
+    assert words in refusal(saved)
+    with pytest.raises(UserError, match="which is no file in the folder"):
+        Saved(newest)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os._exit, (86,)
+
+
+def test_nothing_is_unpickled(saved, expected, monkeypatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("unpickled")
+
+    checkpoints = Path(f"{saved.dump_folder}/checkpoint")
+    shutil.rmtree(checkpoints / "step-6")
+    for name in (".metadata", "rank.pt", "__0_0.distcp"):
+        (checkpoints / "step-4" / name).write_bytes(pickle.dumps(Bomb()))
+    for module in (pickle, torch.serialization.pickle, torch):
+        for name in ("load", "loads", "Unpickler"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, refuse)
+    train(saved)
+    assert hashes(checkpoints.parent, N_STEPS) == expected(1)
