@@ -161,6 +161,8 @@ class Launched:
         file.write_text(to_json(run))
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.outputs = [self.folder.with_suffix(f".rank-{rank}.txt") for rank in range(n_ranks)]
+        for output in self.outputs:
+            output.unlink(missing_ok=True)
         self.processes = [
             context.Process(target=become_rank, args=(["--config", str(file), *words], environ, output, fault))
             for environ, output in zip(environs(n_ranks, self._store.port), self.outputs, strict=True)
@@ -187,10 +189,12 @@ class Launched:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def end(self) -> Ended:
-        """How it ends by itself; what takes too long is killed."""
+    def end(self, grace_s: float = LIMIT_S) -> Ended:
+        """How it ends by itself; what takes too long, or this long after the first failure, is killed."""
         deadline = time.monotonic() + LIMIT_S
         while running := [process for process in self.processes if process.is_alive()]:
+            if any(process.exitcode for process in self.processes):
+                deadline, grace_s = min(deadline, time.monotonic() + grace_s), LIMIT_S
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
             connection.wait([process.sentinel for process in running], 0.1)

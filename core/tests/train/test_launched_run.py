@@ -136,7 +136,13 @@ def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, tensor):
     assert ended.codes == [0, 0], ended.texts
     folder = tmp_path / "run"
     assert same(folder, alone)
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json", "logs", "metrics.jsonl", "torchrun-id"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "config.json",
+        "logs",
+        "metrics.jsonl",
+        "torchrun-id",
+    ]
     assert ended.texts[1] == "" and ended.texts[0].count("tokenises here") == 1
     assert "2 (tensor 2)" in ended.texts[0] if tensor == 2 else "2 (shard 2)" in ended.texts[0]
     logs = [(folder / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]

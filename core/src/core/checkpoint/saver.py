@@ -100,9 +100,9 @@ class Saver:
     def save(self, progress: Progress, tensors: Mapping[str, Tensor], *, kind: Kind, wait: bool) -> None:
         """Save a step; with an `async_mode`, unless told to `wait`, the writing goes on behind the call.
 
-        An earlier save is waited for. Raises `UserError` for what keeps this or that one from being written.
+        An earlier one must have been waited for. Raises `UserError` for what keeps this one from being written.
         """
-        self.wait()
+        assert self._running is None, "an earlier save is still going on: `wait` for it"
         if kind == "model":
             tensors = {name: self._exported(tensor) for name, tensor in tensors.items() if name.startswith("model.")}
         if self.settings.async_mode == "disabled" or wait:

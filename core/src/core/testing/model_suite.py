@@ -33,6 +33,7 @@ from core.parallel.settings import Parallelism
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.key_suite import KeySuite
 from core.testing.layout_suite import LayoutSuite
+from core.testing.resume_suite import ResumeSuite
 from core.testing.toy import on_cpu, on_meta, randomise
 from core.train.loss import cross_entropy
 from core.train.trainer import Trainer
@@ -40,9 +41,9 @@ from core.train.trainer import Trainer
 FLOPS_SEQ_LEN = 4096
 
 
-class ModelSuite(KeySuite, LayoutSuite):
+class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
     """The tests of a model package. Derive a class named Test... from this one and fill in its attributes,
-    and those of `KeySuite` and `LayoutSuite`."""
+    and those of `KeySuite`, `LayoutSuite` and `ResumeSuite`."""
 
     configs: ClassVar[ModuleType]
     """The module of its recipes; those of other models of the package are left to their own suite."""
@@ -260,12 +261,6 @@ class ModelSuite(KeySuite, LayoutSuite):
         """Names of the recipes whose model is this suite's."""
         found = recipes(self.configs).items()
         return [name for name, recipe in found if isinstance(cast(Trainer.Config, recipe()).model, self.decoder.Config)]
-
-    def run_config(self, recipe: str) -> Trainer.Config:
-        """The run that a recipe of ours describes."""
-        config = recipes(self.configs)[recipe]()
-        assert isinstance(config, Trainer.Config)
-        return config
 
 
 def random_tokens(config: Decoder.Config) -> Tensor:

@@ -48,8 +48,6 @@ class Keeper:
         """How far the run had come before."""
         if self.found is not None:
             self._go_on(self.found)
-        self.saver.set_aside(self.start.step)
-        ranks.first(lambda: carry_on(folder, self.start.step))
         self._last = self.start.step
 
     def progress(self, step: int, validation_loss: float | None = None) -> Progress:
@@ -65,7 +63,7 @@ class Keeper:
         )
 
     def restore(self, parts: Parts, optimizer: Optimizer) -> None:
-        """Fill the parts of this rank with what the run goes on from, or begins with."""
+        """Fill the parts of this rank with what the run goes on from, or begins with; then make room in the folder."""
         self._weights, self._optimizer = model_tensors(parts.models), optimizer
         left = self.settings.exclude_from_loading
         if self.found is not None:
@@ -79,6 +77,8 @@ class Keeper:
         elif self.settings.initial_load_path is not None:
             self._begin_with(self.settings.initial_load_path)
             log.info(f"beginning with the weights of {self.settings.initial_load_path}")
+        self.saver.set_aside(self.start.step)
+        self.ranks.first(lambda: carry_on(self.folder, self.start.step))
 
     def after_step(self, step: int, *, last: bool, stopping: bool, validation_loss: float | None) -> float:
         """Save the run, if it is time; gives the seconds that it took."""
