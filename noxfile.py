@@ -95,6 +95,14 @@ def matrix(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *tests, "-m", "layout or matrix", *session.posargs, env=threads)
 
 
+@nox.session(default=False, requires=["shared"])
+def faults(session: nox.Session) -> None:
+    """Kill runs at random moments of their saves, fifty times in each of three ways, and have them go on (minutes)."""
+    install(session, "core")
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    session.run("python", "-m", "pytest", "core/tests", "-m", "faults", "-rP", *session.posargs, env=threads)
+
+
 def run_debug(session: nox.Session, model: str, *options: str) -> None:
     """Train a model's debug recipe in a folder outside the checkout."""
     with tempfile.TemporaryDirectory() as away, session.chdir(away):

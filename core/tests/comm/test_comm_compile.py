@@ -71,7 +71,6 @@ def compiled_and_eager(carrier: str, settings: dict[str, Any]) -> list[Any]:
         ("deepep reference", {}),
         ("hybridep reference", {"pad_multiple": 2}),
         ("hybridep reference", {"capacity_factor": 1.0, "pad_multiple": 2}),
-        ("deepep v1", {}),
         ("deepep v2.1", {}),
         ("hybridep 11", {"capacity_factor": 1.0, "pad_multiple": 2}),
     ],

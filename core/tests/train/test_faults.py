@@ -196,7 +196,8 @@ def kill_again_and_again(
         run.checkpoint.async_mode = draw.choice(["disabled", "async"])
         launched = Launched(run, n_ranks=n_ranks)
         launched.says(f"step {before + 1:>{len(str(last))}}/{last}")
-        launched.until((home / f"checkpoint/step-{before or 1}").exists)
+        if before == 0:  # records without a checkpoint are no run to go on with
+            launched.until((home / "checkpoint/step-1").exists)
         time.sleep(draw.uniform(0, 0.3))
         launched.send(signal.SIGKILL, *victims)
         ended = launched.end(grace_s=0.5)
@@ -226,14 +227,14 @@ def every_step(folder) -> Callable[[int, int], dict[int, dict[str, str]]]:
 @VICTIMS
 def test_a_killed_run_goes_on(run, every_step, n_ranks, victims):
     run.training.steps = 30
-    print(kill_again_and_again(run, every_step(n_ranks, 30), victims, 3))
+    print(kill_again_and_again(run, every_step(n_ranks, 30), victims, 2))
 
 
 @pytest.mark.faults
 @VICTIMS
 def test_a_run_that_is_killed_fifty_times_goes_on(run, every_step, n_ranks, victims):
-    run.training.steps = 300
-    print(kill_again_and_again(run, every_step(n_ranks, 300), victims, 50))
+    run.training.steps = 100
+    print(kill_again_and_again(run, every_step(n_ranks, 100), victims, 50))
 
 
 @pytest.mark.slow
@@ -392,13 +393,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, caplog, name):
     assert text.startswith(f"{newest} is damaged: ") and words in text
 
 
-def test_any_flipped_bit_of_a_manifest_is_found(saved):
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(saved):
     storage = Storage(f"{saved.dump_folder}/checkpoint")
     file = Path(storage.root) / "step-6/manifest.json"
     good, said = read_manifest(storage, "step-6"), file.read_bytes()
-    for i in range(8 * len(said)):
+    for i in range(len(said)):
         data = bytearray(said)
-        data[i // 8] ^= 1 << i % 8
+        data[i] ^= 1 << i % 8
         file.write_bytes(data)
         try:
             assert read_manifest(storage, "step-6") == good

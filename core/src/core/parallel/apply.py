@@ -42,7 +42,7 @@ def parallelize(
     if degrees.tensor > 1:
         apply_tensor(model, views.weight["tensor"])
         if settings.enable_async_tensor_parallel:
-            overlap(views.weight["tensor"].get_group())
+            overlap()
     if degrees.expert > 1:
         apply_expert(model, views.expert["expert"], dispatcher)
     if degrees.context > 1:
@@ -54,13 +54,11 @@ def parallelize(
     apply_data(model, views, compute_dtype=compute_dtype, settings=settings)
 
 
-def overlap(group: ProcessGroup) -> None:
+def overlap() -> None:
     """Let torch.compile cut products and their communication into pieces that overlap (GPUs with symmetric memory)."""
     import torch._inductor.config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(group.group_name)
 
 
 def sum_over_rows(model: Decoder, views: Views) -> None:

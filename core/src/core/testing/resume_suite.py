@@ -1,5 +1,6 @@
 """A run that stops and goes on is the run that never stopped. Part of `core.testing.model_suite`."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +8,18 @@ from pydoc_data.topics import topics
 from types import ModuleType
 from typing import Any, ClassVar
 
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.checkpoint import convert
+from core.checkpoint.files import SINGLE
 from core.checkpoint.settings import Checkpoint
 from core.config.cli import recipes
+from core.config.errors import UserError
+from core.config.record import from_json, to_json
+from core.parallel.settings import Parallelism
+from core.testing.ranks import run_ranks
 from core.train.settings import Training
 from core.train.trainer import Trainer
 from core.train.validate import Validator
@@ -38,6 +49,39 @@ class ResumeSuite:
         assert measured(tmp_path / "again") == measured(tmp_path / "whole")
         assert len(measured(tmp_path / "whole")) == 4
 
+    def test_what_a_run_leaves_goes_to_hugging_face_and_back(self, tmp_path: Path) -> None:
+        """The last checkpoint's export and that of `convert` are equal, and what a new run begins with on two ranks;
+        weights in few bits must be asked for."""
+        run = self.interrupted(tmp_path / "run")
+        run.training.steps = 2
+        run.checkpoint = Checkpoint(enable=True, last_save_model_only=True, last_save_in_hf=True)
+        first = run.build()
+        first.run()
+        left, converted = tmp_path / "run/checkpoint/step-2/hf", tmp_path / "converted"
+        family = {first.parts.models[0].to_hf_config()["model_type"]: type(first.parts.models[0])}
+        convert.main(family, ["to-hf", str(tmp_path / "run"), str(converted)])
+        for name in (SINGLE, "config.json"):
+            assert (converted / name).read_bytes() == (left / name).read_bytes()
+        again = self.interrupted(tmp_path / "again")
+        again.checkpoint = Checkpoint(enable=True, initial_load_path=str(left), initial_load_in_hf=True)
+        sparse = hasattr(again.model, "moe")
+        again.parallelism = Parallelism(tensor_parallel_degree=2, expert_parallel_degree=2 if sparse else 1)
+        for began in run_ranks(weights_at_start, 2, to_json(again)):
+            assert all(torch.equal(began[name], weight) for name, weight in first.parts.named_parameters())
+        tensors = load_file(converted / SINGLE)
+        for name in [name for name in tensors if "_proj.weight" in name and tensors[name].dim() == 2]:
+            tensors[name], blocks = tensors[name].to(torch.float8_e4m3fn), [-(-n // 128) for n in tensors[name].shape]
+            tensors[f"{name}_scale_inv"] = torch.ones(blocks)
+        save_file(tensors, converted / SINGLE, metadata={"format": "pt"})
+        again.checkpoint.initial_load_path, again.parallelism = str(converted), Parallelism()
+        with pytest.raises(UserError, match="in few bits: add --checkpoint.initial_load_in_hf_quantized to decode"):
+            again.build()
+        gc.collect()  # and with the run the lock of its folder
+        again.checkpoint.initial_load_in_hf_quantized = True
+        decoded = dict(again.build().parts.named_parameters())
+        wq = next(weight for name, weight in decoded.items() if name.endswith("wo.weight"))
+        assert torch.equal(wq, wq.to(torch.float8_e4m3fn).float()) and wq.any()
+
     def interrupted(self, folder: Path) -> Trainer.Config:
         """A small run of the model: four steps of two microbatches, saved and validated every second."""
         text = folder.parent / "topics.txt"
@@ -56,6 +100,12 @@ class ResumeSuite:
         config = recipes(self.configs)[recipe]()
         assert isinstance(config, Trainer.Config)
         return config
+
+
+def weights_at_start(run: str) -> dict[str, Any]:
+    """The weights that a rank begins a run with, put together over all ranks."""
+    named = from_json(run).build().parts.named_parameters()
+    return {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in named}
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,204 @@
+"""What saving, verifying and loading a checkpoint cost: our saver beside torch.save, plain dcp.save and the bare disk.
+
+    pip install models/qwen3
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/checkpoint_cpu.py
+
+All save the same tensors, flush them to the disk, and load them again, in turns in one process; between turns the disk
+comes to rest. Ours also hashes what it writes, reads it back and compares, and renames the folder; loading with it
+verifies first. The bare disk is one write of as many bytes from memory, flushed, and one read. Ratios are of wall times
+to those of plain dcp, per round of turns: median (lowest to highest); below 1 is faster. A file that a verification
+reads twice ends the run.
+
+Then steps of a small model, of which every tenth is saved: the stall is what the loop waits for the saver, as a share
+of all steps; `all told` is what the steps between take longer as well, while the writing goes on behind them.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from side_by_side import make_trainer
+from torch import Tensor
+
+from core.checkpoint.find import Found
+from core.checkpoint.manifest import Progress
+from core.checkpoint.saver import Saver
+from core.checkpoint.settings import Checkpoint
+from core.runtime.ranks import Ranks
+from core.train.state import model_tensors, optimizer_tensors
+
+State = dict[str, Tensor]
+INTERVAL = 10
+
+
+def state(mib: int) -> State:
+    """Weights and two moments of layers of four matrices each, of so many MiB in all."""
+    n_layers = max(1, mib // 48)
+    shapes = {f"layers.{i}.w{j}": (1024, 1024) for i in range(n_layers) for j in range(4)}
+    kinds = ("model", "optimizer.first", "optimizer.second")
+    return {f"{kind}.{name}": torch.randn(shape) for kind in kinds for name, shape in shapes.items()}
+
+
+class Ours:
+    def __init__(self, folder: Path) -> None:
+        settings = Checkpoint(enable=True, keep_latest_k=1)
+        self.saver = Saver(settings, Ranks(), run_folder=folder, config="{}", export=lambda found, path: None)
+        self.step = 0
+
+    def save(self, tensors: State) -> None:
+        self.step += 1
+        self.saver.save(Progress(step=self.step), tensors, kind="full", wait=True)
+
+    def find(self) -> Found:
+        found = self.saver.find()
+        assert found is not None
+        return found
+
+    def load(self, tensors: State) -> None:
+        self.saver.load(self.find(), tensors)
+
+    def check_reads(self) -> None:
+        """Every file of a checkpoint is read once when it is verified."""
+        opened: list[str] = []
+        fs: Any = self.saver.storage.fs
+        undisturbed = fs.open
+        fs.open = lambda path, *args, **options: (opened.append(path), undisturbed(path, *args, **options))[1]
+        found = self.find()
+        del fs.open
+        names = sorted(path.rpartition("/")[2] for path in opened)
+        assert names == sorted([*found.manifest.files, "manifest.json"]), f"read: {names}"
+
+
+class Torch:
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "state.pt"
+
+    def save(self, tensors: State) -> None:
+        with self.file.open("wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load(self, tensors: State) -> None:
+        for name, values in torch.load(self.file, weights_only=True).items():
+            tensors[name].copy_(values)
+
+
+class Plain:
+    """torch.distributed.checkpoint as it comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "dcp"
+
+    def save(self, tensors: State) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        dcp.save(tensors, checkpoint_id=self.folder, no_dist=True)
+
+    def load(self, tensors: State) -> None:
+        dcp.load(tensors, checkpoint_id=self.folder, no_dist=True)
+
+
+class Disk:
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "bytes"
+        self.bytes = bytearray()
+
+    def save(self, tensors: State) -> None:
+        if not self.bytes:
+            self.bytes = bytearray(sum(tensor.nbytes for tensor in tensors.values()))
+        with self.file.open("wb", buffering=0) as file:
+            file.write(self.bytes)
+            os.fsync(file.fileno())
+
+    def load(self, tensors: State) -> None:
+        with self.file.open("rb", buffering=0) as file:
+            file.readinto(self.bytes)
+
+
+def seconds(do: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    do()
+    return time.perf_counter() - began
+
+
+def compare(folder: Path, mib: int, rounds: int) -> None:
+    tensors = state(mib)
+    n_mib = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+    contenders = {"armature": Ours(folder), "plain dcp": Plain(folder), "torch": Torch(folder), "disk": Disk(folder)}
+    taken: dict[str, dict[str, list[float]]] = {"save": {}, "load": {}}
+    for number in range(rounds + 1):
+        for name, contender in contenders.items():
+            target = {key: torch.zeros_like(value) for key, value in tensors.items()}
+            os.sync()
+            times = {"save": seconds(lambda c=contender: c.save(tensors))}
+            times["load"] = seconds(lambda c=contender, t=target: c.load(t))
+            if name != "disk":
+                assert all(torch.equal(target[key], value) for key, value in tensors.items()), name
+            if number > 0:
+                for way, wall in times.items():
+                    taken[way].setdefault(name, []).append(wall)
+    ours = contenders["armature"]
+    assert isinstance(ours, Ours)
+    ours.check_reads()
+    print(f"{n_mib:,.0f} MiB in {len(tensors)} tensors\n{'':18}{'MiB/s':>8}  time against plain dcp")
+    for way, times in taken.items():
+        for name, own in times.items():
+            row = sorted(a / b for a, b in zip(own, times["plain dcp"], strict=True))
+            speed = n_mib / statistics.median(own)
+            print(f"{way + ' ' + name:18}{speed:>8,.0f}  {statistics.median(row):.2f} ({row[0]:.2f} to {row[-1]:.2f})")
+
+
+def stall(folder: Path, rounds: int) -> None:
+    trainer = make_trainer(folder / "trainer", argparse.Namespace(rows=4, length=256), mode="none")
+    saver = trainer.keeper.saver
+    tensors = model_tensors(trainer.parts.models) | optimizer_tensors(trainer.optimizer)
+    waits: dict[str, list[float]] = {}
+    walls: dict[str, list[float]] = {}
+    step = 0
+    for _ in range(rounds + 1):
+        for mode in ("nothing", "disabled", "async"):
+            os.sync()
+            waited, began = 0.0, time.perf_counter()
+            for number in range(INTERVAL):
+                step += 1
+                trainer.step(step)
+                if number == 0 and mode != "nothing":
+                    saver.settings.async_mode = mode
+                    progress = trainer.keeper.progress(step)
+                    waited += seconds(lambda p=progress: saver.save(p, tensors, kind="full", wait=False))
+            waited += seconds(saver.wait)
+            walls.setdefault(mode, []).append(time.perf_counter() - began)
+            waits.setdefault(mode, []).append(waited)
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+    step_s = statistics.median(walls["nothing"][1:]) / INTERVAL
+    print(f"\n{size:,.0f} MiB saved every {INTERVAL} steps of {step_s:.2f} s\n{'async_mode':18}{'stall':>8}  all told")
+    for mode in ("disabled", "async"):
+        shares = [wait / wall for wait, wall in zip(waits[mode][1:], walls["nothing"][1:], strict=True)]
+        more = sorted(a / b - 1 for a, b in zip(walls[mode][1:], walls["nothing"][1:], strict=True))
+        told = f"{statistics.median(more):.1%} ({more[0]:.1%} to {more[-1]:.1%})"
+        print(f"{mode:18}{statistics.median(shares):>8.1%}  {told}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=384, help="size of the state")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder), args.mib, args.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        stall(Path(folder), args.rounds)
+
+
+if __name__ == "__main__":
+    main()
