@@ -3,11 +3,11 @@
     pip install models/qwen3
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/checkpoint_cpu.py
 
-All save the same tensors, flush them to the disk, and load them again, in turns in one process; between turns the disk
-comes to rest. Ours also hashes what it writes, reads it back and compares, and renames the folder; loading with it
-verifies first. The bare disk is one write of as many bytes from memory, flushed, and one read. Ratios are of wall times
-to those of plain dcp, per round of turns: median (lowest to highest); below 1 is faster. A file that a verification
-reads twice ends the run.
+All save the same tensors, flush them to the disk, remove what they saved before, and load them again, in turns in one
+process; between turns the disk comes to rest. Ours also hashes what it writes, reads it back and compares; loading with
+it verifies first. The bare disk is one write of as many bytes from memory, flushed, and one read. Ratios are to plain
+dcp, of wall and of CPU times, per round of turns: median (lowest to highest); below 1 is faster. A file that a
+verification reads twice ends the run.
 
 Then steps of a small model, of which every tenth is saved: the stall is what the loop waits for the saver, as a share
 of all steps; `all told` is what the steps between take longer as well, while the writing goes on behind them.
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from side_by_side import make_trainer
+from side_by_side import make_trainer, ratios
 from torch import Tensor
 
 from core.checkpoint.find import Found
@@ -78,63 +78,73 @@ class Ours:
         assert names == sorted([*found.manifest.files, "manifest.json"]), f"read: {names}"
 
 
-class Torch:
+class Other:
+    """Another way to save, which keeps what it saved last until the next is written, as ours does."""
+
     def __init__(self, folder: Path) -> None:
-        self.file = folder / "state.pt"
+        self.old, self.new = folder / "old", folder / "new"
 
     def save(self, tensors: State) -> None:
-        with self.file.open("wb") as file:
+        self.new.mkdir(parents=True)
+        self.write(tensors)
+        shutil.rmtree(self.old, ignore_errors=True)
+        self.new.rename(self.old)
+
+    def write(self, tensors: State) -> None:
+        raise NotImplementedError
+
+    def load(self, tensors: State) -> None:
+        raise NotImplementedError
+
+
+class Torch(Other):
+    def write(self, tensors: State) -> None:
+        with (self.new / "state.pt").open("wb") as file:
             torch.save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
 
     def load(self, tensors: State) -> None:
-        for name, values in torch.load(self.file, weights_only=True).items():
+        for name, values in torch.load(self.old / "state.pt", weights_only=True).items():
             tensors[name].copy_(values)
 
 
-class Plain:
-    """torch.distributed.checkpoint as it comes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "dcp"
-
-    def save(self, tensors: State) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        dcp.save(tensors, checkpoint_id=self.folder, no_dist=True)
+class Plain(Other):
+    def write(self, tensors: State) -> None:
+        dcp.save(tensors, checkpoint_id=self.new, no_dist=True)
 
     def load(self, tensors: State) -> None:
-        dcp.load(tensors, checkpoint_id=self.folder, no_dist=True)
+        dcp.load(tensors, checkpoint_id=self.old, no_dist=True)
 
 
-class Disk:
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "bytes"
-        self.bytes = bytearray()
+class Disk(Other):
+    bytes = bytearray()
 
-    def save(self, tensors: State) -> None:
+    def write(self, tensors: State) -> None:
         if not self.bytes:
             self.bytes = bytearray(sum(tensor.nbytes for tensor in tensors.values()))
-        with self.file.open("wb", buffering=0) as file:
+        with (self.new / "bytes").open("wb", buffering=0) as file:
             file.write(self.bytes)
             os.fsync(file.fileno())
 
     def load(self, tensors: State) -> None:
-        with self.file.open("rb", buffering=0) as file:
+        with (self.old / "bytes").open("rb", buffering=0) as file:
             file.readinto(self.bytes)
 
 
-def seconds(do: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def seconds(do: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds; CPU time counts all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
     do()
-    return time.perf_counter() - began
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def compare(folder: Path, mib: int, rounds: int) -> None:
     tensors = state(mib)
     n_mib = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
-    contenders = {"armature": Ours(folder), "plain dcp": Plain(folder), "torch": Torch(folder), "disk": Disk(folder)}
-    taken: dict[str, dict[str, list[float]]] = {"save": {}, "load": {}}
+    kinds = {"armature": Ours, "plain dcp": Plain, "torch": Torch, "disk": Disk}
+    contenders = {name: kind(folder / name) for name, kind in kinds.items()}
+    taken: dict[str, dict[str, list[tuple[float, float]]]] = {"save": {}, "load": {}}
     for number in range(rounds + 1):
         for name, contender in contenders.items():
             target = {key: torch.zeros_like(value) for key, value in tensors.items()}
@@ -144,17 +154,16 @@ def compare(folder: Path, mib: int, rounds: int) -> None:
             if name != "disk":
                 assert all(torch.equal(target[key], value) for key, value in tensors.items()), name
             if number > 0:
-                for way, wall in times.items():
-                    taken[way].setdefault(name, []).append(wall)
+                for way, clocks in times.items():
+                    taken[way].setdefault(name, []).append(clocks)
     ours = contenders["armature"]
     assert isinstance(ours, Ours)
     ours.check_reads()
-    print(f"{n_mib:,.0f} MiB in {len(tensors)} tensors\n{'':18}{'MiB/s':>8}  time against plain dcp")
+    print(f"{n_mib:,.0f} MiB in {len(tensors)} tensors\n{'':18}{'MiB/s':>8}  {'wall time':24}CPU time")
     for way, times in taken.items():
-        for name, own in times.items():
-            row = sorted(a / b for a, b in zip(own, times["plain dcp"], strict=True))
-            speed = n_mib / statistics.median(own)
-            print(f"{way + ' ' + name:18}{speed:>8,.0f}  {statistics.median(row):.2f} ({row[0]:.2f} to {row[-1]:.2f})")
+        for name, shown in ratios(times, to="plain dcp", faster=False).items():
+            speed = n_mib / statistics.median(wall for wall, _ in times[name])
+            print(f"{way + ' ' + name:18}{speed:>8,.0f}  {shown}")
 
 
 def stall(folder: Path, rounds: int) -> None:
@@ -174,8 +183,8 @@ def stall(folder: Path, rounds: int) -> None:
                 if number == 0 and mode != "nothing":
                     saver.settings.async_mode = mode
                     progress = trainer.keeper.progress(step)
-                    waited += seconds(lambda p=progress: saver.save(p, tensors, kind="full", wait=False))
-            waited += seconds(saver.wait)
+                    waited += seconds(lambda p=progress: saver.save(p, tensors, kind="full", wait=False))[0]
+            waited += seconds(saver.wait)[0]
             walls.setdefault(mode, []).append(time.perf_counter() - began)
             waits.setdefault(mode, []).append(waited)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20

@@ -37,7 +37,7 @@ class Fault:
     """What goes wrong on one rank: in its writing of a step, or, for a signal that it sends itself, in front of it."""
 
     kind: str
-    """full, crash, hang, or the name of a signal."""
+    """full, crash, hang, lie, or the name of a signal."""
     rank: int = 0
     step: int = 4
     once: str = ""
@@ -45,30 +45,34 @@ class Fault:
 
 
 class Disk:
-    """A stream in whose long writes something goes wrong half-way."""
+    """A stream that asks before each write; `before` may write some of it, and end there."""
 
-    def __init__(self, stream: Any, go_wrong: Callable[[], None]) -> None:
-        self.stream, self.go_wrong = stream, go_wrong
+    def __init__(self, stream: Any, before: Callable[[Any, Any], None]) -> None:
+        self.stream, self.before = stream, before
 
     def write(self, data: Any) -> None:
-        if len(data) < 1000:
-            self.stream.write(data)
-            return
-        self.stream.write(data[: len(data) // 2])
-        self.stream.flush()
-        self.go_wrong()
-        self.stream.write(data[len(data) // 2 :])
+        self.before(self.stream, data)
+        self.stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
-def write_through(disk: Callable[[Any], Any], chosen: Callable[[str], bool]) -> None:
-    """From here on the chosen files of checkpoints are written through such a disk."""
+def write_half(stream: Any, data: Any) -> None:
+    """Leave the first half of the data in the file."""
+    stream.write(data[: len(data) // 2])
+    stream.flush()
+
+
+def ask(before: Callable[[Any, Any], None], chosen: Callable[[str], bool]) -> None:
+    """From here on the chosen files of checkpoints are written to a disk that asks."""
     create = Storage.create
 
     @contextmanager
     def create_so(storage: Storage, name: str) -> Iterator[Digest]:
         with create(storage, name) as file:
             if chosen(name):
-                file.stream = disk(file.stream)
+                file.stream = Disk(file.stream, before)  # pyrefly: ignore[bad-assignment] - as much as is used
             yield file
 
     Storage.create = create_so  # pyrefly: ignore[bad-assignment] - the same in all but its name
@@ -77,7 +81,13 @@ def write_through(disk: Callable[[Any], Any], chosen: Callable[[str], bool]) -> 
 def apply_fault(fault: Fault) -> None:
     """From here on that goes wrong in this process."""
 
-    def go_wrong() -> None:
+    def before(stream: Any, data: Any) -> None:
+        if len(data) < 1000:
+            return
+        if fault.kind == "lie":
+            stream.write(b"1")
+            return
+        write_half(stream, data)
         if fault.kind == "full":
             raise OSError(ENOSPC, os.strerror(ENOSPC))
         if fault.kind == "crash":
@@ -94,7 +104,7 @@ def apply_fault(fault: Fault) -> None:
         undisturbed, Trainer.step = Trainer.step, step
     else:
         written = f"step-{fault.step}.tmp/rank-{fault.rank:05}.safetensors"
-        write_through(lambda stream: Disk(stream, go_wrong), lambda name: name == written)
+        ask(before, lambda name: name == written)
 
 
 SYSTEM_CALLS = ("mkdir", "unlink", "rmdir", "rename", "fsync")
@@ -104,31 +114,22 @@ def kill_at(moment: int) -> None:
     """End this process in front of its system call of that number, or, where that is a write, in the middle of it."""
     calls = count(1)
 
-    def come(stream: Any = None, data: bytes | memoryview = b"") -> None:
+    def before(stream: Any = None, data: Any = None) -> None:
         if next(calls) == moment:
             if stream is not None:
-                stream.write(data[: len(data) // 2])
-                stream.flush()
+                write_half(stream, data)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watched(call: Callable) -> Callable:
         def called(*args: Any, **kwargs: Any) -> Any:
-            come()
+            before()
             return call(*args, **kwargs)
 
         return called
 
-    class Watched:
-        def __init__(self, stream: Any) -> None:
-            self.stream = stream
-
-        def write(self, data: Any) -> None:
-            come(self.stream, data)
-            self.stream.write(data)
-
     for name in SYSTEM_CALLS:
         setattr(os, name, watched(getattr(os, name)))
-    write_through(Watched, lambda name: True)
+    ask(before, lambda name: True)
 
 
 def saved_run(folder: Path, name: str = "run", *, n_steps: int = N_STEPS) -> Trainer.Config:

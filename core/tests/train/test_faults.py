@@ -160,6 +160,7 @@ def kill_everywhere(folder: Path) -> list[int]:
         for name, values in state(step).items():
             assert torch.equal(read_tensor(good.storage, good.folder, index[name]), values)
         saver.set_aside(step)
+        assert not [name for name in os.listdir(folder / "checkpoint") if name.endswith(".tmp")]
         save(folder, step + 1)
         assert os.listdir(folder / "checkpoint") == [f"step-{step + 1}"]
         found.append(step)
@@ -297,15 +298,21 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(run, expected
     check_goes_on(run, expected(n_ranks), n_ranks)
 
 
+def test_a_disk_that_keeps_other_bytes_is_found_out(run):
+    ended = Launched(run, fault=Fault("lie")).end()
+    assert ended.codes == [2]
+    assert "checkpoint/step-4 could not be saved: other bytes are read there than were written" in ended.texts[0]
+    assert whole_step(run) == 2
+
+
 def test_a_writer_that_crashes_behind_the_run_ends_all_ranks_at_a_later_step(run):
-    run.training.steps, run.checkpoint.interval, run.checkpoint.async_mode = 40, 4, "async"
-    run.checkpoint.keep_latest_k = 0
-    ended = Launched(run, n_ranks=2, fault=Fault("crash", rank=1, step=8)).end()
+    run.training.steps, run.checkpoint.interval, run.checkpoint.async_mode = 60, 20, "async"
+    ended = Launched(run, n_ranks=2, fault=Fault("crash", rank=1, step=40)).end()
     assert ended.codes == [1, 1]
     for text in ended.texts:
         assert re.search(r"RuntimeError: the writer stumbled\n.*on rank 1$", text, re.MULTILINE)
-    assert "step  8/40" in ended.texts[0] and "step 13/40" not in ended.texts[0]
-    assert whole_step(run) == 4
+    assert "step 40/60" in ended.texts[0] and "step 60/60" not in ended.texts[0]
+    assert whole_step(run) == 20
 
 
 def test_a_folder_without_permission_is_refused_before_the_first_step(run, monkeypatch):

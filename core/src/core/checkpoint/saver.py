@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from errno import EIO
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
@@ -150,10 +151,8 @@ class Saver:
             written = self.ranks.first(lambda: self._begin(growing))
             written |= save_tensors(tensors, self.storage, growing, self.ranks.group)
             written = self.ranks.first(lambda: written)
-            if wrong := all_problems(self.storage, growing, written, self.ranks):
-                raise UserError(
-                    f"{self.storage}/{growing} reads back otherwise than it was written: {'; '.join(wrong)}"
-                )
+            if not self.storage.is_local and (wrong := all_problems(self.storage, growing, written, self.ranks)):
+                raise OSError(EIO, "; ".join(wrong))
             made = Manifest(
                 progress=progress, kind=kind, world_size=self.ranks.size, versions=versions(), files=written
             )

@@ -2,33 +2,87 @@
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from errno import EIO
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
+import numpy as np
 
 from core.config.errors import UserError
 
 CHUNK = 2**24
-"""Bytes that are read at a time."""
+"""Bytes that are read, or written, at a time."""
+MUCH = 2**26
+"""Bytes that are worth a way to the disk before the file is closed."""
+BEHIND = 8
+"""So many parts may wait to be hashed."""
+PART = 2**17
+"""Bytes that are compared at a time: they stay near the processor."""
 
 
 class Digest:
-    """A file that is being written, and the SHA-256 and number of the bytes that went into it."""
+    """A file that is being written, and the SHA-256 and number of the bytes that went into it.
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.n_bytes, self._hash = stream, 0, hashlib.sha256()
+    Of a file of this machine every part is read back and compared at once; hashing, and the way to the disk, go on
+    beside that.
+    """
+
+    def __init__(self, stream: IO[bytes], again: BufferedReader | None, hasher: Executor, flusher: Executor) -> None:
+        """`again` reads the file that `stream` writes, where that can be done already; the executors have one thread
+        each."""
+        self.stream, self.n_bytes = stream, 0
+        self._again, self._hasher, self._flusher = again, hasher, flusher
+        self._found = memoryview(bytearray(PART))
+        self._hash, self._hashed = hashlib.sha256(), deque[Future[None]]()
+        self._flushed, self._flushed_from = cast(Future[None] | None, None), 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self.stream.write(data)
-        self._hash.update(data)
-        self.n_bytes += memoryview(data).nbytes
+        """Write bytes that stay as they are until the file is closed."""
+        data = memoryview(data).cast("B")
+        for at in range(0, len(data), CHUNK):
+            part = data[at : at + CHUNK]
+            self._hashed.append(self._hasher.submit(self._hash.update, part))
+            self.stream.write(part)
+            self.n_bytes += len(part)
+            if self._again is not None:
+                self.stream.flush()
+                self._compare(part, self._again)
+                self._begin_flush(self._again)
+            if len(self._hashed) > BEHIND:
+                self._hashed.popleft().result()
+
+    def flush(self) -> None:
+        """Let what was written reach the disk."""
+        if self._flushed is not None:
+            self._flushed.result()
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
 
     def hex(self) -> str:
+        """The hash of a file that is closed."""
         return self._hash.hexdigest()
+
+    def _compare(self, part: memoryview, again: BufferedReader) -> None:
+        for at in range(0, len(part), PART):
+            written = part[at : at + PART]
+            found = self._found[: len(written)]
+            whole = again.readinto(found) == len(written)
+            if not (whole and np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(written, np.uint8))):
+                raise OSError(EIO, "other bytes are read there than were written")
+
+    def _begin_flush(self, again: BufferedReader) -> None:
+        """Have the disk take what it has not yet, where that is much and it is not at it; both streams are one file."""
+        if self.n_bytes - self._flushed_from < MUCH or not (self._flushed is None or self._flushed.done()):
+            return
+        if self._flushed is not None:
+            self._flushed.result()
+        self._flushed, self._flushed_from = self._flusher.submit(os.fdatasync, again.fileno()), self.n_bytes
 
 
 class Storage:
@@ -91,12 +145,14 @@ class Storage:
 
     @contextmanager
     def create(self, name: str) -> Iterator[Digest]:
-        """A new file; when the block ends it has reached the disk."""
-        with self.fs.open(self.path(name), "wb") as stream:
-            yield (digest := Digest(stream))
+        """A new file; when the block ends it has reached the disk. Raises `OSError` where it reads otherwise."""
+        with ExitStack() as exits:
+            stream = exits.enter_context(self.fs.open(self.path(name), "wb"))
+            again = exits.enter_context(open(self.path(name), "rb")) if self.is_local else None
+            hasher, flusher = (exits.enter_context(ThreadPoolExecutor(1, name)) for name in ("hashing", "flushing"))
+            yield (digest := Digest(stream, again, hasher, flusher))
             if self.is_local:
-                stream.flush()
-                os.fsync(stream.fileno())
+                digest.flush()
         assert digest.n_bytes == self.size(name), name
 
     def rename(self, old: str, new: str, *, last: str) -> None:
