@@ -70,11 +70,11 @@ def test_a_manifest_that_is_no_longer_what_was_written(storage, tmp_path):
         read_manifest(storage, "step-3")
     write_manifest(storage, "step-3", manifest())
     text = path.read_text()
-    for changed in (text.replace('"tokens": 96', '"tokens": 97'), re.sub('"digest": "."', '"digest": "?"', text)):
+    for changed in (text.replace('"tokens": 96', '"tokens": 97'), re.sub('"digest": ".', '"digest": "?', text)):
+        assert changed != text
         path.write_text(changed)
-        if changed != text:
-            with pytest.raises(Damaged, match="was changed after it was written"):
-                read_manifest(storage, "step-3")
+        with pytest.raises(Damaged, match="was changed after it was written"):
+            read_manifest(storage, "step-3")
     for nonsense in (text[:-20], "[]", "{}", "\x00"):
         path.write_text(nonsense)
         with pytest.raises(Damaged, match="cannot be read"):

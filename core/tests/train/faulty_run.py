@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
+from rank_life import live, torchrun_environ
 from toy_run import toy_run
 
 from core.checkpoint.storage import Digest, Storage
@@ -164,9 +164,11 @@ class Launched:
         self.outputs = [self.folder.with_suffix(f".rank-{rank}.txt") for rank in range(n_ranks)]
         for output in self.outputs:
             output.unlink(missing_ok=True)
+        port = self._store.port
+        environs = [torchrun_environ(rank, n_ranks, port) if n_ranks > 1 else {} for rank in range(n_ranks)]
         self.processes = [
             context.Process(target=become_rank, args=(["--config", str(file), *words], environ, output, fault))
-            for environ, output in zip(environs(n_ranks, self._store.port), self.outputs, strict=True)
+            for environ, output in zip(environs, self.outputs, strict=True)
         ]
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
             for process in self.processes:
@@ -205,32 +207,11 @@ class Launched:
         )
 
 
-def environs(n_ranks: int, port: int) -> list[dict[str, str]]:
-    """What a launcher tells each rank; nothing to a process alone."""
-    if n_ranks == 1:
-        return [{}]
-    size, names = str(n_ranks), ("RANK", "LOCAL_RANK")
-    launch = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launch |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a launch of this test"}
-    return [launch | dict.fromkeys(names, str(rank)) for rank in range(n_ranks)]
-
-
 def become_rank(words: list[str], environ: dict[str, str], output: Path, fault: Fault | None) -> None:
-    """The life of a rank: the program, told `words` on its command line."""
-    os.environ.update(environ)
-    with output.open("w", encoding="utf-8", buffering=1) as stream:
-        for number in (1, 2):
-            os.dup2(stream.fileno(), number)
-        sys.stdout = sys.stderr = stream
-        torch.set_num_threads(1)
-        if fault is not None:
-            apply_fault(fault)
-        try:
-            main(sys.modules[__name__], words)
-        except Exception:
-            sys.excepthook(*sys.exc_info())
-            stream.flush()
-            sys.exit(1)
+    """The life of a rank of this program, to which something happens."""
+    if fault is not None:
+        apply_fault(fault)
+    live(sys.modules[__name__], words, environ, output)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 import troubled_run as program
+from rank_life import live, torchrun_environ
 from troubled_run import troubled_run
 
 from core.config.cli import main
@@ -38,21 +38,10 @@ class Ended:
 
 
 def become_rank(words: list[str], environ: dict[str, str], output: Path) -> None:
-    """The life of a rank: the program, told `words` on its command line."""
-    os.environ.update(environ)
-    with output.open("w", encoding="utf-8", buffering=1) as stream:
-        for number in (1, 2):
-            os.dup2(stream.fileno(), number)
-        sys.stdout = sys.stderr = stream
-        torch.set_num_threads(1)
-        sys.path.insert(0, str(HERE))
-        program.say_who_tokenises()
-        try:
-            main(program, words)
-        except Exception:
-            sys.excepthook(*sys.exc_info())
-            stream.flush()
-            sys.exit(1)
+    """The life of a rank of the program, which says where it tokenises."""
+    sys.path.insert(0, str(HERE))
+    program.say_who_tokenises()
+    live(program, words, environ, output)
 
 
 def launch(
@@ -64,7 +53,7 @@ def launch(
     store = None
     if environs is None:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environs = [torchrun_environ(rank, store.port) for rank in (0, 1)]
+        environs = [torchrun_environ(rank, 2, store.port) for rank in (0, 1)]
     outputs = [file.with_suffix(f".rank-{rank}.txt") for rank in ranks]
     processes = [
         context.Process(target=become_rank, args=(["--config", str(file), *words], environs[rank], output))
@@ -84,17 +73,6 @@ def launch(
             for process in running:
                 process.terminate()
     return Ended([process.exitcode for process in processes], [output.read_text() for output in outputs])
-
-
-def torchrun_environ(rank: int, port: int) -> dict[str, str]:
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return {
-        **place,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": "a launch of this test",
-    }
 
 
 def free_port() -> int:
@@ -221,7 +199,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
 def test_another_attempt_shares_store_and_folder_with_the_one_before(tmp_path, alone):
     file = troubled_run(tmp_path, "run", trouble="SIGKILL")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environs = [torchrun_environ(rank, store.port) for rank in (0, 1)]
+    environs = [torchrun_environ(rank, 2, store.port) for rank in (0, 1)]
     assert -9 in launch(file, environs=environs).codes
     ended = launch(file, environs=environs)
     assert ended.codes == [0, 0], ended.texts

@@ -16,12 +16,13 @@ from toy_run import toy_run
 from core.checkpoint.index import read_index, read_tensor
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, steps_in
+from core.checkpoint.weights import save_weights
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.parallel.settings import Parallelism
 from core.testing.ranks import run_ranks
 from core.testing.resume_suite import measured
-from core.testing.toy import Toy, ToyMoE
+from core.testing.toy import Toy, ToyMoE, on_cpu
 from core.train.settings import Training
 from core.train.step import StepInfo
 from core.train.trainer import Trainer
@@ -157,7 +158,7 @@ def refusal(run: Trainer.Config) -> str:
         (lambda run: setattr(run.debug, "seed", 3), "debug.seed 0 -> 3"),
     ],
 )
-def test_another_run_is_refused_unless_one_insists(tmp_path, change, said, caplog):
+def test_another_run_is_refused_unless_one_insists(tmp_path, change, said):
     trained(tmp_path)
     run = a_run(tmp_path)
     change(run)
@@ -300,6 +301,23 @@ def test_settings_that_contradict_each_other():
         problems = list(Checkpoint(**{"enable": True, **settings}).problems())
         assert any(said in message for _, message in problems), (settings, problems)
     assert not list(Checkpoint(enable=True).problems())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is what it asks for")
+def test_pinned_memory_wants_an_accelerator():
+    [(name, message)] = Checkpoint(enable=True, async_mode="async_with_pinned_mem").problems()
+    assert name == "async_mode" and "needs an accelerator: use async" in message
+
+
+def test_a_run_does_not_begin_with_the_weights_of_another_class(tmp_path):
+    """Names and shapes alone would let them in."""
+    folder = tmp_path / "weights"
+    save_weights(on_cpu(Toy.Config(vocab_size=2048)), folder)
+    assert begun(a_run(tmp_path / "a", initial_load_path=str(folder))).keeper.start.step == 0
+    stated = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(stated.replace("core.testing.toy:Toy", "core.testing.toy:ToyMoE"))
+    text = refusal(a_run(tmp_path / "b", initial_load_path=str(folder)))
+    assert "holds the weights of core.testing.toy:ToyMoE, not of core.testing.toy:Toy" in text
 
 
 def test_a_checkpoint_of_another_model(tmp_path):

@@ -1,13 +1,14 @@
 """Checkpoints that are there, and whole. What is given `ranks` is a collective of them."""
 
+import json
 import logging
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from core.checkpoint.manifest import Damaged, Manifest, Written, problems, read_manifest
+from core.checkpoint.manifest import CONFIG, Damaged, Manifest, Written, problems, read_manifest
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, steps_in
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
 from core.runtime.ranks import Ranks
 
 log = logging.getLogger("armature")
@@ -22,6 +23,10 @@ class Found(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.storage}/{self.folder}"
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run that it is of, as data: another version may have written it."""
+        return json.loads(self.storage.read(f"{self.folder}/{CONFIG}"))
 
 
 def find(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:
@@ -59,7 +64,7 @@ def find_in(place: str, ranks: Ranks) -> Found:
     raise UserError(f"{place} holds no checkpoint that is whole")
 
 
-def first_whole(places: Iterator[tuple[Storage, str]] | list[tuple[Storage, str]], ranks: Ranks) -> Found | None:
+def first_whole(places: Iterable[tuple[Storage, str]], ranks: Ranks) -> Found | None:
     """The first of these that is whole; those before it are named."""
     for storage, folder in places:
         try:
@@ -73,7 +78,7 @@ def inspect(storage: Storage, folder: str, ranks: Ranks) -> Found:
     """A checkpoint whose files are as they were written; raises `Damaged` for another."""
     manifest = ranks.first(lambda: read_manifest(storage, folder))
     if found := all_problems(storage, folder, manifest.files, ranks):
-        raise Damaged("; ".join([*found[:5], *[f"and {len(found) - 5} more"] * (len(found) > 5)]))
+        raise Damaged("; ".join(at_most(5, found)))
     return Found(storage, folder, manifest)
 
 

@@ -18,7 +18,7 @@ def load_hf(model: HFModel, folder: str | Path) -> None:
     Values are decoded, and cast to the type of the model's weights. What Hugging Face has no place for stays as it is.
     Raises `UserError` as `check_hf` does, before a single weight is changed.
     """
-    load_by(hf_layout(model), folder)
+    load_from(Source(hf_layout(model), folder))
 
 
 def check_hf(model: HFModel, folder: str | Path) -> dict[str, Path]:
@@ -48,13 +48,13 @@ def write_hf_config(stated: dict, written: list[Output], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_by(layout: Layout, folder: str | Path) -> None:
-    """Copy the weights that are stored in this layout into those of the model that it was made for."""
-    for name, weight in layout.weights.items():
+def load_from(source: Source) -> None:
+    """Copy the weights that were found into those of the model that they were looked for."""
+    weights = source.layout.weights
+    for name, weight in weights.items():
         assert not weight.is_meta, f"{name} has no memory to load into: materialise the model first"
-    source = Source(layout, folder)
     for name in source.pieces:
-        source.fill(name, layout.weights[name])
+        source.fill(name, weights[name])
 
 
 def save_by(

@@ -27,7 +27,7 @@ from core.checkpoint.manifest import (
 from core.checkpoint.retention import to_remove
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import steps_in
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
 from core.runtime.ranks import Ranks
 
 log = logging.getLogger("armature")
@@ -87,16 +87,13 @@ class Saver:
         kinds = {name.partition(".")[0] for name in known} - {"random"}
         lines |= {f"{name} is unknown here" for name in index.keys() - known if name.partition(".")[0] in kinds}
         if lines:
-            shown = [*sorted(lines)[:MOST], *[f"and {len(lines) - MOST} more"] * (len(lines) > MOST)]
-            raise UserError("\n  ".join([f"{found} does not fit this run:", *shown]))
+            raise UserError("\n  ".join([f"{found} does not fit this run:", *at_most(MOST, sorted(lines))]))
         load_tensors(tensors, found.storage, found.folder, self.ranks.group)
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether this step, perhaps the last of the run or of this process, is saved."""
         c = self.settings
-        if not c.enable or c.load_only:
-            return False
-        return last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint)
+        return c.saves and (last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint))
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor], *, kind: Kind, wait: bool) -> None:
         """Save a step; with an `async_mode`, unless told to `wait`, the writing goes on behind the call.
@@ -125,7 +122,7 @@ class Saver:
     def set_aside(self, after: int) -> None:
         """Rename the checkpoints of later steps than `after`, which the run will come to again, and remove what was
         left half-written."""
-        if self.settings.enable and not self.settings.load_only:
+        if self.settings.saves:
             self.ranks.first(lambda: self._clear(after))
 
     def _exported(self, tensor: Tensor) -> Tensor:

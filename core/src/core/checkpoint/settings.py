@@ -93,6 +93,11 @@ class Checkpoint(Configurable.Config):
         if self.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             yield "async_mode", "async_with_pinned_mem needs an accelerator: use async"
 
+    @property
+    def saves(self) -> bool:
+        """Whether a run leaves checkpoints."""
+        return self.enable and not self.load_only
+
     def storage(self, run_folder: str | Path) -> Storage:
         """Where a run in this folder keeps its checkpoints."""
         return Storage(self.folder if "://" in self.folder else Path(run_folder).absolute() / self.folder)

@@ -11,7 +11,7 @@ from core.checkpoint.files import Folder
 from core.checkpoint.layout import Layout, Piece
 from core.checkpoint.quantised import Stored, stored_weights
 from core.checkpoint.saved import Saved, is_checkpoint
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
 
 MOST = 30
 """So many problems are listed."""
@@ -40,9 +40,7 @@ class Source:
         if not problems:
             problems = self._unequal()
         if problems:
-            lines = sorted(set(problems))
-            if len(lines) > MOST:
-                lines[MOST:] = [f"and {len(lines) - MOST} more"]
+            lines = at_most(MOST, sorted(set(problems)))
             raise UserError("\n  ".join([f"{path} does not fit the model:", *lines]))
 
     def dtype(self, name: str) -> torch.dtype:

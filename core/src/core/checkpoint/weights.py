@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from core.checkpoint.hf import load_by, load_hf, save_by
+from core.checkpoint.hf import load_from, load_hf, save_by
 from core.checkpoint.layout import HFModel, own_layout
 from core.checkpoint.saved import newest
+from core.checkpoint.source import Source
 from core.config.errors import UserError
 from core.config.record import differences, to_dict, to_json
 
@@ -36,14 +37,23 @@ def load_weights(model: HFModel, folder: str | Path) -> None:
     Settings of that model which differ are logged. Raises `UserError`, before a single weight is changed, when it is no
     such folder or does not fit the model.
     """
-    folder = newest(folder)
+    load_from(own_source(model, newest(folder)))
+
+
+def own_source(model: HFModel, folder: str | Path) -> Source:
+    """The weights in a folder of ours for `model`, which needs no memory; errors and logs as `load_weights`."""
     ours = f"{type(model).__module__}:{type(model).__qualname__}"
     if (found := class_of(folder)) != ours:
         raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
-    for path, before, now in differences(to_dict(model.config), model_of(read_config(folder))):
-        if path != "class":
-            log.warning(f"{folder}: the weights are of a model with {path} {before}, not {now}")
-    load_by(own_layout(model), folder)
+    tell_differences(model, model_of(read_config(folder)), folder)
+    return Source(own_layout(model), folder)
+
+
+def tell_differences(model: HFModel, stated: dict[str, Any], place: object) -> None:
+    """Log in which settings the model whose weights lie at a place, as is stated there, differs from `model`."""
+    for setting, before, now in differences(to_dict(model.config), stated):
+        if setting != "class":
+            log.warning(f"{place}: the weights are of a model with {setting} {before}, not {now}")
 
 
 def save_weights(

@@ -39,6 +39,11 @@ def check_all(*checks: Callable[[], None]) -> None:
         raise UserError("\n".join(said))
 
 
+def at_most(n: int, lines: list[str]) -> list[str]:
+    """The first `n` lines, and how many more there are."""
+    return [*lines[:n], f"and {len(lines) - n} more"] if len(lines) > n else lines
+
+
 def did_you_mean(wrong: str, names: Iterable[str], n: int = 1, cutoff: float = 0.6) -> str:
     """`did you mean a, b or c?` for the `n` names most like the wrong one, if they are at least `cutoff` of 1 alike."""
     *others, last = get_close_matches(wrong, list(names), n, cutoff) or [""]

@@ -58,10 +58,6 @@ class Layout(ABC):
         """What all pipeline stages found, by name."""
 
     @abstractmethod
-    def agree(self, value: Any) -> Any:
-        """The first rank's value."""
-
-    @abstractmethod
     def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
         """Tokens, labels and places of what this rank computes of the rows it reads."""
 
@@ -116,9 +112,6 @@ class Alone(Layout):
 
     def join(self, found: dict[str, Any]) -> dict[str, Any]:
         return found
-
-    def agree(self, value: Any) -> Any:
-        return value
 
     def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
         return whole_rows(batch, self.device, documents=documents)

@@ -65,11 +65,6 @@ class Spread(Layout):
         dist.all_gather_object(stages, found, group=self.views.token["pipeline"].get_group())
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def agree(self, value: Any) -> Any:
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
     def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
         if self.degrees.context == 1:
             return whole_rows(batch, self.device, documents=documents)

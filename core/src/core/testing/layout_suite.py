@@ -10,12 +10,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 import pytest
 
 from core.nn.decoder import Decoder
-from core.nn.moe import MoE
 from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
 from core.testing.parity import Case, compare
 from core.testing.toy import on_meta
-from core.train.checks import parts
+from core.train.checks import expert_parts
 
 TOLERANCE = 1e-5
 """Largest difference of anything from one rank, as a share of the largest number of its kind (fp32, other sums)."""
@@ -133,8 +132,8 @@ class LayoutSuite:
     def layout_cases(cls) -> list[str]:
         """The names of all cases that make sense for the model."""
         tied = cls.spread_config().tie_embeddings
-        sparse = any(isinstance(config, MoE.Config) for _, config in parts(cls.spread_config(), "model"))
-        names = [f"{layout}-{mode}" for layout, mode in product(LAYOUTS | (EXPERT_LAYOUTS if sparse else {}), MODES)]
+        layouts = LAYOUTS | (EXPERT_LAYOUTS if expert_parts(cls.spread_config()) else {})
+        names = [f"{layout}-{mode}" for layout, mode in product(layouts, MODES)]
         refused: list[Callable[[str], bool]] = [
             lambda name: "pp2" in name and tied,
             lambda name: "selective" in name and any(schedule in name for schedule in SCHEDULES[-3:]),
@@ -190,6 +189,5 @@ def assert_equal(found: dict[str, float], tolerance: float = TOLERANCE) -> None:
 
 def let_choices_be_biased(model: Decoder.Config) -> None:
     """Give every router a bias on the choice."""
-    for _, config in parts(model, "model"):
-        if isinstance(config, MoE.Config):
-            config.router.load_balance_coeff = 1e-3
+    for config in expert_parts(model):
+        config.router.load_balance_coeff = 1e-3

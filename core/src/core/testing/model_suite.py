@@ -35,6 +35,7 @@ from core.testing.key_suite import KeySuite
 from core.testing.layout_suite import LayoutSuite
 from core.testing.resume_suite import ResumeSuite
 from core.testing.toy import on_cpu, on_meta, randomise
+from core.train.checks import expert_parts
 from core.train.loss import cross_entropy
 from core.train.trainer import Trainer
 
@@ -223,7 +224,7 @@ class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
 
     def test_recipe_can_be_planned(self, recipe: str) -> None:
         config = self.run_config(recipe)
-        sparse = any(block.moe is not None for block in on_meta(config.model).layers.values())
+        sparse = bool(expert_parts(config.model))
         degrees = {"tensor_parallel_degree": 2 - config.compile.enable, "expert_parallel_degree": 8 if sparse else 1}
         config.parallelism = Parallelism(**degrees)
         plan = Trainer.plan(config, world_size=16, rank=0)

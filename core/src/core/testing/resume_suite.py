@@ -20,6 +20,7 @@ from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.parallel.settings import Parallelism
 from core.testing.ranks import run_ranks
+from core.train.checks import expert_parts
 from core.train.settings import Training
 from core.train.trainer import Trainer
 from core.train.validate import Validator
@@ -64,8 +65,8 @@ class ResumeSuite:
             assert (converted / name).read_bytes() == (left / name).read_bytes()
         again = self.interrupted(tmp_path / "again")
         again.checkpoint = Checkpoint(enable=True, initial_load_path=str(left), initial_load_in_hf=True)
-        sparse = hasattr(again.model, "moe")
-        again.parallelism = Parallelism(tensor_parallel_degree=2, expert_parallel_degree=2 if sparse else 1)
+        n_expert_ranks = 2 if expert_parts(again.model) else 1
+        again.parallelism = Parallelism(tensor_parallel_degree=2, expert_parallel_degree=n_expert_ranks)
         for began in run_ranks(weights_at_start, 2, to_json(again)):
             assert all(torch.equal(began[name], weight) for name, weight in first.parts.named_parameters())
         tensors = load_file(converted / SINGLE)
@@ -79,8 +80,8 @@ class ResumeSuite:
         gc.collect()  # and with the run the lock of its folder
         again.checkpoint.initial_load_in_hf_quantized = True
         decoded = dict(again.build().parts.named_parameters())
-        wq = next(weight for name, weight in decoded.items() if name.endswith("wo.weight"))
-        assert torch.equal(wq, wq.to(torch.float8_e4m3fn).float()) and wq.any()
+        weight = next(weight for name, weight in decoded.items() if name.endswith("wo.weight"))
+        assert torch.equal(weight, weight.to(torch.float8_e4m3fn).float()) and weight.any()
 
     def interrupted(self, folder: Path) -> Trainer.Config:
         """A small run of the model: four steps of two microbatches, saved and validated every second."""

@@ -15,11 +15,10 @@ from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
 from core.nn.module import weights
-from core.nn.moe import MoE
 from core.parallel.layout import Alone, Layout
 from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
 from core.parallel.settings import Parallelism
-from core.train.checks import Run, parts
+from core.train.checks import Run, expert_parts
 
 
 class Parts(NamedTuple):
@@ -110,7 +109,7 @@ def make_dispatcher(run: Run, device: torch.device, world_size: int) -> Callable
 def largest_dispatch(run: Run, device: torch.device, world_size: int) -> Sizes | None:
     """What a rank sends to experts at once; None in a run where it has them all itself."""
     degrees = run.parallelism.degrees(world_size)
-    routers = [config.router for _, config in parts(run.model, "model") if isinstance(config, MoE.Config)]
+    routers = [config.router for config in expert_parts(run.model)]
     if not routers or degrees.expert == 1:
         return None
     training, piped = run.training, degrees.pipeline > 1

@@ -115,7 +115,7 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
                 f"expert_parallel_degree {degrees.expert} must divide n_experts {config.router.n_experts}",
             )
     yield from empty_piece_problem("model.vocab_size", model.vocab_size, degrees.tensor)
-    if degrees.expert > 1 and not any(isinstance(config, MoE.Config) for _, config in parts(model, "model")):
+    if degrees.expert > 1 and not expert_parts(model):
         yield (
             "parallelism.expert_parallel_degree",
             f"expert_parallel_degree {degrees.expert} asked for, and the model has no experts: leave it at 1",
@@ -207,6 +207,11 @@ def parts(config: Configurable.Config, path: str) -> Iterator[tuple[str, Configu
         value = getattr(config, name)
         if isinstance(value, Configurable.Config):
             yield from parts(value, f"{path}.{name}")
+
+
+def expert_parts(model: Decoder.Config) -> list[MoE.Config]:
+    """The mixtures of experts that a model is configured of; none for a dense one."""
+    return [config for _, config in parts(model, "model") if isinstance(config, MoE.Config)]
 
 
 def check_model(model: Decoder, run: Run, device: torch.device) -> None:

@@ -72,7 +72,7 @@ def held(folder: Path, checkpoint: Checkpoint) -> Iterator[None]:
     Raises `UserError` when one is there, or when nothing can be written there. Behind a URI there is no lock.
     """
     folders = {folder.resolve(): ANOTHER}
-    if checkpoint.enable and not checkpoint.load_only and (place := checkpoint.storage(folder)).is_local:
+    if checkpoint.saves and (place := checkpoint.storage(folder)).is_local:
         folders.setdefault(Path(place.root).resolve(), "choose another with --checkpoint.folder")
     with ExitStack() as locks:
         for each, another in folders.items():

@@ -9,13 +9,13 @@ import torch
 
 from core.checkpoint.convert import write_as_hf
 from core.checkpoint.find import Found, candidates, find_in
-from core.checkpoint.layout import hf_layout, own_layout
-from core.checkpoint.manifest import CONFIG, Progress
+from core.checkpoint.layout import hf_layout
+from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Kind, Saver
 from core.checkpoint.source import Source
-from core.checkpoint.weights import class_of, model_of, read_config
+from core.checkpoint.weights import model_of, own_source, read_config, tell_differences
 from core.config.errors import UserError
-from core.config.record import differences, to_dict
+from core.config.record import to_dict
 from core.data.loader import DataLoader
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
@@ -112,7 +112,7 @@ class Keeper:
 
     def said(self) -> str:
         """What there is to go on from, for the end of a run."""
-        if not self.settings.enable or self.settings.load_only:
+        if not self.settings.saves:
             return "weights are not saved; --checkpoint.enable does"
         return f"the last checkpoint is {self.saver.storage}/step-{self._last}"
 
@@ -133,8 +133,8 @@ class Keeper:
         """Check that this is the run that was saved, and stand where it stood."""
         saved, left = found.manifest.progress, self.settings.exclude_from_loading
         lines = check_same_run(
-            json.loads(config_text(self.run, self.layout.device)),
-            json.loads(found.storage.read(f"{found.folder}/{CONFIG}")),
+            json.loads(self.saver.config),
+            found.config(),
             place=str(found),
             rows_per_step=(saved.rows_per_step, self.n_rows),
             text=(saved.text, self.loader.fingerprint),
@@ -167,25 +167,18 @@ class Keeper:
                 raise UserError(
                     f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
                 )
-            self._warn(path, to_dict(type(self.model).from_hf_config(read_config(path))))
+            tell_differences(self.model, to_dict(type(self.model).from_hf_config(read_config(path))), path)
         elif self.ranks.first(lambda: next(candidates(path), None)):
             found = find_in(path, self.ranks)
-            self._warn(str(found), model_of(json.loads(found.storage.read(f"{found.folder}/{CONFIG}"))))
+            tell_differences(self.model, model_of(found.config()), found)
             return self.saver.load(found, self._weights)
         else:
-            source = Source(own_layout(self.model), path)
-            class_of(path)
-            self._warn(path, read_config(path))
+            source = own_source(self.model, path)
         for name in source.pieces:
             if (weight := self._weights.get(f"model.{name}")) is not None:
                 with torch.no_grad():
                     piece = self.layout.own(weight)
                     source.fill(name, piece.value, piece.start)
-
-    def _warn(self, path: str, before: dict) -> None:
-        for setting, value, now in differences(to_dict(self.run.model), before):
-            if setting != "class":
-                log.warning(f"{path}: the weights are of a model with {setting} {value}, not {now}")
 
     def _export(self, found: Found, folder: Path) -> None:
         folder.mkdir()

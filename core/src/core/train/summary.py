@@ -24,7 +24,6 @@ def summary(
     metrics, profiling, checkpoint = run.metrics, run.profiling, run.checkpoint
     files = ["config.json", "metrics.jsonl", *[metrics.save_tb_folder] * metrics.enable_tensorboard]
     files += [profiling.save_traces_folder] * profiling.enable_profiling
-    saves = checkpoint.enable and not checkpoint.load_only
     compute = str(dtype).removeprefix("torch.")
     rows = {
         "model": f"{type(run.model).__qualname__.removesuffix('.Config')} ({run.recipe or 'no recipe'})",
@@ -36,7 +35,7 @@ def summary(
         "ranks": describe_degrees(degrees, run.parallelism.expert_parallel_comm_backend),
         "backward": f"activation checkpoint {run.activation_checkpoint.mode}",
         "steps": steps,
-        "saved": f"every {checkpoint.interval:,} steps in {checkpoint.folder}" if saves else "no weights",
+        "saved": f"every {checkpoint.interval:,} steps in {checkpoint.folder}" if checkpoint.saves else "no weights",
         "written to": f"{folder} ({', '.join(files)})",
     }
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
