@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent
 MODELS = sorted(path.parent.name for path in ROOT.glob("models/*/pyproject.toml"))
 FOLDERS = {"core": "core"} | {model: f"models/{model}" for model in MODELS}
 EXTRAS = ["hf", "tensorboard"]
-TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "transformers>=5"]
+TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "pytest-xdist>=3.6", "transformers>=5"]
+SIDE_BY_SIDE = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]  # docs/decisions/0012
 
 each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in FOLDERS])
 each_model = nox.parametrize("model", [nox.param(name, id=name, tags=[name]) for name in MODELS])
@@ -80,9 +81,9 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests against its installed copy; arguments after -- go to pytest."""
     install(session, package)
-    # Several ranks share the cores: a pool of threads in each would have them wait for one another.
+    # Tests and their ranks share the cores: a pool of threads in each would have them wait for one another.
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *session.posargs, env=threads)
+    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *SIDE_BY_SIDE, *session.posargs, env=threads)
 
 
 @nox.session(default=False, requires=["shared"])

@@ -1,6 +1,7 @@
 """The command that converts weights: both ways, tensor by tensor, all or nothing."""
 
 import json
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Dense(Toy):
     @classmethod
     def from_hf_config(cls, hf: dict) -> Any:
         hf = checked_hf_config(hf, {"model_type": "dense"})
-        return cls.Config(n_layers=hf["layers"], tie_embeddings=hf["tied"])
+        return cls.Config(n_layers=int(hf["layers"]), tie_embeddings=hf["tied"])
 
     def to_hf_config(self) -> dict:
         return {"model_type": "dense", "layers": self.config.n_layers, "tied": self.config.tie_embeddings}
@@ -284,6 +285,23 @@ def test_a_destination_that_is_there(dense: Path, tmp_path: Path, capsys: pytest
     convert("from-hf", dense, tmp_path / "a" / "b" / "c")
     assert listing(tmp_path / "a" / "b" / "c") == listing(free)
     refused(capsys, f"cannot write {file / 'below'}: Not a directory", "from-hf", dense, file / "below")
+    long = tmp_path / ("long" * 100)
+    refused(capsys, f"{long} cannot be read: File name too long", "from-hf", dense, long)
+
+
+def test_a_destination_behind_a_link(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder takes the name of where the link leads; nothing can take that of a disk's place."""
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        (tmp_path / f"to {name}").symlink_to(name)
+        convert("from-hf", dense, tmp_path / f"to {name}")
+        assert (tmp_path / f"to {name}").is_symlink() and (tmp_path / name / "config.json").exists()
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mount")
+    message = f"{tmp_path / 'mount'} is where a disk is mounted: choose a folder in it"
+    refused(capsys, message, "from-hf", dense, tmp_path / "mount")
 
 
 def test_a_source_of_another_kind(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,8 +312,15 @@ def test_a_source_of_another_kind(dense: Path, tmp_path: Path, capsys: pytest.Ca
     refused(capsys, "dense/config.json states no class", "to-hf", dense, dst)
     (dense / "config.json").write_text('{"model_type": "llama"}')
     refused(capsys, "dense/config.json states model_type llama, not dense or sparse", "from-hf", dense, dst)
-    (dense / "config.json").write_text('{"model_type": "dense"}')
-    refused(capsys, "this config.json does not state layers", "from-hf", dense, dst)
+    for stated, message in {
+        '{"model_type": "dense"}': "this config.json does not state layers",
+        '{"model_type": "dense", "layers": "two"}': "invalid literal for int() with base 10: 'two'",
+        '{"model_type": "dense", "layers": [2]}': "int() argument must be a string",
+    }.items():
+        (dense / "config.json").write_text(stated)
+        refused(capsys, f"error: {dense}/config.json: {message}", "from-hf", dense, dst)
+    (dense / "config.json").write_text('{"model_type": ["dense"]}')
+    refused(capsys, "dense/config.json states model_type ['dense'], not dense or sparse", "from-hf", dense, dst)
     (dense / "config.json").write_text('{"model_type": "dense", "layers": 0, "tied": false}')
     refused(capsys, "n_layers 0 must be at least 1", "from-hf", dense, dst)
     save_weights(on_cpu(Toy.Config()), tmp_path / "toy")
@@ -312,36 +337,45 @@ def test_a_source_that_is_not_whole(dense: Path, tmp_path: Path, capsys: pytest.
         last.write_bytes(whole[:-1])
         refused(capsys, f"{last} cannot be read", way, src, dst)
         last.unlink()
-        refused(capsys, f"{src} has no {last.name}", way, src, dst)
+        index = json.loads((src / INDEX).read_text())["weight_map"]
+        key, *_ = (key for key, file in index.items() if file == last.name)
+        refused(capsys, f"{src} has no {last.name}, which the index wants for {key}", way, src, dst)
         save_file({"extra": torch.ones(1)}, last)
         refused(capsys, f"{last.name}: extra is unknown to Dense", way, src, dst)
         refused(capsys, " is missing", way, src, dst)
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 2, "No space left on device")],
-)
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system lets this process write no file as large as one that comes after others, as if the disk were full."""
+    words, here = ("--shard-gib", str(5000 / 2**30)), tmp_path / "here"
+    convert("from-hf", dense, here, *words)
+    for way, src, like in (("from-hf", dense, here), ("to-hf", here, dense)):
+        sizes = [file.stat().st_size for file in sorted(like.glob("*.safetensors"))]
+        assert sizes[0] < max(sizes)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) - 1, hard))
+        try:
+            refused(capsys, "File too large", way, src, tmp_path / "dst", *words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_what_is_broken_off_leaves_nothing(
-    dense: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    code: int,
-    message: str,
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
 
     def breaking(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
         if len(saved) == 2:
-            raise error
+            raise KeyboardInterrupt
         saved.append(file)
         save_file(tensors, file, **options)
 
     monkeypatch.setattr(files, "save_file", breaking)
     dst = tmp_path / "dst"
-    refused(capsys, message, "from-hf", dense, dst, "--shard-gib", str(5000 / 2**30), code=code)
+    refused(capsys, "interrupted", "from-hf", dense, dst, "--shard-gib", str(5000 / 2**30), code=130)
     assert len(saved) == 2 and {file.parent.parent for file in saved} == {tmp_path}
     assert all(file.parent.name.startswith(".dst.partial-") for file in saved)
 

@@ -89,7 +89,8 @@ def test_one_file(single: Path) -> None:
     expected = {key_of(name): value for name, value in values(toy()).items()}
     assert stored(single).keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in stored(single).items())
-    assert json.loads((single / "config.json").read_text()) == {"model_type": "toy", "dtype": "float32"}
+    stated = {**on_meta(Toy.Config()).to_hf_config(), "dtype": "float32"}
+    assert json.loads((single / "config.json").read_text()) == stated
     model = toy(seed=9)
     load_hf(model, single)
     assert_equal(model, values(toy()))
@@ -167,8 +168,30 @@ def test_a_key_in_two_files(sharded: Path) -> None:
 
 def test_a_missing_file(sharded: Path) -> None:
     file = sorted(sharded.glob("*.safetensors"))[1]
+    index = json.loads((sharded / INDEX).read_text())["weight_map"]
+    keys = [key for key, name in index.items() if name == file.name]
     file.unlink()
-    refused(sharded, f"{sharded} has no {file.name}")
+    refused(sharded, f"{sharded} has no {file.name}, which the index wants for {keys[0]}, and {len(keys) - 1} more$")
+
+
+def test_a_file_that_lacks_what_the_index_promises(sharded: Path) -> None:
+    file = sorted(sharded.glob("*.safetensors"))[1].name
+    [key, *_] = load_file(sharded / file)
+    edit(sharded, lambda tensors: tensors.pop(key), file)
+    refused(sharded, rf"\n  {key} is missing in {file}, where the index has it$")
+
+
+def test_what_cannot_be_opened(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(file: Path, framework: str) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    file = sorted(sharded.glob("*.safetensors"))[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("core.checkpoint.files.safe_open", forbidden)
+        refused(sharded, f"{file} cannot be read: .*Permission denied")
+    (sharded / INDEX).unlink()
+    (sharded / INDEX).mkdir()
+    refused(sharded, f"{INDEX} cannot be read: Is a directory")
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Folders of our own: what is written can be read, and a folder of another kind is named."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,30 @@ def test_either_kind_of_folder_is_recognised(tmp_path: Path) -> None:
     assert_same(other, model)
 
 
-def refused(folder: Path, message: str) -> None:
+def test_settings_that_differ_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_hf(drawn(Toy.Config()), tmp_path / "theirs")
+    save_weights(drawn(Toy.Config()), tmp_path / "ours")
+    for folder in (tmp_path / "theirs", tmp_path / "ours"):
+        load(drawn(Toy.Config(norm_eps=1e-3)), folder)
+        assert caplog.messages == [f"{folder}: the weights are of a model with norm_eps 1e-06, not 0.001"]
+        caplog.clear()
+
+
+def test_a_hugging_face_folder_of_another_family(tmp_path: Path) -> None:
+    """Its weights have the right names and shapes, as those of a Mistral have for a Llama."""
+    save_hf(drawn(Toy.Config()), tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    for changes, message in (
+        ({"model_type": "mistral"}, "this config.json is not one of toy: model_type is 'mistral', not 'toy'"),
+        ({"hidden_size": None}, "this config.json does not state hidden_size"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**stated, **changes}))
+        refused(tmp_path, f"^{tmp_path / 'config.json'}: {message}$", load)
+
+
+def refused(folder: Path, message: str, *ways: Callable[[Decoder, Path], None]) -> None:
     model, before = drawn(Toy.Config(), seed=9), drawn(Toy.Config(), seed=9)
-    for read in (load, load_weights):
+    for read in ways or (load, load_weights):
         with pytest.raises(UserError, match=message):
             read(model, folder)
         assert_same(model, before)

@@ -15,16 +15,21 @@ import torch
 import toy_recipes
 from torch import Tensor
 
+from core.checkpoint.convert import main as convert
 from core.checkpoint.hf import save_hf
+from core.checkpoint.settings import Checkpoint
 from core.checkpoint.weights import save_weights
 from core.config.configurable import field_names
 from core.config.options import field_docs
 from core.config.record import to_json
+from core.data.loader import DataLoader
 from core.data.tokenizer import Tokenizer
 from core.generate import command
 from core.generate.command import main
 from core.nn.decoder import Decoder
+from core.runtime.log import LOGGER
 from core.testing.toy import Toy, on_cpu, randomise
+from core.train.settings import Training
 
 BUNDLED = Tokenizer.Config().build()
 
@@ -44,6 +49,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     save_hf(toy(), folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own: the command starts no log, and what is logged does not go to standard output."""
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    monkeypatch.setattr(LOGGER, "propagate", True)
 
 
 @pytest.fixture
@@ -173,6 +185,26 @@ def test_weights_in_a_folder_of_ours(write, tmp_path) -> None:
     assert out == greedy_text("x", 9) + "\n"
 
 
+def test_weights_of_a_run(write, tmp_path) -> None:
+    """Of a run the newest checkpoint, or the one that is named; the same text as from what `to-hf` makes of it."""
+    config = toy_recipes.toy()
+    (tmp_path / "text.txt").write_text("one two three four five\n" * 200)
+    config.dump_folder = str(tmp_path / "run")
+    config.dataloader = DataLoader.Config(
+        dataset=str(tmp_path / "text.txt"), cache_folder=str(tmp_path / "cache"), validation_fraction=0.0
+    )
+    config.training = Training(steps=2, seq_len=16, local_batch_size=2, device="cpu")
+    config.optimizer.lr, config.lr_scheduler.warmup_steps = 0.1, 1
+    config.checkpoint = Checkpoint(enable=True, interval=1)
+    config.build().run()
+    convert({"toy": Toy}, ["to-hf", str(tmp_path / "run"), str(tmp_path / "hf")])
+    words, folder = ["--prompt", "one", "--max-new-tokens", "12", "--seed", "1"], tmp_path / "run/checkpoint"
+    write(*words)  # and with it what the run has said
+    places = (tmp_path / "run", folder, folder / "step-2", tmp_path / "hf", folder / "step-1")
+    *newest, before = (write(*words, checkpoint=place)[0] for place in places)
+    assert len(set(newest)) == 1 and before != newest[0]
+
+
 def test_tokenizer_of_the_checkpoint_goes_before_the_recipes(write, tmp_path) -> None:
     import sentencepiece
 
@@ -245,6 +277,43 @@ def test_reader_that_leaves_ends_the_program_quietly(weights, tmp_path) -> None:
     process.stderr.close()
     assert process.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
     assert err.count("\n") == 2
+
+
+class Screen(io.StringIO):
+    """Standard output that takes so many pieces, and raises an error for the next one."""
+
+    def __init__(self, n_pieces: int, error: BaseException) -> None:
+        super().__init__()
+        self.left, self.error = n_pieces, error
+
+    def write(self, text: str) -> int:
+        if not self.left:
+            raise self.error
+        self.left -= 1
+        return super().write(text)
+
+
+def test_standard_output_that_takes_no_more(fails, monkeypatch) -> None:
+    """A full disk, or a screen that cannot show a letter: said once, and not again when the program ends."""
+    words = ["--prompt", "def main", "--prompt", "日本語", "--max-new-tokens", "30", "--temperature", "0"]
+    full, screen = OSError(28, "No space left on device"), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    for stdout, message in ((Screen(1, full), "[Errno 28] No space left"), (screen, "'ascii' codec can't encode")):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert f"\nerror: standard output does not take the text: {message}" in fails(*words)
+        assert sys.stdout is not stdout
+        sys.stdout.close()
+
+
+def test_ctrl_c_keeps_what_is_there(weights, capsys, monkeypatch) -> None:
+    screen = Screen(3, KeyboardInterrupt())
+    monkeypatch.setattr(sys, "stdout", screen)
+    words = ["--prompt", "def main", "--max-new-tokens", "30", "--temperature", "0"]
+    with pytest.raises(SystemExit) as end:
+        main(toy_recipes, ["--config", "toy", "--checkpoint", str(weights), *words])
+    shown = screen.getvalue()
+    assert end.value.code == 130 and shown and greedy_text("def main", 30).startswith(shown)
+    err = capsys.readouterr().err
+    assert err.endswith("\ninterrupted\n") and "Traceback" not in err
 
 
 def test_help(capsys, weights) -> None:
@@ -336,8 +405,11 @@ def test_wrong_checkpoints(fails, tmp_path) -> None:
     run.mkdir()
     (run / "config.json").write_text(to_json(toy_recipes.toy()))
     assert "has no weights, just the config.json of core.testing.toy:Toy" in fails(*words, checkpoint=run)
-    (run / "config.json").write_text('{"model_type": "toy"}')
+    (run / "config.json").write_text(json.dumps(toy().to_hf_config()))
     assert "has no model.safetensors" in fails(*words, checkpoint=run)
+    (run / "config.json").write_text(json.dumps({**toy().to_hf_config(), "model_type": "llama"}))
+    wrong = f"{run / 'config.json'}: this config.json is not one of toy: model_type is 'llama', not 'toy'"
+    assert wrong in fails(*words, checkpoint=run)
 
 
 def test_weights_of_another_shape(fails, tmp_path) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from core.config.errors import UserError
 from core.nn.balance import (
     balance_loss,
+    check_routers,
     force_balance,
     layer_loads,
     load_metrics,
@@ -82,6 +83,14 @@ def test_no_coefficient_no_bias() -> None:
     assert router.selection_bias is None and "selection_bias" not in str(model.state_dict().keys())
 
 
+def test_a_layer_without_bias_keeps_no_other_from_its_step() -> None:
+    model = toy(load_balance_coeff=0.5)
+    first, second = loaded(model, [9, 0, 8, 4, 1, 2], [0, 4, 1, 1, 3, 3])
+    first.selection_bias = None
+    update_selection_bias(model)
+    assert second.selection_bias.tolist() == [0.5, -0.5, 0.5, 0.5, -0.5, -0.5]
+
+
 def test_steps_even_out_a_crooked_router() -> None:
     """A gate that loves one expert: the bias alone brings all experts to work, and stops them from resting again."""
     model = toy(n_layers=2, load_balance_coeff=0.01, top_k=2)
@@ -133,7 +142,16 @@ def test_a_dense_model_has_no_load() -> None:
     start_step(model, 40)
     update_selection_bias(model)
     with pytest.raises(UserError, match="moe_force_load_balance is set, and the model has no router: leave it off"):
-        force_balance(model)
+        check_routers(model)
+
+
+def test_a_dense_stage_of_a_pipeline_has_nothing_to_force() -> None:
+    """The whole model is asked for routers, before it is cut."""
+    model = toy(n_layers=2)
+    check_routers(model)
+    del model.layers["1"]
+    force_balance(model)
+    assert routers(model) == {}
 
 
 def test_forced_balance_reaches_every_router() -> None:
@@ -162,11 +180,16 @@ def balance_loss_by_loops(score_BLE: Tensor, ids_BLK: Tensor, coeff: float) -> T
     return total
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "biased, in groups"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_balance_loss_and_its_gradient_equal_loops(score: str) -> None:
+def test_balance_loss_and_its_gradient_equal_loops(score: str, grouped: bool) -> None:
     """Alone, because what comes out of the router takes no part in the loss."""
     config = Router.Config(n_experts=6, top_k=2, score=score, balance_loss_coeff=0.3)
+    if grouped:
+        config.n_groups, config.n_limited_groups, config.load_balance_coeff = 3, 2, 0.1
     router = config.build(dim=4, scale=Scale(1.0, 1.0))
+    if router.selection_bias is not None:
+        router.selection_bias.copy_(torch.tensor([0.5, 0.0, 0.0, 0.3, 0.0, 0.0]))
     router.loss_scale.fill_(1 / 40)
     x_BLD = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(1))

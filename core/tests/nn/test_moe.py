@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.balance import start_step
+from core.nn.dispatch import Local, Rows
 from core.nn.feed_forward import FeedForward
 from core.nn.init import Constant, Normal, Scale
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
@@ -187,6 +188,29 @@ def test_bfloat16_autocast_stays_near(kind: str) -> None:
     assert (half - full).norm() / full.norm() < 0.02
     half.square().sum().backward()
     assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in moe.parameters())
+
+
+class Noting(Local):
+    """Remembers in which types rows leave and come back."""
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> Rows:
+        self.left, self.weighed = x_TD.dtype, weight_TK.dtype
+        return super().dispatch(x_TD, ids_TK, weight_TK, n_experts)
+
+    def combine(self, y_RD: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
+        self.came_back = y_RD.dtype
+        return super().combine(y_RD, back)
+
+
+def test_rows_travel_in_bfloat16_and_are_summed_in_float32() -> None:
+    """A token's weights are those of the router, not rounded, and so are the sums of its experts' answers."""
+    moe, x_BLD = build(settings(shared=True)), numbers(2, 9, D, dtype=torch.float32)
+    moe.dispatcher = noting = Noting()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert moe(x_BLD).dtype == torch.float32
+    assert (noting.left, noting.weighed, noting.came_back) == (torch.bfloat16, torch.float32, torch.float32)
+    assert moe.bfloat16()(x_BLD.bfloat16()).dtype == torch.bfloat16
+    assert (noting.left, noting.weighed, noting.came_back) == (torch.bfloat16, torch.float32, torch.float32)
 
 
 def test_weights_in_bfloat16_compute_in_bfloat16() -> None:

@@ -161,6 +161,14 @@ def test_yarn_amplitude() -> None:
     torch.testing.assert_close(rotation.cos, torch.full((1, 1, 1, 4), 1.3688879454113936))
 
 
+def test_yarn_switched_off_leaves_no_temperature() -> None:
+    """As by --model.rope.scaling none, which leaves the numbers of YaRN where they are."""
+    rope = RoPE.Config(scaling="yarn", scaling_factor=40.0, mscale=0.7, mscale_all_dim=0.7)
+    assert rope.build(head_dim=8).temperature == pytest.approx(0.07 * math.log(40) + 1)
+    rope.scaling = "none"
+    assert rope.build(head_dim=8).temperature == rope.build(head_dim=8).amplitude == 1.0
+
+
 def drawn(seed: int) -> tuple[RoPE.Config, int]:
     draw = random.Random(seed)
     config = RoPE.Config(

@@ -108,6 +108,14 @@ def test_experts_of_other_groups_never_come_in() -> None:
     assert router(x_BLD).ids_TK.tolist() == expected
 
 
+def test_scores_of_zero_give_weights_of_zero() -> None:
+    """A sigmoid far below its middle is nothing in fp32; divided by their sum such scores must not become NaN."""
+    router = build(score="sigmoid", route_scale=2.5).eval()
+    weight_TK = router(torch.full((1, 3, E), -1e3)).weight_TK
+    weight_TK.sum().backward()
+    assert weight_TK.tolist() == [[0.0, 0.0]] * 3 and router.gate.weight.grad.isfinite().all()
+
+
 def test_logits_have_a_bias() -> None:
     router = build(bias=True).eval()
     router.gate.bias.data.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0, 8.0, 0.0]))

@@ -196,6 +196,16 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
         assert f"stopped by {cause} after step 3 of 6; kept in {folder}" in text
 
 
+def test_each_rank_writes_traces_of_its_own(tmp_path):
+    options = ["--profiling.enable_profiling", "--profiling.profile_freq", "2", "--profiling.profiler_warmup", "1"]
+    ended = launch(troubled_run(tmp_path, "run"), "--training.steps", "2", *options)
+    assert ended.codes == [0, 0], ended.texts
+    traces = sorted((tmp_path / "run/profile_traces").iterdir())
+    assert [trace.name for trace in traces] == ["step-2-rank-0.json", "step-2-rank-1.json"]
+    for trace in traces:
+        assert "aten::mm" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+
+
 def test_another_attempt_shares_store_and_folder_with_the_one_before(tmp_path, alone):
     file = troubled_run(tmp_path, "run", trouble="SIGKILL")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

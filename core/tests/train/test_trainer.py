@@ -413,7 +413,7 @@ def test_tensorboard_and_traces(tmp_path):
     events.Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
     traces = sorted((tmp_path / "run/profile_traces").iterdir())
-    assert [t.name for t in traces] == ["step-2.json", "step-4.json"]
+    assert [t.name for t in traces] == ["step-2-rank-0.json", "step-4-rank-0.json"]
     names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert "aten::mm" in names
 

@@ -4,6 +4,7 @@ Letters: B rows, L length, D width, V vocabulary.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from core.nn.decoder import Block, Decoder
 from core.nn.kernel import Where
 from core.nn.module import parameter_count, training_flops_per_token
 from core.nn.mtp import Merge, Predictions
+from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
 from core.testing.toy import on_cpu, on_meta, randomise
 from core.train.loss import cross_entropy
-from core.train.step import Objective
+from core.train.step import Objective, train_step, valid_tokens
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
 
@@ -163,6 +165,20 @@ def test_loss_equals_a_plain_loop(n_mtp_layers: int, mask: str) -> None:
     assert loss.main.item() == pytest.approx(sums[0], rel=1e-6)
     assert loss.total.item() == pytest.approx(sums[0] + 0.3 * sum(sums[1:]) / n_mtp_layers, rel=1e-6)
     assert objective(model.eval(), mask)(batch).total.item() == pytest.approx(sums[0], rel=1e-6)
+
+
+def test_a_step_reports_both_losses() -> None:
+    """Of the next token alone, and with the weighted loss of those further on; however the step is split."""
+    model = build()
+    batch = labelled(model)
+    loss, n_valid = objective(model, "document")(batch), valid_tokens([batch])
+    rows = [Batch(*(part[i : i + 1] for part in batch)) for i in range(len(batch.tokens_BL))]
+    optimizer = Optimizer.Config().build(weights=model.named_parameters())
+    settings: dict[str, Any] = {"step": 1, "lr": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
+    info = train_step(objective(model, "document"), optimizer, rows, **settings)
+    assert info.loss == pytest.approx(loss.main.item() / n_valid, rel=1e-6)
+    assert info.total_loss == pytest.approx(loss.total.item() / n_valid, rel=1e-6)
+    assert info.total_loss > info.loss + 1
 
 
 @torch.no_grad()
@@ -302,3 +318,4 @@ def test_option_of_the_debug_recipe(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert row["moe/layers.1/max_over_mean_load"] >= 1 and row["moe/layers.2/max_over_mean_load"] >= 1
+    assert rows[0]["mtp_loss"] == pytest.approx(math.log(2048) * 31 / 32, abs=0.2)  # the last label has none ahead

@@ -13,7 +13,7 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
 from core.testing.model_suite import ModelSuite, random_tokens
-from core.testing.toy import on_cpu, randomise
+from core.testing.toy import on_cpu, on_meta, randomise
 from llama3 import configs
 from llama3.model import SIZES, Llama3, size
 
@@ -25,6 +25,8 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 500_000.0}
 
 
 def tiny(**changes: Any) -> LlamaConfig:
@@ -50,6 +52,7 @@ def drawn(seed: int) -> LlamaConfig:
     draw = random.Random(seed)
     n_kv_heads = draw.choice([1, 2, 3])
     n_heads = n_kv_heads * draw.choice([1, 2, 5])
+    scaled = {**SCALED, "factor": draw.uniform(2, 40), "high_freq_factor": draw.uniform(2, 6)}
     return tiny(
         vocab_size=draw.randrange(50, 200),
         hidden_size=n_heads * draw.choice([6, 8]),  # transformers wants a multiple, though it does not need one
@@ -59,7 +62,8 @@ def drawn(seed: int) -> LlamaConfig:
         num_key_value_heads=n_kv_heads,
         head_dim=draw.choice([2, 6, 16, 32]),
         tie_word_embeddings=draw.random() < 0.5,
-        rope_parameters={**SCALED, "factor": draw.uniform(2, 40), "high_freq_factor": draw.uniform(2, 6)},
+        rms_norm_eps=10.0 ** -draw.randrange(3, 7),
+        rope_parameters=draw.choice([scaled, YARN, PLAIN]),
     )
 
 
@@ -98,7 +102,7 @@ class TestLlama3(ModelSuite):
     hf_configs = {
         "scaled": tiny(),
         "tied": tiny(tie_word_embeddings=True),
-        "unscaled": tiny(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
+        "unscaled": tiny(rope_parameters=PLAIN),
         "one_kv_head": tiny(hidden_size=48, num_attention_heads=6, num_key_value_heads=1),
         "no_groups": tiny(num_key_value_heads=4),
         **{f"drawn_{seed}": drawn(seed) for seed in range(3)},
@@ -138,10 +142,24 @@ PUBLISHED = {
 """What version 4 of transformers wrote for the 8B size of Llama 3.1, which does not state head_dim."""
 
 
-def test_reads_the_published_config() -> None:
-    config = Llama3.from_hf_config(PUBLISHED)
+SMALL = {"rope_scaling": {**PUBLISHED["rope_scaling"], "factor": 32.0}, "tie_word_embeddings": True}
+OTHERS = {
+    "8B": {},
+    "70B": {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+    "405B": {"num_hidden_layers": 126, "hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128},
+    "1B": SMALL | {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64},
+    "3B": SMALL
+    | {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24}
+    | {"head_dim": 128},
+}
+"""What the sizes of 3.1, and those of 3.2, state otherwise."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_reads_the_published_configs(name: str) -> None:
+    config = Llama3.from_hf_config(PUBLISHED | OTHERS[name])
     validate(config)
-    assert config == size("8B")
+    assert config == size(name)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +173,25 @@ def test_reads_the_published_config() -> None:
 def test_unsupported_is_an_error(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Llama3.from_hf_config(PUBLISHED | change)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    {
+        "n_mtp_layers": 1,
+        "rope.layout": "half",
+        "attention.qk_norm": True,
+        "attention.bias": True,
+        "attention.sinks": True,
+        "attention.window": 64,
+    }.items(),
+)
+def test_what_hugging_face_has_no_name_for_is_not_exported(path: str, value: Any) -> None:
+    config = size("debug")
+    owner, _, field = path.rpartition(".")
+    setattr(getattr(config, owner) if owner else config, field, value)
+    with pytest.raises(UserError, match=f"llama of Hugging Face cannot be this model: {path} is {value!r}"):
+        on_meta(config).to_hf_config()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ LLAMA = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
 def tiny(**changes: Any) -> Qwen3Config:
@@ -38,7 +39,7 @@ def tiny(**changes: Any) -> Qwen3Config:
         "head_dim": 16,
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "rope_parameters": PLAIN,
     }
     return Qwen3Config(**{**settings, **changes})
 
@@ -57,7 +58,7 @@ def drawn(seed: int) -> Qwen3Config:
         head_dim=draw.choice([2, 6, 16, 32]),
         tie_word_embeddings=draw.random() < 0.5,
         rms_norm_eps=10.0 ** -draw.randrange(3, 7),
-        rope_parameters={"rope_type": "default", "rope_theta": 10.0 ** draw.randrange(2, 7)},
+        rope_parameters={**draw.choice([PLAIN, LLAMA, YARN]), "rope_theta": 10.0 ** draw.randrange(2, 7)},
     )
 
 
@@ -146,6 +147,21 @@ def test_reads_version_4() -> None:
     config = Qwen3.from_hf_config(PUBLISHED)
     validate(config)
     assert config == size("0.6B")
+
+
+OTHERS = {  # name: width, blocks, query heads, feed-forward, tied
+    "1.7B": (2048, 28, 16, 6144, True),
+    "4B": (2560, 36, 32, 9728, True),
+    "8B": (4096, 36, 32, 12288, False),
+    "14B": (5120, 40, 40, 17408, False),
+    "32B": (5120, 64, 64, 25600, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_reads_the_other_sizes(name: str) -> None:
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "tie_word_embeddings")
+    assert Qwen3.from_hf_config(PUBLISHED | dict(zip(keys, OTHERS[name], strict=True))) == size(name)
 
 
 def test_reads_version_5() -> None:

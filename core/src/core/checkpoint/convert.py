@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
@@ -20,8 +20,7 @@ from core.checkpoint.hf import write_hf_config
 from core.checkpoint.layout import HFModel, hf_layout, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
-from core.checkpoint.weights import class_of, model_of, read_config
-from core.config.configurable import Configurable
+from core.checkpoint.weights import class_of, hf_config, model_of, read_config
 from core.config.errors import UserError, exit_plainly
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
@@ -38,14 +37,7 @@ COMPANIONS = (
 """Files that go along with the weights."""
 
 
-class Family(Protocol):
-    """A class of models that Hugging Face's `config.json` can describe."""
-
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Configurable.Config: ...
-
-
-def main(families: Mapping[str, type[Family]], argv: Sequence[str] | None = None) -> None:
+def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = None) -> None:
     """The command line: from-hf SRC DST, or to-hf SRC DST. `families` has the package's models by their `model_type`.
 
     A mistake of the user ends the program with code 2 and a line that says what to do; nothing stands at DST then.
@@ -62,21 +54,21 @@ def main(families: Mapping[str, type[Family]], argv: Sequence[str] | None = None
     with exit_plainly():
         if not asked.shard_gib > 0:
             raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
-        if asked.dst.exists() and not (asked.dst.is_dir() and not any(asked.dst.iterdir())):
-            raise UserError(f"{asked.dst} is there already: choose a folder that is empty or does not exist")
+        dst = vacant(asked.dst)
         convert = from_hf if asked.way == "from-hf" else to_hf
-        convert(families, asked.src, asked.dst, dtype=DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
+        convert(families, asked.src, dst, dtype=DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
 
 
 def from_hf(
-    families: Mapping[str, type[Family]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+    families: Mapping[str, type[HFModel]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
 ) -> None:
     """Write the weights of a Hugging Face folder as a folder of ours."""
     stated = read_config(src)
-    if stated.get("model_type") not in families:
+    family = families.get(str(stated.get("model_type")))
+    if family is None:
         found = f"model_type {stated['model_type']}" if "model_type" in stated else "no model_type"
         raise UserError(f"{src}/config.json states {found}, not {' or '.join(families)}")
-    config = families[stated["model_type"]].from_hf_config(stated)
+    config = hf_config(family, src)
     validate(config)
     model = on_meta(config)
     source, layout = Source(hf_layout(model), src), own_layout(model)
@@ -92,7 +84,7 @@ def from_hf(
 
 
 def to_hf(
-    families: Mapping[str, type[Family]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+    families: Mapping[str, type[HFModel]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
 ) -> None:
     """Write the weights of a folder of ours, or of the newest checkpoint of a run, as a Hugging Face folder."""
     src = newest(src)
@@ -143,13 +135,31 @@ def new(source: Source, name: str, shape: list[int], dtype: torch.dtype) -> torc
     return source.fill(name, torch.empty(shape, dtype=dtype))
 
 
+def vacant(folder: Path) -> Path:
+    """The folder where links lead, which must be empty or not exist; raises `UserError` for another one.
+
+    What is whole takes its name in the end, and nothing can take that of a link, or of a disk's place.
+    """
+    try:
+        place = Path(os.path.realpath(folder))
+        taken = place.exists() and not (place.is_dir() and not any(place.iterdir()))
+        mounted = place.is_mount()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    if taken:
+        raise UserError(f"{folder} is there already: choose a folder that is empty or does not exist")
+    if mounted:
+        raise UserError(f"{folder} is where a disk is mounted: choose a folder in it")
+    return place
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, which takes its name when the block ends well and is removed when it does not.
 
     Raises `UserError` when something cannot be written.
     """
-    growing = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
+    growing = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         growing.mkdir(parents=True)
         yield growing

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from core.checkpoint.keys import Half, Place, Stacked, places_of
+from core.config.configurable import Configurable
 
 
 class HFModel(Protocol):
@@ -24,6 +25,9 @@ class HFModel(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def named_parameters(self, *, remove_duplicate: bool) -> Iterable[tuple[str, Tensor]]: ...
+
+    @classmethod
+    def from_hf_config(cls, hf: dict) -> Configurable.Config: ...
 
     def to_hf_config(self) -> dict: ...
 

@@ -30,6 +30,8 @@ class Saved:
             name: Header(path / stored.pieces[0].file, list(stored.shape), NAMES[stored.dtype])
             for name, stored in self._stored.items()
         }
+        self.promised: dict[str, str] = {}
+        """What a checkpoint's index names was found in it."""
 
     def read(self, key: str, row: int | None = None) -> Tensor:
         """A weight, or one row of it."""

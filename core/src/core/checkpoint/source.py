@@ -83,7 +83,8 @@ class Source:
         missing = list(dict.fromkeys(piece.key for piece in self.pieces[name] if piece.key not in self.stored))
         if missing:
             more = f", and {len(missing) - 1} more that make up {name}" if len(missing) > 1 else ""
-            return [f"{missing[0]} is missing{more}"]
+            file = self.folder.promised.get(missing[0])
+            return [f"{missing[0]} is missing{f' in {file}, where the index has it' if file else ''}{more}"]
         problems = []
         for piece in self.pieces[name]:
             wanted, stored = piece.stored_shape(self.layout.weights[name].shape), self.stored[piece.key]

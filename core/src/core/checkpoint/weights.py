@@ -12,6 +12,7 @@ from core.checkpoint.hf import load_from, load_hf, save_by
 from core.checkpoint.layout import HFModel, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
+from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import differences, to_dict, to_json
 
@@ -21,13 +22,15 @@ log = logging.getLogger("armature")
 def load(model: HFModel, folder: str | Path) -> None:
     """Copy the weights of a folder, ours, Hugging Face's, or that of a run or a checkpoint, into `model`.
 
-    `config.json` says which it is. Raises `UserError`, before a single weight is changed, when the folder is none of
-    these, or does not fit the model.
+    `config.json` says which it is; settings of the model there which differ are logged. Raises `UserError`, before a
+    single weight is changed, when the folder is none of these, of another family, or does not fit the model.
     """
+    folder = newest(folder)
     if "model_type" in read_config(folder):
+        tell_differences(model, to_dict(hf_config(type(model), folder)), folder)
         load_hf(model, folder)
     else:
-        load_weights(model, folder)
+        load_from(own_source(model, folder))
 
 
 def load_weights(model: HFModel, folder: str | Path) -> None:
@@ -65,6 +68,17 @@ def save_weights(
     """
     save_by(model, own_layout(model), folder, dtype, shard_gib)
     (Path(folder) / "config.json").write_text(to_json(model.config))
+
+
+def hf_config(family: type[HFModel], folder: str | Path) -> Configurable.Config:
+    """The configuration of a model of this family in the `config.json` of a Hugging Face folder.
+
+    Raises `UserError`, which names the file, when it is of another family or has a value that cannot be understood.
+    """
+    try:
+        return family.from_hf_config(read_config(folder))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{Path(folder) / 'config.json'}: {error}") from error
 
 
 def class_of(folder: str | Path) -> str:

@@ -27,7 +27,7 @@ def joined(problems: Iterable[tuple[str, str]]) -> UserError:
     return UserError("\n".join(f"{path}: {message}" if path else message for path, message in problems))
 
 
-def check_all(*checks: Callable[[], None]) -> None:
+def check_all(*checks: Callable[[], object]) -> None:
     """Run every check; raises one `UserError` with all that they say, each thing once."""
     said: dict[str, None] = {}
     for check in checks:

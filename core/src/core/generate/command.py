@@ -170,6 +170,9 @@ class Generation(Configurable):
         except BrokenPipeError:  # the reader has left, as `head` does
             sys.stdout = open(os.devnull, "w")
             return
+        except (OSError, UnicodeEncodeError) as error:
+            sys.stdout = open(os.devnull, "w")
+            raise UserError(f"standard output does not take the text: {error}") from error
         seconds = time.perf_counter() - started
         for line in self.limits_met(completions):
             note(line)

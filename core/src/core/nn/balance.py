@@ -37,12 +37,15 @@ def update_selection_bias(model: nn.Module) -> None:
             router.selection_bias += coeff * (step_E - step_E.mean())
 
 
-def force_balance(model: nn.Module) -> None:
-    """Let every router deal out tokens in turn, whatever their scores. Raises `UserError` when there is none."""
-    found = routers(model)
-    if not found:
+def check_routers(model: nn.Module) -> None:
+    """Raise `UserError` when balance is to be forced on a whole model without any; a stage of one may have none."""
+    if not routers(model):
         raise UserError("debug.moe_force_load_balance is set, and the model has no router: leave it off")
-    for router in found.values():
+
+
+def force_balance(model: nn.Module) -> None:
+    """Let every router of a model, or of a stage of one, deal out tokens in turn, whatever their scores."""
+    for router in routers(model).values():
         router.force_balance = True
 
 
@@ -54,18 +57,16 @@ class Load(NamedTuple):
 
 
 def layer_loads(model: nn.Module) -> dict[str, Load]:
-    """The load of every layer of `model` in the last step, by the name of the layer."""
-    loads = {}
-    for name, router in routers(model).items():
-        load_E = router.tokens_E.double()
-        worst = (load_E.max() / load_E.mean()).item()
-        loads[name.removesuffix(".moe.router")] = Load(worst, int((load_E == 0).sum()))
-    return loads
+    """The load of every layer of `model` in the last step, by the name of the layer, in one reading of the device."""
+    found = {name.removesuffix(".moe.router"): router.tokens_E.double() for name, router in routers(model).items()}
+    rows = [torch.stack((load_E.max() / load_E.mean(), (load_E == 0).double().sum())) for load_E in found.values()]
+    read = torch.stack(rows).tolist() if rows else []
+    return {name: Load(worst, int(dead)) for name, (worst, dead) in zip(found, read, strict=True)}
 
 
 def balance_loss(model: nn.Module) -> float:
     """The balance losses of the last step, in nats per valid token; of several ranks they add up."""
-    return sum((router.balance_loss * router.loss_scale).item() for router in routers(model).values())
+    return float(sum(router.balance_loss * router.loss_scale for router in routers(model).values()))
 
 
 def load_metrics(loads: dict[str, Load], balance: float) -> dict[str, float]:

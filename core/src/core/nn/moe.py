@@ -176,7 +176,8 @@ class Router(Module, Configurable):
             sum over rows  coeff sum over experts f_E P_E
 
         f being the share of the row's choices that an expert got, times E, and P the sum of its normalised scores in
-        the row. As for the main loss, the sum is multiplied by `loss_scale`, one over the step's valid tokens.
+        the row. Choices are those that were made, in groups and by the bias as well (the paper writes them without the
+        bias). As for the main loss, the sum is multiplied by `loss_scale`, one over the step's valid tokens.
         """
         c = self.config
         chosen_BE = torch.zeros_like(score_BLE[:, 0]).scatter_add(

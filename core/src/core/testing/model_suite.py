@@ -31,7 +31,7 @@ from core.nn.kernel import Where
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
-from core.testing.key_suite import KeySuite
+from core.testing.command_suite import CommandSuite
 from core.testing.layout_suite import LayoutSuite
 from core.testing.resume_suite import ResumeSuite
 from core.testing.toy import on_cpu, on_meta, randomise
@@ -42,9 +42,9 @@ from core.train.trainer import Trainer
 FLOPS_SEQ_LEN = 4096
 
 
-class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
+class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
     """The tests of a model package. Derive a class named Test... from this one and fill in its attributes,
-    and those of `KeySuite`, `LayoutSuite` and `ResumeSuite`."""
+    and those of `CommandSuite`, `LayoutSuite` and `ResumeSuite`."""
 
     configs: ClassVar[ModuleType]
     """The module of its recipes; those of other models of the package are left to their own suite."""
@@ -59,8 +59,6 @@ class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
     products: ClassVar[dict[Any, str]]
     """Linear layers of a block in the order of forward, for each kind of block that there is; selective checkpointing
     repeats those with a star."""
-    logits_atol: ClassVar[float] = 1e-5
-    """How far logits may be from those of transformers: 1e-5, or 1e-4 where experts are summed in another order."""
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for every size, tiny configuration and recipe, where a test asks for one."""
@@ -100,7 +98,7 @@ class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
         validate(config)
         ours = on_cpu(config)
         load_hf(ours, tmp_path)
-        assert_same_logits(ours, theirs, config, self.logits_atol)
+        assert_same_logits(ours, theirs, config)
 
     def test_hugging_face_reads_ours(self, tiny: str, tmp_path: Path) -> None:
         config = self.tiny_config(tiny)
@@ -110,7 +108,7 @@ class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
         theirs, report = self.hf_model.from_pretrained(tmp_path, output_loading_info=True)
         wrong = {kind: keys for kind, keys in report.items() if keys}
         assert not wrong, f"transformers reports {wrong}"
-        assert_same_logits(ours, theirs.eval(), config, self.logits_atol)
+        assert_same_logits(ours, theirs.eval(), config)
 
     def test_embedding_gradient_equals_hugging_face(self, tiny: str, tmp_path: Path) -> None:
         config = self.tiny_config(tiny)
@@ -124,7 +122,7 @@ class ModelSuite(KeySuite, LayoutSuite, ResumeSuite):
         cross_entropy(theirs(tokens_BL).logits, labels_BL).backward()
         expected, found = theirs.get_input_embeddings().weight.grad, ours.get_parameter("tok_embeddings.weight").grad
         assert expected is not None and expected.abs().max() > 0.1
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
     def test_every_weight_gets_a_gradient(self, tiny: str) -> None:
         config = self.tiny_config(tiny)
@@ -280,12 +278,12 @@ def two_documents(tokens_BL: Tensor) -> Batch:
 
 
 @torch.no_grad()
-def assert_same_logits(ours: Decoder, theirs: Any, config: Decoder.Config, atol: float) -> None:
-    """Logits of both models within `atol` on random tokens, and large enough for that to mean something."""
+def assert_same_logits(ours: Decoder, theirs: Any, config: Decoder.Config) -> None:
+    """Logits of both models within 1e-5 on random tokens, and large enough for that to mean something."""
     tokens_BL = random_tokens(config)
     expected_BLV = theirs(tokens_BL).logits
     assert expected_BLV.std() > 0.1
-    torch.testing.assert_close(ours.eval()(tokens_BL), expected_BLV, rtol=0, atol=atol)
+    torch.testing.assert_close(ours.eval()(tokens_BL), expected_BLV, rtol=0, atol=1e-5)
 
 
 def losses_of(config: Trainer.Config, folder: Path) -> list[float]:

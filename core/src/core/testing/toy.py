@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
@@ -74,10 +75,10 @@ class Toy(Decoder):
 
     @classmethod
     def from_hf_config(cls, hf: dict) -> Config:
-        raise NotImplementedError("transformers has no such model")
+        return cls.Config(**decoder_from_hf(checked_hf_config(hf, {"model_type": "toy"})))
 
     def to_hf_config(self) -> dict:
-        return {"model_type": "toy"}
+        return {"model_type": "toy", **decoder_to_hf(self.config)}
 
 
 class ToyMoE(Decoder):

@@ -15,7 +15,7 @@ from core.config.fields import Problem
 from core.data.loader import DataLoader
 from core.data.tokenizer import Tokenizer
 from core.nn.attention import Attention
-from core.nn.balance import force_balance
+from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
@@ -220,8 +220,9 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
     check_all(
         *(partial(kernel.check_trains_on, device) for kernel in kernels),
         partial(check_overlap, run.parallelism, device),
-        partial(force_balance, model) if run.debug.moe_force_load_balance else lambda: None,
+        partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
         partial(check_names, run.activation_checkpoint, model),
+        model.to_hf_config if run.checkpoint.last_save_in_hf else lambda: None,
     )
 
 

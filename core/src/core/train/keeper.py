@@ -13,7 +13,7 @@ from core.checkpoint.layout import hf_layout
 from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Kind, Saver
 from core.checkpoint.source import Source
-from core.checkpoint.weights import model_of, own_source, read_config, tell_differences
+from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
 from core.config.errors import UserError
 from core.config.record import to_dict
 from core.data.loader import DataLoader
@@ -167,7 +167,7 @@ class Keeper:
                 raise UserError(
                     f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
                 )
-            tell_differences(self.model, to_dict(type(self.model).from_hf_config(read_config(path))), path)
+            tell_differences(self.model, to_dict(hf_config(type(self.model), path)), path)
         elif self.ranks.first(lambda: next(candidates(path), None)):
             found = find_in(path, self.ranks)
             tell_differences(self.model, model_of(found.config()), found)

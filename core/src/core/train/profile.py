@@ -22,7 +22,7 @@ class Profiler(Configurable):
         enable_profiling: bool = False
         """Write traces."""
         save_traces_folder: str = "profile_traces"
-        """Where, below the run folder; one file per recording, named by its last step."""
+        """Where, below the run folder; one file per recording and rank, named by its last step and the rank."""
         profile_freq: int = 10
         """Steps from the start of one recording to the start of the next."""
         profiler_warmup: int = 3
@@ -41,8 +41,8 @@ class Profiler(Configurable):
                     f"profile_freq {self.profile_freq} must be at least profiler_warmup + profiler_active = {needed}",
                 )
 
-    def __init__(self, config: Config, *, folder: Path) -> None:
-        self.folder = folder / config.save_traces_folder
+    def __init__(self, config: Config, *, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder / config.save_traces_folder, rank
         self._profile = None
         if config.enable_profiling:
             wait = config.profile_freq - config.profiler_warmup - config.profiler_active
@@ -56,7 +56,7 @@ class Profiler(Configurable):
 
     def _write(self, profile: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step-{profile.step_num}.json"
+        file = self.folder / f"step-{profile.step_num}-rank-{self.rank}.json"
         profile.export_chrome_trace(str(file))
         log.info(f"trace written to {file}")
 

@@ -204,7 +204,7 @@ class Trainer(Configurable):
         if self.layout.is_first:
             (self.folder / "config.json").write_text(config_text(self.config, self.device))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
-        profiler = self.config.profiling.build(folder=self.folder)
+        profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank)
         advice = memory_advice(self.device, self.config, self.layout.degrees)
         metrics = self.metrics if self.layout.is_first else nullcontext()
         with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:

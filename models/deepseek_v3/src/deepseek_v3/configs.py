@@ -1,7 +1,9 @@
 """DeepSeek-V3's recipes: each is a function that returns the whole configuration of a run."""
 
+from core.checkpoint.settings import Checkpoint
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
+from core.parallel.settings import Parallelism
 from core.train.laptop import laptop_run
 from core.train.settings import Compile, Training
 from core.train.trainer import Trainer
@@ -20,7 +22,9 @@ def deepseek_v3_16b() -> Trainer.Config:
         training=Training(steps=1000, seq_len=4096, local_batch_size=4),
         optimizer=Optimizer.Config(lr=2.2e-4),
         lr_scheduler=Schedule.Config(warmup_steps=200, decay_ratio=0.8, decay_type="cosine", min_lr_factor=0.1),
+        parallelism=Parallelism(pipeline_parallel_schedule="Interleaved1F1B"),
         compile=Compile(enable=True, components=["loss"]),
+        checkpoint=Checkpoint(interval=10),
     )
 
 
@@ -37,6 +41,7 @@ def deepseek_v3_671b() -> Trainer.Config:
     config.model = size("671B")
     config.training.steps = 10_000
     config.lr_scheduler.warmup_steps = 2000
+    config.checkpoint.interval = 500
     return config
 
 

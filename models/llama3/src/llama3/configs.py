@@ -3,6 +3,7 @@
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.train.laptop import laptop_run
+from core.train.profile import Profiler
 from core.train.settings import Training
 from core.train.trainer import Trainer
 from core.train.validate import Validator
@@ -21,7 +22,8 @@ def llama3_8b() -> Trainer.Config:
         training=Training(steps=1000, seq_len=8192, local_batch_size=1),
         optimizer=Optimizer.Config(lr=3e-4),
         lr_scheduler=Schedule.Config(warmup_steps=200),
-        validator=Validator.Config(enable=True, freq=500, steps=1200),
+        validator=Validator.Config(freq=500, steps=1200),
+        profiling=Profiler.Config(profile_freq=100),
     )
 
 

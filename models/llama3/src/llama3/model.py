@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
@@ -48,6 +48,7 @@ class Llama3(Decoder):
 
     def to_hf_config(self) -> dict:
         c = self.config
+        check_expressible(c, EXPRESSIBLE, FIXED["model_type"])
         return {
             **FIXED,
             "architectures": ["LlamaForCausalLM"],
@@ -68,6 +69,16 @@ FIXED = {
     "mlp_bias": False,
 }
 """What every Llama 3 states in its Hugging Face `config.json`."""
+
+EXPRESSIBLE = {
+    "n_mtp_layers": 0,
+    "rope.layout": "interleaved",
+    "attention.qk_norm": False,
+    "attention.bias": False,
+    "attention.sinks": False,
+    "attention.window": None,
+}
+"""What a `config.json` says of our settings by the name of the family alone."""
 
 SIZES = {
     # name: dim, layers, heads, key/value heads, head width, feed-forward, vocabulary, positions, rope factor, tied

@@ -3,6 +3,7 @@
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.train.laptop import laptop_run
+from core.train.metrics import Metrics
 from core.train.settings import Training
 from core.train.trainer import Trainer
 from qwen3.model import size
@@ -20,6 +21,7 @@ def qwen3_0_6b() -> Trainer.Config:
         training=Training(steps=10, seq_len=4096, local_batch_size=4),
         optimizer=Optimizer.Config(lr=3e-4),
         lr_scheduler=Schedule.Config(warmup_steps=2),
+        metrics=Metrics.Config(log_freq=1),
     )
 
 
@@ -30,6 +32,8 @@ def qwen3_1_7b() -> Trainer.Config:
     config.training.steps = 100
     config.optimizer.lr = 8e-4
     config.lr_scheduler.warmup_steps = 20
+    config.metrics.log_freq = 10
+    config.checkpoint.interval = 50
     return config
 
 
@@ -39,6 +43,7 @@ def qwen3_4b() -> Trainer.Config:
     config.model = size("4B")
     config.training.steps = 3000
     config.lr_scheduler.warmup_steps = 600
+    config.checkpoint.interval = 500
     return config
 
 
