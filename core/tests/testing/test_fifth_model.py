@@ -19,6 +19,7 @@ from core.nn.decoder import Block, Decoder
 from core.nn.module import Flops
 from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
+from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite
 from core.train.laptop import laptop_run
 from core.train.trainer import Trainer
@@ -169,7 +170,7 @@ def tiny(**changes: Any) -> transformers.MixtralConfig:
     return transformers.MixtralConfig(**{**settings, **changes})
 
 
-class TestMixtral(ModelSuite):
+class TestMixtral(ModelSuite, BalanceSuite):
     decoder = Mixtral
     configs = sys.modules[__name__]
     debug = "mixtral_debug"

@@ -16,13 +16,14 @@ from core.config.validate import validate
 from core.nn.balance import routers
 from core.nn.mla import MLA
 from core.nn.module import Flops
+from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, on_meta, randomise
 from deepseek_v3 import configs
 from deepseek_v3.model import SIZES, DeepSeekV3, size
 
 
-class TestDeepSeekV3(ModelSuite):
+class TestDeepSeekV3(ModelSuite, BalanceSuite):
     decoder = DeepSeekV3
     configs = configs
     debug = "deepseek_v3_debug"

@@ -1,6 +1,5 @@
 """GPT-OSS against its published numbers, against transformers, and out of 4-bit files."""
 
-import json
 import random
 from dataclasses import replace
 from itertools import product
@@ -16,18 +15,14 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from core.checkpoint.convert import main as convert
 from core.checkpoint.hf import load_hf, save_hf
-from core.config.cli import override, split
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.data.loader import DataLoader
-from core.nn.balance import routers
 from core.nn.module import Flops
 from core.nn.rope import inverse_frequencies
+from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, on_meta, randomise
-from core.train.settings import Training
 from gpt_oss import configs
 from gpt_oss.model import SIZES, GptOss, size
 
@@ -85,7 +80,7 @@ def drawn(seed: int) -> GptOssConfig:
     )
 
 
-class TestGptOss(ModelSuite):
+class TestGptOss(ModelSuite, BalanceSuite):
     decoder = GptOss
     configs = configs
     debug = "gpt_oss_debug"
@@ -366,36 +361,3 @@ def test_a_model_without_a_window_is_not_exported() -> None:
     config.attention.window = None
     with pytest.raises(UserError, match="attention.window is None"):
         on_meta(config).to_hf_config()
-
-
-def test_choices_can_be_biased(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--model.moe.router.load_balance_coeff 0.01: one move of 0.01 up, down or not at all, for a step of two
-    microbatches, checkpointed, and a validation; and no export that would lose it."""
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": part}) for part in Path(__file__).read_text().split("\n\n\n")))
-    config = configs.gpt_oss_debug()
-    config.model.n_layers, config.dump_folder = 2, str(tmp_path / "run")
-    config.training = Training(steps=1, seq_len=32, local_batch_size=2, global_batch_size=4, device="cpu")
-    config.dataloader = DataLoader.Config(
-        dataset=str(text), cache_folder=str(tmp_path / "cache"), validation_fraction=0.3
-    )
-    config.activation_checkpoint.mode, config.lr_scheduler.warmup_steps = "full", 1
-    override(config, split(["--model.moe.router.load_balance_coeff", "0.01", "--checkpoint.enable"]))
-    run = config.build()
-    run.run()
-    found = routers(run.parts.models[0])
-    assert found.keys() == {"layers.0.moe.router", "layers.1.moe.router"}
-    for router in found.values():
-        assert router.tokens_E.sum() == 4 * 32 * 4 and router.selection_bias is not None
-        moves = router.selection_bias / 0.01
-        moves = moves - moves.min()
-        assert {round(move, 4) for move in moves.tolist()} in ({0.0, 2.0}, {0.0, 1.0, 2.0})
-        assert router.selection_bias.sum().abs() < 1e-6
-    with pytest.raises(SystemExit):
-        convert({"gpt_oss": GptOss}, ["to-hf", str(tmp_path / "run"), str(tmp_path / "hf")])
-    assert "moe.router.load_balance_coeff is 0.01, there always None" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
-    config.dump_folder = str(tmp_path / "other")
-    config.checkpoint.last_save_model_only = config.checkpoint.last_save_in_hf = True
-    with pytest.raises(UserError, match="moe.router.load_balance_coeff is 0.01"):
-        config.build()

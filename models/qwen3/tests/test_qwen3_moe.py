@@ -1,6 +1,5 @@
 """Qwen3 with experts against its published numbers and against transformers."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from core.checkpoint.convert import main as convert
 from core.checkpoint.hf import load_hf, save_hf
-from core.config.cli import override, split
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.data.loader import DataLoader
-from core.nn.balance import routers
 from core.nn.module import Flops
+from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, on_meta, randomise
-from core.train.settings import Training
 from qwen3 import configs
 from qwen3.model import MOE_SIZES, Qwen3, Qwen3MoE, size
 
@@ -70,7 +65,7 @@ def drawn(seed: int) -> Qwen3MoeConfig:
     )
 
 
-class TestQwen3MoE(ModelSuite):
+class TestQwen3MoE(ModelSuite, BalanceSuite):
     decoder = Qwen3MoE
     configs = configs
     debug = "qwen3_moe_debug"
@@ -234,32 +229,3 @@ def test_all_experts_of_one_weight_are_the_dense_model(tmp_path: Path) -> None:
     dense.load_state_dict(state)
     tokens_BL = random_tokens(config)
     torch.testing.assert_close(mixed(tokens_BL), dense(tokens_BL), rtol=0, atol=1e-5)
-
-
-def test_choices_can_be_biased(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--model.moe.router.load_balance_coeff 0.01: one move of 0.01 up, down or not at all, for a step of two
-    microbatches, checkpointed, and a validation; and no export that would lose it."""
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": part}) for part in Path(__file__).read_text().split("\n\n\n")))
-    config = configs.qwen3_moe_debug()
-    config.model.n_layers, config.dump_folder = 2, str(tmp_path / "run")
-    config.training = Training(steps=1, seq_len=32, local_batch_size=2, global_batch_size=4, device="cpu")
-    config.dataloader = DataLoader.Config(
-        dataset=str(text), cache_folder=str(tmp_path / "cache"), validation_fraction=0.3
-    )
-    config.activation_checkpoint.mode, config.lr_scheduler.warmup_steps = "full", 1
-    override(config, split(["--model.moe.router.load_balance_coeff", "0.01", "--checkpoint.enable"]))
-    run = config.build()
-    run.run()
-    found = routers(run.parts.models[0])
-    assert found.keys() == {"layers.0.moe.router", "layers.1.moe.router"}
-    for router in found.values():
-        assert router.tokens_E.sum() == 4 * 32 * 4 and router.selection_bias is not None
-        moves = router.selection_bias / 0.01
-        moves = moves - moves.min()
-        assert {round(move, 4) for move in moves.tolist()} in ({0.0, 2.0}, {0.0, 1.0, 2.0})
-        assert router.selection_bias.sum().abs() < 1e-6
-    with pytest.raises(SystemExit):
-        convert({"qwen3_moe": Qwen3MoE}, ["to-hf", str(tmp_path / "run"), str(tmp_path / "hf")])
-    assert "moe.router.load_balance_coeff is 0.01, there always None" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
