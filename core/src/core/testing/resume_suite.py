@@ -1,6 +1,5 @@
 """A run that stops and goes on is the run that never stopped. Part of `core.testing.model_suite`."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -77,7 +76,6 @@ class ResumeSuite:
         again.checkpoint.initial_load_path, again.parallelism = str(converted), Parallelism()
         with pytest.raises(UserError, match="in few bits: add --checkpoint.initial_load_in_hf_quantized to decode"):
             again.build()
-        gc.collect()  # and with the run the lock of its folder
         again.checkpoint.initial_load_in_hf_quantized = True
         decoded = dict(again.build().parts.named_parameters())
         weight = next(weight for name, weight in decoded.items() if name.endswith("wo.weight"))

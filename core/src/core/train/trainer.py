@@ -110,24 +110,25 @@ class Trainer(Configurable):
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
         self.n_parameters = parameter_count(whole)
         self.dispatcher = make_dispatcher(c, self.device, self.world.size)
-        self.exit = ExitStack()
-        self.exit.enter_context(process_group(find_world(), self.device, c.comm))
-        self.exit.callback(release)
-        self.layout = make_layout(c.parallelism, self.device)
-        with leader_first(self.world):
-            self.loader = self._open("train")
-        self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
-        ranks = Ranks.patient()
-        self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
-        ranks.first(lambda: self.exit.enter_context(held(self.folder, c.checkpoint)))
-        if c.debug.log_every_rank:
-            log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
-        keep_traces_in(self.folder)
-        self.keeper = Keeper(c, self.layout, ranks, whole, self.loader, folder=self.folder, n_rows=self.rows_per_step)
-        self.last_step = last_step(c.training, self.loader, self.rows_per_step, self.keeper.start)
-        self._start_model()
-        self.keeper.restore(self.parts, self.optimizer)
-        self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
+        with ExitStack() as opened:
+            opened.enter_context(process_group(find_world(), self.device, c.comm))
+            opened.callback(release)
+            self.layout = make_layout(c.parallelism, self.device)
+            with leader_first(self.world):
+                self.loader = self._open("train")
+            n_rows = self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
+            ranks = Ranks.patient()
+            self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
+            ranks.first(lambda: opened.enter_context(held(self.folder, c.checkpoint)))
+            if c.debug.log_every_rank:
+                log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
+            keep_traces_in(self.folder)
+            self.keeper = Keeper(c, self.layout, ranks, whole, self.loader, folder=self.folder, n_rows=n_rows)
+            self.last_step = last_step(c.training, self.loader, n_rows, self.keeper.start)
+            self._start_model()
+            self.keeper.restore(self.parts, self.optimizer)
+            self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
+            self.exit = opened.pop_all()
 
     @staticmethod
     def plan(config: Config, *, world_size: int | None, rank: int) -> Any:
