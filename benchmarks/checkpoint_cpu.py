@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class Ours:
         assert names == sorted([*found.manifest.files, "manifest.json"]), f"read: {names}"
 
 
-class Other:
+class Other(ABC):
     """Another way to save, which keeps what it saved last until the next is written, as ours does."""
 
     def __init__(self, folder: Path) -> None:
@@ -90,11 +91,13 @@ class Other:
         shutil.rmtree(self.old, ignore_errors=True)
         self.new.rename(self.old)
 
+    @abstractmethod
     def write(self, tensors: State) -> None:
-        raise NotImplementedError
+        """Write to `new`, flushed."""
 
+    @abstractmethod
     def load(self, tensors: State) -> None:
-        raise NotImplementedError
+        """Read from `old` into the tensors."""
 
 
 class Torch(Other):

@@ -51,9 +51,11 @@ def test_nonsense_device_is_refused():
 
 def memory_before_and_with_a_gibibyte() -> list[tuple[int, int | None]]:
     """Peak and free memory of a process that never held more."""
-    seen = [(peak_memory(CPU), free_memory(CPU))]
+    before = peak_memory(CPU), free_memory(CPU)
     held = torch.ones(2**28)
-    return [*seen, (peak_memory(CPU), free_memory(CPU))] if len(held) else seen
+    seen = [before, (peak_memory(CPU), free_memory(CPU))]
+    del held
+    return seen
 
 
 def test_memory_grows_with_what_is_held():
