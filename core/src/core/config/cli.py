@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,28 +11,14 @@ from types import ModuleType
 from core.config.configurable import Configurable, field_names, owner_of
 from core.config.errors import UserError, did_you_mean, exit_plainly
 from core.config.fields import alternatives, walk
-from core.config.options import Option, field_docs, options
+from core.config.help import field_help, program, recipe_help, show
+from core.config.options import Option, options
 from core.config.record import from_json, to_json
 from core.config.validate import validate
 
 Config = Configurable.Config
 Flag = tuple[str, list[str]]
 """An option as it was written, and the words behind it."""
-SYNTAX = """\
-usage: {program} --config NAME|FILE.json [--section.field VALUE ...]
-
-  --config NAME|FILE.json   a recipe, or the config.json of an earlier run
-  --help                    this text; with --config all settings of that recipe
-  --print-config            print the resolved settings as JSON, and end
-  --dry-run                 print what a step would take of one rank, and end; or all that keeps it from starting
-    --world-size N          of so many ranks; else of as many as the settings ask for
-    --rank N                of the rank with this number; else of rank 0
-    --json                  as JSON
-
-Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable and
-unset by --section.no-enable; lists take their items one after another: --section.names a b.
-"""
-
 
 OWN = {"config": 1, "help": 0, "print_config": 0, "dry_run": 0, "world_size": 1, "rank": 1, "json": 0}
 """The options of `main` that are no settings, and how many words each takes."""
@@ -53,7 +38,7 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
         if "config" in own:
             settle_and_run(load(own["config"], configs), own["config"], own, settings)
             return
-        show(recipe_help(configs))
+        show(recipe_help(recipes(configs)))
         if "help" not in own:
             raise UserError("choose a recipe: --config NAME")
 
@@ -204,38 +189,3 @@ def find(flag: str, words: list[str], known: dict[str, Option]) -> tuple[Option,
     near = [f"--{other.path}" for other in known.values()]
     hint = did_you_mean(flag, same_name, n=3, cutoff=0.0) or did_you_mean(flag, near)
     raise UserError(f"no option {flag}; {hint or '--help lists them all'}")
-
-
-def program() -> str:
-    """How this program was called."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-
-
-def recipe_help(configs: ModuleType) -> str:
-    """How to call the program, and its recipes with the first line of their docstrings."""
-    known = recipes(configs)
-    width = max(map(len, known), default=0)
-    firsts = {name: (inspect.getdoc(function) or "").partition("\n")[0] for name, function in known.items()}
-    lines = [f"  {name:{width}}   {first}".rstrip() for name, first in firsts.items()]
-    return "\n".join([SYNTAX.format(program=program()), "recipes:", *lines])
-
-
-def field_help(title: str, config: Config) -> str:
-    """Every setting with its value in this configuration, its default where that is another, and its meaning."""
-    lines = [title, "Every setting as --path TYPE = value here, and the default of its class where that is another:"]
-    nodes = dict(walk(config))
-    for path, node in nodes.items():
-        parent, _, name = path.rpartition(".")
-        doc = field_docs(type(nodes[parent])).get(name, "") if path and parent in nodes else ""
-        lines += ["", f"{path or 'run'} ({type(node).__qualname__}): {doc}".rstrip(": ")]
-        lines += [option.text() for option in options(node, path)]
-    return "\n".join(lines)
-
-
-def show(text: str) -> None:
-    """Print to a reader that may leave early, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # or Python complains once more when it ends

@@ -15,6 +15,7 @@ from core.checkpoint.weights import load
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.errors import UserError, exit_plainly
+from core.config.help import program, show
 from core.data.tokenizer import Tokenizer
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
@@ -40,9 +41,9 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
     """Continue prompts with a model of one of the recipes in `configs`; mistakes of the user end as in training."""
     with exit_plainly():
         own, settings = cli.own_flags(cli.split(argv), {"config": 1, "help": 0, "print_config": 0})
-        usage = USAGE.format(program=cli.program(), recipes=", ".join(cli.recipes(configs)))
+        usage = USAGE.format(program=program(), recipes=", ".join(cli.recipes(configs)))
         if "config" not in own:
-            cli.show(usage)
+            show(usage)
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
             return
