@@ -197,7 +197,7 @@ def product_shape(module: nn.Module) -> Shape | None:
     """(in, out) of a module that is one matrix product with one weight; None for any other. Of a weight that is spread
     over ranks, the product has the shape of the piece."""
     weight = getattr(module, "weight", None)
-    weight = weight.to_local() if hasattr(weight, "to_local") else weight
+    weight = getattr(weight, "to_local", lambda: weight)()
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return None
     return weight.shape[1], weight.shape[0]

@@ -63,18 +63,18 @@ def weights(model: Module) -> Iterator[Weight]:
             raise TypeError(f"{name}: no AXES name this weight; add it to {type(owner).__name__} or to its parent")
         if len(axes) != value.dim():
             raise TypeError(f"{name}: AXES {axes} name {len(axes)} axes, the weight has shape {tuple(value.shape)}")
-        start = getattr(owner, "start", {}).get(leaf)
+        start = vars(owner).get("start", {}).get(leaf)
         if start is None:
             raise TypeError(f"{name}: {type(owner).__name__}.start does not say how this weight is drawn")
         yield Weight(name, value, axes, start)
 
 
 def _axes(model: Module, path: str, leaf: str) -> tuple[str, ...] | None:
-    own = getattr(model.get_submodule(path), "AXES", {})
+    own = getattr(type(model.get_submodule(path)), "AXES", {})
     if leaf in own:
         return own[leaf]
     parent, _, child = path.rpartition(".")
-    axes = own.get("weight") or getattr(model.get_submodule(parent), "AXES", {}).get(child)
+    axes = own.get("weight") or getattr(type(model.get_submodule(parent)), "AXES", {}).get(child)
     if leaf == "bias" and axes:
         return axes[:-1]
     return axes if leaf == "weight" else None

@@ -35,7 +35,7 @@ def named_weights(module: nn.Module) -> Iterator[Named]:
 
     A bias is a summand when the last axis of its weight is cut: each rank then holds a part of the sum that it joins.
     """
-    for name, axes in getattr(module, "AXES", {}).items():
+    for name, axes in getattr(type(module), "AXES", {}).items():
         part = getattr(module, name, None)
         if isinstance(part, nn.Parameter):
             yield Named(module, name, axes, summand=False)

@@ -61,14 +61,14 @@ class CommandSuite(KeySuite):
 
         kinds = {config.model_type: self.tiny_config(name) for name, config in self.hf_configs.items()}
         run = self.run_config(self.debug)
-        for kind, config in {**kinds, "debug": run.model}.items():
-            model = on_cpu(config)
+        models = {name: on_cpu(config) for name, config in {**kinds, "debug": run.model}.items()}
+        for kind, model in models.items():
             randomise(model, seed=9)
             save_hf(model, tmp_path / kind)
             call("convert", "from-hf", tmp_path / kind, tmp_path / f"{kind} of ours")
         tokenizer, prompt = run.tokenizer.build(), "The tensors of"
         begin = tokenizer.encode_documents([prompt])[0][:-1]
-        ids = likeliest(model.eval(), begin, n_tokens=tokenizer.vocab_size, end=tokenizer.eos_id)
+        ids = likeliest(models["debug"].eval(), begin, n_tokens=tokenizer.vocab_size, end=tokenizer.eos_id)
         expected = tokenizer.decode(ids).removeprefix(prompt) + "\n"
         for folder in (tmp_path / "debug", tmp_path / "debug of ours"):
             words = ["--config", self.debug, "--checkpoint", folder, "--prompt", prompt, "--temperature", "0"]
