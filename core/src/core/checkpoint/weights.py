@@ -1,7 +1,6 @@
 """Weights in a folder of ours: `config.json`, which names the model's class, and safetensors under our own names or the
 pieces of a checkpoint."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.json_file import read_json
 from core.config.record import differences, to_dict, to_json
 
 log = logging.getLogger("armature")
@@ -101,13 +101,4 @@ def model_of(stated: dict[str, Any]) -> dict[str, Any]:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """What stands in a folder's `config.json`. Raises `UserError` when there is none."""
-    file = Path(folder) / "config.json"
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(stated, dict):
-        raise UserError(f"{file} is no JSON object")
-    return stated
+    return read_json(Path(folder) / "config.json")

@@ -5,15 +5,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 
 from core.config.configurable import Configurable, field_names, owner_of
 from core.config.errors import UserError, did_you_mean, exit_plainly
 from core.config.fields import alternatives, walk
 from core.config.help import field_help, program, recipe_help, show
+from core.config.json_file import read_json
 from core.config.options import Option, options
-from core.config.record import from_json, to_json
+from core.config.record import from_dict, to_json
 from core.config.validate import validate
 
 Config = Configurable.Config
@@ -144,10 +144,11 @@ def load(source: str, configs: ModuleType) -> Config:
     A configuration with a field `recipe` is told the name of its recipe.
     """
     if source.endswith(".json"):
+        data = read_json(source)
         try:
-            return from_json(Path(source).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, UserError) as error:
-            raise UserError(f"cannot read {source}:\n{getattr(error, 'strerror', None) or error}") from error
+            return from_dict(data)
+        except UserError as error:
+            raise UserError(f"{source} is no configuration:\n{error}") from error
     known = recipes(configs)
     if (name := plain(source)) not in known:
         hint = did_you_mean(name, known, n=3) or f"the recipes are {', '.join(known)}"

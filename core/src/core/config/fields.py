@@ -98,6 +98,8 @@ def type_problems(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
                 if isinstance(value, dict) and type(key) is not str:
                     yield path, f"expected keys of type str, got {short_repr(key)}"
             return
+        if option is Any:
+            return
         if get_origin(option) is Literal:
             fits = any(type(value) is type(member) and value == member for member in get_args(option))
         else:

@@ -25,6 +25,7 @@ from core.config.fields import (
     type_problems,
     typed_parts,
 )
+from core.config.json_file import parse_json
 from core.config.validate import wrong_field_types
 
 Config = Configurable.Config
@@ -55,11 +56,8 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, fits: type[Config] = Config) -> Config:
-    """The configuration that `to_json` wrote as this text; errors as in `from_dict`."""
-    try:
-        return from_dict(json.loads(text, object_pairs_hook=_object), fits)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error}") from None
+    """The configuration that `to_json` wrote as this text; errors as in `from_dict` and `parse_json`."""
+    return from_dict(parse_json(text, "the text"), fits)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -167,12 +165,3 @@ def _resolve(name: Any) -> Any:
     for part in path.split("."):
         found = getattr(found, part, None)
     return found
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; the same key twice is a mistake that Python would hide."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UserError(f"the key {max(keys, key=keys.count)!r} stands twice in one JSON object")
-    return data
