@@ -27,9 +27,10 @@ from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
 from core.train.assemble import expert_loads
 from core.train.laptop import laptop_run
-from core.train.metrics import Record, console_line, duration
+from core.train.metrics import Record
 from core.train.profile import Profiler
 from core.train.settings import Compile, Debug, Training
+from core.train.step_report import console_line, duration
 from core.train.validate import Validator
 
 FIELDS = set(Record.__dataclass_fields__) - {"experts"}

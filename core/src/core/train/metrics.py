@@ -103,29 +103,3 @@ class Metrics(Configurable):
                 self._tensorboard.add_scalar(name, value, record.step)
         if self._wandb is not None:
             self._wandb.log(known, step=record.step)
-
-
-def console_line(record: Record, last_step: int, remaining_s: float) -> str:
-    """The record as one line for people, with the time left."""
-    parts = [
-        f"step {record.step:>{len(str(last_step))}}/{last_step}",
-        f"loss {record.loss:.4f}",
-        f"grad norm {record.grad_norm:.3f}",
-        f"lr {record.lr:.2e}",
-        f"{record.tokens_per_second:,.0f} tokens/s",
-        f"{record.memory_gib:.2f} GiB",
-    ]
-    if record.mfu is not None:
-        parts.append(f"mfu {record.mfu:.1%}")
-    if record.validation_loss is not None:
-        parts.append(f"validation loss {record.validation_loss:.4f}")
-    return "  ".join([*parts, f"left {duration(remaining_s)}"])
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as people read them: 2 h 05 min, 3 min 07 s, 12 s."""
-    minutes, s = divmod(round(seconds), 60)
-    h, m = divmod(minutes, 60)
-    if h:
-        return f"{h} h {m:02} min"
-    return f"{m} min {s:02} s" if m else f"{s} s"

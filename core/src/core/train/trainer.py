@@ -1,4 +1,4 @@
-"""The beam: assembles a run from its configuration, and loops."""
+"""Assembles a run from its configuration, and loops."""
 
 import gc
 import logging
@@ -26,24 +26,26 @@ from core.nn.module import parameter_count, training_flops_per_token
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
-from core.runtime.device import GIB, describe, peak_flops, peak_memory, select_device
+from core.runtime.device import describe, select_device
 from core.runtime.distributed import Comm, World, find_world, keep_traces_in, leader_first, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.log import log_to, start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.train.assemble import assemble, compile_block, expert_loads, make_dispatcher, make_layout, without_memory
+from core.train.assemble import assemble, compile_block, make_dispatcher, make_layout, without_memory
 from core.train.checks import check_layout, check_model, check_vocabulary, compile_problems, data_problems, last_step
 from core.train.folder import check_run_folder, config_text, held, make_run_folder
 from core.train.keeper import Keeper
 from core.train.loss import cross_entropy
 from core.train.memory import check_memory, memory_advice
-from core.train.metrics import Metrics, Record, console_line
+from core.train.metrics import Metrics
+from core.train.outcome import outcome
 from core.train.profile import Profiler
 from core.train.rows import microbatches, open_text
 from core.train.settings import Compile, Debug, Training
 from core.train.step import Objective, StepInfo, train_step
+from core.train.step_report import StepReport
 from core.train.summary import summary
 from core.train.validate import Validator
 
@@ -128,6 +130,15 @@ class Trainer(Configurable):
             self._start_model()
             self.keeper.restore(self.parts, self.optimizer)
             self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
+            self.report = StepReport(
+                c,
+                self.layout,
+                self.metrics,
+                self.parts.models,
+                flops_per_token=self.flops_per_token,
+                rows_per_step=n_rows,
+                n_ranks=self.world.size,
+            )
             self.exit = opened.pop_all()
 
     @staticmethod
@@ -210,11 +221,7 @@ class Trainer(Configurable):
         metrics = self.metrics if self.layout.is_first else nullcontext()
         with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:
             step = self._loop(stop, profiler)
-        end = f"finished {step:,} steps"
-        if stop or step < self.last_step:
-            cause = stop.signal.name if stop.signal else "a signal to another rank"
-            end = f"stopped by {cause} after step {step} of {self.last_step}"
-        log.info(f"{end}; kept in {self.folder}: config.json and metrics.jsonl ({self.keeper.said()})")
+        log.info(outcome(step, self.last_step, stop, self.folder, self.keeper.said()))
 
     def _loop(self, stop: StopRequest, profiler: Profiler) -> int:
         """Steps until the last or until `stop`; gives the number of the last one."""
@@ -237,7 +244,15 @@ class Trainer(Configurable):
             step_time_s = (time.perf_counter() - mark) / (step - since)
             validation_loss = validator.loss(lambda: self._stopping(stop)) if validator else None
             if reports:
-                self._report(step, info, step_time_s, validation_loss)
+                self.report(
+                    info,
+                    step=step,
+                    last_step=self.last_step,
+                    lr=c.optimizer.lr * self.schedule.factor(step),
+                    tokens=self.keeper.progress(step).tokens,
+                    step_time_s=step_time_s,
+                    validation_loss=validation_loss,
+                )
                 mark, since = time.perf_counter(), step
             last = step == self.last_step
             mark += self.keeper.after_step(step, last=last, stopping=stopping, validation_loss=validation_loss)
@@ -275,26 +290,3 @@ class Trainer(Configurable):
         stops, failures = self.layout.sums(float(bool(stop)), float(self.keeper.failed))
         self.keeper.check(failures > 0)
         return stops > 0
-
-    def _report(self, step: int, info: StepInfo, step_time_s: float, validation_loss: float | None) -> None:
-        model = self.config.model
-        tokens_per_step = self.rows_per_step * self.config.training.seq_len
-        tokens_per_second = tokens_per_step / step_time_s
-        peak = peak_flops(self.device)
-        record = Record(
-            step=step,
-            loss=info.loss,
-            mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
-            grad_norm=info.grad_norm,
-            lr=self.config.optimizer.lr * self.schedule.factor(step),
-            tokens=self.keeper.progress(step).tokens,
-            tokens_per_second=tokens_per_second,
-            step_time_s=step_time_s,
-            memory_gib=peak_memory(self.device) / GIB,
-            mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak / self.world.size,
-            validation_loss=validation_loss,
-            experts=expert_loads(self.parts.models, self.layout),
-        )
-        if self.layout.is_first:
-            self.metrics.write(record)
-        log.info(console_line(record, self.last_step, (self.last_step - step) * step_time_s))

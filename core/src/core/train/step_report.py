@@ -1,0 +1,95 @@
+"""What a run reports of a step: a record in its metrics, and a line on the console."""
+
+import logging
+from collections.abc import Sequence
+
+from core.nn.decoder import Decoder
+from core.nn.module import Flops
+from core.parallel.layout import Layout
+from core.runtime.device import GIB, peak_flops, peak_memory
+from core.train.assemble import expert_loads
+from core.train.checks import Run
+from core.train.metrics import Metrics, Record
+from core.train.step import StepInfo
+
+log = logging.getLogger("armature")
+
+
+class StepReport:
+    """Reports steps of a run whose models, on this rank, are `models`; a step reads `rows_per_step` rows over all
+    `n_ranks` ranks."""
+
+    def __init__(
+        self,
+        run: Run,
+        layout: Layout,
+        metrics: Metrics,
+        models: Sequence[Decoder],
+        *,
+        flops_per_token: Flops,
+        rows_per_step: int,
+        n_ranks: int,
+    ) -> None:
+        self.run, self.layout, self.metrics, self.models = run, layout, metrics, list(models)
+        self.flops_per_token, self.n_ranks = flops_per_token, n_ranks
+        self.tokens_per_step = rows_per_step * run.training.seq_len
+
+    def __call__(
+        self,
+        info: StepInfo,
+        *,
+        step: int,
+        last_step: int,
+        lr: float,
+        tokens: int,
+        step_time_s: float,
+        validation_loss: float | None,
+    ) -> None:
+        """Report what a step did; `tokens` were read so far, a step took `step_time_s` since the last report. Every
+        rank must call it."""
+        model, device = self.run.model, self.layout.device
+        tokens_per_second = self.tokens_per_step / step_time_s
+        peak = peak_flops(device)
+        record = Record(
+            step=step,
+            loss=info.loss,
+            mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
+            grad_norm=info.grad_norm,
+            lr=lr,
+            tokens=tokens,
+            tokens_per_second=tokens_per_second,
+            step_time_s=step_time_s,
+            memory_gib=peak_memory(device) / GIB,
+            mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak / self.n_ranks,
+            validation_loss=validation_loss,
+            experts=expert_loads(self.models, self.layout),
+        )
+        if self.layout.is_first:
+            self.metrics.write(record)
+        log.info(console_line(record, last_step, (last_step - step) * step_time_s))
+
+
+def console_line(record: Record, last_step: int, remaining_s: float) -> str:
+    """The record as one line for people, with the time left."""
+    parts = [
+        f"step {record.step:>{len(str(last_step))}}/{last_step}",
+        f"loss {record.loss:.4f}",
+        f"grad norm {record.grad_norm:.3f}",
+        f"lr {record.lr:.2e}",
+        f"{record.tokens_per_second:,.0f} tokens/s",
+        f"{record.memory_gib:.2f} GiB",
+    ]
+    if record.mfu is not None:
+        parts.append(f"mfu {record.mfu:.1%}")
+    if record.validation_loss is not None:
+        parts.append(f"validation loss {record.validation_loss:.4f}")
+    return "  ".join([*parts, f"left {duration(remaining_s)}"])
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as people read them: 2 h 05 min, 3 min 07 s, 12 s."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    if h:
+        return f"{h} h {m:02} min"
+    return f"{m} min {s:02} s" if m else f"{s} s"
