@@ -22,13 +22,13 @@ import pytest
 import torch
 from faulty_run import LIMIT_S, N_STEPS, Fault, Launched, kill_at, saved_run
 
-from core.checkpoint.find import find
+from core.checkpoint.find import find, inspect
 from core.checkpoint.index import read_index, read_tensor
 from core.checkpoint.manifest import LAYOUT, Damaged, Progress, digest, read_manifest
 from core.checkpoint.saved import Saved
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.storage import Storage
+from core.checkpoint.storage import Storage, steps_in
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.runtime.ranks import Ranks
@@ -153,8 +153,10 @@ def kill_everywhere(folder: Path) -> list[int]:
         index = read_index(good.storage, good.folder)
         for name, values in state(step).items():
             assert torch.equal(read_tensor(good.storage, good.folder, index[name]), values)
+        for other in steps_in(good.storage):
+            inspect(good.storage, f"step-{other}", Ranks())  # raises where a part of a checkpoint bears its name
         saver.set_aside(step)
-        assert not [name for name in os.listdir(folder / "checkpoint") if name.endswith(".tmp")]
+        assert all(re.fullmatch(r"(replaced-)?step-[\d-]+", name) for name in os.listdir(folder / "checkpoint"))
         save(folder, step + 1)
         assert os.listdir(folder / "checkpoint") == [f"step-{step + 1}"]
         found.append(step)
@@ -330,7 +332,8 @@ def test_a_folder_without_permission_is_refused_before_the_first_step(run, monke
         assert refusal(run) == f"cannot write in {folder}: Permission denied; choose another with --checkpoint.folder"
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "make", forbid)
-        assert "checkpoint/step-2 could not be saved: Permission denied" in refusal(run)
+        words = f"no checkpoint can be written in {folder}: Permission denied (rank 0); choose another with"
+        assert refusal(run).startswith(words) and not (Path(str(run.dump_folder)) / "metrics.jsonl").exists()
 
 
 def test_two_runs_in_one_folder(run, tmp_path):

@@ -24,7 +24,7 @@ from core.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from core.checkpoint.retention import to_remove
+from core.checkpoint.retention import Removals, to_remove
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import steps_in
 from core.config.errors import UserError, at_most
@@ -58,9 +58,25 @@ class Saver:
         """`config` is the text of `config.json`; `export` writes weights that were saved as a Hugging Face folder."""
         self.settings, self.ranks, self.config, self.export = settings, ranks, config, export
         self.storage = settings.storage(run_folder)
+        self._removals = Removals(self.storage)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[None] | None = None
         self._stager: Any = None
+
+    def check_writable(self) -> None:
+        """Raise `UserError` where some rank cannot write to the place of the checkpoints."""
+        if not self.settings.saves:
+            return
+        problem = ""
+        try:
+            self.storage.check_writable()
+        except OSError as error:
+            problem = f"{error.strerror or error} (rank {self.ranks.rank})"
+        if problems := [problem for problem in self.ranks.gather(problem) if problem]:
+            raise UserError(
+                f"no checkpoint can be written in {self.storage}: {', '.join(at_most(MOST, problems))}; choose another "
+                "with --checkpoint.folder, one that all ranks can write to"
+            )
 
     def find(self) -> Found | None:
         """The checkpoint that the run goes on from; None for a run that begins. Errors as in `core.checkpoint.find`."""
@@ -162,14 +178,15 @@ class Saver:
 
     def _begin(self, growing: str) -> dict[str, Written]:
         """Make the folder of a new checkpoint, with the configuration in it."""
-        self.storage.remove(growing)
+        if self.storage.exists(growing):
+            self._removals.remove(growing)
         self.storage.make(growing)
         with self.storage.create(f"{growing}/{CONFIG}") as file:
             file.write(self.config.encode())
         return {CONFIG: Written(file.n_bytes, file.hex())}
 
     def _publish(self, growing: str, folder: str, made: Manifest) -> None:
-        """Make a checkpoint of what was written, and remove those that no rule keeps."""
+        """Make a checkpoint of what was written; once it is one, nothing that goes wrong is an error of this save."""
         c = self.settings
         if c.last_save_in_hf and made.kind == "model":
             self.export(Found(self.storage, growing, made), Path(self.storage.path(f"{growing}/hf")))
@@ -181,11 +198,20 @@ class Saver:
             self._set_aside(made.progress.step)
         self.storage.rename(growing, folder, last=MANIFEST)
         log.info(f"saved {self.storage}/{folder} ({sum(file.n_bytes for file in made.files.values()) / 2**30:.2f} GiB)")
+        try:
+            self._retain()
+        except (OSError, UserError) as error:
+            log.warning(f"no checkpoint was removed from {self.storage}: {error}; the next save tries again")
+
+    def _retain(self) -> None:
+        """Remove the checkpoints that no rule keeps."""
+        c = self.settings
         losses = {step: self._validation_loss(step) for step in steps_in(self.storage)}
         for step in to_remove(
             losses, latest=c.keep_latest_k, every=c.keep_every, best=c.keep_best_k, pinned=frozenset(c.keep_steps)
         ):
-            self.storage.remove(f"step-{step}")
+            self._removals.remove(f"step-{step}")
+        self._removals.remove_unfinished()
 
     def _validation_loss(self, step: int) -> float | None:
         try:
@@ -194,9 +220,7 @@ class Saver:
             return None
 
     def _clear(self, after: int) -> None:
-        for name in self.storage.names():
-            if name.startswith("step-") and name.endswith(GROWING):
-                self.storage.remove(name)
+        self._removals.remove_unfinished()
         for step in steps_in(self.storage):
             if step > after:
                 self._set_aside(step)

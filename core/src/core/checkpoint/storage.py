@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from errno import EIO
+from errno import EBADF, EINVAL, EIO
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
@@ -86,13 +87,14 @@ class Digest:
 
 
 class Storage:
-    """The files below one place, by names with slashes. Raises `OSError` as the file system below does."""
+    """The files below one place, by names with slashes. Raises `OSError` for whatever the file system below raises."""
 
     def __init__(self, place: str | Path) -> None:
+        """Raises `UserError` where no installed package reaches such a place, or the place does not answer."""
         try:
             self.fs, self.root = fsspec.url_to_fs(str(place))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"nothing here can reach {place}: {error}") from error
+        except Exception as error:  # each store has errors of its own
+            raise UserError(f"nothing here can reach {place}: {one_line(error)}") from error
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
     def __str__(self) -> str:
@@ -103,28 +105,34 @@ class Storage:
 
     def names(self, folder: str = "") -> list[str]:
         """What lies directly in a folder, sorted; nothing where there is no folder."""
-        self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(folder), detail=False)
+            with self._asked():
+                self.fs.invalidate_cache()
+                found = self.fs.ls(self.path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def exists(self, name: str) -> bool:
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(name)))
+        if self.is_local:
+            return os.path.lexists(self.path(name))
+        with self._asked():
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(self.path(name)))
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        return int(self.fs.size(self.path(name)))
+        with self._asked():
+            return int(self.fs.size(self.path(name)))
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
-        return self.fs.cat_file(self.path(name))
+        with self._asked():
+            return self.fs.cat_file(self.path(name))
 
     def read_into(self, memory: memoryview, name: str, at: int) -> None:
         """Fill `memory` with the bytes of a file from `at` on. Raises `OSError` where the file ends before."""
-        with self.fs.open(self.path(name), "rb") as stream:
+        with self._asked(), self.fs.open(self.path(name), "rb") as stream:
             stream.seek(at)
             while memory:
                 if not (n_bytes := stream.readinto(memory)):
@@ -134,19 +142,20 @@ class Storage:
     def digest(self, name: str) -> str:
         """The SHA-256 of a file."""
         found = hashlib.sha256()
-        with self.fs.open(self.path(name), "rb") as stream:
+        with self._asked(), self.fs.open(self.path(name), "rb") as stream:
             while data := stream.read(CHUNK):
                 found.update(data)
         return found.hexdigest()
 
     def make(self, folder: str) -> None:
         """Make a folder, and those above it, unless they are there."""
-        self.fs.makedirs(self.path(folder), exist_ok=True)
+        with self._asked():
+            self.fs.makedirs(self.path(folder), exist_ok=True)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Digest]:
         """A new file; when the block ends it has reached the disk. Raises `OSError` where it reads otherwise."""
-        with ExitStack() as exits:
+        with self._asked(), ExitStack() as exits:
             stream = exits.enter_context(self.fs.open(self.path(name), "wb"))
             again = exits.enter_context(open(self.path(name), "rb")) if self.is_local else None
             hasher, flusher = (exits.enter_context(ThreadPoolExecutor(1, name)) for name in ("hashing", "flushing"))
@@ -165,15 +174,33 @@ class Storage:
             os.rename(self.path(old), self.path(new))
             self._flush(self.root)
             return
-        files = [path[len(self.path(old)) + 1 :] for path in self.fs.find(self.path(old))]
-        for file in sorted(files, key=lambda file: (file == last, file)):
-            self.fs.mv(self.path(f"{old}/{file}"), self.path(f"{new}/{file}"))
+        with self._asked():
+            files = [path[len(self.path(old)) + 1 :] for path in self.fs.find(self.path(old))]
+            for file in sorted(files, key=lambda file: (file == last, file)):
+                self.fs.mv(self.path(f"{old}/{file}"), self.path(f"{new}/{file}"))
         self.remove(old)
 
-    def remove(self, folder: str) -> None:
-        """Remove a folder and all in it, if it is there."""
-        if self.exists(folder):
-            self.fs.rm(self.path(folder), recursive=True)
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder and all in it, if it is there; of a link the link alone."""
+        if self.is_local and os.path.islink(self.path(name)):
+            os.unlink(self.path(name))
+        elif self.exists(name):
+            with self._asked():
+                self.fs.rm(self.path(name), recursive=True)
+
+    def check_writable(self) -> None:
+        """Write, read, rename and remove a small file, each as a save does. Raises `OSError` where one fails."""
+        trial = f".probe-{uuid.uuid4().hex}"
+        with ExitStack() as exits:
+            for name in (trial, f"{trial}-renamed"):
+                exits.callback(self.remove, name)
+            self.make(trial)
+            with self.create(f"{trial}/file") as file:
+                file.write(b"written")
+            if self.digest(f"{trial}/file") != file.hex():
+                raise OSError(EIO, "other bytes are read there than were written")
+            self.flush(trial)
+            self.rename(trial, f"{trial}-renamed", last="file")
 
     def flush(self, folder: str) -> None:
         """Let the names of a folder's files reach the disk."""
@@ -184,8 +211,28 @@ class Storage:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (EBADF, EINVAL):  # a file system that does not flush folders
+                raise
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Raise as `OSError` what a driver of a store raises, which may be anything."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            if self.is_local:
+                raise
+            raise OSError(EIO, one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, with its kind, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def steps_in(storage: Storage) -> list[int]:

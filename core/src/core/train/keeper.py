@@ -43,6 +43,7 @@ class Keeper:
         self.settings, self.n_rows, self.folder = run.checkpoint, n_rows, folder
         text = config_text(run, layout.device)
         self.saver = Saver(self.settings, ranks, run_folder=folder, config=text, export=self._export)
+        self.saver.check_writable()
         self.found = self._find()
         self.start = Progress(rows_per_step=n_rows, text=loader.fingerprint)
         """How far the run had come before."""
