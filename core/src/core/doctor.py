@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from core.comm import probe
+from core.config.errors import exit_plainly
+from core.config.help import show
 
 PACKAGES = {
     "tokenizers": ("pip install tokenizers, or armature-core[hf]", "tokenizer.json files as tokenizer.path"),
@@ -68,7 +70,8 @@ def table(found: list[Part], width: int = 118) -> str:
 
 def main() -> None:
     """Print the table; nothing that is missing is an error until a setting asks for it."""
-    print(table(list(parts())))
+    with exit_plainly():
+        show(table(list(parts())))
 
 
 if __name__ == "__main__":

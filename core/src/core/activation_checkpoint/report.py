@@ -19,6 +19,7 @@ import torch
 from core.activation_checkpoint.survey import Survey, survey
 from core.config.cli import load, override, own_flags, split
 from core.config.errors import UserError, exit_plainly
+from core.config.help import show
 from core.config.validate import validate
 from core.runtime.device import GIB, select_device
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_plainly():
         own, settings = own_flags(split(argv), {"model": 1, "config": 1, "output": 1, "help": 0})
         if "help" in own or not {"model", "config"} <= own.keys():
-            print(__doc__)
+            show(__doc__ or "")
             if "help" in own:
                 return
             raise UserError("--model PACKAGE and --config NAME|FILE.json say what to report on")
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{training.local_batch_size} x {training.seq_len:,} tokens, "
             f"compute in {str(dtype_of(training)).removeprefix('torch.')}"
         )
-        print(text(title, surveys))
+        show(text(title, surveys))
         if "output" in own:
             write(Path(own["output"]), title, surveys)
 

@@ -7,9 +7,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
+
+from core.config.console import hold_console
 
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 """What torchrun, and srun, call a rank's number, how many there are, and the number on its machine."""
@@ -54,13 +56,14 @@ def did_you_mean(wrong: str, names: Iterable[str], n: int = 1, cutoff: float = 0
 def exit_plainly() -> Iterator[None]:
     """End the program without a traceback where the user made a mistake or pressed Ctrl-C inside.
 
-    A `UserError` is printed as `error: ...` on standard error and gives code 2, Ctrl-C gives code 130. Any other
-    exception is a defect and keeps its traceback.
+    No console keeps it from its work (`hold_console`). A `UserError` is printed as `error: ...` on standard error and
+    gives code 2, Ctrl-C gives code 130. Any other exception is a defect and keeps its traceback.
 
     Of several ranks only some need to speak. A mistake is told at once by the first rank of each machine; the others
     give it a moment, in which the launcher ends them if the first had the same to say. So does a rank that misses
     another one, which failed first and knows why.
     """
+    hold_console()
     rank, leads = speaker(os.environ)
     try:
         yield
@@ -94,4 +97,5 @@ def tell_torchrun(text: str) -> None:
     """Leave the last words of this process where torchrun looks for them, which closes with those of the first rank."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
+        with suppress(OSError):  # the same words went to standard error
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))

@@ -1,12 +1,13 @@
 """What `--help` says: how a program is called, its recipes, and every setting with its meaning."""
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from core.config.configurable import Configurable
+from core.config.console import lost
+from core.config.errors import UserError
 from core.config.fields import walk
 from core.config.options import field_docs, options
 
@@ -54,8 +55,11 @@ def field_help(title: str, config: Config) -> str:
 
 
 def show(text: str) -> None:
-    """Print to a reader that may leave early, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # or Python complains once more when it ends
+    """Print what the program was called for, to a reader that may leave early, as `head` does.
+
+    Raises `UserError` where standard output cannot take it for another reason.
+    """
+    print(text, flush=True)
+    error = lost(sys.stdout)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise UserError(f"standard output does not take the text: {error}")

@@ -14,6 +14,7 @@ import torch
 from core.checkpoint.weights import load
 from core.config import cli
 from core.config.configurable import Configurable
+from core.config.console import lost
 from core.config.errors import UserError, exit_plainly
 from core.config.help import program, show
 from core.data.tokenizer import Tokenizer
@@ -173,7 +174,8 @@ class Generation(Configurable):
             return
         except (OSError, UnicodeEncodeError) as error:
             sys.stdout = open(os.devnull, "w")
-            raise UserError(f"standard output does not take the text: {error}") from error
+            fix = "; set PYTHONIOENCODING=utf-8" if isinstance(error, UnicodeEncodeError) else ""
+            raise UserError(f"standard output does not take the text: {error}{fix}") from error
         seconds = time.perf_counter() - started
         for line in self.limits_met(completions):
             note(line)
@@ -193,7 +195,12 @@ class Generation(Configurable):
                 texts[row] += piece
                 piece = f"[{row + 1}] {shorten(self.texts[row], 100)}\n{texts[row]}\n" if ended else ""
             if piece:
+                piece.encode(
+                    sys.stdout.encoding or "utf-8"
+                )  # text is no message: it is printed as it is, or not at all
                 print(piece, end="", flush=True)
+                if (error := lost(sys.stdout)) is not None:
+                    raise error
 
         sampler = Sampler(len(texts), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed)
         return generate(
