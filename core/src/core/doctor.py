@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from core.comm import probe
-from core.config.errors import exit_plainly
+from core.config.exit import exit_plainly
 from core.config.help import show
 
 PACKAGES = {

@@ -15,7 +15,7 @@ from core.config.console import LossyOutput, hold_console, lost
 
 TALKS = """
 import logging, sys, warnings
-from core.config.errors import exit_plainly
+from core.config.exit import exit_plainly
 with exit_plainly():
     for _ in range(3):
         print("naïve \\u65e5\\u672c " * 2000)
@@ -26,7 +26,7 @@ with exit_plainly():
     open(sys.argv[1], "w").write("the end")
 """
 SHOWS = """
-from core.config.errors import exit_plainly
+from core.config.exit import exit_plainly
 from core.config.help import show
 with exit_plainly():
     show("what was asked for")

@@ -7,8 +7,9 @@ import sys
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from core.config import errors
-from core.config.errors import PATIENCE_S, UserError, exit_plainly
+from core.config import exit
+from core.config.errors import UserError
+from core.config.exit import PATIENCE_S, exit_plainly
 
 LAUNCHERS = {
     "torchrun": {"RANK": "{}", "WORLD_SIZE": "4", "LOCAL_RANK": "{}"},
@@ -32,7 +33,7 @@ def naps(monkeypatch) -> list[float]:
         for name in variables:
             monkeypatch.delenv(name, raising=False)
     naps: list[float] = []
-    monkeypatch.setattr(errors.time, "sleep", naps.append)
+    monkeypatch.setattr(exit.time, "sleep", naps.append)
     return naps
 
 

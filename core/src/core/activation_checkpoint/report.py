@@ -18,7 +18,8 @@ import torch
 
 from core.activation_checkpoint.survey import Survey, survey
 from core.config.cli import load, override, own_flags, split
-from core.config.errors import UserError, exit_plainly
+from core.config.errors import UserError
+from core.config.exit import exit_plainly
 from core.config.help import show
 from core.config.validate import validate
 from core.runtime.device import GIB, select_device

@@ -21,7 +21,8 @@ from core.checkpoint.layout import HFModel, hf_layout, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config
-from core.config.errors import UserError, exit_plainly
+from core.config.errors import UserError
+from core.config.exit import exit_plainly
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
 

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from types import ModuleType
 
 from core.config.configurable import Configurable, field_names, owner_of
-from core.config.errors import UserError, did_you_mean, exit_plainly
+from core.config.errors import UserError, did_you_mean
+from core.config.exit import exit_plainly
 from core.config.fields import alternatives, walk
 from core.config.help import field_help, program, recipe_help, show
 from core.config.json_file import read_json

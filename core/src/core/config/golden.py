@@ -10,7 +10,8 @@ from types import ModuleType
 
 from core.config.cli import recipes
 from core.config.configurable import Configurable
-from core.config.errors import UserError, exit_plainly
+from core.config.errors import UserError
+from core.config.exit import exit_plainly
 from core.config.record import flatten
 
 

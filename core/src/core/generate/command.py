@@ -15,7 +15,8 @@ from core.checkpoint.weights import load
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.console import lost
-from core.config.errors import UserError, exit_plainly
+from core.config.errors import UserError
+from core.config.exit import exit_plainly
 from core.config.help import program, show
 from core.data.tokenizer import Tokenizer
 from core.generate.generate import Completion, generate
