@@ -298,8 +298,8 @@ def test_help_of_a_recipe_shows_every_setting(argv, capsys):
         ("--config qwen_debug --training.stpes 3", "no option --training.stpes; did you mean --training.steps?"),
         ("--config qwen_debug --trainng.no-fused", "no option --trainng.no-fused; did you mean --training.fused?"),
         ("--config qwen_debug --lr 3", "no option --lr; did you mean --optimizer.lr?"),
-        ("--config qwen_debug --zzzzzzzz 3", "no option --zzzzzzzz; --help lists them all"),
-        ("--config plain_1_7b --model.n_layers 3", "no option --model.n_layers; --help lists"),
+        ("--config qwen_debug --zzzzzzzz 3", "no option --zzzzzzzz; --help WORD searches, --help all lists them"),
+        ("--config plain_1_7b --model.n_layers 3", "no option --model.n_layers; --help WORD"),
         ("--config qwen_debug --optimizer.no-lr", "no option --optimizer.no-lr; did you mean --optimizer.lr?"),
         ("--config qwen_debug --training.steps abc", "--training.steps: expected INT, got abc"),
         ("--config qwen_debug --training.steps 1e3", "--training.steps: expected INT, got 1e3"),
@@ -374,7 +374,7 @@ def test_a_program_without_recipes(capsys):
     cli.run(Run.Config(), ["--training.steps", "3", "--dump-folder=x"])
     assert DONE == [Run.Config(training=Training(steps=3), dump_folder="x")]
     cli.run(Run.Config(), ["-h"])
-    assert ": A run that notes that it ran.\nEvery setting" in capsys.readouterr().out
+    assert ": A run that notes that it ran.\nSettings as" in capsys.readouterr().out
     for argv, message in (
         (["--config", "qwen_debug"], "no option --config"),
         (["--print-config"], "no option --print-config"),

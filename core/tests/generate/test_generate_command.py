@@ -320,14 +320,16 @@ def test_help(capsys, weights) -> None:
     main(toy_recipes, ["--help"])
     out = capsys.readouterr().out
     assert "--checkpoint FOLDER" in out and "recipes: toy, no_run" in out
+    main(toy_recipes, ["--help", "max-seq-len"])
+    assert "  --model.max_seq_len INT" in capsys.readouterr().out
     main(toy_recipes, ["--config", "toy", "--help"])
     out = capsys.readouterr().out
     for part in (
         "--prompt TEXT",
         "--top_p FLOAT = 1.0",
         "--temperature",
-        "--tokenizer.path",
-        "--model.max_seq_len INT",
+        "\ntokenizer: ",
+        "--help all ",
     ):
         assert part in out
     assert "--training" not in out

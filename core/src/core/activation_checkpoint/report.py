@@ -20,10 +20,16 @@ from core.activation_checkpoint.survey import Survey, survey
 from core.config.cli import load, override, own_flags, split
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.help import show
+from core.config.help import OwnOption, show
 from core.config.validate import validate
 from core.runtime.device import GIB, select_device
 
+OWN = {
+    "model": OwnOption("PACKAGE", "the package of the recipes"),
+    "config": OwnOption("NAME|FILE.json", "a recipe, or the config.json of an earlier run"),
+    "output": OwnOption("FOLDER", "where the numbers and the picture are written"),
+    "help": OwnOption("", "this text", 0),
+}
 MODES = ("none", "selective", "full")
 MIB = 2**20
 
@@ -31,7 +37,7 @@ MIB = 2**20
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the report that the command line asks for."""
     with exit_plainly():
-        own, settings = own_flags(split(argv), {"model": 1, "config": 1, "output": 1, "help": 0})
+        own, settings = own_flags(split(argv), OWN)
         if "help" in own or not {"model", "config"} <= own.keys():
             show(__doc__ or "")
             if "help" in own:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import ModuleType
 
@@ -11,9 +11,9 @@ from core.config.configurable import Configurable, field_names, owner_of
 from core.config.errors import UserError, did_you_mean
 from core.config.exit import exit_plainly
 from core.config.fields import alternatives, walk
-from core.config.help import field_help, program, recipe_help, show
+from core.config.help import HELP, OwnOption, first_line, program, recipe_list, setting_help, show, usage
 from core.config.json_file import read_json
-from core.config.options import Option, options
+from core.config.options import Option, options, plain
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
 
@@ -21,8 +21,20 @@ Config = Configurable.Config
 Flag = tuple[str, list[str]]
 """An option as it was written, and the words behind it."""
 
-OWN = {"config": 1, "help": 0, "print_config": 0, "dry_run": 0, "world_size": 1, "rank": 1, "json": 0}
-"""The options of `main` that are no settings, and how many words each takes."""
+OWN = {
+    "config": OwnOption("NAME|FILE.json", "a recipe, or the config.json of an earlier run"),
+    "help": HELP,
+    "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
+    "dry_run": OwnOption("", "print what a step would take of one rank, or what keeps it from starting, and end", 0),
+    "world_size": OwnOption("N", "with --dry-run: of so many ranks; else of as many as the settings ask for"),
+    "rank": OwnOption("N", "with --dry-run: of the rank with this number; else of rank 0"),
+    "json": OwnOption("", "with --dry-run: as JSON", 0),
+}
+"""The options of `main` that are no settings."""
+SYNTAX = """
+Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable and
+unset by --section.no-enable; lists take their items one after another: --section.names a b.
+"""
 OF_DRY_RUN = ("world_size", "rank", "json")
 
 
@@ -36,26 +48,37 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
     """
     with exit_plainly():
         own, settings = own_flags(split(argv), OWN)
+        known = recipes(configs)
         if "config" in own:
-            settle_and_run(load(own["config"], configs), own["config"], own, settings)
-            return
-        show(recipe_help(recipes(configs)))
-        if "help" not in own:
-            raise UserError("choose a recipe: --config NAME")
+            settle_and_run(load(own["config"], configs), own["config"], own, settings, OWN)
+        elif own.get("help") and known:
+            name = next(iter(known))
+            title = f"{name}, the first recipe (with --config NAME another)"
+            show(setting_help(title, load(name, configs), own["help"].split(), OWN))
+        else:
+            line = "--config NAME|FILE.json [--section.field VALUE ...]"
+            show("\n".join([usage(line, OWN), SYNTAX, recipe_list(known)]))
+            if "help" not in own:
+                raise UserError("choose a recipe: --config NAME")
 
 
 def run(config: Config, argv: Sequence[str] | None = None) -> None:
     """The command line of a program without recipes: it changes this configuration; all else is as in `main`."""
     with exit_plainly():
-        own, settings = own_flags(split(argv), {"help": 0})
-        purpose = (inspect.getdoc(owner_of(type(config))) or "").partition("\n")[0]
-        settle_and_run(config, f"{program()}: {purpose}", own, settings)
+        known = {"help": HELP}
+        own, settings = own_flags(split(argv), known)
+        settle_and_run(config, f"{program()}: {first_line(owner_of(type(config)))}", own, settings, known)
 
 
-def settle_and_run(config: Config, title: str, own: dict[str, str], settings: Sequence[Flag]) -> None:
-    """What the options ask for: help, under this title, or the resolved settings, or the run."""
+def settle_and_run(
+    config: Config, title: str, own: dict[str, str], settings: Sequence[Flag], known: Mapping[str, OwnOption]
+) -> None:
+    """What the options ask for: help, under this title, or the resolved settings, or the run.
+
+    `known` has the options of the program that are no settings, and `own` the words of those that were given.
+    """
     if "help" in own:
-        show(field_help(title, config))
+        show(setting_help(title, config, own["help"].split(), known))
         return
     lost = [f"--{name.replace('_', '-')}" for name in OF_DRY_RUN if name in own and "dry_run" not in own]
     if lost:
@@ -104,10 +127,10 @@ def split(argv: Sequence[str] | None) -> list[Flag]:
     return flags
 
 
-def own_flags(flags: Sequence[Flag], known: dict[str, int]) -> tuple[dict[str, str], list[Flag]]:
-    """The options that are no settings, by name, with their word; and the others.
+def own_flags(flags: Sequence[Flag], known: Mapping[str, OwnOption]) -> tuple[dict[str, str], list[Flag]]:
+    """The options that are no settings, by name, with their words; and the others.
 
-    `known` says how many words each takes; for another number of them a `UserError` is raised.
+    Raises `UserError` for another number of words than an option takes.
     """
     own: dict[str, str] = {}
     settings: list[Flag] = []
@@ -115,16 +138,11 @@ def own_flags(flags: Sequence[Flag], known: dict[str, int]) -> tuple[dict[str, s
         name = "help" if flag == "-h" else plain(flag)
         if name not in known:
             settings.append((flag, words))
-        elif (n := known[name]) == len(words):
+        elif (n := known[name].n_words) in (None, len(words)):
             own[name] = " ".join(words)
         else:
             raise UserError(f"{flag} takes {n or 'no'} value{'s' * (n != 1)}, got {' '.join(words) or 'nothing'}")
     return own, settings
-
-
-def plain(name: str) -> str:
-    """A name as it is compared: without leading dashes, and with `_` for every `-`."""
-    return name.lstrip("-").replace("-", "_")
 
 
 def recipes(configs: ModuleType) -> dict[str, Callable[[], Config]]:
@@ -190,4 +208,4 @@ def find(flag: str, words: list[str], known: dict[str, Option]) -> tuple[Option,
     same_name = [f"--{other.path}" for key, other in known.items() if key.rpartition(".")[2] == name]
     near = [f"--{other.path}" for other in known.values()]
     hint = did_you_mean(flag, same_name, n=3, cutoff=0.0) or did_you_mean(flag, near)
-    raise UserError(f"no option {flag}; {hint or '--help lists them all'}")
+    raise UserError(f"no option {flag}; {hint or '--help WORD searches, --help all lists them'}")

@@ -1,31 +1,45 @@
-"""What `--help` says: how a program is called, its recipes, and every setting with its meaning."""
+"""What `--help` says: how a program is called, its recipes, an overview of the settings, those that are asked for."""
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from core.config.configurable import Configurable
 from core.config.console import lost
-from core.config.errors import UserError
+from core.config.errors import UserError, did_you_mean
 from core.config.fields import walk
-from core.config.options import field_docs, options
+from core.config.options import Option, field_docs, options, plain
+from core.config.search import Entry, matches, vocabulary
 
 Config = Configurable.Config
-SYNTAX = """\
-usage: {program} --config NAME|FILE.json [--section.field VALUE ...]
+WIDTH, SCREEN = 78, 60  # columns of a line that is to fit a terminal; lines of a text that needs no overview
 
-  --config NAME|FILE.json   a recipe, or the config.json of an earlier run
-  --help                    this text; with --config all settings of that recipe
-  --print-config            print the resolved settings as JSON, and end
-  --dry-run                 print what a step would take of one rank, and end; or all that keeps it from starting
-    --world-size N          of so many ranks; else of as many as the settings ask for
-    --rank N                of the rank with this number; else of rank 0
-    --json                  as JSON
 
-Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable and
-unset by --section.no-enable; lists take their items one after another: --section.names a b.
-"""
+class OwnOption(NamedTuple):
+    """An option of a program that is no setting: what follows it, what it does, how many words it takes (None: any)."""
+
+    metavar: str
+    doc: str
+    n_words: int | None = 1
+
+
+HELP = OwnOption(
+    "[WORD ...]", "this text; with --config its settings; --help SECTION, --help WORD or --help all explain them", None
+)
+
+
+def usage(line: str, own: Mapping[str, OwnOption]) -> str:
+    """How a program is called: `line` follows its name, the options that are no settings follow one after another."""
+    lines = [f"usage: {program()} {line}", ""]
+    names = {name: f"--{name.replace('_', '-')} {option.metavar}".rstrip() for name, option in own.items()}
+    width = max(map(len, names.values()))
+    for name, option in own.items():
+        first = f"  {names[name]:{width}}   "
+        lines += textwrap.wrap(option.doc, 110, initial_indent=first, subsequent_indent=" " * len(first))
+    return "\n".join(lines)
 
 
 def program() -> str:
@@ -34,24 +48,117 @@ def program() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
-def recipe_help(known: Mapping[str, Callable[[], Config]]) -> str:
-    """How to call the program, and its recipes with the first line of their docstrings."""
+def recipe_list(known: Mapping[str, Callable[[], Config]]) -> str:
+    """The recipes with the first line of their docstrings."""
     width = max(map(len, known), default=0)
-    firsts = {name: (inspect.getdoc(function) or "").partition("\n")[0] for name, function in known.items()}
-    lines = [f"  {name:{width}}   {first}".rstrip() for name, first in firsts.items()]
-    return "\n".join([SYNTAX.format(program=program()), "recipes:", *lines])
+    firsts = {name: first_line(function) for name, function in known.items()}
+    return "\n".join(["recipes:", *(f"  {name:{width}}   {first}".rstrip() for name, first in firsts.items())])
 
 
-def field_help(title: str, config: Config) -> str:
-    """Every setting with its value in this configuration, its default where that is another, and its meaning."""
-    lines = [title, "Every setting as --path TYPE = value here, and the default of its class where that is another:"]
+def first_line(thing: object) -> str:
+    """The first line of a docstring; nothing where there is none."""
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def setting_help(title: str, config: Config, words: Sequence[str], own: Mapping[str, OwnOption]) -> str:
+    """What `--help` says of one configuration: an overview where there is much to say; with words all of it (`all`),
+    a section, or what they find.
+
+    Raises `UserError` for words that find nothing, with those like them that find something.
+    """
+    asked = [plain(word) for word in words]
+    nodes = sections(config)
+    whole = "\n".join([title, LEGEND, *section_texts(nodes, nodes)])
+    if asked == ["all"] or not asked and whole.count("\n") < SCREEN:
+        return whole
+    if not asked:
+        return overview(title, nodes)
+    entries = [*(of_setting(option) for path, (node, _) in nodes.items() for option in options(node, path))]
+    entries += [of_own(name, option) for name, option in own.items()]
+    found = matches(asked, entries)
+    if len(asked) == 1 and (inside := sections_named(asked[0], nodes)):
+        shown = {f"--{option.path}" for path in inside for option in options(nodes[path][0], path)}
+        also = [entry.name for entry in found if entry.name not in shown]
+        more = wrap(", ".join(also), f"\nAlso about {words[0]}: ", "    ") if also else []
+        return "\n".join([title, LEGEND, *section_texts(inside, nodes), *more])
+    if not found:
+        near = did_you_mean(asked[-1], {*vocabulary(entries), *map(last, nodes)}, n=3)
+        raise UserError(f"no setting about {' '.join(words)}; {near or '--help all lists every one'}")
+    return "\n".join([title, LEGEND, "", *(entry.text for entry in found)])
+
+
+LEGEND = "Settings as --path TYPE = value here, and the default of its class where that is another:"
+Sections = Mapping[str, tuple[Config, str]]
+"""Every config of a tree by its path, with what its parent says of it."""
+
+
+def sections(config: Config) -> Sections:
+    """The configs of a tree, parents first."""
     nodes = dict(walk(config))
+    found = {}
     for path, node in nodes.items():
         parent, _, name = path.rpartition(".")
-        doc = field_docs(type(nodes[parent])).get(name, "") if path and parent in nodes else ""
-        lines += ["", f"{path or 'run'} ({type(node).__qualname__}): {doc}".rstrip(": ")]
-        lines += [option.text() for option in options(node, path)]
-    return "\n".join(lines)
+        found[path] = node, field_docs(type(nodes[parent])).get(name, "") if path and parent in nodes else ""
+    return found
+
+
+def sections_named(word: str, nodes: Sections) -> list[str]:
+    """The paths of the sections of that path or last name, and of those inside them; `run` is the outermost alone."""
+    if word == "run":
+        return [""]
+    named = [path for path in nodes if path and word in (path, last(path))]
+    return [path for path in nodes if any(path == name or path.startswith(f"{name}.") for name in named)]
+
+
+def last(path: str) -> str:
+    """The last name of a path."""
+    return path.rpartition(".")[2]
+
+
+def section_texts(paths: Sequence[str] | Sections, nodes: Sections) -> Iterator[str]:
+    """Sections with every setting in them: its value in this configuration, its default, and its meaning."""
+    for path in paths:
+        node, doc = nodes[path]
+        yield ""
+        yield f"{path or 'run'} ({type(node).__qualname__}): {doc}".rstrip(": ")
+        yield from (option.text() for option in options(node, path))
+
+
+def overview(title: str, nodes: Sections) -> str:
+    """The settings outside of sections, the sections with the names of theirs, and how to read about them."""
+    names = {path: [option.name for option in options(node, path)] for path, (node, _) in nodes.items()}
+    count = sum(map(len, names.values()))
+    lines = [title, "", *(option.text() for option in options(nodes[""][0], "")), ""]
+    for path in filter(None, nodes):
+        lines += wrap(f"{path}: {nodes[path][1]}", "", "    ") + wrap(" ".join(names[path]), "    ", "    ")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"--help SECTION   what the settings of a section mean, such as --help {next(filter(None, nodes), 'run')}",
+            "--help WORD      the settings about something, such as --help seed",
+            f"--help all       all {count} settings",
+        ]
+    )
+
+
+def wrap(text: str, first: str, others: str) -> list[str]:
+    """Lines that fit a terminal; a name is never cut."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def of_setting(option: Option) -> Entry:
+    """A setting as an entry of the search."""
+    return Entry(f"--{option.path}", option.text())
+
+
+def of_own(name: str, option: OwnOption) -> Entry:
+    """An option that is no setting as an entry of the search."""
+    name = f"--{name.replace('_', '-')}"
+    doc = textwrap.indent(textwrap.fill(option.doc, 110), "      ")
+    return Entry(name, f"  {name} {option.metavar}".rstrip() + f"\n{doc}")
 
 
 def show(text: str) -> None:

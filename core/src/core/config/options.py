@@ -73,6 +73,11 @@ def options(node: Configurable.Config, path: str) -> Iterator[Option]:
             yield Option(join(path, name), node, name)
 
 
+def plain(name: str) -> str:
+    """A name as it is compared: without leading dashes, and with `_` for every `-`."""
+    return name.lstrip("-").replace("-", "_")
+
+
 def holds_config(annotation: Any) -> bool:
     """Whether a Config may stand in a value of this type."""
     return is_config(annotation) or any(map(holds_config, get_args(annotation)))

@@ -17,7 +17,8 @@ from core.config.configurable import Configurable
 from core.config.console import lost
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.help import program, show
+from core.config.help import HELP, OwnOption, show, usage
+from core.config.options import plain
 from core.data.tokenizer import Tokenizer
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
@@ -27,43 +28,55 @@ from core.nn.init import materialise
 from core.nn.module import parameter_count
 from core.runtime.device import GIB, describe, free_memory, select_device
 
-USAGE = """\
-usage: {program} --config NAME|FILE.json --checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]
-
-  --config NAME|FILE.json   the recipe that the weights were trained with, or the config.json of its run
-  --checkpoint FOLDER       the weights: a Hugging Face folder, or one of ours
-  --prompt TEXT             a beginning; several are continued as one batch
-  --help                    this text; with --config all settings
-
-The text goes to standard output, all else to standard error.
-recipes: {recipes}"""
+OWN = {
+    "config": OwnOption("NAME|FILE.json", "the recipe of the weights, or the config.json of their run"),
+    "help": HELP,
+    "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
+}
+NEEDED = {
+    "checkpoint": OwnOption("FOLDER", "the weights: a Hugging Face folder, or one of ours"),
+    "prompt": OwnOption("TEXT", "a beginning; several are continued as one batch"),
+}
+"""Settings that are explained with those options, because there is no text without them."""
 
 
 def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
     """Continue prompts with a model of one of the recipes in `configs`; mistakes of the user end as in training."""
     with exit_plainly():
-        own, settings = cli.own_flags(cli.split(argv), {"config": 1, "help": 0, "print_config": 0})
-        usage = USAGE.format(program=program(), recipes=", ".join(cli.recipes(configs)))
-        if "config" not in own:
-            show(usage)
+        own, settings = cli.own_flags(cli.split(argv), OWN)
+        known = cli.recipes(configs)
+        title = "\n".join(
+            [
+                usage("--config NAME|FILE.json --checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", OWN | NEEDED),
+                "\nThe text goes to standard output, all else to standard error.",
+                f"recipes: {', '.join(known)}",
+            ]
+        )
+        name = own.get("config") or (next(iter(known), None) if own.get("help") else None)
+        if name is None:
+            show(title)
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
             return
-        recipe = cli.load(own["config"], configs)
-        model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
-        if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):
-            raise UserError(f"{own['config']} states no model and no tokenizer: it is not the configuration of a run")
-        config = Generation.Config(model=model, tokenizer=tokenizer)
-        prompts, settings = prompts_among(settings)
-        config.prompt = prompts
-        cli.settle_and_run(config, usage, own, settings)
+        config = generation_of(name, configs)
+        config.prompt, settings = prompts_among(settings)
+        cli.settle_and_run(config, title if not own.get("help") else name, own, settings, OWN)
+
+
+def generation_of(source: str, configs: ModuleType) -> "Generation.Config":
+    """How the model of a recipe or of a run's config.json writes."""
+    recipe = cli.load(source, configs)
+    model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
+    if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):
+        raise UserError(f"{source} states no model and no tokenizer: it is not the configuration of a run")
+    return Generation.Config(model=model, tokenizer=tokenizer)
 
 
 def prompts_among(flags: Sequence[cli.Flag]) -> tuple[list[str], list[cli.Flag]]:
     """The texts of all --prompt, and the other options. Raises `UserError` for one that is not one text."""
     prompts, others = [], []
     for flag, words in flags:
-        if cli.plain(flag) != "prompt":
+        if plain(flag) != "prompt":
             others.append((flag, words))
         elif len(words) == 1:
             prompts += words

@@ -20,7 +20,8 @@ class Training(Configurable.Config):
     local_batch_size: int = 8
     """Rows in one microbatch on one data rank."""
     global_batch_size: int = -1
-    """Rows in one step over all ranks and microbatches; -1 is one microbatch per rank."""
+    """Rows in one step over all ranks and microbatches; -1 is one microbatch per rank. Gradients of more microbatches
+    are accumulated."""
     mask: Literal["causal", "document"] = "causal"
     """What a token may look at: all before it in its row, or only those of its own document (positions restart)."""
     max_norm: float = 1.0
