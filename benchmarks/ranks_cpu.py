@@ -28,12 +28,13 @@ from core.nn.module import weights
 from core.optim.optimizer import Optimizer
 from core.parallel.apply import own_piece
 from core.parallel.layout import Alone, Layout
+from core.parallel.many_ranks import Spread
 from core.parallel.settings import Parallelism
-from core.parallel.spread import Spread
+from core.step.assemble import assemble
+from core.step.loss import cross_entropy
+from core.step.objective import Objective
+from core.step.update import train_step
 from core.testing.ranks import run_ranks
-from core.train.assemble import assemble
-from core.train.loss import cross_entropy
-from core.train.step import Objective, train_step
 from qwen3.model import Qwen3, size
 
 CPU = torch.device("cpu")

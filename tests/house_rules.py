@@ -15,6 +15,8 @@ FLOORS = [  # from the ground up; a package may import lower floors and itself; 
     {"core.activation_checkpoint"},  # so that a module of nn may mark a region
     {"core.nn", "core.data", "core.optim", "core.checkpoint"},
     {"core.parallel", "core.comm"},
+    {"core.step"},
+    {"core.plan"},
     {"core.train", "core.generate", "core.doctor"},
     {"core.testing", "models"},  # every package under models/, whatever its name
     {"experiments"},

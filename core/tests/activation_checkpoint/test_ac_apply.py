@@ -19,6 +19,7 @@ from core.config.validate import validate
 from core.nn.kernel import Where
 from core.nn.module import weights
 from core.runtime.log import LOGGER
+from core.step.loss import cross_entropy
 from core.testing.checkpointing import (
     Dispatched,
     assert_equal_gradients,
@@ -29,7 +30,6 @@ from core.testing.checkpointing import (
     weights_used,
 )
 from core.testing.toy import Toy, on_cpu, randomise
-from core.train.loss import cross_entropy
 
 MODES = ["selective", "full"]
 CHECKPOINTED = [

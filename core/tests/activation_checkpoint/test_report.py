@@ -18,7 +18,7 @@ SHAPE = (3, 128)
 
 RECIPES = """
 from core.testing.toy import Toy
-from core.train.settings import Training
+from core.step.settings import Training
 from core.train.trainer import Trainer
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.checkpoint.hf import check_hf, load_hf, save_hf
 from core.checkpoint.hf_config import HFConfig, checked_hf_config
-from core.checkpoint.layout import pattern_of
+from core.checkpoint.key_map import pattern_of
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.testing.toy import Toy, on_cpu, on_meta, randomise

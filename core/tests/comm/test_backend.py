@@ -16,12 +16,12 @@ from core.config.errors import UserError
 from core.config.record import from_dict
 from core.config.validate import validate
 from core.parallel.settings import Degrees, Parallelism, describe_degrees
+from core.step.assemble import largest_dispatch, make_dispatcher
+from core.step.settings import Training
 from core.testing.ranks import run_ranks
 from core.testing.toy import ToyMoE
 from core.train import folder
-from core.train.assemble import largest_dispatch, make_dispatcher
 from core.train.folder import config_text
-from core.train.settings import Training
 from core.train.trainer import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -28,8 +28,8 @@ from core.generate import command
 from core.generate.command import main
 from core.nn.decoder import Decoder
 from core.runtime.log import LOGGER
+from core.step.settings import Training
 from core.testing.toy import Toy, on_cpu, randomise
-from core.train.settings import Training
 
 BUNDLED = Tokenizer.Config().build()
 

@@ -13,11 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 import core.parallel.apply
 import core.parallel.context
 import core.parallel.data
-import core.parallel.spread
+import core.parallel.many_ranks
 import core.parallel.tensor
 from core.nn import moe
 from core.nn.init import Piece
-from core.parallel.spread import Spread
+from core.parallel.many_ranks import Spread
 from core.testing import parity
 from core.testing.layout_suite import TOLERANCE
 from core.testing.parity import Case, Result, compare, result_of
@@ -63,9 +63,9 @@ BREAKS: dict[str, Callable[[], Any]] = {
     "gradients of a pipeline are averaged": lambda: patch.object(parity, "parts_of", scaled_parts),
     "tokens are counted when they are computed again": lambda: patch.object(moe, "is_recomputing", lambda: False),
     "counts stay on their ranks": lambda: patch.object(Spread, "sum_counts", nothing),
-    "positions are those in the piece": lambda: patch.object(core.parallel.spread, "split_rows", local_positions),
+    "positions are those in the piece": lambda: patch.object(core.parallel.many_ranks, "split_rows", local_positions),
     "choices are counted in parts of rows": lambda: patch.object(core.parallel.apply, "sum_over_rows", nothing),
-    "pieces start as the first one": lambda: patch.object(core.parallel.spread, "own_piece", from_the_first),
+    "pieces start as the first one": lambda: patch.object(core.parallel.many_ranks, "own_piece", from_the_first),
     "the denominator is a rank's": lambda: patch.object(Spread, "sum_of_data", own_alone),
     "the norm counts copies twice": lambda: patch.object(core.parallel.data, "pieces", lambda gradient: 1),
     "only the first microbatch is summed": lambda: patch.object(

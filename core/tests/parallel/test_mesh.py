@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from core.parallel.many_ranks import Spread
 from core.parallel.mesh import views
 from core.parallel.settings import Degrees
-from core.parallel.spread import Spread
 from core.testing.layout_suite import degrees
 from core.testing.ranks import run_ranks
 

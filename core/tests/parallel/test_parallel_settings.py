@@ -13,10 +13,10 @@ from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.parallel.settings import Degrees, Parallelism, describe_degrees, world_problems
+from core.step.checks import check_layout
+from core.step.settings import Compile, Training
 from core.testing.layout_suite import degrees
 from core.testing.toy import Toy, ToyMoE
-from core.train.checks import check_layout
-from core.train.settings import Compile, Training
 from core.train.trainer import Trainer
 
 

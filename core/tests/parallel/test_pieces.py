@@ -16,12 +16,12 @@ from core.nn.feed_forward import FeedForward
 from core.parallel.apply import own_piece
 from core.parallel.data import pieces
 from core.parallel.layout import Alone, Layout
+from core.parallel.many_ranks import Spread
 from core.parallel.settings import Parallelism
-from core.parallel.spread import Spread
+from core.step.assemble import Parts, assemble
 from core.testing.layout_suite import degrees
 from core.testing.ranks import run_ranks
 from core.testing.toy import on_cpu
-from core.train.assemble import Parts, assemble
 
 CPU = torch.device("cpu")
 UNEVEN = dense(vocab_size=61, attention=attention(sinks=True), feed_forward=FeedForward.Config(hidden_dim=22))

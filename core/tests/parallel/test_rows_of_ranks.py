@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.data.packing import IGNORE, Batch
-from core.train.rows import microbatches, padded
+from core.step.rows import microbatches, padded
 
 
 class Rows:

@@ -26,9 +26,9 @@ from core.parallel.tensor import (
     read,
     scatter_sum,
 )
+from core.step.loss import cross_entropy
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, on_meta
-from core.train.loss import cross_entropy
 
 
 def line(n: int) -> DeviceMesh:

@@ -13,12 +13,13 @@ from core.nn.decoder import Decoder
 from core.nn.kernel import Where
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone, Layout
-from core.parallel.spread import Spread
+from core.parallel.many_ranks import Spread
+from core.step.loss import cross_entropy
+from core.step.objective import Objective
+from core.step.update import train_step
 from core.testing.layout_suite import SCHEDULES, Ranks, degrees
 from core.testing.parity import Case, batches_of, drawn_batch, parts_of
 from core.testing.ranks import run_ranks
-from core.train.loss import cross_entropy
-from core.train.step import Objective, train_step
 from core.train.validate import Validator
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite
-from core.train.laptop import laptop_run
+from core.train.debug_run import laptop_run
 from core.train.trainer import Trainer
 
 EXPERT = "block_sparse_moe.experts.{e}"

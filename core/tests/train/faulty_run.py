@@ -24,8 +24,8 @@ from toy_run import toy_run
 from core.checkpoint.storage import Digest, Storage
 from core.config.cli import main
 from core.config.record import to_json
+from core.step.update import StepInfo
 from core.testing.ranks import PRELOAD
-from core.train.step import StepInfo
 from core.train.trainer import Trainer
 
 LIMIT_S = 60.0

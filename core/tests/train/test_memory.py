@@ -6,10 +6,10 @@ import torch
 from core.config.errors import UserError
 from core.parallel.settings import Parallelism
 from core.runtime.distributed import World
+from core.step.checks import check_layout
+from core.step.settings import Training
 from core.testing.toy import Toy, on_meta
 from core.train import memory
-from core.train.checks import check_layout
-from core.train.settings import Training
 from core.train.trainer import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -19,11 +19,11 @@ from core.checkpoint.weights import save_weights
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.parallel.settings import Parallelism
+from core.step.settings import Training
+from core.step.update import StepInfo
 from core.testing.ranks import run_ranks
 from core.testing.resume_suite import measured
 from core.testing.toy import Toy, ToyMoE, on_cpu
-from core.train.settings import Training
-from core.train.step import StepInfo
 from core.train.trainer import Trainer
 
 

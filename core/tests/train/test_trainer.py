@@ -22,14 +22,14 @@ from core.data.loader import DataLoader
 from core.data.packing import IGNORE
 from core.nn.balance import routers
 from core.nn.kernel import Where
+from core.step.assemble import expert_loads
+from core.step.settings import Compile, Debug, Training
 from core.testing.checkpointing import autograd_bytes
 from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
-from core.train.assemble import expert_loads
-from core.train.laptop import laptop_run
-from core.train.metrics import Record
+from core.train.debug_run import laptop_run
+from core.train.metrics import Record, console_line, duration
 from core.train.profile import Profiler
-from core.train.settings import Compile, Debug, Training
 from core.train.step_report import console_line, duration
 from core.train.validate import Validator
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from core.data.loader import DataLoader
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
+from core.step.settings import Training
 from core.testing.toy import Toy
 from core.train.metrics import Metrics
-from core.train.settings import Training
 from core.train.trainer import Trainer
 
 VERSES = [f"{n} green bottles hanging on the wall, and if one green bottle should fall\n" for n in range(200)]

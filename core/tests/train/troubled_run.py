@@ -14,7 +14,7 @@ from core.config.configurable import field_names
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.data.corpus import Corpus
-from core.train.step import StepInfo
+from core.step.update import StepInfo
 from core.train.trainer import Trainer
 
 

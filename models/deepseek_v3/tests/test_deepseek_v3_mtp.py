@@ -27,11 +27,12 @@ from core.nn.module import parameter_count, training_flops_per_token
 from core.nn.mtp import Merge, Predictions
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone
+from core.step.loss import cross_entropy
+from core.step.objective import Objective, valid_tokens
+from core.step.update import train_step
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
 from core.testing.toy import on_cpu, on_meta, randomise
-from core.train.loss import cross_entropy
-from core.train.step import Objective, train_step, valid_tokens
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
 

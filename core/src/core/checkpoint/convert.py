@@ -17,7 +17,7 @@ import torch
 from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write
 from core.checkpoint.hf import write_hf_config
-from core.checkpoint.layout import HFModel, hf_layout, own_layout
+from core.checkpoint.key_map import HFModel, hf_layout, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.files import Output
-from core.checkpoint.layout import HFModel, Layout, Piece
+from core.checkpoint.key_map import HFModel, Layout, Piece
 
 Read = Callable[[str, int | None], Tensor]
 """A weight of ours by name, or one row of it."""

@@ -7,7 +7,7 @@ import torch
 
 from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write
-from core.checkpoint.layout import HFModel, Layout, hf_layout
+from core.checkpoint.key_map import HFModel, Layout, hf_layout
 from core.checkpoint.source import Source
 from core.config.errors import UserError
 

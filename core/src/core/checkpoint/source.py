@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.files import Folder
-from core.checkpoint.layout import Layout, Piece
+from core.checkpoint.key_map import Layout, Piece
 from core.checkpoint.quantised import Stored, stored_weights
 from core.checkpoint.saved import Saved, is_checkpoint
 from core.config.errors import UserError, at_most

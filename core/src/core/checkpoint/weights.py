@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from core.checkpoint.hf import load_from, load_hf, save_by
-from core.checkpoint.layout import HFModel, own_layout
+from core.checkpoint.key_map import HFModel, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
 from core.config.configurable import Configurable

@@ -8,8 +8,8 @@ from core.checkpoint.convert import main as convert
 from core.config.cli import override, split
 from core.config.errors import UserError
 from core.nn.balance import routers
+from core.step.checks import expert_parts
 from core.testing.resume_suite import ResumeSuite
-from core.train.checks import expert_parts
 
 
 class BalanceSuite(ResumeSuite):

@@ -12,7 +12,7 @@ import torch
 
 from core.checkpoint.convert import main
 from core.checkpoint.hf import load_hf
-from core.checkpoint.layout import hf_layout, pattern_of
+from core.checkpoint.key_map import hf_layout, pattern_of
 from core.checkpoint.weights import load
 from core.nn.decoder import Decoder
 from core.testing.toy import on_cpu, on_meta, randomise

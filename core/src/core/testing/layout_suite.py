@@ -12,9 +12,9 @@ import pytest
 from core.nn.decoder import Decoder
 from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
+from core.step.checks import expert_parts
 from core.testing.parity import Case, compare
 from core.testing.toy import on_meta
-from core.train.checks import expert_parts
 
 TOLERANCE = 1e-5
 """Largest difference of anything from one rank, as a share of the largest number of its kind (fp32, other sums)."""

@@ -18,9 +18,9 @@ from core.config.cli import recipes
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.parallel.settings import Parallelism
+from core.step.checks import expert_parts
+from core.step.settings import Training
 from core.testing.ranks import run_ranks
-from core.train.checks import expert_parts
-from core.train.settings import Training
 from core.train.trainer import Trainer
 from core.train.validate import Validator
 

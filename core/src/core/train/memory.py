@@ -12,8 +12,8 @@ from core.nn.module import parameter_count
 from core.parallel.settings import Degrees
 from core.runtime.device import GIB, free_memory
 from core.runtime.distributed import World
-from core.train.checks import Run
-from core.train.settings import Training
+from core.step.checks import Run
+from core.step.settings import Training
 
 
 class Estimate(NamedTuple):

@@ -7,10 +7,10 @@ from core.nn.decoder import Decoder
 from core.nn.module import Flops
 from core.parallel.layout import Layout
 from core.runtime.device import GIB, peak_flops, peak_memory
-from core.train.assemble import expert_loads
-from core.train.checks import Run
+from core.step.assemble import expert_loads
+from core.step.checks import Run
+from core.step.update import StepInfo
 from core.train.metrics import Metrics, Record
-from core.train.step import StepInfo
 
 log = logging.getLogger("armature")
 

@@ -1,16 +1,26 @@
 """The head of a run on the console."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from core.nn.module import Flops
 from core.parallel.settings import Degrees, describe_degrees
-from core.train.checks import Run
+from core.step.checks import Run
+from core.train.metrics import Metrics
+from core.train.profile import Profiler
+
+
+class ReportedRun(Run, Protocol):
+    """What the head of a run needs to know of its configuration."""
+
+    metrics: Metrics.Config
+    profiling: Profiler.Config
 
 
 def summary(
-    run: Run,
+    run: ReportedRun,
     degrees: Degrees,
     described: dict[str, str],
     *,

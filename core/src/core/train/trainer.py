@@ -33,18 +33,20 @@ from core.runtime.log import log_to, start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.train.assemble import assemble, compile_block, make_dispatcher, make_layout, without_memory
-from core.train.checks import check_layout, check_model, check_vocabulary, compile_problems, data_problems, last_step
+from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout, without_memory
+from core.step.checks import check_layout, check_model, compile_problems
+from core.step.loss import cross_entropy
+from core.step.objective import Objective
+from core.step.rows import microbatches, open_text
+from core.step.settings import Compile, Debug, Training
+from core.step.update import Objective, StepInfo, train_step
+from core.train.checkpoints import Keeper
+from core.train.data_checks import check_vocabulary, data_problems, last_step
 from core.train.folder import check_run_folder, config_text, held, make_run_folder
-from core.train.keeper import Keeper
-from core.train.loss import cross_entropy
 from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics
 from core.train.outcome import outcome
 from core.train.profile import Profiler
-from core.train.rows import microbatches, open_text
-from core.train.settings import Compile, Debug, Training
-from core.train.step import Objective, StepInfo, train_step
 from core.train.step_report import StepReport
 from core.train.summary import summary
 from core.train.validate import Validator
@@ -143,8 +145,8 @@ class Trainer(Configurable):
 
     @staticmethod
     def plan(config: Config, *, world_size: int | None, rank: int) -> Any:
-        """What a step of such a run takes of one rank, worked out without running it: a `core.train.plan.Plan`."""
-        from core.train.plan import plan  # loads much that a run does without
+        """What a step of such a run takes of one rank, worked out without running it: a `core.plan.plan.Plan`."""
+        from core.plan.plan import plan  # loads much that a run does without
 
         return plan(config, world_size=world_size, rank=rank)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.loader import DataLoader
-from core.train.rows import microbatches
-from core.train.step import Objective, valid_tokens
+from core.step.objective import Objective, valid_tokens
+from core.step.rows import microbatches
 
 
 class Validator(Configurable):

@@ -4,8 +4,8 @@ from core.checkpoint.settings import Checkpoint
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
-from core.train.laptop import laptop_run
-from core.train.settings import Compile, Training
+from core.step.settings import Compile, Training
+from core.train.debug_run import laptop_run
 from core.train.trainer import Trainer
 from deepseek_v3.model import size
 

@@ -2,8 +2,8 @@
 
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
-from core.train.laptop import laptop_run
-from core.train.settings import Training
+from core.step.settings import Training
+from core.train.debug_run import laptop_run
 from core.train.trainer import Trainer
 from gpt_oss.model import size
 

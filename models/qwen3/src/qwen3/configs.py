@@ -2,9 +2,9 @@
 
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
-from core.train.laptop import laptop_run
+from core.step.settings import Training
+from core.train.debug_run import laptop_run
 from core.train.metrics import Metrics
-from core.train.settings import Training
 from core.train.trainer import Trainer
 from qwen3.model import size
 

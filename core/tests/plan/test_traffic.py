@@ -9,9 +9,9 @@ from torch.distributed import _functional_collectives as functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.parallel.fake import fake_ranks
+from core.parallel.many_ranks import Spread
 from core.parallel.settings import Parallelism
-from core.parallel.spread import Spread
-from core.parallel.traffic import axes, message
+from core.plan.traffic import axes, message
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.activation_checkpoint.meter import Meter
 from core.activation_checkpoint.survey import flops
 from core.nn.decoder import Decoder
-from core.parallel.traffic import message
+from core.plan.traffic import message
 
 ITEM = torch.ops.aten._local_scalar_dense.default
 

@@ -16,16 +16,16 @@ from core.nn.balance import force_balance, routers
 from core.nn.decoder import Block, Decoder
 from core.nn.module import training_flops_per_token
 from core.parallel.settings import Parallelism
+from core.plan.fake_step import rehearse
+from core.plan.sample_blocks import Stored, alike, n_bytes
+from core.plan.segments import total
+from core.step.assemble import assemble, make_layout
+from core.step.loss import cross_entropy
+from core.step.objective import Objective
+from core.step.settings import Training
+from core.step.update import train_step
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE, on_meta
-from core.train import rehearsal
-from core.train.assemble import assemble, make_layout
-from core.train.excerpt import Stored, alike, n_bytes
-from core.train.loss import cross_entropy
-from core.train.rehearsal import rehearse
-from core.train.settings import Training
-from core.train.step import Objective, train_step
-from core.train.timeline import total
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -141,8 +141,8 @@ def test_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch, model: Decode
     run = run_of(model, Parallelism(expert_parallel_degree=degree), microbatches=microbatches)
     few = rehearse(run, world_size=4, rank=3, device=CPU)
     assert set(alike(on_meta(model), run.activation_checkpoint).values()) < set(range(model.n_layers))
-    monkeypatch.setattr("core.train.excerpt.alike", lambda model, _: {int(i): int(i) for i in model.layers})
-    monkeypatch.setattr(rehearsal, "microbatches_of_interest", lambda order: {action.microbatch for action in order})
+    monkeypatch.setattr("core.plan.sample_blocks.alike", lambda model, _: {int(i): int(i) for i in model.layers})
+    monkeypatch.setattr(fake_step, "microbatches_of_interest", lambda order: {action.microbatch for action in order})
     every = rehearse(run, world_size=4, rank=3, device=CPU)
     assert few.stored == every.stored
     assert total(few.segments) == total(every.segments)

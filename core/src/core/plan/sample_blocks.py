@@ -15,7 +15,7 @@ from core.nn.dispatch import Dispatcher
 from core.nn.kernel import SDPA, Flex
 from core.optim.optimizer import Optimizer, own
 from core.parallel.layout import Layout
-from core.train.assemble import cut
+from core.step.assemble import cut
 
 REACH = 2
 """How far neighbours change what a block does: FSDP gathers the next block ahead, and frees the last one late."""

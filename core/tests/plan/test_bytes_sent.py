@@ -17,17 +17,18 @@ from core.comm.all_to_all import AllToAll
 from core.data.packing import Batch
 from core.nn.balance import force_balance, routers
 from core.nn.decoder import Decoder
+from core.parallel.many_ranks import Spread
 from core.parallel.settings import Parallelism
-from core.parallel.spread import Spread
-from core.parallel.traffic import message
+from core.plan.fake_step import group_axes, rehearse
+from core.plan.segments import total
+from core.plan.traffic import message
+from core.step.assemble import assemble
+from core.step.loss import cross_entropy
+from core.step.objective import Objective
+from core.step.settings import Training
+from core.step.update import train_step
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE, on_meta
-from core.train.assemble import assemble
-from core.train.loss import cross_entropy
-from core.train.rehearsal import group_axes, rehearse
-from core.train.settings import Training
-from core.train.step import Objective, train_step
-from core.train.timeline import total
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ import torch
 
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
-from core.parallel.actions import Action, Actor
 from core.parallel.layout import Layout
 from core.parallel.pipeline import Microbatch
-from core.train.settings import Training
-from core.train.step import Loss, Objective
+from core.plan.pipeline_passes import Action, Actor
+from core.step.objective import Loss, Objective
+from core.step.settings import Training
 
 
 class Player(Protocol):

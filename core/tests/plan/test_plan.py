@@ -12,9 +12,9 @@ from core.config.errors import UserError
 from core.nn.module import parameter_count
 from core.optim.optimizer import Optimizer
 from core.parallel.settings import Parallelism
+from core.plan.plan import Plan, plan
+from core.step.settings import Compile, Debug, Training
 from core.testing.toy import Toy, ToyMoE, on_meta
-from core.train.plan import Plan, plan
-from core.train.settings import Compile, Debug, Training
 from core.train.trainer import Trainer
 
 BUDGET = ActivationCheckpoint.Config(mode="memory_budget")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from core.parallel.actions import Action, actions
 from core.parallel.fake import fake_ranks
+from core.parallel.many_ranks import Spread
 from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
 from core.parallel.settings import Parallelism
-from core.parallel.spread import Spread
+from core.plan.pipeline_passes import Action, actions
 from core.testing.toy import Toy, on_meta
 
 SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]

@@ -16,12 +16,12 @@ from core.nn.decoder import Decoder
 from core.nn.kernel import Flex
 from core.nn.module import parameter_count, training_flops_per_token
 from core.parallel.settings import Degrees, describe_degrees
+from core.plan.fake_step import rehearse
+from core.plan.sample_blocks import blocks
+from core.plan.segments import total
 from core.runtime.device import GIB
-from core.train.assemble import without_memory
-from core.train.checks import Run, check_layout, check_model
-from core.train.excerpt import blocks
-from core.train.rehearsal import rehearse
-from core.train.timeline import total
+from core.step.assemble import without_memory
+from core.step.checks import Run, check_layout, check_model
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""What must hold between a run's settings, its ranks, its text and its model before anything is allocated."""
+"""What must hold between a run's settings, its ranks and its model before anything is allocated."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -7,13 +7,10 @@ from typing import Protocol, cast
 import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, check_names
-from core.checkpoint.manifest import Progress
 from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem
-from core.data.loader import DataLoader
-from core.data.tokenizer import Tokenizer
 from core.nn.attention import Attention
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
@@ -23,10 +20,7 @@ from core.nn.moe import MoE
 from core.optim.optimizer import Optimizer
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
-from core.train.metrics import Metrics
-from core.train.profile import Profiler
-from core.train.settings import Compile, Debug, Training
-from core.train.validate import Validator
+from core.step.settings import Compile, Debug, Training
 
 
 class Run(Protocol):
@@ -38,8 +32,6 @@ class Run(Protocol):
     optimizer: Optimizer.Config
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint.Config
-    metrics: Metrics.Config
-    profiling: Profiler.Config
     checkpoint: Checkpoint
     compile: Compile
     debug: Debug
@@ -183,23 +175,6 @@ def layout_compile_problems(parallelism: Parallelism, degrees: Degrees, checkpoi
         )
 
 
-def data_problems(
-    training: Training, model: Decoder.Config, dataloader: DataLoader.Config, validator: Validator.Config
-) -> Iterator[Problem]:
-    """Rows longer than the model allows, and a validator without text."""
-    if training.seq_len > model.max_seq_len:
-        yield (
-            "training.seq_len",
-            f"seq_len {training.seq_len} exceeds model.max_seq_len {model.max_seq_len}: "
-            "shorten the rows or raise the model's limit",
-        )
-    if validator.enable and dataloader.validation_fraction == 0:
-        yield (
-            "dataloader.validation_fraction",
-            "validation_fraction 0 holds nothing out for the validator: raise it, or --validator.no-enable",
-        )
-
-
 def parts(config: Configurable.Config, path: str) -> Iterator[tuple[str, Configurable.Config]]:
     """A configuration and all that are nested in it, by their paths."""
     yield path, config
@@ -232,25 +207,3 @@ def check_overlap(parallelism: Parallelism, device: torch.device) -> None:
         raise UserError(
             "parallelism.enable_async_tensor_parallel wants GPUs with symmetric memory: leave it off on a cpu"
         )
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise `UserError` when the tokenizer makes ids that the model has no row for."""
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}: "
-            f"set --model.vocab_size {tokenizer.vocab_size} or choose another tokenizer"
-        )
-
-
-def last_step(training: Training, loader: DataLoader, rows_per_step: int, start: Progress) -> int:
-    """The last step that a run has data for, which goes on from `start`; at most `training.steps`."""
-    if loader.n_samples is None:
-        return training.steps
-    last = min(training.steps, start.step + (loader.n_samples - start.rows) // rows_per_step)
-    if last == 0:
-        raise UserError(
-            f"the data have {loader.n_samples} rows of {training.seq_len} tokens, one step takes {rows_per_step}: "
-            "lower the batch size or training.seq_len, or give more text or epochs"
-        )
-    return last

@@ -18,7 +18,7 @@ from core.nn.module import weights
 from core.parallel.layout import Alone, Layout
 from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
 from core.parallel.settings import Parallelism
-from core.train.checks import Run, expert_parts
+from core.step.checks import Run, expert_parts
 
 
 class Parts(NamedTuple):
@@ -94,7 +94,7 @@ def make_layout(parallelism: Parallelism, device: torch.device) -> Layout:
     """The layout of the process group, or of a process alone."""
     if not dist.is_initialized():
         return Alone(device)
-    from core.parallel.spread import Spread  # loads torch.distributed.tensor: a second that a process alone saves
+    from core.parallel.many_ranks import Spread  # loads torch.distributed.tensor: a second that a process alone saves
 
     return Spread(parallelism, device)
 

@@ -13,7 +13,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Schedu
 from torch.distributed.pipelining.stage import InferenceMode, PipelineStage
 
 from core.parallel.pipeline import Microbatch, Pipeline
-from core.parallel.traffic import size
+from core.plan.traffic import size
 
 IDLE = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 """Actions of a schedule that compute nothing: their bytes are those of the passes before them."""

@@ -21,17 +21,18 @@ from core.data.packing import Batch
 from core.nn.balance import routers
 from core.nn.init import materialise
 from core.optim.optimizer import Optimizer
-from core.parallel.actions import Action
 from core.parallel.fake import fake_ranks
 from core.parallel.layout import Alone, Layout
-from core.parallel.spread import Spread
-from core.parallel.traffic import axes
-from core.train.checks import Run
-from core.train.excerpt import Excerpt, Stored, excerpts, n_bytes, stored
-from core.train.loss import cross_entropy
-from core.train.players import Player, player_of
-from core.train.step import Objective, train_step
-from core.train.timeline import Kind, Recorder, Segment, expand
+from core.parallel.many_ranks import Spread
+from core.plan.passes import Player, player_of
+from core.plan.pipeline_passes import Action
+from core.plan.sample_blocks import Excerpt, Stored, excerpts, n_bytes, stored
+from core.plan.segments import Kind, Recorder, Segment, expand
+from core.plan.traffic import axes
+from core.step.checks import Run
+from core.step.loss import cross_entropy
+from core.step.objective import Objective
+from core.step.update import train_step
 
 CPU = torch.device("cpu")
 PASSES = {

@@ -15,9 +15,10 @@ from core.nn.kernel import Where
 from core.nn.mtp import Predictions
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone
+from core.step.loss import cross_entropy
+from core.step.objective import Objective, labels_ahead, valid_tokens
+from core.step.update import train_step
 from core.testing.toy import Toy, ToyMoE, on_cpu, randomise
-from core.train.loss import cross_entropy
-from core.train.step import Objective, labels_ahead, train_step, valid_tokens
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
-from core.train.settings import Training
+from core.step.settings import Training
 from core.train.trainer import Trainer
 from core.train.validate import Validator
 

@@ -9,7 +9,7 @@ import torch
 
 from core.checkpoint.convert import write_as_hf
 from core.checkpoint.find import Found, candidates, find_in
-from core.checkpoint.layout import hf_layout
+from core.checkpoint.key_map import hf_layout
 from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Kind, Saver
 from core.checkpoint.source import Source
@@ -21,8 +21,8 @@ from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Layout
 from core.runtime.ranks import Ranks
-from core.train.assemble import Parts
-from core.train.checks import Run
+from core.step.assemble import Parts
+from core.step.checks import Run
 from core.train.folder import carry_on, config_text
 from core.train.state import check_same_run, model_tensors, optimizer_tensors, random_tensors, set_random
 

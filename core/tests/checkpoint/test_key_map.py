@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from weight_trees import Weights
 
 from core.checkpoint.hf import load_hf, save_hf
+from core.checkpoint.key_map import Piece, hf_layout, own_layout, pattern_of
 from core.checkpoint.keys import Keys, Stacked, below
-from core.checkpoint.layout import Piece, hf_layout, own_layout, pattern_of
 from core.config.errors import UserError
 
 SINGLE = "model.safetensors"
