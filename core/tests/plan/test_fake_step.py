@@ -16,6 +16,7 @@ from core.nn.balance import force_balance, routers
 from core.nn.decoder import Block, Decoder
 from core.nn.module import training_flops_per_token
 from core.parallel.settings import Parallelism
+from core.plan import fake_step
 from core.plan.fake_step import rehearse
 from core.plan.sample_blocks import Stored, alike, n_bytes
 from core.plan.segments import total
