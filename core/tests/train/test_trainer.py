@@ -28,7 +28,7 @@ from core.testing.checkpointing import autograd_bytes
 from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
 from core.train.debug_run import laptop_run
-from core.train.metrics import Record, console_line, duration
+from core.train.metrics import Record
 from core.train.profile import Profiler
 from core.train.step_report import console_line, duration
 from core.train.validate import Validator

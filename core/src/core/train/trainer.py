@@ -39,7 +39,7 @@ from core.step.loss import cross_entropy
 from core.step.objective import Objective
 from core.step.rows import microbatches, open_text
 from core.step.settings import Compile, Debug, Training
-from core.step.update import Objective, StepInfo, train_step
+from core.step.update import StepInfo, train_step
 from core.train.checkpoints import Keeper
 from core.train.data_checks import check_vocabulary, data_problems, last_step
 from core.train.folder import check_run_folder, config_text, held, make_run_folder
