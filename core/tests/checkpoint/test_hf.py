@@ -191,7 +191,7 @@ def test_what_cannot_be_opened(sharded: Path, monkeypatch: pytest.MonkeyPatch) -
         refused(sharded, f"{file} cannot be read: .*Permission denied")
     (sharded / INDEX).unlink()
     (sharded / INDEX).mkdir()
-    refused(sharded, f"{INDEX} cannot be read: Is a directory")
+    refused(sharded, f"{INDEX} is no regular file")
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
@@ -219,10 +219,19 @@ def test_an_index_with_an_absolute_path(sharded: Path, single: Path) -> None:
     refused(sharded, "which is not a file beside it")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}'])
-def test_an_index_that_is_none(sharded: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", " is not JSON"),
+        ("[]", " is no JSON object"),
+        ("{}", r": weight_map: expected dict\[str, str\], got None"),
+        ('{"weight_map": [1]}', r": weight_map: expected dict\[str, str\], got \[1\]"),
+        ('{"weight_map": {"a": 1}}', ": weight_map: a: expected str, got 1"),
+    ],
+)
+def test_an_index_that_is_none(sharded: Path, text: str, message: str) -> None:
     (sharded / INDEX).write_text(text)
-    refused(sharded, f"{INDEX} has no weight_map of keys to files")
+    refused(sharded, f"{INDEX}{message}")
 
 
 def test_nothing_is_overwritten(single: Path) -> None:

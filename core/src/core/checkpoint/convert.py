@@ -4,16 +4,15 @@ Tensor by tensor: no more than the files that are written, one at a time, is in 
 """
 
 import argparse
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from core.checkpoint.atomic_folder import atomic_folder, vacant
 from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write
 from core.checkpoint.hf import write_hf_config
@@ -23,6 +22,7 @@ from core.checkpoint.source import Source
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
+from core.config.links import file_in
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
 
@@ -78,7 +78,7 @@ def from_hf(
     for name, kind in types.items():
         shape = list(layout.weights[name].shape)
         made.append(Output(name, shape, kind, partial(new, source, name, shape, kind)))
-    with whole(dst) as folder:
+    with atomic_folder(dst) as folder:
         write(folder, made, shard_gib, say)
         (folder / "config.json").write_text(to_json(config))
         copy_companions(src, folder)
@@ -95,7 +95,7 @@ def to_hf(
     config = from_dict(model_of(read_config(src)))
     validate(config)
     model = on_meta(config)
-    with whole(dst) as folder:
+    with atomic_folder(dst) as folder:
         write_as_hf(model, src, folder, dtype=dtype, shard_gib=shard_gib, say=say)
         copy_companions(src, folder)
 
@@ -136,44 +136,9 @@ def new(source: Source, name: str, shape: list[int], dtype: torch.dtype) -> torc
     return source.fill(name, torch.empty(shape, dtype=dtype))
 
 
-def vacant(folder: Path) -> Path:
-    """The folder where links lead, which must be empty or not exist; raises `UserError` for another one.
-
-    What is whole takes its name in the end, and nothing can take that of a link, or of a disk's place.
-    """
-    try:
-        place = Path(os.path.realpath(folder))
-        taken = place.exists() and not (place.is_dir() and not any(place.iterdir()))
-        mounted = place.is_mount()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-    if taken:
-        raise UserError(f"{folder} is there already: choose a folder that is empty or does not exist")
-    if mounted:
-        raise UserError(f"{folder} is where a disk is mounted: choose a folder in it")
-    return place
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its name when the block ends well and is removed when it does not.
-
-    Raises `UserError` when something cannot be written.
-    """
-    growing = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        growing.mkdir(parents=True)
-        yield growing
-        growing.replace(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(growing, ignore_errors=True)
-
-
 def copy_companions(src: Path, dst: Path) -> None:
     """Copy the tokenizer and what else goes along with weights, where it is there."""
     for name in COMPANIONS:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
+        if file := file_in(src, name):
+            shutil.copyfile(file, dst / name)
             say(f"{name}: copied")

@@ -1,6 +1,8 @@
 """The safetensors files of a folder: one, or several with an index. What is in them, single tensors, and new ones."""
 
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.config.errors import UserError, at_most
+from core.config.json_file import read_json, typed
+from core.config.links import file_in
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,7 +38,7 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         self._open = lru_cache(maxsize=2)(partial(safe_open, framework="pt"))
         self.path = Path(path)
-        self.promised = indexed(self.path / INDEX)
+        self.promised = indexed(self.path)
         """The name of the file that has a key, as the index tells."""
         self.headers: dict[str, Header] = {}
         for file in files(self.path, self.promised):
@@ -60,27 +64,22 @@ class Folder:
 
 def files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
     """The files that hold the promised keys, or else the single one. Raises `UserError` where one is missing."""
-    names = sorted(set(promised.values())) or [SINGLE]
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise UserError(f"{folder / INDEX} names {outside[0]!r}, which is not a file beside it")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    there = {name: file_in(folder, name) for name in sorted(set(promised.values())) or [SINGLE]}
+    if missing := [name for name, file in there.items() if file is None]:
         keys = at_most(1, [key for key, name in promised.items() if name in missing])
         of_them = f", which the index wants for {', '.join(keys)}" if keys else ""
         raise UserError(f"{folder} has no {', '.join(missing)}{of_them}")
-    return [folder / name for name in names]
+    return [file for file in there.values() if file is not None]
 
 
-def indexed(index: Path) -> dict[str, str]:
-    """The name of the file of each key, as an index tells; none where there is no index."""
-    try:
-        text = index.read_bytes() if index.exists() else b'{"weight_map": {}}'
-        return {key: str(name) for key, name in json.loads(text)["weight_map"].items()}
-    except OSError as error:
-        raise UserError(f"{index} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} has no weight_map of keys to files: {error!r}") from error
+def indexed(folder: Path) -> dict[str, str]:
+    """The name of the file of each key, as the index of a folder tells; none where there is no index."""
+    if (index := file_in(folder, INDEX)) is None:
+        return {}
+    names: dict[str, str] = typed(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+    if outside := [name for name in names.values() if Path(name).name != name or name == ".." or "\0" in name]:
+        raise UserError(f"{index} names {outside[0]!r}, which is not a file beside it")
+    return names
 
 
 class Output(NamedTuple):
@@ -106,10 +105,7 @@ def write(folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[
     place: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        try:
-            save_file({output.key: output.make() for output in shard}, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"cannot write {folder / name}: {error}") from error
+        save({output.key: output.make() for output in shard}, folder / name)
         place |= {output.key: name for output in shard}
         if say is not None:
             say(f"{name}: {len(shard)} tensors, {sum(output.n_bytes for output in shard) / 2**30:.2f} GiB")
@@ -117,6 +113,21 @@ def write(folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[
         size = sum(output.n_bytes for output in outputs)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file that is not there yet, with the permissions of any new file.
+
+    Raises `UserError` when it cannot be written.
+    """
+    try:
+        with file.open("xb") as made:
+            mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
+        save_file(tensors, file, metadata={"format": "pt"})
+        if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors 0.8 lets nobody else read it
+            file.chmod(mode)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot write {file}: {error}") from error
 
 
 def cut(outputs: list[Output], limit: float) -> Iterator[list[Output]]:

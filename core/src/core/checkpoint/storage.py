@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from errno import EBADF, EINVAL, EIO
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import fsspec
 import numpy as np
@@ -172,7 +172,7 @@ class Storage:
         assert not self.exists(new), new
         if self.is_local:
             os.rename(self.path(old), self.path(new))
-            self._flush(self.root)
+            flush(self.root)
             return
         with self._asked():
             files = [path[len(self.path(old)) + 1 :] for path in self.fs.find(self.path(old))]
@@ -205,17 +205,7 @@ class Storage:
     def flush(self, folder: str) -> None:
         """Let the names of a folder's files reach the disk."""
         if self.is_local:
-            self._flush(self.path(folder))
-
-    def _flush(self, folder: Any) -> None:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (EBADF, EINVAL):  # a file system that does not flush folders
-                raise
-        finally:
-            os.close(descriptor)
+            flush(self.path(folder))
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
@@ -228,6 +218,18 @@ class Storage:
             if self.is_local:
                 raise
             raise OSError(EIO, one_line(error)) from error
+
+
+def flush(path: str | Path) -> None:
+    """Let a file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (EBADF, EINVAL):  # a file system that does not flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def one_line(error: BaseException) -> str:

@@ -14,9 +14,12 @@ from core.checkpoint.source import Source
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.json_file import read_json
+from core.config.links import file_in
 from core.config.record import differences, to_dict, to_json
 
 log = logging.getLogger("armature")
+
+CONFIG = "config.json"
 
 
 def load(model: HFModel, folder: str | Path) -> None:
@@ -101,4 +104,4 @@ def model_of(stated: dict[str, Any]) -> dict[str, Any]:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """What stands in a folder's `config.json`. Raises `UserError` when there is none."""
-    return read_json(Path(folder) / "config.json")
+    return read_json(file_in(folder, CONFIG) or Path(folder) / CONFIG)

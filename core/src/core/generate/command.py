@@ -18,6 +18,7 @@ from core.config.console import lost
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import HELP, OwnOption, show, usage
+from core.config.links import file_in
 from core.config.options import plain
 from core.data.tokenizer import Tokenizer
 from core.generate.generate import Completion, generate
@@ -248,8 +249,8 @@ class Generation(Configurable):
 
 def tokenizer_in(folder: Path) -> str | None:
     """The file of the tokenizer in the folder of a checkpoint, if there is one."""
-    files = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
-    return next((str(file) for file in files if file.is_file()), None)
+    files = (file_in(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
+    return next((str(file) for file in files if file is not None), None)
 
 
 def read_prompt(file: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from core.checkpoint.settings import Checkpoint
 from core.comm.backend import installed
 from core.config.errors import UserError
+from core.config.links import check_targets
 from core.config.record import to_json
 from core.runtime.distributed import launch_id
 
@@ -26,6 +27,8 @@ ANOTHER = "choose another with --dump_folder, or --dump_folder None for outputs/
 LAUNCH = "torchrun-id"
 """File that says which torchrun a run belongs to."""
 LOCK = ".lock"
+TARGETS = (LOCK, LAUNCH, "config.json", "metrics.jsonl")
+"""Files that a run writes in its folder."""
 
 
 def check_run_folder(dump_folder: str | None, checkpoint: Checkpoint, environ: Mapping[str, str] = os.environ) -> None:
@@ -35,18 +38,26 @@ def check_run_folder(dump_folder: str | None, checkpoint: Checkpoint, environ: M
     """
     if dump_folder is None:
         return
+    try:
+        _check_folder(dump_folder, checkpoint, environ)
+    except OSError as error:
+        raise UserError(f'dump_folder "{dump_folder}" cannot be read: {error.strerror}; {ANOTHER}') from error
+    if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and launch_id(environ) is None:
+        raise UserError(
+            f"a restart by torchrun could not tell its own dump_folder {dump_folder} from another run's: add "
+            "--rdzv-id NAME to torchrun's options, or leave dump_folder out"
+        )
+
+
+def _check_folder(dump_folder: str, checkpoint: Checkpoint, environ: Mapping[str, str]) -> None:
     folder = Path(dump_folder)
     if not dump_folder or (folder.exists() and not folder.is_dir()):
         raise UserError(f'dump_folder "{dump_folder}" is not a folder: {ANOTHER}')
+    check_targets(folder, TARGETS)
     known = _is_ours(folder, environ) or checkpoint.continues(folder)
     if (folder / "metrics.jsonl").exists() and not known:
         without = ", and no checkpoint to go on from" if checkpoint.enable and checkpoint.resume != "never" else ""
         raise UserError(f"dump_folder {folder} already holds a run{without}: {ANOTHER}")
-    if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and launch_id(environ) is None:
-        raise UserError(
-            f"a restart by torchrun could not tell its own dump_folder {folder} from another run's: add "
-            "--rdzv-id NAME to torchrun's options, or leave dump_folder out"
-        )
 
 
 def make_run_folder(dump_folder: str | None, recipe: str, environ: Mapping[str, str] = os.environ) -> Path:
@@ -85,15 +96,16 @@ def _locked(folder: Path, another: str) -> Iterator[None]:
     """One folder. The lock goes with the process that has it, whatever ends it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+        check_targets(folder, [LOCK])
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}; {another}") from error
-    with file:
+    with open(descriptor, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read() or "another process"
+            holder = file.readline(200).strip() or "another process"
             raise UserError(f"{folder} is in use by {holder}: wait until it ends, or {another}") from error
         except OSError as error:
             log.warning(f"{folder} cannot be locked ({error.strerror}): see that no other run writes there")
@@ -127,7 +139,7 @@ def config_text(config: Any, device: torch.device) -> str:
 
 def _is_ours(folder: Path, environ: Mapping[str, str]) -> bool:
     launch, known = launch_id(environ), folder / LAUNCH
-    return launch is not None and known.exists() and known.read_text() == launch
+    return launch is not None and known.exists() and known.read_bytes() == launch.encode()
 
 
 def _made(folder: Path) -> bool:
