@@ -5,7 +5,7 @@ import torch
 
 from core.config.errors import UserError
 from core.parallel.settings import Parallelism
-from core.runtime.distributed import World
+from core.runtime.launcher import World
 from core.step.checks import check_layout
 from core.step.settings import Training
 from core.testing.toy import Toy, on_meta

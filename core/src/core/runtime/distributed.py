@@ -1,26 +1,22 @@
-"""The ranks of a run: who started them, how they find each other, and how long they wait for one another."""
+"""The ranks of a run: how they find each other, and how long they wait for one another."""
 
 import os
-import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from core.config.configurable import Configurable
-from core.config.errors import UserError
+from core.runtime.launcher import World, meeting_point
 from core.runtime.ranks import PATIENT
 
 LONG = timedelta(days=30)
-PORTS = range(12_000, 32_000)
-"""Where the ranks of a SLURM step meet: below the ports that Linux hands out by itself."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,72 +37,6 @@ class Comm(Configurable.Config):
                 yield name, f"{name} {getattr(self, name)} must be at least 1"
         if self.trace_buf_size < 0:
             yield "trace_buf_size", f"trace_buf_size {self.trace_buf_size} must not be negative"
-
-
-class World(NamedTuple):
-    """This process among those that a launcher started: its number, how many, and the same on this machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-
-def find_world(environ: Mapping[str, str] = os.environ) -> World | None:
-    """What torchrun, or `srun` of SLURM, says of this process; None when neither started it.
-
-    A shell inside a SLURM job has variables of the job, and is a step of one task at most: what it starts is alone.
-    Raises `UserError` when some of a launcher's variables are missing or make no sense.
-    """
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        rank, size, local = _numbers(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return World(rank, size, local, int(environ.get("LOCAL_WORLD_SIZE", size)))
-    if environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
-        return None
-    rank, size, local = _numbers(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    return World(rank, size, local, -(-size // int(environ.get("SLURM_STEP_NUM_NODES", "1"))))
-
-
-def _numbers(environ: Mapping[str, str], *names: str) -> list[int]:
-    """A rank's number, the number of ranks, and its number on its machine."""
-    if missing := [name for name in names if name not in environ]:
-        others = ", ".join(name for name in names if name in environ)
-        raise UserError(f"{others} set without {', '.join(missing)}: start with torchrun or srun, or unset {others}")
-    words = ", ".join(f"{name}={environ[name]}" for name in names)
-    if not all(environ[name].isdecimal() for name in names):
-        raise UserError(f"{words}: not numbers of ranks; start with torchrun or srun")
-    rank, size, local = numbers = [int(environ[name]) for name in names]
-    if not local <= rank < size:
-        raise UserError(f"{words}: ranks count from 0, and no rank's number on its machine is above its number of all")
-    return numbers
-
-
-def meeting_point(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Address and port where the ranks meet: the launcher's, or under SLURM the first node and a port of the step."""
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
-    if missing and "SLURM_JOB_ID" not in environ:
-        raise UserError(f"{' and '.join(missing)} not set: start with torchrun, or with srun inside a SLURM job")
-    address = environ.get("MASTER_ADDR") or _first_node(environ)
-    if "MASTER_PORT" not in environ:
-        return address, PORTS[(31 * int(environ["SLURM_JOB_ID"]) + int(environ.get("SLURM_STEP_ID", 0))) % len(PORTS)]
-    if not environ["MASTER_PORT"].isdecimal():
-        raise UserError(f"MASTER_PORT={environ['MASTER_PORT']} is no port: use a free one from 1024 to 65535")
-    return address, int(environ["MASTER_PORT"])
-
-
-def _first_node(environ: Mapping[str, str]) -> str:
-    nodes = environ.get("SLURM_STEP_NODELIST", "")
-    command = ["scontrol", "show", "hostnames", nodes]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError(f'scontrol cannot tell the first node of "{nodes}": set MASTER_ADDR to its name') from error
-
-
-def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What all attempts of one torchrun have in common and no other has; None where there is nothing like that."""
-    name = environ.get("TORCHELASTIC_RUN_ID")
-    return None if name == "none" else name
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from core.comm.backend import installed
 from core.config.errors import UserError
 from core.config.links import check_targets
 from core.config.record import to_json
-from core.runtime.distributed import launch_id
+from core.runtime.launcher import launch_id
 
 log = logging.getLogger("armature")
 

@@ -11,7 +11,7 @@ from core.config.errors import UserError
 from core.nn.module import parameter_count
 from core.parallel.settings import Degrees
 from core.runtime.device import GIB, free_memory
-from core.runtime.distributed import World
+from core.runtime.launcher import World
 from core.step.checks import Run
 from core.step.settings import Training
 

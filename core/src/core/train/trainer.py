@@ -27,8 +27,9 @@ from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
 from core.runtime.device import describe, select_device
-from core.runtime.distributed import Comm, World, find_world, keep_traces_in, leader_first, lower_timeout, process_group
+from core.runtime.distributed import Comm, keep_traces_in, leader_first, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
+from core.runtime.launcher import World, find_world
 from core.runtime.log import log_to, start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
