@@ -385,3 +385,27 @@ def test_words_that_make_no_sense(dense: Path, tmp_path: Path, capsys: pytest.Ca
     refused(capsys, "--shard-gib 0.0 must be above 0", "from-hf", dense, dst, "--shard-gib", "0")
     refused(capsys, "invalid choice: 'int8'", "from-hf", dense, dst, "--dtype", "int8")
     refused(capsys, "invalid choice: 'of-hf'", "of-hf", dense, dst)
+
+
+def test_a_folder_of_a_stranger_runs_none_of_its_code(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.json may name any class; the module is imported when it is trusted, and not before."""
+    here, mark = tmp_path / "here", tmp_path / "it-ran"
+    convert("from-hf", dense, here)
+    (here / "armature_of_a_stranger.py").write_text(
+        f"from pathlib import Path\nfrom core.nn.rope import RoPE\nPath({str(mark)!r}).touch()\nclass Odd(RoPE): pass\n"
+    )
+    stated = json.loads((here / "config.json").read_text())
+    stated["rope"]["class"] = "armature_of_a_stranger:Odd"
+    (here / "config.json").write_text(json.dumps(stated))
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.chdir(here)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        convert("to-hf", here, tmp_path / "back")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and not mark.exists() and not (tmp_path / "back").exists()
+    assert "rope.class: armature_of_a_stranger:Odd is code of" in said and "--trust armature_of_a_stranger" in said
+    convert("to-hf", here, tmp_path / "back", "--trust", "armature_of_a_stranger")
+    assert mark.exists() and (tmp_path / "back" / SINGLE).exists()

@@ -13,9 +13,10 @@ from typing import Literal
 import pytest
 
 from core.config import cli
-from core.config.cli import main, recipes
+from core.config.cli import main
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.recipe import recipes
 from core.config.record import to_json
 
 Color = Enum("Color", "RED BLUE")
@@ -291,8 +292,8 @@ def test_help_of_a_recipe_shows_every_setting(argv, capsys):
         ("--config qwen_debgu", "no recipe qwen_debgu; did you mean qwen_debug"),
         ("--config zzzz", "no recipe zzzz; the recipes are qwen_debug, qwen_muon, plain_1_7b, broken"),
         ("--config scaled", "no recipe scaled; the recipes are"),
-        ("--config", "--config takes 1 value, got nothing"),
-        ("--config a b", "--config takes 1 value, got a b"),
+        ("--config", "--config takes one value or more, got nothing"),
+        ("--config a b", "no recipe a; the recipes are"),
         ("--config broken", "no such device"),
         ("--config qwen_debug --print-config x", "--print-config takes no values, got x"),
         ("--config qwen_debug --training.stpes 3", "no option --training.stpes; did you mean --training.steps?"),
@@ -337,7 +338,7 @@ def test_all_wrong_options_are_told_together(fails):
         (b"{", " is not JSON: "),
         (b"\xff\xfe\x00", " is not UTF-8: "),
         (b"[]", " is no JSON object"),
-        (b"{}", " is no configuration:\nclass: missing"),
+        (b"{}", ' has no "class", which a whole configuration has, and no "recipe" that it changes: '),
         (b'{"class": "json:JSONDecoder"}', " is no configuration:\nclass: json:JSONDecoder is no Configurable"),
     ],
 )

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 
 from core.activation_checkpoint.survey import Survey, survey
-from core.config.cli import load, override, own_flags, split
+from core.config.cli import override, own_flags, split
+from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.help import OwnOption, show
+from core.config.help import CONFIG, TRUST, OwnOption, show
+from core.config.recipe import load
 from core.config.validate import validate
 from core.runtime.device import GIB, select_device
 
 OWN = {
     "model": OwnOption("PACKAGE", "the package of the recipes"),
-    "config": OwnOption("NAME|FILE.json", "a recipe, or the config.json of an earlier run"),
+    "config": CONFIG,
+    "trust": TRUST,
     "output": OwnOption("FOLDER", "where the numbers and the picture are written"),
     "help": OwnOption("", "this text", 0),
 }
@@ -43,23 +46,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "help" in own:
                 return
             raise UserError("--model PACKAGE and --config NAME|FILE.json say what to report on")
+        (package,) = own["model"]
         try:
-            configs = import_module(f"{own['model']}.configs")
+            configs = import_module(f"{package}.configs")
         except ModuleNotFoundError as error:
-            raise UserError(f"no package {own['model']} with recipes: {error}") from error
-        config: Any = load(own["config"], configs)
+            raise UserError(f"no package {package} with recipes: {error}") from error
+        config: Any = load(own["config"], configs, trust=trusted(own.get("trust", [])))
         override(config, settings)
         validate(config)
         surveys = {mode: survey_mode(config, mode) for mode in MODES}
         training = config.training
         title = (
-            f"{own['config']}: {config.model.n_layers} blocks, "
+            f"{' '.join(own['config'])}: {config.model.n_layers} blocks, "
             f"{training.local_batch_size} x {training.seq_len:,} tokens, "
             f"compute in {str(dtype_of(training)).removeprefix('torch.')}"
         )
         show(text(title, surveys))
         if "output" in own:
-            write(Path(own["output"]), title, surveys)
+            write(Path(*own["output"]), title, surveys)
 
 
 def dtype_of(training: Any) -> torch.dtype:

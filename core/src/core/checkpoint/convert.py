@@ -20,6 +20,7 @@ from core.checkpoint.key_map import HFModel, hf_layout, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config
+from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.links import file_in
@@ -51,12 +52,19 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
         "--dtype", choices=DTYPES, help="cast the weights (default: as stored; bfloat16 for fewer bits)"
     )
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="let a config.json name classes of this module, which is imported",
+    )
     asked = parser.parse_args(argv)
     with exit_plainly():
         if not asked.shard_gib > 0:
             raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
         dst = vacant(asked.dst)
-        convert = from_hf if asked.way == "from-hf" else to_hf
+        convert = from_hf if asked.way == "from-hf" else partial(to_hf, trust=trusted(asked.trust))
         convert(families, asked.src, dst, dtype=DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
 
 
@@ -85,14 +93,21 @@ def from_hf(
 
 
 def to_hf(
-    families: Mapping[str, type[HFModel]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+    families: Mapping[str, type[HFModel]],
+    src: Path,
+    dst: Path,
+    *,
+    dtype: torch.dtype | None,
+    shard_gib: float,
+    trust: Sequence[str],
 ) -> None:
     """Write the weights of a folder of ours, or of the newest checkpoint of a run, as a Hugging Face folder."""
     src = newest(src)
     known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
     if (found := class_of(src)) not in known:
         raise UserError(f"{src} holds the weights of {found}, not of {' or '.join(sorted(known))}")
-    config = from_dict(model_of(read_config(src)))
+    packages = {family.__module__.partition(".")[0] for family in families.values()}
+    config = from_dict(model_of(read_config(src)), trust=[*packages, *trust])
     validate(config)
     model = on_meta(config)
     with atomic_folder(dst) as folder:

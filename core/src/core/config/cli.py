@@ -1,28 +1,43 @@
 """The command lines: choose a recipe or a file where there is a choice, change any setting, run."""
 
-import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import ModuleType
 
-from core.config.configurable import Configurable, field_names, owner_of
+from core.config.configurable import Configurable, owner_of
+from core.config.decode import trusted
 from core.config.errors import UserError, did_you_mean
 from core.config.exit import exit_plainly
 from core.config.fields import alternatives, walk
-from core.config.help import HELP, OwnOption, first_line, program, recipe_list, setting_help, show, usage
-from core.config.json_file import read_json
+from core.config.help import (
+    CONFIG,
+    HELP,
+    MANY,
+    TRUST,
+    OwnOption,
+    first_line,
+    program,
+    recipe_list,
+    setting_help,
+    show,
+    usage,
+)
 from core.config.options import Option, options, plain
-from core.config.record import from_dict, to_json
+from core.config.recipe import load, recipes
+from core.config.record import to_json
 from core.config.validate import validate
 
 Config = Configurable.Config
 Flag = tuple[str, list[str]]
 """An option as it was written, and the words behind it."""
+Own = dict[str, list[str]]
+"""Options that are no settings, and the words of each."""
 
 OWN = {
-    "config": OwnOption("NAME|FILE.json", "a recipe, or the config.json of an earlier run"),
+    "config": CONFIG,
+    "trust": TRUST,
     "help": HELP,
     "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
     "dry_run": OwnOption("", "print what a step would take of one rank, or what keeps it from starting, and end", 0),
@@ -36,6 +51,8 @@ Options come in any order, `-` and `_` are alike, the last word counts. A switch
 unset by --section.no-enable; lists take their items one after another: --section.names a b.
 """
 OF_DRY_RUN = ("world_size", "rank", "json")
+WEIGHTS = "; weights beside it are read with --checkpoint.enable --checkpoint.initial_load_path {folder}"
+"""What is said of a file that describes a model alone."""
 
 
 def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
@@ -50,13 +67,14 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
         own, settings = own_flags(split(argv), OWN)
         known = recipes(configs)
         if "config" in own:
-            settle_and_run(load(own["config"], configs), own["config"], own, settings, OWN)
+            config = load(own["config"], configs, trust=trusted(own.get("trust", [])), of_part=WEIGHTS)
+            settle_and_run(config, " ".join(own["config"]), own, settings, OWN)
         elif own.get("help") and known:
             name = next(iter(known))
             title = f"{name}, the first recipe (with --config NAME another)"
-            show(setting_help(title, load(name, configs), own["help"].split(), OWN))
+            show(setting_help(title, load([name], configs), own["help"], OWN))
         else:
-            line = "--config NAME|FILE.json [--section.field VALUE ...]"
+            line = "--config NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
             show("\n".join([usage(line, OWN), SYNTAX, recipe_list(known)]))
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
@@ -71,14 +89,14 @@ def run(config: Config, argv: Sequence[str] | None = None) -> None:
 
 
 def settle_and_run(
-    config: Config, title: str, own: dict[str, str], settings: Sequence[Flag], known: Mapping[str, OwnOption]
+    config: Config, title: str, own: Own, settings: Sequence[Flag], known: Mapping[str, OwnOption]
 ) -> None:
     """What the options ask for: help, under this title, or the resolved settings, or the run.
 
     `known` has the options of the program that are no settings, and `own` the words of those that were given.
     """
     if "help" in own:
-        show(setting_help(title, config, own["help"].split(), known))
+        show(setting_help(title, config, own["help"], known))
         return
     lost = [f"--{name.replace('_', '-')}" for name in OF_DRY_RUN if name in own and "dry_run" not in own]
     if lost:
@@ -94,13 +112,13 @@ def settle_and_run(
     config.build().run()
 
 
-def planned(config: Config, own: dict[str, str]) -> str:
+def planned(config: Config, own: Own) -> str:
     """What the configured run would take of one rank, as its owner's `plan` says, in words or as JSON."""
     plan = getattr(owner_of(type(config)), "plan", None)
     if plan is None:
         raise UserError(f"{type(config).__qualname__} makes no plans: leave --dry-run out")
-    world_size = number("--world-size", own["world_size"]) if "world_size" in own else None
-    found = plan(config, world_size=world_size, rank=number("--rank", own.get("rank", "0")))
+    world_size = number("--world-size", *own["world_size"]) if "world_size" in own else None
+    found = plan(config, world_size=world_size, rank=number("--rank", *own.get("rank", ["0"])))
     return json.dumps(asdict(found), indent=2) if "json" in own else str(found)
 
 
@@ -127,57 +145,25 @@ def split(argv: Sequence[str] | None) -> list[Flag]:
     return flags
 
 
-def own_flags(flags: Sequence[Flag], known: Mapping[str, OwnOption]) -> tuple[dict[str, str], list[Flag]]:
+def own_flags(flags: Sequence[Flag], known: Mapping[str, OwnOption]) -> tuple[Own, list[Flag]]:
     """The options that are no settings, by name, with their words; and the others.
 
     Raises `UserError` for another number of words than an option takes.
     """
-    own: dict[str, str] = {}
+    own: Own = {}
     settings: list[Flag] = []
     for flag, words in flags:
         name = "help" if flag == "-h" else plain(flag)
         if name not in known:
             settings.append((flag, words))
         elif (n := known[name].n_words) in (None, len(words)):
-            own[name] = " ".join(words)
+            own[name] = words
+        elif n == MANY and words:
+            own[name] = own.get(name, []) + words
         else:
-            raise UserError(f"{flag} takes {n or 'no'} value{'s' * (n != 1)}, got {' '.join(words) or 'nothing'}")
+            wanted = "one value or more" if n == MANY else "1 value" if n else "no values"
+            raise UserError(f"{flag} takes {wanted}, got {' '.join(words) or 'nothing'}")
     return own, settings
-
-
-def recipes(configs: ModuleType) -> dict[str, Callable[[], Config]]:
-    """The public functions without arguments that the module defines, in its order."""
-    return {
-        name: function
-        for name, function in vars(configs).items()
-        if inspect.isfunction(function)
-        and function.__module__ == configs.__name__
-        and not name.startswith("_")
-        and not inspect.signature(function).parameters
-    }
-
-
-def load(source: str, configs: ModuleType) -> Config:
-    """The configuration of a recipe or of a JSON file. Raises `UserError` if there is none, or the file is not one.
-
-    A configuration with a field `recipe` is told the name of its recipe.
-    """
-    if source.endswith(".json"):
-        data = read_json(source)
-        try:
-            return from_dict(data)
-        except UserError as error:
-            raise UserError(f"{source} is no configuration:\n{error}") from error
-    known = recipes(configs)
-    if (name := plain(source)) not in known:
-        hint = did_you_mean(name, known, n=3) or f"the recipes are {', '.join(known)}"
-        raise UserError(f"no recipe {source}; {hint}")
-    config = known[name]()
-    if not isinstance(config, Config):
-        raise TypeError(f"{configs.__name__}.{name} gives no Config: let the name of what is no recipe start with _")
-    if "recipe" in field_names(type(config)):
-        setattr(config, "recipe", name)  # noqa: B010 - not every Config has it
-    return config
 
 
 def override(config: Config, flags: Sequence[Flag]) -> None:

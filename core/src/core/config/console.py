@@ -7,6 +7,9 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+"""What torchrun, and srun, call a rank's number, how many there are, and the number on its machine."""
+
 
 class LossyOutput(io.RawIOBase):
     """A descriptor that takes every byte. What it cannot write is lost; when it can again, it says how much was.
@@ -74,3 +77,9 @@ def lost(stream: TextIO) -> OSError | None:
     """Why a stream that is held did not take all that was printed to it; None where it did."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw.error if isinstance(raw, LossyOutput) else None
+
+
+def tell(line: str) -> None:
+    """Say on standard error, once for all ranks, what a user must know before there is a log."""
+    if all(os.environ.get(size, "1") == "1" or os.environ.get(rank, "0") == "0" for rank, size, _ in LAUNCHERS):
+        print(line, file=sys.stderr, flush=True)

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from core.config.console import hold_console
+from core.config.console import LAUNCHERS, hold_console
 from core.config.errors import UserError
 
-LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-"""What torchrun, and srun, call a rank's number, how many there are, and the number on its machine."""
 LOST = re.compile("closed by peer|reset by peer|pair closure|broken pipe", re.IGNORECASE)
 """What gloo says in a rank that misses another one, which failed first."""
 PATIENCE_S = 3.0  # in which a launcher, hearing of the rank that failed first, ends the others

@@ -1,6 +1,7 @@
 """What a field of a Config may hold: the types that are data, the values that fit them, and the tree that they make."""
 
 from collections.abc import Iterator
+from dataclasses import MISSING, Field
 from enum import Enum
 from functools import cache
 from reprlib import repr as short_repr
@@ -23,6 +24,11 @@ def field_types(config: type[Configurable.Config]) -> dict[str, Any]:
         if reason := not_data(hints[name]):
             raise TypeError(f"{config.__qualname__}.{name}: {reason}")
     return {name: hints[name] for name in field_names(config)}
+
+
+def default_of(field: Field[Any]) -> Any:
+    """The default of a field, made anew where a factory makes it; MISSING where there is none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:

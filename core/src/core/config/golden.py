@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from core.config.cli import recipes
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
+from core.config.recipe import recipes
 from core.config.record import flatten
 
 

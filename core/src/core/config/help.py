@@ -18,14 +18,24 @@ Config = Configurable.Config
 WIDTH, SCREEN = 78, 60  # columns of a line that is to fit a terminal; lines of a text that needs no overview
 
 
+MANY = -1
+
+
 class OwnOption(NamedTuple):
-    """An option of a program that is no setting: what follows it, what it does, how many words it takes (None: any)."""
+    """An option of a program that is no setting: what follows it, and what it does."""
 
     metavar: str
     doc: str
     n_words: int | None = 1
+    """How many words it takes: None is any number, MANY one or more, which those of another time are added to."""
 
 
+CONFIG = OwnOption(
+    "NAME|FILE.json ...",
+    'a recipe, or the config.json of a run or of a model; behind it files that change it: {"training": {"steps": 50}}',
+    MANY,
+)
+TRUST = OwnOption("MODULE ...", "let files name classes of these modules, which are imported", MANY)
 HELP = OwnOption(
     "[WORD ...]", "this text; with --config its settings; --help SECTION, --help WORD or --help all explain them", None
 )

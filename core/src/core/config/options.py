@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.fields import alternatives, field_types, is_config, join
+from core.config.fields import alternatives, default_of, field_types, is_config, join
 
 if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec
@@ -53,7 +53,7 @@ class Option:
         """What `--help` says: the option, its value here, the default of its class if that is another, its meaning."""
         spec = reader(self.annotation)
         field = next(field for field in fields(self.node) if field.name == self.name)
-        default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = default_of(field)
         shown = [self._shown(self.value)]
         if default is not MISSING and default != self.value:
             shown.append(f"default {self._shown(default)}")

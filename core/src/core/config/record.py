@@ -6,29 +6,22 @@ Infinity), which Python reads back but strict JSON does not know.
 """
 
 import json
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, fields
 from enum import Enum
-from importlib import import_module
 from typing import Any, get_origin
 
-from core.config.configurable import Configurable, owner_of, unknown_field
-from core.config.errors import UserError, joined
-from core.config.fields import (
-    Problem,
-    alternatives,
-    field_types,
-    is_config,
-    is_enum,
-    join,
-    parts,
-    short_repr,
-    type_name,
-    type_problems,
-    typed_parts,
-)
+from core.config.configurable import Configurable, owner_of
+from core.config.console import tell
+from core.config.decode import Decoder
+from core.config.errors import at_most, joined
+from core.config.fields import alternatives, default_of, field_types, is_config, join, parts, typed_parts
 from core.config.json_file import parse_json
 from core.config.validate import wrong_field_types
 
 Config = Configurable.Config
+MOST_DEFAULTS = 10
+"""So many settings that an older file lacks are named."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -38,15 +31,22 @@ def to_dict(config: Config) -> dict[str, Any]:
     return _encode(config, Config)
 
 
-def from_dict(data: Any, fits: type[Config] = Config) -> Config:
+def from_dict(
+    data: Any, fits: type[Config] = Config, *, trust: Collection[str] = (), say: Callable[[str], object] = tell
+) -> Config:
     """The configuration that `to_dict` gave this data for; its class must be `fits` or derive from it.
 
-    Every field must be there and nothing else. Raises one `UserError` that lists all that is wrong.
+    A setting that is not there, because an older version wrote the data, takes its default, and `say` is told in one
+    line which. Raises one `UserError` that lists all that is wrong: a setting that is unknown, one that has no default
+    and is not there, a value that does not fit, a class of a module that is neither loaded already, nor of core, nor in
+    `trust`.
     """
-    problems: list[Problem] = []
-    config = _decode(data, fits, "", problems)
-    if problems:
-        raise joined(problems)
+    decoder = Decoder(trust=trust)
+    config = decoder.value(data, fits, "")
+    if decoder.problems:
+        raise joined(decoder.problems)
+    if decoder.defaulted:
+        say(f"not stated, so at the default: {', '.join(at_most(MOST_DEFAULTS, decoder.defaulted))}")
     return config
 
 
@@ -55,9 +55,9 @@ def to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def from_json(text: str, fits: type[Config] = Config) -> Config:
+def from_json(text: str, fits: type[Config] = Config, *, trust: Collection[str] = ()) -> Config:
     """The configuration that `to_json` wrote as this text; errors as in `from_dict` and `parse_json`."""
-    return from_dict(parse_json(text, "the text"), fits)
+    return from_dict(parse_json(text, "the text"), fits, trust=trust)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -75,6 +75,26 @@ def differences(data: dict[str, Any], base: dict[str, Any]) -> list[tuple[str, A
     new, old = dict(_leaves(data, "")), dict(_leaves(base, ""))
     pairs = [(path, old.get(path, ...), new.get(path, ...)) for path in old | new]
     return [(path, before, after) for path, before, after in pairs if repr(before) != repr(after)]
+
+
+def completed(data: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A configuration as data of another version, and the settings of `config` that it lacks, at their defaults."""
+    return _completed(data, config)
+
+
+def _completed(data: Any, value: Any) -> Any:
+    """`data` beside a value of this version."""
+    if isinstance(data, list):
+        return [_completed(part, parts(value).get(place)) for place, part in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    known, added = parts(value), {}
+    if isinstance(value, Config):
+        types = field_types(type(value))
+        lacking = {each.name: default_of(each) for each in fields(value) if each.name not in data}
+        added = {name: _encode(part, types[name]) for name, part in lacking.items() if part is not MISSING}
+        known = {name: getattr(value, name) for name in types}
+    return {key: _completed(part, known.get(key)) for key, part in data.items()} | added
 
 
 def _leaves(data: Any, path: str) -> list[tuple[str, Any]]:
@@ -100,68 +120,9 @@ def _encode(value: Any, annotation: Any) -> Any:
     return float(value) if type(value) is int and float in options and int not in options else value
 
 
-def _decode(data: Any, annotation: Any, path: str, problems: list[Problem]) -> Any:
-    """The value that was written as `data`. What does not fit adds to the problems."""
-    options = alternatives(annotation)
-    if isinstance(data, dict) and any(map(is_config, options)):
-        return _decode_config(data, annotation, path, problems)
-    for option in options:
-        if (items := typed_parts(data, option)) is not None:
-            decoded = {key: _decode(part, part_type, join(path, key), problems) for key, part, part_type in items}
-            return decoded if isinstance(data, dict) else get_origin(option)(decoded.values())
-        if is_enum(option) and isinstance(data, str) and data in option.__members__:
-            return option[data]
-    problems += type_problems(data, annotation, path)
-    return float(data) if type(data) is int and float in options and int not in options else data
-
-
-def _decode_config(data: dict[str, Any], annotation: Any, path: str, problems: list[Problem]) -> Config | None:
-    try:
-        config = _class_of(data, annotation)
-    except UserError as error:
-        problems.append((join(path, "class"), str(error)))
-        return None
-    types, values = field_types(config), {}
-    unknown = [name for name in data if name not in types and name != "class"]
-    problems += [(join(path, name), unknown_field(config, name)) for name in unknown]
-    for name, field_type in types.items():
-        if name in data:
-            values[name] = _decode(data[name], field_type, join(path, name), problems)
-        else:
-            problems.append((join(path, name), f"missing; expected {type_name(field_type)}"))
-    return config(**values) if len(values) == len(types) else None
-
-
-def _class_of(data: dict[str, Any], annotation: Any) -> type[Config]:
-    """The class that the data asks for, if it fits; else a `UserError`. Only the module that it names is imported."""
-    choices = [option for option in alternatives(annotation) if is_config(option)]
-    expected = type_name(annotation)
-    if "class" not in data:
-        if len(choices) == 1 and choices[0] is not Config:
-            return choices[0]
-        raise UserError(f'missing; expected "module:Class" with a Config that is a {expected}')
-    owner = _resolve(data["class"])
-    if not (isinstance(owner, type) and issubclass(owner, Configurable) and issubclass(owner.Config, tuple(choices))):
-        raise UserError(f"{data['class']} is no Configurable with a Config that is a {expected}")
-    return owner.Config
-
-
 def _class_name(config: type[Config]) -> str:
     """`module:Owner`, the name under which a record finds the class again."""
     owner = owner_of(config)
     if owner is None or "<locals>" in owner.__qualname__:
         raise TypeError(f"{config.__qualname__} cannot be found again by name: nest it in a Configurable of a module")
     return f"{owner.__module__}:{owner.__qualname__}"
-
-
-def _resolve(name: Any) -> Any:
-    module, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if not all(part.isidentifier() for part in [*module.split("."), *path.split(".")]):
-        raise UserError(f'expected "module:Class", got {short_repr(name)}')
-    try:
-        found = import_module(module)
-    except ImportError as error:
-        raise UserError(f"{name} cannot be imported: {error}") from error
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return found

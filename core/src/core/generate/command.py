@@ -15,11 +15,14 @@ from core.checkpoint.weights import load
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.console import lost
+from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.help import HELP, OwnOption, show, usage
+from core.config.help import HELP, MANY, TRUST, OwnOption, show, usage
 from core.config.links import file_in
 from core.config.options import plain
+from core.config.recipe import load as load_config
+from core.config.recipe import recipes
 from core.data.tokenizer import Tokenizer
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
@@ -30,7 +33,8 @@ from core.nn.module import parameter_count
 from core.runtime.device import GIB, describe, free_memory, select_device
 
 OWN = {
-    "config": OwnOption("NAME|FILE.json", "the recipe of the weights, or the config.json of their run"),
+    "config": OwnOption("NAME|FILE.json ...", "the recipe of the weights, or the config.json of their run", MANY),
+    "trust": TRUST,
     "help": HELP,
     "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
 }
@@ -45,7 +49,7 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
     """Continue prompts with a model of one of the recipes in `configs`; mistakes of the user end as in training."""
     with exit_plainly():
         own, settings = cli.own_flags(cli.split(argv), OWN)
-        known = cli.recipes(configs)
+        known = recipes(configs)
         title = "\n".join(
             [
                 usage("--config NAME|FILE.json --checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", OWN | NEEDED),
@@ -53,23 +57,23 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
                 f"recipes: {', '.join(known)}",
             ]
         )
-        name = own.get("config") or (next(iter(known), None) if own.get("help") else None)
-        if name is None:
+        sources = own.get("config") or (list(known)[:1] if own.get("help") else [])
+        if not sources:
             show(title)
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
             return
-        config = generation_of(name, configs)
+        config = generation_of(sources, configs, trusted(own.get("trust", [])))
         config.prompt, settings = prompts_among(settings)
-        cli.settle_and_run(config, title if not own.get("help") else name, own, settings, OWN)
+        cli.settle_and_run(config, title if not own.get("help") else " ".join(sources), own, settings, OWN)
 
 
-def generation_of(source: str, configs: ModuleType) -> "Generation.Config":
+def generation_of(sources: Sequence[str], configs: ModuleType, trust: Sequence[str]) -> "Generation.Config":
     """How the model of a recipe or of a run's config.json writes."""
-    recipe = cli.load(source, configs)
+    recipe = load_config(sources, configs, trust=trust)
     model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
     if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):
-        raise UserError(f"{source} states no model and no tokenizer: it is not the configuration of a run")
+        raise UserError(f"{' '.join(sources)} states no model and no tokenizer: it is not the configuration of a run")
     return Generation.Config(model=model, tokenizer=tokenizer)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from core.activation_checkpoint.meter import Meter
 from core.activation_checkpoint.ops import saved_ops
 from core.checkpoint.hf import load_hf, save_hf
-from core.config.cli import recipes
 from core.config.golden import golden_texts
+from core.config.recipe import recipes
 from core.config.record import from_json, to_json
 from core.config.validate import validate
 from core.data.loader import DataLoader

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from core.checkpoint import convert
 from core.checkpoint.files import SINGLE
 from core.checkpoint.settings import Checkpoint
-from core.config.cli import recipes
 from core.config.errors import UserError
+from core.config.recipe import recipes
 from core.config.record import from_json, to_json
 from core.parallel.settings import Parallelism
 from core.step.checks import expert_parts

@@ -1,0 +1,158 @@
+"""What --config names: a recipe or a JSON file, and files that change it.
+
+A file is one of three things, which its text tells apart:
+
+    {"class": "core.train.trainer:Trainer", ...}     a whole configuration, as the config.json of a run
+    {"class": "qwen3.model:Qwen3", ...}              a part of one, as the config.json that `convert` leaves
+    {"recipe": "qwen3_debug", "training": {...}}     what differs from a recipe; behind another --config the recipe may
+                                                     be left out
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from core.config.configurable import Configurable, field_names, owner_of
+from core.config.console import tell
+from core.config.decode import Decoder
+from core.config.errors import UserError, did_you_mean, joined
+from core.config.fields import alternatives, field_types, is_config, short_repr
+from core.config.json_file import read_json
+from core.config.options import plain
+from core.config.record import diff, from_dict
+
+Config = Configurable.Config
+
+
+def recipes(configs: ModuleType) -> dict[str, Callable[[], Config]]:
+    """The public functions without arguments that the module defines, in its order."""
+    return {
+        name: function
+        for name, function in vars(configs).items()
+        if inspect.isfunction(function)
+        and function.__module__ == configs.__name__
+        and not name.startswith("_")
+        and not inspect.signature(function).parameters
+    }
+
+
+def load(sources: Sequence[str], configs: ModuleType, *, trust: Collection[str] = (), of_part: str = "") -> Config:
+    """The configuration of the first source, changed by the files behind it in their order.
+
+    `trust` are the modules whose classes a file may name, besides those of the recipes' own package. `of_part` is said
+    of a file that describes a part alone, whose folder is `{folder}`. Raises `UserError` for a source that is not there
+    or does not fit, with all that is wrong in it.
+    """
+    trust = [configs.__name__.partition(".")[0], *trust]
+    first, *others = sources
+    config = from_file(first, configs, trust, of_part) if first.endswith(".json") else from_recipe(first, configs)
+    for source in others:
+        lay(source, config, trust)
+    return config
+
+
+def from_recipe(source: str, configs: ModuleType) -> Config:
+    """The configuration of a recipe. One with a field `recipe` is told its name."""
+    known = recipes(configs)
+    if (name := plain(source)) not in known:
+        hint = did_you_mean(name, known, n=3) or f"the recipes are {', '.join(known)}"
+        raise UserError(f"no recipe {source}; {hint}")
+    config = known[name]()
+    if not isinstance(config, Config):
+        raise TypeError(f"{configs.__name__}.{name} gives no Config: let the name of what is no recipe start with _")
+    if "recipe" in field_names(type(config)):
+        setattr(config, "recipe", name)  # noqa: B010 - not every Config has it
+    return config
+
+
+def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part: str) -> Config:
+    """The configuration of a file that stands first."""
+    data = read_json(source)
+    if "class" in data:
+        config = of_record(source, data, trust)
+        return config if runs(config) else around(source, config, configs, of_part)
+    if "recipe" not in data:
+        raise UserError(
+            f'{source} has no "class", which a whole configuration has, and no "recipe" that it changes: put the '
+            f"recipe in front of it, --config NAME {source}"
+        )
+    name = data.pop("recipe")
+    if not isinstance(name, str):
+        raise UserError(f"{source}: recipe: expected the name of one, got {short_repr(name)}")
+    config = from_recipe(name, configs)
+    change(source, config, data, trust)
+    return config
+
+
+def lay(source: str, config: Config, trust: Collection[str]) -> None:
+    """Change a configuration as a file says that stands behind another source."""
+    if not source.endswith(".json"):
+        raise UserError(f"--config takes one recipe, in front, and .json files behind it, got {source}")
+    data = read_json(source)
+    if "class" in data:
+        part = of_record(source, data, trust)
+        if runs(part):
+            raise UserError(f"{source} is a whole configuration: put it in front of the files that change it")
+        setattr(config, place_of(source, part, config), part)
+        return
+    below, stated = getattr(config, "recipe", None), data.pop("recipe", None)
+    if stated not in (None, below):
+        raise UserError(f"{source} changes the recipe {short_repr(stated)}, not {short_repr(below)}")
+    change(source, config, data, trust)
+
+
+def of_record(source: str, data: dict[str, Any], trust: Collection[str]) -> Config:
+    """The configuration, or the part of one, that was written as this data."""
+    try:
+        return from_dict(data, trust=trust, say=lambda line: tell(f"{source}: {line}"))
+    except UserError as error:
+        raise UserError(f"{source} is no configuration:\n{error}") from error
+
+
+def change(source: str, config: Config, data: dict[str, Any], trust: Collection[str]) -> None:
+    """Set what the data of a file states."""
+    decoder = Decoder(trust=trust)
+    decoder.onto(config, data)
+    if decoder.problems:
+        raise UserError(f"{source} does not fit:\n{joined(decoder.problems)}")
+
+
+def runs(config: Config) -> bool:
+    """Whether what this configures is a run, not a part of one."""
+    return callable(getattr(owner_of(type(config)), "run", None))
+
+
+def place_of(source: str, part: Config, config: Config) -> str:
+    """The field of a configuration in which a part of it stands; `UserError` where it could not, or in several."""
+    places = [
+        name
+        for name, annotation in field_types(type(config)).items()
+        if any(is_config(option) and isinstance(part, option) for option in alternatives(annotation))
+    ]
+    if len(places) != 1:
+        where = " or ".join(places) or "nowhere"
+        raise UserError(f"{source} describes a {type(part).__qualname__}, which may stand {where} in a run")
+    return places[0]
+
+
+def around(source: str, part: Config, configs: ModuleType, of_part: str) -> Config:
+    """The recipe whose own part is most like this one, with this one in its place; it is said which that is."""
+    near: list[tuple[int, str, str, Config]] = []
+    for name in recipes(configs):
+        try:
+            config = from_recipe(name, configs)
+            place = place_of(source, part, config)
+        except UserError:  # of a recipe that cannot be had, or of another kind
+            continue
+        near.append((len(diff(part, getattr(config, place))), name, place, config))
+    if not near:
+        raise UserError(f"{source} describes a {type(part).__qualname__}, and no recipe has a place for it")
+    _, name, place, config = min(near, key=lambda each: each[0])
+    setattr(config, place, part)
+    tell(
+        f"{source} describes the {place} alone: all else is as in recipe {name}, whose {place} is most like it; "
+        f"--config NAME {source} takes another's{of_part.format(folder=Path(source).parent)}"
+    )
+    return config
