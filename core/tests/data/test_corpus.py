@@ -137,8 +137,8 @@ def die(*args):
 if when == "half":
     encode, texts_left = Tokenizer.encode_documents, iter(range(3))
     Tokenizer.encode_documents = lambda *args: die() if next(texts_left, None) is None else encode(*args)
-elif when == "before the manifest":
-    shards.Manifest.write = die
+elif when == "terminated":
+    shards.Manifest.write = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
 else:
     corpus.Corpus._publish = die
 config = corpus.Corpus.Config(dataset=dataset, cache_folder=cache, validation_fraction=0.2)
@@ -146,17 +146,16 @@ config.build(tokenizer=Tokenizer.Config().build())
 """
 
 
-@pytest.mark.parametrize("when", ["half", "before the manifest", "before the move"])
+@pytest.mark.parametrize("when", ["half", "terminated", "before the move"])
 def test_killed_preparation_leaves_nothing_that_looks_complete(config, tokenizer, logged, when, monkeypatch):
     command = [sys.executable, "-c", KILLED, when, config.dataset, config.cache_folder]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert subprocess.run(command).returncode == -(signal.SIGTERM if when == "terminated" else signal.SIGKILL)
     [left] = (Path(config.cache_folder) / "corpora").iterdir()
     counted = count_preparations(monkeypatch)
     corpus = config.build(tokenizer=tokenizer)
-    assert counted == ["prepared"] and corpus.folder != left
-    assert logged == [
-        f"WARNING: {left} is left of an interrupted preparation: remove it, unless another process is at work there"
-    ]
+    assert counted == ["prepared"]
+    assert logged == [f"INFO: removed {left}, which an interrupted preparation left"]
+    assert list((Path(config.cache_folder) / "corpora").iterdir()) == [corpus.folder]
     check_content(corpus, tokenizer)
 
 

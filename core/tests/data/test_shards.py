@@ -1,10 +1,22 @@
+import hashlib
 import json
 from itertools import accumulate, chain
 
 import numpy as np
 import pytest
 
-from core.data.shards import MANIFEST, DamagedError, Extent, Manifest, SplitWriter, TokenStream, read_manifest
+from core.config.errors import UserError
+from core.data.shards import (
+    MANIFEST,
+    VERIFIED,
+    DamagedError,
+    Extent,
+    Manifest,
+    SplitWriter,
+    TokenStream,
+    digest,
+    read_manifest,
+)
 
 
 def random_documents(n, vocab_size, seed=0):
@@ -17,7 +29,13 @@ def written(folder, documents, vocab_size, shard_tokens, batch=7):
     for i in range(0, len(documents), batch):
         writer.write(documents[i : i + batch], n_bytes=3)
     writer.close()
-    manifest = Manifest(made_from={}, vocab_size=vocab_size, splits={"train": writer.extent}, shard_tokens=shard_tokens)
+    manifest = Manifest(
+        made_from={},
+        vocab_size=vocab_size,
+        splits={"train": writer.extent},
+        shard_tokens=shard_tokens,
+        files=writer.files,
+    )
     manifest.write(folder)
     return manifest
 
@@ -54,7 +72,7 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize, shard_tokens):
 
 def test_stream_in_memory_equals_files(tmp_path):
     documents = random_documents(50, 1000)
-    stream = TokenStream.hold(documents, n_bytes=5)
+    stream = TokenStream.hold(documents, 5, 1000)
     assert stream.extent == Extent(documents=50, tokens=sum(map(len, documents)), bytes=5)
     check_windows(stream, documents, 8)
 
@@ -63,44 +81,84 @@ def test_empty_split(tmp_path):
     manifest = written(tmp_path, [], 100, 16)
     assert read_manifest(tmp_path).splits["train"] == Extent()
     assert TokenStream.map(tmp_path, manifest, "train").extent.tokens == 0
-    assert TokenStream.hold([], 0).extent.tokens == 0
+    assert TokenStream.hold([], 0, 10).extent.tokens == 0
 
 
 def test_windows_beyond_the_end_are_refused(tmp_path):
-    stream = TokenStream.hold([[1, 2, 3, 4, 5]], 5)
+    stream = TokenStream.hold([[1, 2, 3, 4, 5]], 5, 6)
     assert stream.windows(np.array([0]), 4)[0].tolist() == [[1, 2, 3, 4, 5]]
     for window, seq_len in ((1, 4), (0, 5), (-1, 2)):
         with pytest.raises(AssertionError):
             stream.windows(np.array([window]), seq_len)
 
 
-def test_damage_is_found(tmp_path):
-    def fresh(name):
-        folder = tmp_path / name
-        folder.mkdir()
-        written(folder, random_documents(20, 100), 100, 64)
-        return folder
+def sha256(file) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
-    with pytest.raises(DamagedError, match="No such file"):
-        read_manifest(tmp_path / "none")
-    folder = fresh("shard cut short")
-    shard = folder / "train-00001.tokens"
-    shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(DamagedError, match="train-00001.tokens has 126 bytes instead of 128"):
-        read_manifest(folder)
-    (folder / "train-00001.tokens").unlink()
-    with pytest.raises(DamagedError, match="train-00001.tokens: No such file"):
-        read_manifest(folder)
-    folder = fresh("starts grown")
-    with open(folder / "train.starts", "ab") as file:
-        file.write(b"\0" * 8)
-    with pytest.raises(DamagedError, match="train.starts has 168 bytes instead of 160"):
-        read_manifest(folder)
-    content = json.loads((folder / MANIFEST).read_text())
-    for wrong in ([], {}, {**content, "splits": {"train": 3}}, {**content, "unknown": 1}, None):
-        (folder / MANIFEST).write_text("{" if wrong is None else json.dumps(wrong))
+
+def test_the_manifest_has_the_hash_of_every_file(tmp_path):
+    documents = random_documents(30, 100)
+    manifest = written(tmp_path, documents, 100, 64)
+    files = [file for file in tmp_path.iterdir() if file.name != MANIFEST]
+    assert manifest.files == {file.name: sha256(file) for file in files} and len(files) > 5
+    batches = [documents[i : i + 7] for i in range(0, 30, 7)]
+    firsts = np.cumsum([0, *map(len, documents)])
+    content = hashlib.sha256()
+    for i, batch in enumerate(batches):
+        content.update(firsts[7 * i :][: len(batch)].astype("<i8").tobytes())
+        content.update(np.array(list(chain.from_iterable(batch)), "<u2").tobytes())
+    assert manifest.splits["train"].sha256 == content.hexdigest()
+
+
+def signed(folder, content) -> None:
+    content = {key: value for key, value in content.items() if key != "digest"}
+    (folder / MANIFEST).write_text(json.dumps({**content, "digest": digest(content)}))
+
+
+def test_a_manifest_that_is_none_is_refused(tmp_path):
+    written(tmp_path, random_documents(20, 100), 100, 64)
+    text = (tmp_path / MANIFEST).read_text()
+    content = json.loads(text)
+    for wrong in ("", "{", "[]", "3", "null", "[" * 100_000, text[:-2], "\xff"):
+        (tmp_path / MANIFEST).write_bytes(wrong.encode("latin-1"))
+        with pytest.raises(DamagedError, match=r"manifest\.json (is|has)"):
+            read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text(text.replace('"tokens": ', '"tokens": 1'))
+    with pytest.raises(DamagedError, match="manifest.json was changed after it was written"):
+        read_manifest(tmp_path)
+    extent = content["splits"]["train"]
+    lies = [{"unknown": 1}, {"splits": {"train": 3}}, {"splits": []}, {"files": 3}, {"files": {}}, {"shard_tokens": 0}]
+    lies += [{"shard_tokens": 1}, {"shard_tokens": 2**70}, {"vocab_size": "100"}, {"vocab_size": 1.5}]
+    changes = [("tokens", 10**30), ("tokens", -1), ("tokens", True), ("documents", None), ("sha256", 3), ("more", 3)]
+    lies += [{"splits": {"train": {**extent, key: value}}} for key, value in changes]
+    for lie in lies:
+        signed(tmp_path, {**content, **lie})
         with pytest.raises(DamagedError, match="manifest.json cannot be read"):
-            read_manifest(folder)
-    (folder / MANIFEST).unlink()
-    with pytest.raises(DamagedError, match="manifest.json: No such file"):
-        read_manifest(folder)
+            read_manifest(tmp_path)
+    signed(tmp_path, content)
+    read_manifest(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(DamagedError, match="manifest.json cannot be read: No such file"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("place", [0, 40, 63])
+def test_files_that_change_under_a_run_are_noticed(tmp_path, place):
+    documents = [[place for place in range(64)]] + [[1, 2]] * 30
+    manifest = written(tmp_path, documents, 100, 1000)
+    stream = TokenStream.map(tmp_path, manifest, "train")
+    (tmp_path / VERIFIED).write_text("{}")
+    stream.windows(np.array([0, 1]), 32)
+    tokens = np.memmap(tmp_path / "train-00000.tokens", "<u2", "r+")
+    tokens[place], before = 100, tokens[place]
+    with pytest.raises(
+        UserError, match=r"has changed since it was verified: it holds the id 100 in a vocabulary of 100"
+    ):
+        stream.windows(np.array([0, 1]), 32)
+    assert not (tmp_path / VERIFIED).exists()
+    tokens[place] = before
+    starts = np.memmap(tmp_path / "train.starts", "<i8", "r+")
+    starts[2], starts[3] = starts[3], starts[2]
+    stream.windows(np.array([0]), 32)
+    with pytest.raises(UserError, match="document starts that do not ascend, in tokens 64 to 96"):
+        stream.windows(np.array([2]), 32)

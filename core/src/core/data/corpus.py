@@ -1,27 +1,25 @@
 """A prepared corpus: the documents of a source, tokenised once, split, and kept in a cache of memory-mapped files."""
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.data import shards
+from core.data import integrity, shards
 from core.data.sampling import held_out
-from core.data.shards import DamagedError, Manifest, SplitWriter, TokenStream
+from core.data.shards import DamagedError, Manifest, SplitWriter, TokenStream, digest
 from core.data.source import Source, open_source
+from core.data.staging import staging_folder
 from core.data.text_files import OnBadLine
 from core.data.tokenizer import Tokenizer
 from core.runtime.log import LOGGER
@@ -29,6 +27,7 @@ from core.runtime.log import LOGGER
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 _BATCH_CHARACTERS = 2**20
+_ANOTHER_PLACE = "choose another place with cache_folder"
 _LOG_INTERVAL_S = 10.0
 _LIVE_INTERVAL_S = 0.2
 
@@ -38,7 +37,8 @@ class Corpus(Configurable):
 
     The cache is keyed by everything that the tokens depend on: the source and its fingerprint (for files their sizes
     and times of change), the tokenizer, the split. A preparation writes beside its place and is moved there complete,
-    so that one that is interrupted leaves nothing that looks complete, and of two at once either may win.
+    so that one that is interrupted leaves nothing that looks complete, and of two at once either may win. What the
+    cache holds is compared with what was written (`core.data.integrity`), and prepared again where it is damaged.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -60,9 +60,10 @@ class Corpus(Configurable):
             if not 0 <= self.validation_fraction < 1:
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
 
-    def __init__(self, config: Config, *, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, *, tokenizer: Tokenizer, verify: bool = True) -> None:
+        """`verify` is false on ranks that follow another one of their machine, which has compared every byte."""
         source = open_source(config.dataset, config.text_field, config.on_bad_line)
-        made_from = {
+        self._made_from = {
             "format": shards.FORMAT,
             "dataset": config.dataset,
             "text_field": config.text_field,
@@ -71,10 +72,11 @@ class Corpus(Configurable):
             "tokenizer": tokenizer.fingerprint,
             "source": digest(source.fingerprint()),
         }
-        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{digest(made_from)[:16]}").strip("-")
+        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
-        self.manifest = self._find() or self._prepare(source, tokenizer, made_from, config.validation_fraction)
+        self._verify = verify
+        self.manifest: Manifest = self._find() or self._prepare(source, tokenizer, config.validation_fraction)
 
     def split(self, split: Split) -> TokenStream:
         """The tokens of one split."""
@@ -89,65 +91,65 @@ class Corpus(Configurable):
     def _find(self) -> Manifest | None:
         """What the cache holds, or None with a warning where that is damaged."""
         try:
-            return shards.read_manifest(self.folder)
+            return self._read()
         except DamagedError as damage:
-            if os.path.exists(self.folder):
-                LOGGER.warning("the prepared corpus %s is damaged (%s): it is prepared anew", self.folder, damage)
+            if isinstance(damage.__cause__, PermissionError):
+                raise UserError(f"cannot read {self.folder}: {damage}; {_ANOTHER_PLACE}") from damage
+            if os.path.lexists(self.folder):
+                LOGGER.warning("the prepared corpus %s is damaged (%s): it is prepared again", self.folder, damage)
             return None
 
-    def _prepare(self, source: Source, tokenizer: Tokenizer, made_from: dict[str, Any], fraction: float) -> Manifest:
+    def _read(self) -> Manifest:
+        """What the cache holds; DamagedError where that is not what was written there for these settings."""
+        manifest = shards.read_manifest(self.folder)
+        if manifest.made_from != self._made_from or manifest.splits.keys() != set(SPLITS):
+            raise DamagedError("it was made from something else")
+        integrity.check_files(self.folder, manifest, hashes=self._verify)
+        return manifest
+
+    def _prepare(self, source: Source, tokenizer: Tokenizer, fraction: float) -> Manifest:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.parent.glob(f"{self.folder.name}.*"):
-                LOGGER.warning(
-                    "%s is left of an interrupted preparation: remove it, unless another process is at work there", left
-                )
-            unfinished = self._beside()
-            unfinished.mkdir()
-            try:
-                splits = _write(unfinished, source, tokenizer, fraction)
-                manifest = Manifest(
-                    made_from=made_from,
+            with staging_folder(self.folder) as staging:
+                complete = staging / "complete"
+                complete.mkdir()
+                splits, files = _write(complete, source, tokenizer, fraction)
+                Manifest(
+                    made_from=self._made_from,
                     vocab_size=tokenizer.vocab_size,
                     splits=splits,
                     shard_tokens=shards.SHARD_TOKENS,
-                )
-                manifest.write(unfinished)
-                self._publish(unfinished)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                    files=files,
+                ).write(complete)
+                self._publish(complete, staging)
+            return self._read()
+        except DamagedError as damage:
+            raise UserError(
+                f"{self.folder} was prepared, and other bytes are read there than were written ({damage}): "
+                f"{_ANOTHER_PLACE}"
+            ) from damage
         except OSError as error:
             raise UserError(
-                f"cannot keep the tokenised corpus in {self.folder.parent}: {error}; "
-                "choose another place with cache_folder"
+                f"cannot keep the tokenised corpus in {self.folder.parent}: {error}; {_ANOTHER_PLACE}"
             ) from error
-        return manifest
 
-    def _beside(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:12]}")
-
-    def _publish(self, complete: Path) -> None:
+    def _publish(self, complete: Path, staging: Path) -> None:
         """Move a complete folder to its place, unless another process has done so; a damaged one there makes way."""
         while True:
             try:
                 complete.rename(self.folder)
                 return shards.sync_folder(self.folder.parent)
             except OSError:
-                if not os.path.exists(self.folder):
+                if not os.path.lexists(self.folder):
                     raise
-            try:
-                shards.read_manifest(self.folder)
-                return
-            except DamagedError:
-                damaged = self._beside()
             with suppress(FileNotFoundError):  # another process was quicker
-                self.folder.rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
-
-
-def digest(data: Any) -> str:
-    """The hash of data that JSON can hold."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+                there = self.folder.lstat().st_ino
+                try:
+                    self._read()
+                    return
+                except DamagedError:
+                    if self.folder.lstat().st_ino == there:
+                        self.folder.rename(staging / f"damaged-{there}")
 
 
 def _cache_folder(chosen: str | None) -> Path:
@@ -160,11 +162,15 @@ def _cache_folder(chosen: str | None) -> Path:
     return home / "armature"
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float) -> dict[str, shards.Extent]:
-    """Tokenise all documents into the files of both splits; gives the extent of each."""
+def _write(
+    folder: Path, source: Source, tokenizer: Tokenizer, fraction: float
+) -> tuple[dict[str, shards.Extent], dict[str, str]]:
+    """Tokenise all documents into the files of both splits; returns the extent of each, and the hashes of the files."""
     size = shards.SHARD_TOKENS
     writers = {split: SplitWriter(folder, split, tokenizer.vocab_size, size) for split in SPLITS}
-    try:
+    with ExitStack() as opened:
+        for writer in writers.values():
+            opened.callback(writer.close)
         with Progress(source.name) as progress:
             first = 0
             for texts in batches(source.documents()):
@@ -175,10 +181,8 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float) 
                     writers[split].write([encoded[i] for i in np.flatnonzero(chosen)], int(sizes[chosen].sum()))
                 first += len(texts)
                 progress.add(len(texts), int(sizes.sum()))
-    finally:
-        for writer in writers.values():
-            writer.close()
-    return {split: writer.extent for split, writer in writers.items()}
+    files = {name: sha256 for writer in writers.values() for name, sha256 in writer.files.items()}
+    return {split: writer.extent for split, writer in writers.items()}, files
 
 
 def batches(documents: Iterator[str]) -> Iterator[list[str]]:

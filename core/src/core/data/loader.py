@@ -8,10 +8,10 @@ import numpy as np
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.data.corpus import Corpus, Split, digest
+from core.data.corpus import Corpus, Split
 from core.data.packing import Batch, pack
 from core.data.sampling import shuffled
-from core.data.shards import TokenStream
+from core.data.shards import TokenStream, digest
 from core.data.source import open_source
 from core.data.streaming import StreamedSamples, reserved_documents
 from core.data.tokenizer import Tokenizer
@@ -55,7 +55,9 @@ class DataLoader(Configurable):
         split: Split = "train",
         rank: int = 0,
         n_ranks: int = 1,
+        verify: bool = True,
     ) -> None:
+        """`verify` is false on ranks that follow another one of their machine, which has verified the cache."""
         self.n_samples: int | None = None
         """Samples in the whole run; None where they never end."""
         self.windows_per_epoch: int | None = None
@@ -65,7 +67,7 @@ class DataLoader(Configurable):
         self._stream: StreamedSamples | None = None
         self._seq_len, self._seed, self._shuffle = seq_len, seed, config.shuffle and split == "train"
         if config.mode == "indexed":
-            corpus = Corpus(config, tokenizer=tokenizer)
+            corpus = Corpus(config, tokenizer=tokenizer, verify=verify)
             self.description, self.fingerprint = corpus.describe(split), corpus.manifest.splits[split].sha256
             self._index(corpus.split(split), split, config.epochs)
             return

@@ -2,13 +2,15 @@
 
 For each split s the folder holds s-00000.tokens, s-00001.tokens, ... (unsigned 16- or 32-bit ids, every file but the
 last SHARD_TOKENS long) and s.starts (64-bit: the place in the stream where each document begins); manifest.json,
-written last, says how much there must be. A document may lie across two files. All numbers are little-endian.
+written last, says how much there must be, with the hash of every file and of itself; core.data.integrity compares. A
+document may lie across two files. All numbers are little-endian.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,10 +18,17 @@ from typing import IO, Any
 
 import numpy as np
 
-FORMAT = 2
+from core.config.errors import UserError
+from core.config.json_file import read_json
+
+FORMAT = 3
 SHARD_TOKENS = 2**28
 MANIFEST = "manifest.json"
-_STARTS = np.dtype("<i8")
+VERIFIED = "verified.json"
+"""Remembers which files were verified; see core.data.integrity."""
+STARTS = np.dtype("<i8")
+MAX_TOKENS = 2**60
+"""More than any disk holds, so that sums of two counts stay below 2**63."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +39,8 @@ class Extent:
     tokens: int = 0
     bytes: int = 0
     sha256: str = field(default="", compare=False)
-    """Hash of the tokens and of the places where documents begin; empty for what was not written."""
+    """Hash of the tokens and of the places where documents begin, whatever files hold them; empty for what was not
+    written."""
 
 
 class SplitWriter:
@@ -38,16 +48,18 @@ class SplitWriter:
 
     def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
         self.extent = Extent()
+        self.files: dict[str, str] = {}
+        """SHA-256 of every file that is complete."""
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._dtype = _token_type(vocab_size)
-        self._starts: IO[bytes] = open(folder / f"{split}.starts", "wb")
-        self._shard: IO[bytes] | None = None
+        self._dtype = token_type(vocab_size)
+        self._starts = HashedFile(folder / f"{split}.starts")
+        self._shard: HashedFile | None = None
         self._hash = hashlib.sha256()
 
     def write(self, documents: Sequence[list[int]], n_bytes: int) -> None:
         """Append documents, whose text has `n_bytes` in UTF-8."""
-        lengths = np.array([len(ids) for ids in documents], dtype=_STARTS)
-        starts = (self.extent.tokens + np.cumsum(lengths) - lengths).astype(_STARTS).tobytes()
+        lengths = np.array([len(ids) for ids in documents], dtype=STARTS)
+        starts = (self.extent.tokens + np.cumsum(lengths) - lengths).astype(STARTS).tobytes()
         self._starts.write(starts)
         self._hash.update(starts)
         tokens = np.fromiter(chain.from_iterable(documents), self._dtype, count=int(lengths.sum()))
@@ -65,56 +77,76 @@ class SplitWriter:
 
     def _next_shard(self) -> None:
         if self._shard is not None:
-            _close(self._shard)
+            self._finish(self._shard)
         number = self.extent.tokens // self._shard_tokens
-        self._shard = open(self._folder / _shard_name(self._split, number), "wb")
+        self._shard = HashedFile(self._folder / shard_name(self._split, number))
+
+    def _finish(self, file: "HashedFile") -> None:
+        self.files[file.name] = file.finish()
 
     def close(self) -> None:
         """Bring everything to the disk."""
         self.extent.sha256 = self._hash.hexdigest()
-        for file in (self._starts, self._shard):
-            if file is not None:
-                _close(file)
+        self._finish(self._starts)
+        if self._shard is not None:
+            self._finish(self._shard)
 
 
-def _close(file: IO[bytes]) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())
+class HashedFile:
+    """A file that is written once, and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._file: IO[bytes] = open(path, "wb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+    def finish(self) -> str:
+        """Bring the file to the disk and close it; returns the SHA-256 of its bytes."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._hash.hexdigest()
 
 
-def _shard_name(split: str, number: int) -> str:
+def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05}.tokens"
 
 
-def _token_type(vocab_size: int) -> np.dtype[Any]:
+def token_type(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
-    """What a folder holds and what it was made from; `read_manifest` finds whether that is true."""
+    """What a folder holds and what it was made from; `core.data.integrity` finds whether that is true."""
 
     made_from: dict[str, Any]
     vocab_size: int
     splits: dict[str, Extent]
     shard_tokens: int
+    files: dict[str, str]
+    """SHA-256 of every file."""
 
     def write(self, folder: Path) -> None:
         """Complete the folder: the last file to be written."""
+        content = asdict(self)
         with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+            json.dump({**content, "digest": digest(content)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(folder)
 
     def sizes(self) -> dict[str, int]:
         """The size in bytes that each file must have."""
-        sizes, item = {}, _token_type(self.vocab_size).itemsize
+        sizes, item = {}, token_type(self.vocab_size).itemsize
         for split, extent in self.splits.items():
-            sizes[f"{split}.starts"] = extent.documents * _STARTS.itemsize
+            sizes[f"{split}.starts"] = extent.documents * STARTS.itemsize
             for number, first in enumerate(range(0, extent.tokens, self.shard_tokens)):
-                sizes[_shard_name(split, number)] = min(self.shard_tokens, extent.tokens - first) * item
+                sizes[shard_name(split, number)] = min(self.shard_tokens, extent.tokens - first) * item
         return sizes
 
 
@@ -123,20 +155,37 @@ class DamagedError(Exception):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete folder; DamagedError where it, or a file that it lists, is not as it must be."""
+    """The manifest of a folder; DamagedError where it cannot be read or contradicts itself."""
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = read_json(folder / MANIFEST)
+        if content.pop("digest", None) != digest(content):
+            raise DamagedError(f"{MANIFEST} was changed after it was written")
         content["splits"] = {split: Extent(**extent) for split, extent in content["splits"].items()}
         manifest = Manifest(**content)
-        found = {name: (folder / name).stat().st_size for name in manifest.sizes()}
-    except OSError as error:
-        raise DamagedError(f"{error.filename}: {error.strerror}") from error
+        _check_counts(manifest)
+        n_shards = sum(-(-extent.tokens // manifest.shard_tokens) for extent in manifest.splits.values())
+        if len(manifest.files) != n_shards + len(manifest.splits) or manifest.files.keys() != manifest.sizes().keys():
+            raise ValueError("the files it lists are not those of its counts")
+    except UserError as error:
+        raise DamagedError(str(error)) from error.__cause__ or error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error!r}") from error
-    for name, size in manifest.sizes().items():
-        if found[name] != size:
-            raise DamagedError(f"{name} has {found[name]:,} bytes instead of {size:,}")
     return manifest
+
+
+def _check_counts(manifest: Manifest) -> None:
+    counts = [manifest.vocab_size, manifest.shard_tokens]
+    for extent in manifest.splits.values():
+        counts += [extent.documents, extent.tokens, extent.bytes]
+    if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts) or manifest.shard_tokens == 0:
+        raise ValueError(f"counts {counts}")
+    if not all(isinstance(extent.sha256, str) for extent in manifest.splits.values()):
+        raise ValueError("a hash that is no text")
+
+
+def digest(data: Any) -> str:
+    """The hash of data that JSON can hold."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -151,33 +200,44 @@ def sync_folder(folder: Path) -> None:
 class TokenStream:
     """One split as a single stream of tokens, in memory or mapped from files, and where documents start in it."""
 
-    def __init__(self, shards: Sequence[np.ndarray], starts: np.ndarray, extent: Extent) -> None:
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        starts: np.ndarray,
+        extent: Extent,
+        *,
+        vocab_size: int,
+        folder: Path | None = None,
+    ) -> None:
         self.extent = extent
         self._shards, self._starts = shards, starts
         self._shard_tokens = shards[0].size if shards else 0
+        self._vocab_size, self._folder = vocab_size, folder
 
     @classmethod
     def map(cls, folder: Path, manifest: Manifest, split: str) -> "TokenStream":
         """The split of a prepared corpus; its files are read when windows are."""
-        extent, dtype = manifest.splits[split], _token_type(manifest.vocab_size)
+        extent, dtype = manifest.splits[split], token_type(manifest.vocab_size)
         n_shards = -(-extent.tokens // manifest.shard_tokens)
-        shards = [np.memmap(folder / _shard_name(split, number), dtype, "r") for number in range(n_shards)]
-        starts = np.memmap(folder / f"{split}.starts", _STARTS, "r") if extent.documents else np.empty(0, _STARTS)
-        return cls(shards, starts, extent)
+        shards = [np.memmap(folder / shard_name(split, number), dtype, "r") for number in range(n_shards)]
+        starts = np.memmap(folder / f"{split}.starts", STARTS, "r") if extent.documents else np.empty(0, STARTS)
+        return cls(shards, starts, extent, vocab_size=manifest.vocab_size, folder=folder)
 
     @classmethod
-    def hold(cls, documents: Sequence[list[int]], n_bytes: int) -> "TokenStream":
+    def hold(cls, documents: Sequence[list[int]], n_bytes: int, vocab_size: int) -> "TokenStream":
         """A stream of the documents, held in memory."""
-        lengths = np.array([len(ids) for ids in documents], dtype=_STARTS)
+        lengths = np.array([len(ids) for ids in documents], dtype=STARTS)
         extent = Extent(documents=len(documents), tokens=int(lengths.sum()), bytes=n_bytes)
         tokens = np.fromiter(chain.from_iterable(documents), np.dtype("<u4"), count=extent.tokens)
-        return cls([tokens] if extent.tokens else [], np.cumsum(lengths) - lengths, extent)
+        shards = [tokens] if extent.tokens else []
+        return cls(shards, np.cumsum(lengths) - lengths, extent, vocab_size=vocab_size)
 
     def windows(self, numbers: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and document starts (bool) of windows, both of shape (len(numbers), seq_len + 1).
 
         Window w covers the tokens from w * seq_len to (w + 1) * seq_len, both included: neighbours share one token, so
-        that every token but the first is the label of exactly one.
+        that every token but the first is the label of exactly one. Raises UserError where files have changed under the
+        run, to ids beyond the vocabulary or to starts that do not ascend.
         """
         firsts = numbers.astype(np.int64) * seq_len
         assert all(0 <= first < self.extent.tokens - seq_len for first in firsts.tolist())
@@ -187,8 +247,23 @@ class TokenStream:
         highs = np.searchsorted(self._starts, firsts + seq_len, side="right")
         for row, first in enumerate(firsts.tolist()):
             self._copy(first, tokens[row])
-            opens[row, self._starts[lows[row] : highs[row]] - first] = True
+            places = self._starts[lows[row] : highs[row]] - first
+            if places.size and (places[0] < 0 or places[-1] > seq_len or (places[1:] < places[:-1]).any()):
+                raise self._changed(f"document starts that do not ascend, in tokens {first:,} to {first + seq_len:,}")
+            opens[row, places] = True
+        if tokens.size and (largest := int(tokens.max())) >= self._vocab_size:
+            raise self._changed(f"the id {largest:,} in a vocabulary of {self._vocab_size:,}")
         return tokens, opens
+
+    def _changed(self, found: str) -> UserError:
+        """What is said of files that have changed since they were verified; the next start verifies them again."""
+        if self._folder is not None:
+            with suppress(OSError):
+                (self._folder / VERIFIED).unlink()
+        return UserError(
+            f"the prepared corpus {self._folder} has changed since it was verified: it holds {found}. Start "
+            "the run again: the corpus is then prepared again"
+        )
 
     def _copy(self, first: int, target: np.ndarray) -> None:
         filled = 0

@@ -26,7 +26,9 @@ def reserved_documents(source: Source, tokenizer: Tokenizer, fraction: float) ->
     """The documents that the training stream leaves out, in memory."""
     head = enumerate(islice(source.documents(), RESERVED))
     texts = [text for document, text in head if _reserved(document, fraction)]
-    return TokenStream.hold(tokenizer.encode_documents(texts), sum(len(text.encode()) for text in texts))
+    return TokenStream.hold(
+        tokenizer.encode_documents(texts), sum(len(text.encode()) for text in texts), tokenizer.vocab_size
+    )
 
 
 class _Document(NamedTuple):

@@ -7,14 +7,16 @@ from core.data.loader import DataLoader
 from core.data.packing import IGNORE, Batch
 from core.data.tokenizer import Tokenizer
 from core.parallel.layout import Layout
+from core.runtime.launcher import World, find_world
 
 
 def open_text(
     config: DataLoader.Config, tokenizer: Tokenizer, layout: Layout, split: Split, *, seq_len: int, seed: int
 ) -> DataLoader:
-    """The text of a run, as this rank reads it."""
+    """The text of a run, as this rank reads it; the first rank of a machine verifies what is in the cache."""
     place = {"rank": layout.data_rank, "n_ranks": layout.degrees.data}
-    return config.build(tokenizer=tokenizer, seq_len=seq_len, seed=seed, split=split, **place)
+    leads = (find_world() or World()).local_rank == 0
+    return config.build(tokenizer=tokenizer, seq_len=seq_len, seed=seed, split=split, verify=leads, **place)
 
 
 def microbatches(
