@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from source_tree import FUNCTIONS, Tree, closure, inside
+from source_tree import FUNCTIONS, Module, Tree, closure, inside
 
 FLOORS = [  # from the ground up; a package may import lower floors and itself; some rooms are yet to come
     {"core"},  # the version
@@ -40,6 +40,11 @@ BARRED = {  # who -> what it does without: a run is described without torch, a m
 }
 MESH_NAMES = {"DeviceMesh", "DTensor", "distribute_tensor", "init_device_mesh"}
 MESH_MODULES = ["torch.distributed._tensor", "torch.distributed.device_mesh", "torch.distributed.tensor"]
+DEVICE_QUESTIONS = ["torch.accelerator"] + [
+    f"torch.{kind}.{question}"
+    for kind in ("cuda", "xpu", "mps", "backends.mps")
+    for question in ("is_available", "device_count", "is_initialized", "current_device")
+]
 POLICY_WORDS = ["policy", "save_list", "op_list"]
 VAGUE_WORDS = {"base", "common", "helper", "helpers", "manager", "misc", "util", "utils"}
 MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2500  # lines; the last one: of ours behind `import <m>.model`
@@ -140,6 +145,17 @@ def only_parallel_knows_a_mesh(tree: Tree) -> Iterator[str]:
             yield f"{name} names {', '.join(found)}: only core.parallel knows a mesh"
 
 
+def one_module_asks_for_devices(tree: Tree) -> Iterator[str]:
+    """What the machine computes on is asked of core.runtime.device, in tests and benchmarks as well."""
+    for path in tree.files:
+        name = tree.short(path)
+        if path.suffix != ".py" or name in ("core/src/core/runtime/device.py", "core/tests/runtime/test_device.py"):
+            continue
+        mentions = Module(name, path, "").mentions
+        for target in sorted(target for target in mentions for ask in DEVICE_QUESTIONS if inside(target, ask)):
+            yield f"{name} names {target}: ask core.runtime.device, which knows builds without a device"
+
+
 def models_hold_no_policy(tree: Tree) -> Iterator[str]:
     """A model says what a block is: no op list, no checkpoint policy, no layout."""
     for name, module in tree.modules.items():
@@ -218,6 +234,7 @@ RULES: list[Callable[[Tree], Iterator[str]]] = [
     starting_needs_no_optional_package,
     barred_packages_stay_out,
     only_parallel_knows_a_mesh,
+    one_module_asks_for_devices,
     models_hold_no_policy,
     names_are_plain,
     names_of_tests_are_unique,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from core.comm import probe
 from core.config.exit import exit_plainly
 from core.config.help import show
+from core.runtime.device import accelerator, device_name, n_gpus
 
 PACKAGES = {
     "tokenizers": ("pip install tokenizers, or armature-core[hf]", "tokenizer.json files as tokenizer.path"),
@@ -37,13 +38,12 @@ class Part(NamedTuple):
 
 def parts() -> Iterator[Part]:
     """Every optional part."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    built = f"torch {torch.__version__} sees no GPU" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
-    kind = f"{gpus} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}" if gpus else None
-    yield Part("CUDA", kind, f"{built}; runs are on the CPU", "GPUs")
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_nccl_available() else None
-    yield Part("NCCL", nccl, "comes with a torch for CUDA; ranks use gloo", "several GPUs")
-    flex = "compiled, forward and backward" if gpus else None
+    found = accelerator()
+    here = f"{found.count} x {device_name(torch.device(str(found.type)))}, {found.platform}" if found.count else None
+    yield Part("GPU", here, f"{found.obstacle}; runs are on the CPU", "runs on an accelerator")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if n_gpus() and dist.is_nccl_available() else None
+    yield Part("NCCL", nccl, "comes with a torch for CUDA or ROCm and needs a GPU; ranks use gloo", "several GPUs")
+    flex = "compiled, forward and backward" if found.count else None
     yield Part("flex attention", flex, "has no backward on a CPU: use attention.backend sdpa", "attention.backend flex")
     for build, purpose in BUILDS.items():
         reason = probe.missing(build)

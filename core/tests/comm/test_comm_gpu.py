@@ -14,6 +14,7 @@ from token_traffic import E, numbers_like, reference, traffic
 from core.comm import ops, probe
 from core.comm.backend import Backend, dispatchers
 from core.comm.transport import Sizes, bind, bound, release
+from core.runtime.device import n_gpus
 from core.testing.ranks import run_ranks
 
 WIDTH, RANKS = 512, 2
@@ -21,7 +22,7 @@ WIDTH, RANKS = 512, 2
 
 def why_not(build: probe.Build) -> str | None:
     """What keeps the tests of a build from running here."""
-    gpus = torch.cuda.device_count()
+    gpus = n_gpus()
     if gpus < RANKS:
         said = probe.missing(build) or "deep_ep is there"
         return f"needs {RANKS} NVIDIA GPUs joined by NVLink, and there are {gpus}; {said}"

@@ -117,7 +117,7 @@ def test_gpt_oss_is_carried_as_it_is_by_the_others() -> None:
 def test_the_doctor_lists_all_that_is_optional(capsys: pytest.CaptureFixture[str]) -> None:
     fake_deep_ep.install("v2.1")
     found = {part.name: part for part in parts()}
-    assert list(found)[:6] == ["CUDA", "NCCL", "flex attention", *(f"deep_ep {build}" for build in probe.CLASSES)]
+    assert list(found)[:6] == ["GPU", "NCCL", "flex attention", *(f"deep_ep {build}" for build in probe.CLASSES)]
     assert list(found)[6:] == ["tokenizers", "datasets", "tensorboard", "wandb", "torchao"]
     assert found["deep_ep deepep_v2"].here == "ElasticBuffer of deep_ep 2.1.0"
     assert found["deep_ep hybridep"].here is None and "git checkout 94a9f8f" in found["deep_ep hybridep"].missing

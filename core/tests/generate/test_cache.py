@@ -9,6 +9,7 @@ from core.generate.cache import CachedDecoder
 from core.nn.attention import Attention
 from core.nn.decoder import Decoder
 from core.nn.kernel import SDPA, Flex, Keys
+from core.runtime.device import n_gpus
 from core.testing.toy import Toy, on_cpu, randomise
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -194,7 +195,7 @@ def test_model_must_be_in_evaluation_mode() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels of GPUs")
+@pytest.mark.skipif(not n_gpus(), reason="the kernels of GPUs")
 @kinds
 @torch.no_grad()
 def test_token_by_token_equals_the_whole_forward_on_a_gpu(kind: str) -> None:

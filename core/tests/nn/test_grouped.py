@@ -21,6 +21,7 @@ from core.nn import grouped
 from core.nn.grouped import GROUPED_MM, GROUPED_MM_WEIGHT, GroupedLinear, grouped_mm
 from core.nn.init import Constant, Normal
 from core.nn.module import Module, weights
+from core.runtime.device import n_gpus
 from core.testing.checkpointing import Dispatched
 
 I, O = 5, 7  # noqa: E741 - the letters of the file under test
@@ -338,7 +339,7 @@ def test_kernel_of_pytorch_is_for_bf16_in_whole_16_bytes_on_hopper(
 
 
 def has_grouped_kernel() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return n_gpus() > 0 and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @pytest.mark.gpu

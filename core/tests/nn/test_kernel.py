@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 import core.nn.kernel
 from core.config.errors import UserError
 from core.nn.kernel import KERNELS, SDPA, Flex, Keys, MaskMod, Where, visible, with_sinks
+from core.runtime.device import n_gpus
 from core.testing.checkpointing import Dispatched
 
 CPU = torch.device("cpu")
@@ -244,7 +245,7 @@ def test_flex_cannot_train_on_a_cpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention has a backward on GPUs only")
+@pytest.mark.skipif(not n_gpus(), reason="flex_attention has a backward on GPUs only")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
 def test_flex_trains_like_sdpa(window: int | None, with_sink: bool) -> None:

@@ -13,35 +13,18 @@ import torch
 
 from core.config.errors import UserError
 from core.runtime import device as devices
-from core.runtime.device import free_memory, peak_flops, peak_memory, select_device
+from core.runtime.device import accelerator, free_memory, peak_flops, peak_memory, select_device
 from core.runtime.log import start_logging
 from core.runtime.seed import seed_everything
 from core.runtime.signals import SIGNALS, StopRequest
 from core.testing.ranks import run_ranks
 
 CPU = torch.device("cpu")
-HAS_CUDA = torch.cuda.is_available()
 
 
 def test_auto_is_the_accelerator_or_the_cpu():
-    assert select_device("auto").type == ("cuda" if HAS_CUDA else "cpu")
+    assert select_device("auto").type == (accelerator().type if accelerator().count else "cpu")
     assert select_device("cpu") == CPU
-
-
-@pytest.mark.skipif(HAS_CUDA, reason="asks for a device that this machine has")
-def test_absent_accelerator_is_refused():
-    with pytest.raises(
-        UserError, match='^device "cuda" asked for, this machine has no accelerator .*: use auto or cpu'
-    ):
-        select_device("cuda")
-
-
-def test_absent_second_accelerator_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert select_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match='"cuda:2" asked for, the last of 2 here is cuda:1'):
-        select_device("cuda:2")
 
 
 def test_nonsense_device_is_refused():

@@ -299,12 +299,6 @@ def test_settings_that_contradict_each_other():
     assert not list(Checkpoint(enable=True).problems())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is what it asks for")
-def test_pinned_memory_wants_an_accelerator():
-    [(name, message)] = Checkpoint(enable=True, async_mode="async_with_pinned_mem").problems()
-    assert name == "async_mode" and "needs an accelerator: use async" in message
-
-
 def test_a_run_does_not_begin_with_the_weights_of_another_class(tmp_path):
     """Names and shapes alone would let them in."""
     folder = tmp_path / "weights"

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from core.checkpoint.storage import Storage, steps_in
 from core.config.configurable import Configurable
 
@@ -90,8 +88,6 @@ class Checkpoint(Configurable.Config):
             yield "export_dtype", f"export_dtype {self.export_dtype} needs last_save_model_only: set it"
         if self.last_save_in_hf and "://" in self.folder:
             yield "last_save_in_hf", f"last_save_in_hf writes to this machine, not to {self.folder}: convert afterwards"
-        if self.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
-            yield "async_mode", "async_with_pinned_mem needs an accelerator: use async"
 
     @property
     def saves(self) -> bool:

@@ -52,13 +52,14 @@ def process_group(world: World | None, device: torch.device, comm: Comm) -> Iter
     if device.type == "cuda":
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", str(int(comm.trace_buf_size > 0)))
-        torch.cuda.set_device(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     address, port = meeting_point()
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(address, port, world.size, is_master=world.rank == 0 and not hosted, timeout=timeout)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backends(device),
         store=unused_part(store, world, timeout) if hosted else store,
         rank=world.rank,
         world_size=world.size,
@@ -66,6 +67,13 @@ def process_group(world: World | None, device: torch.device, comm: Comm) -> Iter
     )
     yield
     dist.destroy_process_group()
+
+
+def backends(device: torch.device) -> str:
+    """What carries the messages of the host and of `device`, as `init_process_group` has it."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def unused_part(store: dist.Store, world: World, timeout: timedelta) -> dist.Store:

@@ -195,6 +195,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
     check_all(
         *(partial(kernel.check_trains_on, device) for kernel in kernels),
         partial(check_overlap, run.parallelism, device),
+        partial(check_pinned, run.checkpoint, device),
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
         partial(check_names, run.activation_checkpoint, model),
         model.to_hf_config if run.checkpoint.last_save_in_hf else lambda: None,
@@ -207,3 +208,9 @@ def check_overlap(parallelism: Parallelism, device: torch.device) -> None:
         raise UserError(
             "parallelism.enable_async_tensor_parallel wants GPUs with symmetric memory: leave it off on a cpu"
         )
+
+
+def check_pinned(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Raise `UserError` when memory is to be pinned for a device that does not copy from it."""
+    if checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
+        raise UserError("checkpoint.async_mode async_with_pinned_mem needs an accelerator: use async on a cpu")

@@ -9,6 +9,9 @@ from core.config.errors import UserError
 from core.config.record import differences
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
+from core.runtime.device import random_state, set_random_state
+
+CPU = torch.device("cpu")
 
 FREE = (
     "recipe",
@@ -58,19 +61,13 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
     """Copies of the states of this rank's random generators."""
-    states = {f"random.{rank}.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[f"random.{rank}.cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    return {f"random.{rank}.{each.type}": random_state(each) for each in dict.fromkeys([CPU, device])}
 
 
 def set_random(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Go on drawing from these states."""
     for name, state in states.items():
-        if name.endswith(".cuda"):
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+        set_random_state(state, CPU if name.endswith(".cpu") else device)
 
 
 def check_same_run(
