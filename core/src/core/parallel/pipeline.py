@@ -19,8 +19,8 @@ from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
 ENDS = 1
 """What the embedding, and norm and head together, weigh in blocks when blocks are dealt out to stages."""
 
-FORWARD = ("UNSHARD", "RECV_F", "FORWARD", "SEND_F", "RESHARD")
-"""PyTorch's names of the actions of a schedule that no backward needs."""
+FORWARD = ("UNSHARD", "RECV_F", "FORWARD", "SEND_F", "WAIT_SEND_F", "RESHARD")
+"""PyTorch's names of the actions of a schedule that no backward needs; waits are actions since torch 2.15."""
 
 
 class Microbatch(NamedTuple):

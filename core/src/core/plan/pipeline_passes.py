@@ -15,8 +15,9 @@ from torch.distributed.pipelining.stage import InferenceMode, PipelineStage
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.plan.traffic import size
 
-IDLE = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
-"""Actions of a schedule that compute nothing: their bytes are those of the passes before them."""
+IDLE = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "WAIT_SEND_F", "WAIT_SEND_B", "WAIT_REDUCE_GRAD")
+"""Actions of a schedule that compute nothing: their bytes are those of the passes before them. The waits are of torch
+2.15."""
 
 
 class Action(NamedTuple):

@@ -139,10 +139,11 @@ def lower_timeout(comm: Comm) -> None:
     """From now on wait no longer than the training timeout, in every process group but those of patient `Ranks`."""
     if not dist.is_initialized():
         return
-    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+    from torch.distributed import distributed_c10d as c10d
 
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.14
     dist.barrier()
-    for group in _world.pg_map:
+    for group in c10d._world.pg_map:
         if group.group_desc == PATIENT:
             continue
-        _set_pg_timeout(timedelta(seconds=comm.train_timeout_seconds), group)
+        set_timeout(timedelta(seconds=comm.train_timeout_seconds), group)
