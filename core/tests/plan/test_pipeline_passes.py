@@ -10,6 +10,7 @@ from core.parallel.fake import fake_ranks
 from core.parallel.many_ranks import Spread
 from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
 from core.parallel.settings import Parallelism
+from core.plan.fake_step import PASSES
 from core.plan.pipeline_passes import Action, actions
 from core.testing.toy import Toy, on_meta
 
@@ -35,6 +36,7 @@ def order_of(schedule: Any, rank: int) -> list[Action]:
 def test_every_microbatch_goes_forward_and_back_once(schedule: str):
     for rank in range(4):
         order = order_of(schedule, rank)
+        assert {action.kind for action in order} <= PASSES.keys()  # a release of torch may bring kinds of its own
         own = {action.stage for action in order}
         kinds = Counter((action.kind, action.stage) for action in order)
         place = {action: i for i, action in enumerate(order)}
