@@ -193,7 +193,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     assert ended.codes == [0, 0] and [r["step"] for r in records(folder)] == [1, 2, 3]
     logs = [(folder / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     for text, cause in zip(logs, ["a signal to another rank", "SIGTERM"], strict=True):
-        assert f"stopped by {cause} after step 3 of 6; kept in {folder}" in text
+        assert f"stopped by {cause} after step 3 of 6\n" in text
+    assert f"kept in {folder}:\n" in logs[0]
 
 
 def test_each_rank_writes_traces_of_its_own(tmp_path):

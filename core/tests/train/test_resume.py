@@ -150,7 +150,7 @@ def refusal(run: Trainer.Config) -> str:
             lambda run: setattr(run.training, "global_batch_size", 4),
             "rows per step 8 -> 4: --training.global_batch_size 8",
         ),
-        (lambda run: setattr(run.training, "steps", 9), "training.steps 4 -> 9"),
+        (lambda run: setattr(run.training, "steps", 3), "training.steps 4 -> 3"),
         (lambda run: setattr(run.debug, "seed", 3), "debug.seed 0 -> 3"),
     ],
 )
@@ -212,12 +212,12 @@ def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path):
     trained(tmp_path)
     whole = weights(tmp_path, 4)
     for left, start in (("train_state", (0, 0, 32)), ("dataloader", (4, 512, 0)), ("optimizer", (4, 512, 32))):
-        trainer = begun(a_run(tmp_path, exclude_from_loading=[left], load_only=True))
+        trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=[left], load_only=True))
         begin = trainer.keeper.start
         assert (begin.step, begin.tokens, begin.rows) == start
         moment = trainer.optimizer.full_state()["norm.weight"]["exp_avg"]
         assert torch.equal(moment, whole["optimizer.norm.weight.exp_avg"]) == (left != "optimizer")
-    trainer = begun(a_run(tmp_path, exclude_from_loading=["model"], load_only=True))
+    trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=["model"], load_only=True))
     assert not torch.equal(trainer.parts.models[0].norm.weight, whole["model.norm.weight"])
 
 
@@ -269,7 +269,7 @@ def test_of_weights_alone_no_run_goes_on(tmp_path):
     stored = weights(tmp_path, 4)
     assert {name.partition(".")[0] for name in stored} == {"model"}
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    text = refusal(a_run(tmp_path))
+    text = refusal(a_run(tmp_path, steps=6))
     assert "holds weights alone" in text and f"--checkpoint.initial_load_path {folder}/checkpoint/step-4" in text
     assert begun(a_run(tmp_path, load_step=2)).keeper.start.step == 2
 
@@ -312,7 +312,7 @@ def test_a_run_does_not_begin_with_the_weights_of_another_class(tmp_path):
 
 def test_a_checkpoint_of_another_model(tmp_path):
     trained(tmp_path)
-    run = a_run(tmp_path, allow_config_change=True)
+    run = a_run(tmp_path, steps=6, allow_config_change=True)
     run.model = Toy.Config(vocab_size=2048, n_layers=3, dim=run.model.dim * 2)
     text = refusal(run)
     assert (

@@ -30,7 +30,7 @@ from core.train import folder, memory, trainer
 from core.train.debug_run import laptop_run
 from core.train.metrics import Record
 from core.train.profile import Profiler
-from core.train.step_report import console_line, duration
+from core.train.step_report import console_line
 from core.train.validate import Validator
 
 FIELDS = set(Record.__dataclass_fields__) - {"experts"}
@@ -448,14 +448,8 @@ def test_signal_ends_the_run_after_its_step(tmp_path, number):
         process.kill()
     assert seen and process.returncode == 0 and not err
     last = metrics(Path(config.dump_folder))[-1]["step"]
-    assert f"stopped by {number.name} after step {last} of 10000000; kept in {config.dump_folder}" in out
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (187, "3 min 07 s"), (7505, "2 h 05 min")]
-)
-def test_durations_are_read_by_people(seconds, text):
-    assert duration(seconds) == text
+    assert f"stopped by {number.name} after step {last} of 10000000\n" in out
+    assert f"kept in {config.dump_folder}:\n" in out
 
 
 def test_console_line_shows_what_is_known():

@@ -25,6 +25,7 @@ from core.config.help import CONFIG, TRUST, OwnOption, show
 from core.config.recipe import load
 from core.config.validate import validate
 from core.runtime.device import GIB, select_device
+from core.runtime.units import size
 
 OWN = {
     "model": OwnOption("PACKAGE", "the package of the recipes"),
@@ -87,10 +88,8 @@ def text(title: str, surveys: dict[str, Survey]) -> str:
     lines = [title, "", f"{'mode':12}{'saved per block':>18}{'saved in blocks':>18}{'recomputed FLOPs':>20}"]
     for mode, s in surveys.items():
         per_block = " / ".join(f"{kind.saved / MIB:,.1f}" for kind in s.kinds)
-        lines.append(f"{mode:12}{per_block + ' MiB':>18}{s.saved / GIB:>14,.2f} GiB{s.recomputed_share:>20.1%}")
-    lines.append(
-        f"{'':12}outside the blocks, in every mode: {surveys['none'].outside / GIB:,.2f} GiB (logits included)"
-    )
+        lines.append(f"{mode:12}{per_block + ' MiB':>18}{size(s.saved):>18}{s.recomputed_share:>20.1%}")
+    lines.append(f"{'':12}outside the blocks, in every mode: {size(surveys['none'].outside)} (logits included)")
     lines.append(
         f"{'':12}memory_budget: decided by torch.compile, see activation_checkpoint.visualize_memory_budget_pareto"
     )

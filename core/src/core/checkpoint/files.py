@@ -16,6 +16,7 @@ from torch import Tensor
 from core.config.errors import UserError, at_most
 from core.config.json_file import read_json, typed
 from core.config.links import file_in
+from core.runtime.units import size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,10 +109,10 @@ def write(folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[
         save({output.key: output.make() for output in shard}, folder / name)
         place |= {output.key: name for output in shard}
         if say is not None:
-            say(f"{name}: {len(shard)} tensors, {sum(output.n_bytes for output in shard) / 2**30:.2f} GiB")
+            say(f"{name}: {len(shard)} tensors, {size(sum(output.n_bytes for output in shard))}")
     if len(shards) > 1:
-        size = sum(output.n_bytes for output in outputs)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
+        n_bytes = sum(output.n_bytes for output in outputs)
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(place.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

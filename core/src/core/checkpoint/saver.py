@@ -26,9 +26,10 @@ from core.checkpoint.manifest import (
 )
 from core.checkpoint.retention import Removals, to_remove
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.storage import steps_in
+from core.checkpoint.storage import seen_from, steps_in
 from core.config.errors import UserError, at_most
 from core.runtime.ranks import Ranks
+from core.runtime.units import size
 
 log = logging.getLogger("armature")
 
@@ -57,7 +58,7 @@ class Saver:
     ) -> None:
         """`config` is the text of `config.json`; `export` writes weights that were saved as a Hugging Face folder."""
         self.settings, self.ranks, self.config, self.export = settings, ranks, config, export
-        self.storage = settings.storage(run_folder)
+        self.run_folder, self.storage = run_folder, settings.storage(run_folder)
         self._removals = Removals(self.storage)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[None] | None = None
@@ -197,7 +198,8 @@ class Saver:
         if self.storage.exists(folder):
             self._set_aside(made.progress.step)
         self.storage.rename(growing, folder, last=MANIFEST)
-        log.info(f"saved {self.storage}/{folder} ({sum(file.n_bytes for file in made.files.values()) / 2**30:.2f} GiB)")
+        n_bytes = sum(file.n_bytes for file in made.files.values())
+        log.info(f"saved {seen_from(self.run_folder, f'{self.storage}/{folder}')} ({size(n_bytes)})")
         try:
             self._retain()
         except (OSError, UserError) as error:

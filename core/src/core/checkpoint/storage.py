@@ -232,6 +232,11 @@ def flush(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def seen_from(folder: Path, place: str) -> str:
+    """The name of a place below a folder; that of another, on this machine or not, is the place itself."""
+    return place.removeprefix(f"{folder.absolute()}/")
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, with its kind, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -10,7 +10,7 @@ import torch
 from core.checkpoint.convert import write_as_hf
 from core.checkpoint.find import Found, candidates, find_in
 from core.checkpoint.key_map import hf_layout
-from core.checkpoint.manifest import Progress
+from core.checkpoint.manifest import Progress, read_manifest
 from core.checkpoint.saver import Kind, Saver
 from core.checkpoint.source import Source
 from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
@@ -111,11 +111,26 @@ class Keeper:
             self.saver.wait()
             raise RuntimeError("a checkpoint could not be saved by another rank")
 
-    def said(self) -> str:
-        """What there is to go on from, for the end of a run."""
-        if not self.settings.saves:
-            return "weights are not saved; --checkpoint.enable does"
-        return f"the last checkpoint is {self.saver.storage}/step-{self._last}"
+    def last_saved(self) -> Found | None:
+        """The newest checkpoint of this run; None where it has none. (No collective.)"""
+        if self._last == self.start.step:
+            return self.found if self._is_own(self.found) else None
+        folder = f"step-{self._last}"
+        return Found(self.saver.storage, folder, read_manifest(self.saver.storage, folder))
+
+    def is_over(self, last_step: int) -> bool:
+        """Whether the run that this one goes on from came to the last step.
+
+        Raises `UserError` when that is a run of another folder, of which this one then has nothing to make.
+        """
+        if self.start.step < last_step:
+            return False
+        if not self._is_own(self.found):
+            raise UserError(
+                f"{self.found} is of step {self.start.step}, and the last step is {last_step}: nothing is left to "
+                "train; raise training.steps, or begin with its weights alone, initial_load_model_only"
+            )
+        return True
 
     def _find(self) -> Found | None:
         c = self.settings
@@ -123,12 +138,18 @@ class Keeper:
         if found is None and c.initial_load_path is not None and not c.initial_load_model_only:
             found = find_in(c.initial_load_path, self.ranks)
         if found is not None and found.manifest.kind == "model":
+            step, begins = found.manifest.progress.step, "train_state" in c.exclude_from_loading
+            if self._is_own(found) and step >= self.run.training.steps and not begins:
+                return found  # the run is over: nothing goes on from it
             raise UserError(
                 f"{found} holds weights alone (checkpoint.last_save_model_only), and no run can go on from it: go on "
                 "from an earlier one with --checkpoint.load_step, or begin in another folder with "
                 f"--checkpoint.initial_load_path {found}"
             )
         return found
+
+    def _is_own(self, found: Found | None) -> bool:
+        return found is not None and str(found.storage) == str(self.saver.storage)
 
     def _go_on(self, found: Found) -> None:
         """Check that this is the run that was saved, and stand where it stood."""
@@ -137,6 +158,7 @@ class Keeper:
             json.loads(self.saver.config),
             found.config(),
             place=str(found),
+            step=saved.step,
             rows_per_step=(saved.rows_per_step, self.n_rows),
             text=(saved.text, self.loader.fingerprint),
             insist=self.settings.allow_config_change,

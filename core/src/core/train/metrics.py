@@ -103,3 +103,15 @@ class Metrics(Configurable):
                 self._tensorboard.add_scalar(name, value, record.step)
         if self._wandb is not None:
             self._wandb.log(known, step=record.step)
+
+
+def last_record(folder: Path) -> Record | None:
+    """The last line of the metrics.jsonl in a folder; None where there is none."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if not lines:
+        return None
+    row = json.loads(lines[-1])
+    names = set(Record.__dataclass_fields__)
+    experts = {name: value for name, value in row.items() if name not in names}
+    return Record(**{name: value for name, value in row.items() if name in names}, experts=experts)

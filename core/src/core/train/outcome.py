@@ -1,14 +1,176 @@
-"""The end of a run on the console."""
+"""The end of a run: what it returns, what there is now, and the commands that work on that."""
 
+import logging
+import shlex
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
+from core.checkpoint.find import Found
+from core.checkpoint.key_map import HFModel
+from core.checkpoint.settings import Checkpoint
+from core.checkpoint.storage import seen_from
+from core.config.errors import UserError
+from core.parallel.layout import Layout
+from core.runtime.device import peak_memory
+from core.runtime.distributed import World
 from core.runtime.signals import StopRequest
+from core.runtime.units import duration, size
+from core.step.checks import Run
+from core.train.checkpoints import Keeper
+from core.train.metrics import Record, last_record
+
+log = logging.getLogger("armature")
+
+WIDTH = 60
+"""Columns of a line that a command may take; a longer one goes on in the next line."""
+KINDS = {"full": "weights and optimizer", "model": "weights alone"}
+"""What a checkpoint holds."""
 
 
-def outcome(step: int, last_step: int, stop: StopRequest, folder: Path, saved: str) -> str:
-    """How a run ended after `step`, and what it leaves in its folder; `saved` says what there is to go on from."""
-    end = f"finished {step:,} steps"
-    if stop or step < last_step:
-        cause = stop.signal.name if stop.signal else "a signal to another rank"
-        end = f"stopped by {cause} after step {step} of {last_step}"
-    return f"{end}; kept in {folder}: config.json and metrics.jsonl ({saved})"
+class Result(NamedTuple):
+    """What a run leaves to the program that ran it."""
+
+    record: Record | None
+    """The last one; None where a run that was finished before has none in its folder."""
+    folder: Path
+    """The run's folder."""
+
+
+class Outcome:
+    """Tells how a run ended, what it left, and which commands work on that. `model` needs no memory."""
+
+    def __init__(
+        self, run: Run, model: HFModel, world: World, keeper: Keeper, layout: Layout, folder: Path, last_step: int
+    ) -> None:
+        self.run, self.model, self.world, self.keeper, self.layout = run, model, world, keeper, layout
+        self.folder, self.last_step = folder, last_step
+
+    def __call__(self, step: int, stop: StopRequest, seconds: float, record: Record | None) -> Result:
+        """The end of a run that trained up to `step`, and reported `record` last."""
+        how = f"finished {step:,} steps"
+        if stop or step < self.last_step:
+            cause = stop.signal.name if stop.signal else "a signal to another rank"
+            how = f"stopped by {cause} after step {step} of {self.last_step}"
+        memory = size(peak_memory(self.layout.device))
+        return self._tell([how, f"took {duration(seconds)}, at most {memory} of memory"], step, record)
+
+    def again(self) -> Result:
+        """The end of a run that was finished before. Every rank must call it."""
+        record = self.keeper.ranks.first(lambda: last_record(self.folder))
+        step, saved = self.keeper.start.step, self.keeper.last_saved()
+        how = [f"finished before, after {step:,} steps: nothing was changed"]
+        if saved is not None and saved.manifest.kind == "model":
+            how.append(f"another run may begin with --checkpoint.initial_load_path {self.folder}")
+        elif step == self.run.training.steps:
+            how.append("a larger --training.steps goes on")
+        return self._tell(how, step, record)
+
+    def _tell(self, lines: list[str], step: int, record: Record | None) -> Result:
+        if self.layout.is_first:
+            saved, left = self.keeper.last_saved(), max(self.last_step - step, 0)
+            lines += [f"kept in {self.folder}:", *table(contents(self.run, self.folder, saved))]
+            if saved is None:
+                lines.append("weights were not saved: --checkpoint.enable saves them")
+            for purpose, words in commands(self.run, self.model, self.world, self.folder, saved, left):
+                lines += [f"# {purpose}", command(words)]
+        log.info("\n".join(lines))
+        return Result(record, self.folder)
+
+
+def table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Names and what they mean, side by side."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:<{width}}  {meaning}" for name, meaning in rows]
+
+
+def contents(run: Run, folder: Path, saved: Found | None) -> Iterator[tuple[str, str]]:
+    """What is there, and what it is for."""
+    there = {
+        "config.json": "every setting",
+        "metrics.jsonl": "the curve, a line of JSON per report",
+        run.metrics.save_tb_folder: "the curve, for TensorBoard",
+        run.profiling.save_traces_folder: "traces of steps",
+        "logs": "what each rank said",
+    }
+    yield from ((name, what) for name, what in there.items() if (folder / name).exists())
+    if saved is not None:
+        n_bytes = sum(file.n_bytes for file in saved.manifest.files.values())
+        yield seen_from(folder, str(saved)), f"{KINDS[saved.manifest.kind]}, {size(n_bytes)}"
+
+
+def commands(
+    run: Run, model: HFModel, world: World, folder: Path, saved: Found | None, left: int
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """What can be done now: the purpose, and the words of the command, an option with its values in one group.
+
+    They are the commands of the package that the model is from, as far as it has them."""
+    package = type(model).__module__.rpartition(".")[0]
+    if run.metrics.enable_tensorboard:
+        yield "see the curve", [["tensorboard"], ["--logdir", str(folder / run.metrics.save_tb_folder)]]
+    if saved is None:
+        return
+    place = str(folder) if run.checkpoint.folder == Checkpoint().folder else str(saved)
+    if saved.storage.is_local and has(package, "generate"):
+        yield (
+            "write text",
+            [["python", "-m", f"{package}.generate"], ["--checkpoint", place], ["--prompt", "def main"]],
+        )
+    if saved.manifest.kind == "full" and has(package, "train"):
+        yield from goes_on(run, f"{package}.train", world, folder, saved.manifest.progress.step, left)
+    exported = folder / f"hf-{saved.manifest.progress.step}"
+    if saved.storage.is_local and has(package, "convert") and expressible(model) and not exported.exists():
+        yield (
+            "export to a Hugging Face folder",
+            [["python", "-m", f"{package}.convert", "to-hf"], [place], [str(exported)]],
+        )
+
+
+def goes_on(
+    run: Run, module: str, world: World, folder: Path, step: int, left: int
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """How more steps are made of the run, which stands at `step`."""
+    start = [["python", "-m", module]]
+    purpose = "go on" if left else f"go on, to step {2 * step}"
+    if 1 < world.size == world.local_size:
+        start = [["torchrun", "--nproc-per-node", str(world.size), "-m", module]]
+    elif world.size > 1:
+        purpose += f" (behind your launcher, on {world.size} ranks)"
+    options = [["--config", str(folder)], ["--dump_folder", str(folder)]]
+    if not left and step == run.training.steps:
+        options.append(["--training.steps", str(2 * step)])
+    elif not left:
+        return  # the data have come to their end
+    settings = run.checkpoint
+    if settings.resume == "never":
+        options.append(["--checkpoint.resume", "auto"])
+    if settings.load_step != -1:
+        options.append(["--checkpoint.load_step", "-1"])
+    yield purpose, start + options
+
+
+def has(package: str, command: str) -> bool:
+    """Whether a package has this command."""
+    return bool(package) and find_spec(f"{package}.{command}") is not None
+
+
+def expressible(model: HFModel) -> bool:
+    """Whether Hugging Face has such a model."""
+    try:
+        model.to_hf_config()
+    except UserError:
+        return False
+    return True
+
+
+def command(words: list[list[str]]) -> str:
+    """A command as a line for a shell, or as several where it is long; each group of words stays together."""
+    lines: list[str] = []
+    for text in map(shlex.join, words):
+        if lines and len(f"{lines[-1]} {text} \\") <= WIDTH:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(f"  {text}" if lines else text)
+    return " \\\n".join(lines)

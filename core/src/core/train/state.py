@@ -71,14 +71,25 @@ def set_random(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def check_same_run(
-    now: dict, before: dict, *, place: str, rows_per_step: tuple[int, int], text: tuple[str, str], insist: bool
+    now: dict,
+    before: dict,
+    *,
+    place: str,
+    step: int,
+    rows_per_step: tuple[int, int],
+    text: tuple[str, str],
+    insist: bool,
 ) -> list[str]:
-    """What differs from the configuration, the batch (before, now) and the text (before, now) of a checkpoint.
+    """What differs from the configuration, the batch (before, now) and the text (before, now) of a checkpoint of
+    `step`.
 
-    Raises `UserError` when some of it makes another run of it and nobody insists.
+    A run that was finished may have more steps now: what it learned is as it was, and the schedule goes on as that of
+    the longer run. Raises `UserError` when a difference makes another run of it and nobody insists.
     """
+    steps = before["training"]["steps"]
+    free = (*FREE, "training.steps") if step >= steps < now["training"]["steps"] else FREE
     found = [(path, f"{path} {before} -> {now}") for path, before, now in differences(now, before)]
-    other = [line for path, line in found if not path.startswith(FREE)]
+    other = [line for path, line in found if not path.startswith(free)]
     if rows_per_step[0] != rows_per_step[1]:
         other.append(
             f"rows per step {rows_per_step[0]} -> {rows_per_step[1]}: --training.global_batch_size {rows_per_step[0]} "
@@ -91,4 +102,4 @@ def check_same_run(
             "\n  ".join([f"{place} is of another run:", *other])
             + "\nundo that, choose another folder, or go on nevertheless with --checkpoint.allow_config_change"
         )
-    return [line for path, line in found if path.startswith(FREE)] + other
+    return [line for path, line in found if path.startswith(free)] + other

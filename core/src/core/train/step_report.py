@@ -5,58 +5,54 @@ from collections.abc import Sequence
 
 from core.nn.decoder import Decoder
 from core.nn.module import Flops
+from core.optim.schedule import Schedule
 from core.parallel.layout import Layout
 from core.runtime.device import GIB, peak_flops, peak_memory
+from core.runtime.units import duration
 from core.step.assemble import expert_loads
 from core.step.checks import Run
 from core.step.update import StepInfo
+from core.train.checkpoints import Keeper
 from core.train.metrics import Metrics, Record
 
 log = logging.getLogger("armature")
 
 
 class StepReport:
-    """Reports steps of a run whose models, on this rank, are `models`; a step reads `rows_per_step` rows over all
-    `n_ranks` ranks."""
+    """Reports steps of a run whose models, on this rank, are `models`."""
 
     def __init__(
         self,
         run: Run,
         layout: Layout,
+        keeper: Keeper,
+        schedule: Schedule,
         metrics: Metrics,
         models: Sequence[Decoder],
         *,
         flops_per_token: Flops,
-        rows_per_step: int,
+        last_step: int,
         n_ranks: int,
     ) -> None:
-        self.run, self.layout, self.metrics, self.models = run, layout, metrics, list(models)
-        self.flops_per_token, self.n_ranks = flops_per_token, n_ranks
-        self.tokens_per_step = rows_per_step * run.training.seq_len
+        self.run, self.layout, self.keeper, self.schedule = run, layout, keeper, schedule
+        self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
+        self.last_step, self.n_ranks = last_step, n_ranks
+        self.last: Record | None = None
+        """What was reported last."""
 
-    def __call__(
-        self,
-        info: StepInfo,
-        *,
-        step: int,
-        last_step: int,
-        lr: float,
-        tokens: int,
-        step_time_s: float,
-        validation_loss: float | None,
-    ) -> None:
-        """Report what a step did; `tokens` were read so far, a step took `step_time_s` since the last report. Every
-        rank must call it."""
+    def __call__(self, step: int, info: StepInfo, step_time_s: float, validation_loss: float | None) -> None:
+        """Report what a step did, of which those since the last report took `step_time_s` each. Every rank must call
+        it."""
         model, device = self.run.model, self.layout.device
-        tokens_per_second = self.tokens_per_step / step_time_s
+        tokens_per_second = self.keeper.n_rows * self.run.training.seq_len / step_time_s
         peak = peak_flops(device)
-        record = Record(
+        self.last = record = Record(
             step=step,
             loss=info.loss,
             mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
             grad_norm=info.grad_norm,
-            lr=lr,
-            tokens=tokens,
+            lr=self.run.optimizer.lr * self.schedule.factor(step),
+            tokens=self.keeper.progress(step).tokens,
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
             memory_gib=peak_memory(device) / GIB,
@@ -66,7 +62,7 @@ class StepReport:
         )
         if self.layout.is_first:
             self.metrics.write(record)
-        log.info(console_line(record, last_step, (last_step - step) * step_time_s))
+        log.info(console_line(record, self.last_step, (self.last_step - step) * step_time_s))
 
 
 def console_line(record: Record, last_step: int, remaining_s: float) -> str:
@@ -84,12 +80,3 @@ def console_line(record: Record, last_step: int, remaining_s: float) -> str:
     if record.validation_loss is not None:
         parts.append(f"validation loss {record.validation_loss:.4f}")
     return "  ".join([*parts, f"left {duration(remaining_s)}"])
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as people read them: 2 h 05 min, 3 min 07 s, 12 s."""
-    minutes, s = divmod(round(seconds), 60)
-    h, m = divmod(minutes, 60)
-    if h:
-        return f"{h} h {m:02} min"
-    return f"{m} min {s:02} s" if m else f"{s} s"

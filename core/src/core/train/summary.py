@@ -27,13 +27,17 @@ def summary(
     dtype: torch.dtype,
     flops: Flops,
     n_parameters: int,
-    steps: str,
+    last_step: int,
+    rows_per_step: int,
     folder: Path,
 ) -> str:
     """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device."""
     metrics, profiling, checkpoint = run.metrics, run.profiling, run.checkpoint
     files = ["config.json", "metrics.jsonl", *[metrics.save_tb_folder] * metrics.enable_tensorboard]
     files += [profiling.save_traces_folder] * profiling.enable_profiling
+    steps = f"{last_step:,} of {rows_per_step} x {run.training.seq_len:,} tokens"
+    if last_step < run.training.steps:
+        steps += f"; the data last for {last_step:,} of {run.training.steps:,} steps"
     compute = str(dtype).removeprefix("torch.")
     rows = {
         "model": f"{type(run.model).__qualname__.removesuffix('.Config')} ({run.recipe or 'no recipe'})",

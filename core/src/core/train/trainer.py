@@ -15,6 +15,7 @@ from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.checkpoint.settings import Checkpoint
 from core.comm.transport import release
 from core.config.configurable import Configurable
+from core.config.errors import UserError
 from core.config.record import to_dict
 from core.data.corpus import Split
 from core.data.loader import DataLoader
@@ -46,7 +47,7 @@ from core.train.data_checks import check_vocabulary, data_problems, last_step
 from core.train.folder import check_run_folder, config_text, held, make_run_folder
 from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics
-from core.train.outcome import outcome
+from core.train.outcome import Outcome, Result
 from core.train.profile import Profiler
 from core.train.step_report import StepReport
 from core.train.summary import summary
@@ -130,18 +131,13 @@ class Trainer(Configurable):
             keep_traces_in(self.folder)
             self.keeper = Keeper(c, self.layout, ranks, whole, self.loader, folder=self.folder, n_rows=n_rows)
             self.last_step = last_step(c.training, self.loader, n_rows, self.keeper.start)
-            self._start_model()
-            self.keeper.restore(self.parts, self.optimizer)
             self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
-            self.report = StepReport(
-                c,
-                self.layout,
-                self.metrics,
-                self.parts.models,
-                flops_per_token=self.flops_per_token,
-                rows_per_step=n_rows,
-                n_ranks=self.world.size,
-            )
+            self.outcome = Outcome(c, whole, self.world, self.keeper, self.layout, self.folder, self.last_step)
+            self.has_run = False
+            self.is_over = self.keeper.is_over(self.last_step)
+            if not self.is_over:
+                self._start_model()
+                self.keeper.restore(self.parts, self.optimizer)
             self.exit = opened.pop_all()
 
     @staticmethod
@@ -197,6 +193,17 @@ class Trainer(Configurable):
                 rows_per_step=self.rows_per_step,
                 local_batch_size=c.training.local_batch_size,
             )
+        self.report = StepReport(
+            c,
+            self.layout,
+            self.keeper,
+            self.schedule,
+            self.metrics,
+            self.parts.models,
+            flops_per_token=self.flops_per_token,
+            last_step=self.last_step,
+            n_ranks=self.world.size,
+        )
 
     def summary(self) -> str:
         """The head of a run on the console."""
@@ -207,15 +214,24 @@ class Trainer(Configurable):
             dtype=self.compute_dtype,
             flops=self.flops_per_token,
             n_parameters=self.n_parameters,
-            steps=f"{self.last_step:,} of {self.rows_per_step} x {self.config.training.seq_len:,} tokens",
+            last_step=self.last_step,
+            rows_per_step=self.rows_per_step,
             folder=self.folder,
         )
 
-    def run(self) -> None:
-        """Train to the last step, or to the end of the step in which SIGINT or SIGTERM arrives."""
+    def run(self) -> Result:
+        """Train to the last step, or to the end of the step in which SIGINT or SIGTERM arrives.
+
+        A run that was finished before is left as it is. Raises `UserError` when it is called again.
+        """
+        if self.has_run:
+            raise UserError("this Trainer has run: build another, with a dump_folder of its own, to train again")
+        self.has_run = True
+        if self.is_over:
+            with self.exit:
+                return self.outcome.again()
+        began = time.perf_counter()
         log.info(self.summary())
-        if self.last_step < self.config.training.steps:
-            log.info(f"the data last for {self.last_step:,} of {self.config.training.steps:,} steps")
         if self.layout.is_first:
             (self.folder / "config.json").write_text(config_text(self.config, self.device))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
@@ -224,7 +240,7 @@ class Trainer(Configurable):
         metrics = self.metrics if self.layout.is_first else nullcontext()
         with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:
             step = self._loop(stop, profiler)
-        log.info(outcome(step, self.last_step, stop, self.folder, self.keeper.said()))
+        return self.outcome(step, stop, time.perf_counter() - began, self.report.last)
 
     def _loop(self, stop: StopRequest, profiler: Profiler) -> int:
         """Steps until the last or until `stop`; gives the number of the last one."""
@@ -247,15 +263,7 @@ class Trainer(Configurable):
             step_time_s = (time.perf_counter() - mark) / (step - since)
             validation_loss = validator.loss(lambda: self._stopping(stop)) if validator else None
             if reports:
-                self.report(
-                    info,
-                    step=step,
-                    last_step=self.last_step,
-                    lr=c.optimizer.lr * self.schedule.factor(step),
-                    tokens=self.keeper.progress(step).tokens,
-                    step_time_s=step_time_s,
-                    validation_loss=validation_loss,
-                )
+                self.report(step, info, step_time_s, validation_loss)
                 mark, since = time.perf_counter(), step
             last = step == self.last_step
             mark += self.keeper.after_step(step, last=last, stopping=stopping, validation_loss=validation_loss)

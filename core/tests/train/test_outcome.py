@@ -1,0 +1,135 @@
+"""The end of a run: what it returns and says, a run that is finished already, and one that gets more steps."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from toy_run import toy_run
+
+from core.config.errors import UserError
+from core.runtime.distributed import World
+from core.testing.toy import Toy
+from core.train.metrics import last_record
+from core.train.outcome import command, goes_on
+from core.train.trainer import Trainer
+
+
+def saved_run(folder: Path, *, steps: int = 4, **checkpoint: object) -> Trainer.Config:
+    run = toy_run(folder, steps=steps)
+    for name, value in {"enable": True, **checkpoint}.items():
+        setattr(run.checkpoint, name, value)
+    return run
+
+
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file but the locks: what stands in it, and when that was written."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+def refusal(run: Trainer.Config) -> str:
+    with pytest.raises(UserError) as error:
+        run.build().run()
+    return str(error.value)
+
+
+def lr_by_hand(step: int, *, n_steps: int, peak: float = 1e-2, warmup: int = 2) -> float:
+    """A linear warm-up, then a line that would be 0 one step after the last."""
+    return peak * min(step / warmup, (n_steps + 1 - step) / (n_steps - warmup))
+
+
+def test_a_run_returns_its_last_record_and_its_folder(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, steps=2)
+    result = run.build().run()
+    assert result.folder == tmp_path / "run"
+    assert result.record == last_record(tmp_path / "run") and result.record.step == 2
+
+
+def test_a_trainer_runs_once(tmp_path: Path) -> None:
+    trainer = toy_run(tmp_path, steps=1).build()
+    trainer.run()
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="this Trainer has run: build another"):
+        trainer.run()
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"last_save_model_only": True}])
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict) -> None:
+    first = saved_run(tmp_path, **settings).build().run()
+    assert "\nfinished 4 steps\n" in capsys.readouterr().out
+    before = files(tmp_path / "run")
+    trainer = saved_run(tmp_path, **settings).build()
+    assert not hasattr(trainer, "parts"), "no model is needed to say so"
+    assert trainer.run() == first
+    assert files(tmp_path / "run") == before
+    said = capsys.readouterr().out
+    assert said.startswith("finished before, after 4 steps: nothing was changed\n")
+    if settings:
+        assert f"--checkpoint.initial_load_path {tmp_path / 'run'}\n" in said and "weights alone, " in said
+        assert "holds weights alone" in refusal(saved_run(tmp_path, steps=8, **settings))
+    else:
+        assert "a larger --training.steps goes on\n" in said
+
+
+def test_a_finished_run_gets_more_steps(tmp_path: Path) -> None:
+    saved_run(tmp_path).build().run()
+    result = saved_run(tmp_path, steps=8).build().run()
+    assert result.record.step == 8 and result.record.tokens == 8 * 4 * 16
+    assert (tmp_path / "run/checkpoint/step-8/manifest.json").exists()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for record in records:
+        n_steps = 4 if record["step"] <= 4 else 8
+        assert record["lr"] == pytest.approx(lr_by_hand(record["step"], n_steps=n_steps), rel=1e-12)
+
+
+def test_a_run_that_was_stopped_keeps_its_steps(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, interval=2)
+    run.build().run()
+    assert "training.steps 4 -> 8" in refusal(saved_run(tmp_path, steps=8, interval=2, load_step=2))
+
+
+def test_a_finished_run_of_another_folder_leaves_nothing_to_train(tmp_path: Path) -> None:
+    saved_run(tmp_path).build().run()
+    again = saved_run(tmp_path, initial_load_path=str(tmp_path / "run"), initial_load_model_only=False)
+    again.dump_folder = str(tmp_path / "other")
+    assert "step-4 is of step 4, and the last step is 4: nothing is left to train" in refusal(again)
+
+
+def test_without_checkpoints_the_setting_that_saves_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_run(tmp_path, steps=1).build().run()
+    assert "weights were not saved: --checkpoint.enable saves them\n" in capsys.readouterr().out
+
+
+def words(text: str) -> list[str]:
+    """The words of a command that may lie over several lines."""
+    return shlex.split(text.replace("\\\n", ""))
+
+
+def told(run: Trainer.Config, world: World, *, step: int, left: int) -> list[tuple[str, str]]:
+    found = goes_on(run, "toy.train", world, Path("outputs/a run"), step, left)
+    return [(purpose, command(groups)) for purpose, groups in found]
+
+
+def test_how_a_run_goes_on() -> None:
+    run = Trainer.Config(model=Toy.Config())
+    run.training.steps = 400
+    place = "--config 'outputs/a run' --dump_folder 'outputs/a run'"
+    [(purpose, text)] = told(run, World(), step=400, left=0)
+    assert purpose == "go on, to step 800"
+    assert words(text) == words(f"python -m toy.train {place} --training.steps 800")
+    assert max(map(len, text.splitlines())) <= 60 and text.count(" \\\n") == len(text.splitlines()) - 1
+    [(purpose, text)] = told(run, World(0, 4, 0, 4), step=100, left=300)
+    assert purpose == "go on"
+    assert words(text) == words(f"torchrun --nproc-per-node 4 -m toy.train {place}")
+    [(purpose, _)] = told(run, World(0, 4, 0, 2), step=100, left=300)
+    assert purpose == "go on (behind your launcher, on 4 ranks)"
+    assert told(run, World(), step=300, left=0) == [], "the data came to their end, more steps would find none"
+    run.checkpoint.resume, run.checkpoint.load_step = "never", 100
+    [(_, text)] = told(run, World(), step=200, left=200)
+    assert words(text)[-4:] == ["--checkpoint.resume", "auto", "--checkpoint.load_step", "-1"]
