@@ -8,7 +8,7 @@ import pytest
 from toy_run import toy_run
 
 from core.config.errors import UserError
-from core.runtime.distributed import World
+from core.runtime.launcher import World
 from core.testing.toy import Toy
 from core.train.metrics import last_record
 from core.train.outcome import command, goes_on

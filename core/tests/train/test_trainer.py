@@ -446,7 +446,7 @@ def test_signal_ends_the_run_after_its_step(tmp_path, number):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert seen and process.returncode == 0 and not err
+    assert seen and process.returncode == 0 and not err, err
     last = metrics(Path(config.dump_folder))[-1]["step"]
     assert f"stopped by {number.name} after step {last} of 10000000\n" in out
     assert f"kept in {config.dump_folder}:\n" in out

@@ -14,12 +14,12 @@ from core.checkpoint.storage import seen_from
 from core.config.errors import UserError
 from core.parallel.layout import Layout
 from core.runtime.device import peak_memory
-from core.runtime.distributed import World
+from core.runtime.launcher import World
 from core.runtime.signals import StopRequest
 from core.runtime.units import duration, size
-from core.step.checks import Run
 from core.train.checkpoints import Keeper
 from core.train.metrics import Record, last_record
+from core.train.summary import ReportedRun
 
 log = logging.getLogger("armature")
 
@@ -42,7 +42,14 @@ class Outcome:
     """Tells how a run ended, what it left, and which commands work on that. `model` needs no memory."""
 
     def __init__(
-        self, run: Run, model: HFModel, world: World, keeper: Keeper, layout: Layout, folder: Path, last_step: int
+        self,
+        run: ReportedRun,
+        model: HFModel,
+        world: World,
+        keeper: Keeper,
+        layout: Layout,
+        folder: Path,
+        last_step: int,
     ) -> None:
         self.run, self.model, self.world, self.keeper, self.layout = run, model, world, keeper, layout
         self.folder, self.last_step = folder, last_step
@@ -86,7 +93,7 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     return [f"  {name:<{width}}  {meaning}" for name, meaning in rows]
 
 
-def contents(run: Run, folder: Path, saved: Found | None) -> Iterator[tuple[str, str]]:
+def contents(run: ReportedRun, folder: Path, saved: Found | None) -> Iterator[tuple[str, str]]:
     """What is there, and what it is for."""
     there = {
         "config.json": "every setting",
@@ -102,7 +109,7 @@ def contents(run: Run, folder: Path, saved: Found | None) -> Iterator[tuple[str,
 
 
 def commands(
-    run: Run, model: HFModel, world: World, folder: Path, saved: Found | None, left: int
+    run: ReportedRun, model: HFModel, world: World, folder: Path, saved: Found | None, left: int
 ) -> Iterator[tuple[str, list[list[str]]]]:
     """What can be done now: the purpose, and the words of the command, an option with its values in one group.
 
@@ -129,7 +136,7 @@ def commands(
 
 
 def goes_on(
-    run: Run, module: str, world: World, folder: Path, step: int, left: int
+    run: ReportedRun, module: str, world: World, folder: Path, step: int, left: int
 ) -> Iterator[tuple[str, list[list[str]]]]:
     """How more steps are made of the run, which stands at `step`."""
     start = [["python", "-m", module]]

@@ -24,19 +24,18 @@ class StepReport:
     def __init__(
         self,
         run: Run,
+        models: Sequence[Decoder],
+        flops_per_token: Flops,
+        *,
+        last_step: int,
         layout: Layout,
         keeper: Keeper,
         schedule: Schedule,
         metrics: Metrics,
-        models: Sequence[Decoder],
-        *,
-        flops_per_token: Flops,
-        last_step: int,
-        n_ranks: int,
     ) -> None:
         self.run, self.layout, self.keeper, self.schedule = run, layout, keeper, schedule
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
-        self.last_step, self.n_ranks = last_step, n_ranks
+        self.last_step = last_step
         self.last: Record | None = None
         """What was reported last."""
 
@@ -56,7 +55,9 @@ class StepReport:
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
             memory_gib=peak_memory(device) / GIB,
-            mfu=None if peak is None else self.flops_per_token.total * tokens_per_second / peak / self.n_ranks,
+            mfu=None
+            if peak is None
+            else self.flops_per_token.total * tokens_per_second / peak / self.keeper.ranks.size,
             validation_loss=validation_loss,
             experts=expert_loads(self.models, self.layout),
         )

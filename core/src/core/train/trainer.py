@@ -193,17 +193,8 @@ class Trainer(Configurable):
                 rows_per_step=self.rows_per_step,
                 local_batch_size=c.training.local_batch_size,
             )
-        self.report = StepReport(
-            c,
-            self.layout,
-            self.keeper,
-            self.schedule,
-            self.metrics,
-            self.parts.models,
-            flops_per_token=self.flops_per_token,
-            last_step=self.last_step,
-            n_ranks=self.world.size,
-        )
+        live = {"layout": self.layout, "keeper": self.keeper, "schedule": self.schedule, "metrics": self.metrics}
+        self.report = StepReport(c, self.parts.models, self.flops_per_token, last_step=self.last_step, **live)
 
     def summary(self) -> str:
         """The head of a run on the console."""
