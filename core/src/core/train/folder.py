@@ -130,11 +130,16 @@ def carry_on(folder: Path, step: int) -> None:
         file.write_text("".join(kept), encoding="utf-8")
 
 
-def config_text(config: Any, device: torch.device) -> str:
-    """What config.json says of a run on `device`: its configuration, with the generation of DeepEP that it has."""
+def resolved(config: Any, device: torch.device) -> Any:
+    """The configuration of a run on `device`, with the generation of DeepEP that it has."""
     backend = installed(config.parallelism.expert_parallel_comm_backend, device)
     parallelism = replace(config.parallelism, expert_parallel_comm_backend=backend)
-    return to_json(replace(config, parallelism=parallelism))
+    return replace(config, parallelism=parallelism)
+
+
+def config_text(config: Any, device: torch.device) -> str:
+    """What config.json says of a run on `device`."""
+    return to_json(resolved(config, device))
 
 
 def _is_ours(folder: Path, environ: Mapping[str, str]) -> bool:

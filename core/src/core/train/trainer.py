@@ -17,7 +17,7 @@ from core.comm.transport import release
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import to_dict
-from core.data.corpus import Split
+from core.data.corpus import SPLITS, Split
 from core.data.loader import DataLoader
 from core.data.packing import Batch
 from core.data.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from core.nn.module import parameter_count, training_flops_per_token
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
+from core.runtime.agreement import check_agreement
 from core.runtime.device import describe, select_device
 from core.runtime.distributed import Comm, keep_traces_in, leader_first, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
@@ -44,7 +45,8 @@ from core.step.settings import Compile, Debug, Training
 from core.step.update import StepInfo, train_step
 from core.train.checkpoints import Keeper
 from core.train.data_checks import check_vocabulary, data_problems, last_step
-from core.train.folder import check_run_folder, config_text, held, make_run_folder
+from core.train.folder import check_run_folder, config_text, held, make_run_folder, resolved
+from core.train.identity import run_facts, text_facts
 from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics
 from core.train.outcome import Outcome, Result
@@ -119,11 +121,14 @@ class Trainer(Configurable):
         with ExitStack() as opened:
             opened.enter_context(process_group(find_world(), self.device, c.comm))
             opened.callback(release)
+            ranks = Ranks.patient()
+            check_agreement(lambda: run_facts(resolved(c, self.device), self.tokenizer, self.device), ranks)
             self.layout = make_layout(c.parallelism, self.device)
             with leader_first(self.world):
-                self.loader = self._open("train")
+                self.loaders = {split: self._open(split) for split in SPLITS if split == "train" or c.validator.enable}
+            check_agreement(lambda: text_facts(self.loaders), ranks)
+            self.loader = self.loaders["train"]
             n_rows = self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
-            ranks = Ranks.patient()
             self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
             ranks.first(lambda: opened.enter_context(held(self.folder, c.checkpoint)))
             if c.debug.log_every_rank:
@@ -185,10 +190,8 @@ class Trainer(Configurable):
         )
         self.validator = None
         if c.validator.enable:
-            with leader_first(self.world):
-                loader = self._open("validation")
             self.validator = c.validator.build(
-                loader=loader,
+                loader=self.loaders["validation"],
                 objective=self.objective,
                 rows_per_step=self.rows_per_step,
                 local_batch_size=c.training.local_batch_size,
