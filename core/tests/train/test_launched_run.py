@@ -1,6 +1,7 @@
 """Runs of several ranks as launchers start them: equal to one process, and how they end when something goes wrong."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -102,7 +103,7 @@ def same(folder: Path, expected: list[list[float]]) -> bool:
 def alone(tmp_path_factory) -> Iterator[list[list[float]]]:
     """The numbers of the run in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         main(program, ["--config", str(troubled_run(folder, "run"))])
     yield numbers(folder / "run")
 
