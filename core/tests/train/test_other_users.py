@@ -17,7 +17,8 @@ from core.checkpoint.weights import load
 from core.config.errors import UserError
 from core.generate.command import tokenizer_in
 from core.testing.toy import Toy, on_cpu
-from core.train.folder import check_run_folder, held, make_run_folder
+from core.train.folder import check_run_folder, make_run_folder
+from core.train.lock import FolderLock
 
 NONE, SAVES = Checkpoint(), Checkpoint(enable=True)
 FAMILIES: dict[str, Any] = {"toy": Toy}
@@ -78,7 +79,7 @@ def test_a_run_in_a_folder_of_another_user(theirs: Path) -> None:
         check_run_folder(folder, SAVES, {})
         make_run_folder(folder, "toy", {})
     for place in (theirs, theirs / "run"):
-        with pytest.raises(UserError, match="Permission denied") as error, held(place, NONE):
+        with pytest.raises(UserError, match="Permission denied") as error, FolderLock(place, NONE):
             pass
         assert "\n" not in str(error.value)
 
@@ -166,13 +167,13 @@ def test_a_run_writes_through_no_link(tmp_path: Path, secret: Path, name: str) -
 def test_the_lock_of_checkpoints_is_no_link(tmp_path: Path, secret: Path) -> None:
     (tmp_path / "run/checkpoint").mkdir(parents=True)
     (tmp_path / "run/checkpoint/.lock").symlink_to(secret)
-    with pytest.raises(UserError, match="checkpoint/.lock is a link to"), held(tmp_path / "run", SAVES):
+    with pytest.raises(UserError, match="checkpoint/.lock is a link to"), FolderLock(tmp_path / "run", SAVES):
         pass
     assert secret.read_text() == "mine"
 
 
 def test_a_lock_that_holds_nonsense_is_read(tmp_path: Path) -> None:
-    with held(tmp_path, NONE):
+    with FolderLock(tmp_path, NONE):
         (tmp_path / ".lock").write_bytes(b"\xff\xfe" * 1000 + b"\nmore")
-        with pytest.raises(UserError, match="is in use by .{200}: wait until it ends"), held(tmp_path, NONE):
+        with pytest.raises(UserError, match="is in use by .{200}: wait until it ends"), FolderLock(tmp_path, NONE):
             pass

@@ -1,15 +1,13 @@
 """The folder of a run: whose it is, what it holds, and that nobody else is in it."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
-from core.train.folder import carry_on, check_run_folder, held, make_run_folder
+from core.train.folder import carry_on, check_run_folder, make_run_folder
 
 OURS = {"TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_MAX_RESTARTS": "2"}
 NONE = Checkpoint()
@@ -67,23 +65,6 @@ def test_a_folder_with_checkpoints_is_gone_on_with(tmp_path):
     for other in (NONE, Checkpoint(enable=True, resume="never")):
         with pytest.raises(UserError, match="already holds a run: choose another"):
             check_run_folder(str(tmp_path), other, {})
-
-
-def test_one_process_at_a_time_is_in_a_folder(tmp_path):
-    said = f"is in use by process {os.getpid()} on {socket.gethostname()}: wait until it ends, or choose another with"
-    with held(tmp_path, NONE):
-        with pytest.raises(UserError, match=f"{said} --dump_folder"), held(tmp_path, NONE):
-            pass
-    with held(tmp_path, NONE):
-        pass
-
-
-def test_two_runs_do_not_share_a_folder_of_checkpoints(tmp_path):
-    shared = Checkpoint(enable=True, folder=str(tmp_path / "shared"))
-    with held(tmp_path / "one", shared), held(tmp_path / "three", NONE):
-        with pytest.raises(UserError, match="choose another with --checkpoint.folder"):
-            with held(tmp_path / "two", shared):
-                pass
 
 
 def test_a_run_that_torchrun_did_not_start_leaves_no_name(tmp_path):

@@ -1,6 +1,7 @@
 """Saves and loads the state of a run. Every method is a collective: all ranks call it."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from errno import EIO
@@ -178,7 +179,12 @@ class Saver:
             ) from error
 
     def _begin(self, growing: str) -> dict[str, Written]:
-        """Make the folder of a new checkpoint, with the configuration in it."""
+        """Make the folder of a new checkpoint, with the configuration in it.
+
+        A place that was removed since the run began is not made again, for nobody would hold its lock.
+        """
+        if self.storage.is_local:
+            os.stat(self.storage.root)
         if self.storage.exists(growing):
             self._removals.remove(growing)
         self.storage.make(growing)

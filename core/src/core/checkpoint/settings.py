@@ -1,5 +1,6 @@
 """Settings of checkpoints."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,12 @@ class Checkpoint(Configurable.Config):
     """Write while training goes on, from a copy in the host's memory; pinned, an accelerator fills it faster."""
     load_only: bool = False
     """Go on from checkpoints, and save none."""
+    on_sigusr1: Literal["stop", "save"] = "stop"
+    """What SIGUSR1 does after the current step: save and stop, as the other signals do, or save and go on."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.on_sigusr1 == "save" and not self.saves:
+            yield "on_sigusr1", "on_sigusr1 save needs checkpoints: add --checkpoint.enable, or use stop"
         if not self.enable:
             for name in ("initial_load_path", "load_only", "last_save_in_hf"):
                 if getattr(self, name):
@@ -93,6 +98,11 @@ class Checkpoint(Configurable.Config):
     def saves(self) -> bool:
         """Whether a run leaves checkpoints."""
         return self.enable and not self.load_only
+
+    @property
+    def saving_signal(self) -> signal.Signals | None:
+        """The signal that asks for a checkpoint and not for the end."""
+        return signal.SIGUSR1 if self.on_sigusr1 == "save" else None
 
     def storage(self, run_folder: str | Path) -> Storage:
         """Where a run in this folder keeps its checkpoints."""

@@ -81,10 +81,10 @@ class Keeper:
         self.saver.set_aside(self.start.step)
         self.ranks.first(lambda: carry_on(self.folder, self.start.step))
 
-    def after_step(self, step: int, *, last: bool, stopping: bool, validation_loss: float | None) -> float:
-        """Save the run, if it is time; gives the seconds that it took."""
+    def after_step(self, step: int, *, last: bool, stopping: bool, asked: bool, validation_loss: float | None) -> float:
+        """Save the run, if it is time or somebody `asked`; returns the seconds that it took."""
         c, began = self.settings, time.perf_counter()
-        if not self.saver.due(step, last=last or stopping):
+        if not self.saver.due(step, last=last or stopping or asked):
             return 0.0
         self.saver.wait()  # until then the ranks' group is that of the save behind the run
         tensors = self._weights | optimizer_tensors(self._optimizer)

@@ -1,13 +1,9 @@
 """The folder of a run: a new one for each, so that no two runs mix their records."""
 
-import fcntl
 import json
-import logging
 import os
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,6 @@ from core.config.errors import UserError
 from core.config.links import check_targets
 from core.config.record import to_json
 from core.runtime.launcher import launch_id
-
-log = logging.getLogger("armature")
 
 ANOTHER = "choose another with --dump_folder, or --dump_folder None for outputs/<recipe>-<time>"
 LAUNCH = "torchrun-id"
@@ -74,44 +68,6 @@ def make_run_folder(dump_folder: str | None, recipe: str, environ: Mapping[str, 
     except OSError as error:
         raise UserError(f"cannot make the run's folder {chosen}: {error.strerror}; {ANOTHER}") from error
     return chosen
-
-
-@contextmanager
-def held(folder: Path, checkpoint: Checkpoint) -> Iterator[None]:
-    """Keep other processes out of a run's folder, and out of that of its checkpoints, while the block runs.
-
-    Raises `UserError` when one is there, or when nothing can be written there. Behind a URI there is no lock.
-    """
-    folders = {folder.resolve(): ANOTHER}
-    if checkpoint.saves and (place := checkpoint.storage(folder)).is_local:
-        folders.setdefault(Path(place.root).resolve(), "choose another with --checkpoint.folder")
-    with ExitStack() as locks:
-        for each, another in folders.items():
-            locks.enter_context(_locked(each, another))
-        yield
-
-
-@contextmanager
-def _locked(folder: Path, another: str) -> Iterator[None]:
-    """One folder. The lock goes with the process that has it, whatever ends it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_targets(folder, [LOCK])
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror}; {another}") from error
-    with open(descriptor, "a+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.readline(200).strip() or "another process"
-            raise UserError(f"{folder} is in use by {holder}: wait until it ends, or {another}") from error
-        except OSError as error:
-            log.warning(f"{folder} cannot be locked ({error.strerror}): see that no other run writes there")
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
-        yield
 
 
 def carry_on(folder: Path, step: int) -> None:

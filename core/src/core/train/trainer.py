@@ -45,8 +45,10 @@ from core.step.settings import Compile, Debug, Training
 from core.step.update import StepInfo, train_step
 from core.train.checkpoints import Keeper
 from core.train.data_checks import check_vocabulary, data_problems, last_step
-from core.train.folder import check_run_folder, config_text, held, make_run_folder, resolved
+from core.train.exchange import Exchange
+from core.train.folder import check_run_folder, config_text, make_run_folder, resolved
 from core.train.identity import run_facts, text_facts
+from core.train.lock import FolderLock
 from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics
 from core.train.outcome import Outcome, Result
@@ -130,7 +132,7 @@ class Trainer(Configurable):
             self.loader = self.loaders["train"]
             n_rows = self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
             self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
-            ranks.first(lambda: opened.enter_context(held(self.folder, c.checkpoint)))
+            self.lock = opened.enter_context(FolderLock(self.folder, c.checkpoint, ranks))
             if c.debug.log_every_rank:
                 log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
             keep_traces_in(self.folder)
@@ -214,7 +216,7 @@ class Trainer(Configurable):
         )
 
     def run(self) -> Result:
-        """Train to the last step, or to the end of the step in which SIGINT or SIGTERM arrives.
+        """Train to the last step, or to the end of the step in which a signal asks to stop.
 
         A run that was finished before is left as it is. Raises `UserError` when it is called again.
         """
@@ -232,17 +234,17 @@ class Trainer(Configurable):
         profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank)
         advice = memory_advice(self.device, self.config, self.layout.degrees)
         metrics = self.metrics if self.layout.is_first else nullcontext()
-        with self.exit, StopRequest() as stop, collected_garbage(), anomalies, profiler, metrics, advice:
-            step = self._loop(stop, profiler)
+        saving = self.config.checkpoint.saving_signal
+        with self.exit, StopRequest(saving=saving) as stop, collected_garbage(), anomalies, profiler, metrics, advice:
+            step = self._loop(Exchange(self.layout, self.keeper, self.lock, stop), profiler)
         return self.outcome(step, stop, time.perf_counter() - began, self.report.last)
 
-    def _loop(self, stop: StopRequest, profiler: Profiler) -> int:
-        """Steps until the last or until `stop`; gives the number of the last one."""
+    def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
+        """Steps until the last or until a request to stop; returns the number of the last one."""
         c = self.config
         step = since = start = self.keeper.start.step
         mark = time.perf_counter()
-        stopping = False
-        while step < self.last_step and not stopping:
+        while step < self.last_step and not exchange.stopping:
             step += 1
             if step % c.training.gc_freq == 0:
                 gc.collect(1)
@@ -251,17 +253,23 @@ class Trainer(Configurable):
             if step == start + 1:
                 self.checkpointing.report()
                 lower_timeout(c.comm)
-            stopping = self._stopping(stop)
+            exchange()
             validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
-            reports = self.metrics.due(step, self.last_step) or validator is not None or stopping
+            reports = self.metrics.due(step, self.last_step) or validator is not None or exchange.stopping
             step_time_s = (time.perf_counter() - mark) / (step - since)
-            validation_loss = validator.loss(lambda: self._stopping(stop)) if validator else None
+            validation_loss = validator.loss(exchange) if validator else None
             if reports:
                 self.report(step, info, step_time_s, validation_loss)
                 mark, since = time.perf_counter(), step
-            last = step == self.last_step
-            mark += self.keeper.after_step(step, last=last, stopping=stopping, validation_loss=validation_loss)
+            mark += self.keeper.after_step(
+                step,
+                last=step == self.last_step,
+                stopping=exchange.stopping,
+                asked=exchange.take_save(),
+                validation_loss=validation_loss,
+            )
         self.keeper.finish()
+        exchange()  # what was written is still there
         return step
 
     def step(self, step: int) -> StepInfo:
@@ -289,9 +297,3 @@ class Trainer(Configurable):
             n_rows=self.rows_per_step,
             local_batch_size=self.config.training.local_batch_size,
         )
-
-    def _stopping(self, stop: StopRequest) -> bool:
-        """Whether a rank was asked to stop: all ranks hear the same, and of a save that went wrong."""
-        stops, failures = self.layout.sums(float(bool(stop)), float(self.keeper.failed))
-        self.keeper.check(failures > 0)
-        return stops > 0
