@@ -1,15 +1,21 @@
 """What a checkpoint says of itself, and what is found wrong with it."""
 
+import json
+import math
+import os
 import re
 
 import pytest
 
 from core.checkpoint.manifest import (
+    CONFIG,
     LAYOUT,
+    TENSORS,
     Damaged,
     Manifest,
     Progress,
     Written,
+    digest,
     problems,
     read_manifest,
     write_manifest,
@@ -27,7 +33,8 @@ def storage(tmp_path):
 
 def manifest(files=None):
     progress = Progress(step=3, tokens=96, rows=6, rows_per_step=2, places=[{"position": 1}], text="abc")
-    return Manifest(progress=progress, kind="full", world_size=2, versions={"torch": "2"}, files=files or {})
+    files = {name: Written(0, "0" * 64) for name in (CONFIG, TENSORS)} | (files or {})
+    return Manifest(progress=progress, kind="full", world_size=2, versions={"torch": "2"}, files=files)
 
 
 def file(storage, name, content=b"content"):
@@ -40,7 +47,7 @@ def test_what_is_written_is_read(storage):
     said = manifest({"a": file(storage, "a")})
     write_manifest(storage, "step-3", said)
     assert read_manifest(storage, "step-3") == said
-    assert problems(storage, "step-3", said.files) == []
+    assert problems(storage, "step-3", {"a": said.files["a"]}) == []
 
 
 def test_every_file_is_read_once(storage, monkeypatch):
@@ -75,10 +82,63 @@ def test_a_manifest_that_is_no_longer_what_was_written(storage, tmp_path):
         path.write_text(changed)
         with pytest.raises(Damaged, match="was changed after it was written"):
             read_manifest(storage, "step-3")
-    for nonsense in (text[:-20], "[]", "{}", "\x00"):
+    for nonsense in (text[:-20], "[]", "{}", "\x00", text.replace("96", "9" * 5000), '{"a":' * 9999):
         path.write_text(nonsense)
-        with pytest.raises(Damaged, match="cannot be read"):
+        with pytest.raises(Damaged, match="^manifest.json(:| was| is)"):
             read_manifest(storage, "step-3")
+    path.unlink()
+    os.mkfifo(path)  # to open it would wait for a writer
+    with pytest.raises(Damaged, match="cannot be read: it is no regular file"):
+        read_manifest(storage, "step-3")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        ("progress.step", "3", "progress: step: expected int, got '3'"),
+        ("progress.step", -1, "names step -1"),
+        ("progress.step", True, "progress: step: expected int, got True"),
+        ("progress.tokens", 2**63, f"names tokens {2**63}"),
+        ("progress.places", {"position": 1}, r"progress: places: expected list\[dict\[str, int\]\], got"),
+        ("progress.validation_loss", "low", "progress: validation_loss: expected float or None, got 'low'"),
+        ("progress.steps", 3, "progress: steps is unknown"),
+        ("progress", [], r"progress: expected dict\[str, Any\], got \[\]"),
+        ("kind", "half", "kind: expected 'full' or 'model', got 'half'"),
+        ("world_size", 0, "names world_size 0"),
+        ("layout", 0, "names layout 0"),
+        ("layout", "1", "layout: expected int, got '1'"),
+        ("layout", None, "layout: expected int, got None"),
+        ("versions", ["torch"], r"versions: expected dict\[str, str\]"),
+        ("files", {}, "names no config.json; no tensors.json"),
+        ("files.more", {"n_bytes": 1}, "more: sha256 is missing"),
+        ("files.more", {"n_bytes": 1.5, "sha256": "0" * 64}, "more: n_bytes: expected int, got 1.5"),
+        ("files.more", {"n_bytes": -1, "sha256": "0" * 64}, "names the size of more -1"),
+        ("files.more", {"n_bytes": 1, "sha256": "F" * 64}, "names more with a hash that is none"),
+        ("files.more", None, "files: more: expected dict"),
+        ("more", 1, "more is unknown"),
+    ],
+)
+def test_a_manifest_that_vouches_for_nonsense(storage, tmp_path, where, value, words):
+    path = tmp_path / "step-3/manifest.json"
+    write_manifest(storage, "step-3", manifest())
+    said = json.loads(path.read_text())
+    del said["digest"]
+    *outer, last = where.split(".")
+    part = said
+    for name in outer:
+        part = part[name]
+    part[last] = value
+    path.write_text(json.dumps({**said, "digest": digest(said)}))
+    with pytest.raises(Damaged, match=f"^manifest.json:? {words}"):
+        read_manifest(storage, "step-3")
+
+
+def test_a_loss_that_is_no_number_is_kept(storage):
+    for loss in (math.nan, math.inf, 2.5, None):
+        said = manifest()
+        said.progress.validation_loss = loss
+        write_manifest(storage, "step-3", said)
+        assert repr(read_manifest(storage, "step-3").progress.validation_loss) == repr(loss)
 
 
 def test_a_newer_layout_is_no_damage(storage):

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from core.checkpoint.index import NAMES, read_index, read_tensor
+from core.checkpoint.index import NAMES, Stored, header_problems, read_index, read_tensor
+from core.checkpoint.manifest import Written
 from core.checkpoint.pieces import load_tensors, save_tensors
 from core.checkpoint.storage import Storage
 from core.testing.ranks import run_ranks
@@ -26,6 +27,14 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def index_of(storage: Storage) -> dict[str, Stored]:
+    """What the index of folder `a` says, where its files are as they should be."""
+    files = {name: Written(storage.size(f"a/{name}"), "") for name in storage.names("a")}
+    index = read_index(storage, "a", files)
+    assert header_problems(storage, "a", index, files) == []
+    return index
+
+
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_every_type_and_shape_comes_back(tmp_path, kind):
     storage = Storage(tmp_path if kind == "local" else f"memory://{uuid.uuid4().hex}")
@@ -36,8 +45,8 @@ def test_every_type_and_shape_comes_back(tmp_path, kind):
         name: storage.size(f"a/{name}") for name in storage.names("a")
     }
     read = {name: torch.empty_like(tensor) for name, tensor in written.items()}
-    load_tensors(read, storage, "a", None)
-    index = read_index(storage, "a")
+    index = index_of(storage)
+    load_tensors(read, storage, "a", index, None)
     assert index.keys() == written.keys()
     for name, tensor in written.items():
         assert torch.equal(read[name], tensor) and torch.equal(read_tensor(storage, "a", index[name]), tensor)
@@ -59,7 +68,7 @@ def test_what_does_not_lie_flat_in_memory_is_written_in_order(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
     written = {"turned": whole.mT, "part": whole[1:3, 2:5]}
     save_tensors(written, storage, "a", None)
-    index = read_index(storage, "a")
+    index = index_of(storage)
     assert all(torch.equal(read_tensor(storage, "a", index[name]), tensor) for name, tensor in written.items())
 
 
@@ -78,7 +87,7 @@ def write(folder: str, dim: int) -> dict:
 
 def read(folder: str, dim: int) -> dict[str, torch.Tensor]:
     mine = cut(dim, dist.get_world_size(), 6)
-    load_tensors(mine, Storage(folder), "a", dist.group.WORLD)
+    load_tensors(mine, Storage(folder), "a", index_of(Storage(folder)), dist.group.WORLD)
     return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in mine.items()}
 
 
@@ -91,7 +100,7 @@ def test_other_ranks_read_what_ranks_wrote(tmp_path):
     expected = {name: torch.randn(7, 6, generator=generator) for name in ("a", "b")} | {"count": torch.tensor(5.0)}
     for found in [*run_ranks(read, 3, str(tmp_path), 1), *run_ranks(read, 1, str(tmp_path), 0)]:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    index = read_index(storage, "a")
+    index = index_of(storage)
     assert [len(index[name].pieces) for name in ("a", "b", "count")] == [2, 2, 1], "what all ranks have is there once"
     for row in (0, 3, 4, 6):
         assert torch.equal(read_tensor(storage, "a", index["b"], row), expected["b"][row])

@@ -12,13 +12,15 @@ import pytest
 import torch
 from toy_run import toy_run
 
-from core.checkpoint.index import read_index, read_tensor
+from core.checkpoint.find import inspect
+from core.checkpoint.index import read_tensor
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, steps_in
 from core.checkpoint.weights import save_weights
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.parallel.settings import Parallelism
+from core.runtime.ranks import Ranks
 from core.step.settings import Training
 from core.step.update import StepInfo
 from core.testing.ranks import run_ranks
@@ -62,7 +64,7 @@ def begun(run: Trainer.Config) -> Trainer:
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, but those of the random generators."""
     storage, name = Storage(folder / "run/checkpoint"), f"step-{step}"
-    index = read_index(storage, name)
+    index = inspect(storage, name, Ranks()).tensors()
     return {key: read_tensor(storage, name, stored) for key, stored in index.items() if not key.startswith("random")}
 
 
@@ -260,7 +262,7 @@ def test_checkpoints_elsewhere(tmp_path):
     assert go(run) == 2 and steps_in(Storage(place)) == [2, 4]
     trained(tmp_path / "here")
     expected = weights(tmp_path / "here", 4)
-    index = read_index(Storage(place), "step-4")
+    index = inspect(Storage(place), "step-4", Ranks()).tensors()
     assert all(torch.equal(read_tensor(Storage(place), "step-4", index[name]), expected[name]) for name in expected)
 
 

@@ -15,6 +15,7 @@ import torch
 from core.checkpoint.atomic_folder import atomic_folder, vacant
 from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write
+from core.checkpoint.find import Found
 from core.checkpoint.hf import write_hf_config
 from core.checkpoint.key_map import HFModel, hf_layout, own_layout
 from core.checkpoint.saved import newest
@@ -102,22 +103,22 @@ def to_hf(
     trust: Sequence[str],
 ) -> None:
     """Write the weights of a folder of ours, or of the newest checkpoint of a run, as a Hugging Face folder."""
-    src = newest(src)
+    place = newest(src)
     known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
-    if (found := class_of(src)) not in known:
-        raise UserError(f"{src} holds the weights of {found}, not of {' or '.join(sorted(known))}")
+    if (found := class_of(place)) not in known:
+        raise UserError(f"{place} holds the weights of {found}, not of {' or '.join(sorted(known))}")
     packages = {family.__module__.partition(".")[0] for family in families.values()}
-    config = from_dict(model_of(read_config(src)), trust=[*packages, *trust])
+    config = from_dict(model_of(read_config(place)), trust=[*packages, *trust])
     validate(config)
     model = on_meta(config)
     with atomic_folder(dst) as folder:
-        write_as_hf(model, src, folder, dtype=dtype, shard_gib=shard_gib, say=say)
-        copy_companions(src, folder)
+        write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, say=say)
+        copy_companions(Path(str(place)), folder)
 
 
 def write_as_hf(
     model: HFModel,
-    src: Path,
+    src: Path | Found,
     dst: Path,
     *,
     dtype: torch.dtype | None,

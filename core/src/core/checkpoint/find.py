@@ -1,21 +1,23 @@
 """Checkpoints that are there, and whole. What is given `ranks` is a collective of them."""
 
-import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from core.checkpoint.manifest import CONFIG, Damaged, Manifest, Written, problems, read_manifest
+from core.checkpoint.index import Stored, header_problems, read_index
+from core.checkpoint.manifest import CONFIG, TENSORS, Damaged, Manifest, Written, problems, read_manifest
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.storage import Storage, steps_in
+from core.checkpoint.storage import Storage, step_of, steps_in
 from core.config.errors import UserError, at_most
+from core.config.json_file import parse_json
 from core.runtime.ranks import Ranks
 
 log = logging.getLogger("armature")
 
 
 class Found(NamedTuple):
-    """A checkpoint that was found whole."""
+    """A checkpoint that was found whole. Whatever reads one reads it through this."""
 
     storage: Storage
     folder: str
@@ -26,7 +28,11 @@ class Found(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run that it is of, as data: another version may have written it."""
-        return json.loads(self.storage.read(f"{self.folder}/{CONFIG}"))
+        return parse_json(self.storage.read(f"{self.folder}/{CONFIG}"), f"{self}/{CONFIG}")
+
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor of it by name."""
+        return read_index(self.storage, self.folder, self.manifest.files)
 
 
 def find(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:
@@ -59,7 +65,14 @@ def find(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:
 
 def find_in(place: str, ranks: Ranks) -> Found:
     """The checkpoint that a folder is, or the newest whole one that it holds; raises `UserError` where none is."""
-    if whole := first_whole(ranks.first(lambda: list(candidates(place))), ranks):
+    there = ranks.first(lambda: list(candidates(place)))
+    if len(there) == 1:
+        ((storage, folder),) = there
+        try:
+            return inspect(storage, folder, ranks)
+        except Damaged as damage:
+            raise UserError(f"{storage}/{folder} is damaged: {damage}") from damage
+    if whole := first_whole(there, ranks):
         return whole
     raise UserError(f"{place} holds no checkpoint that is whole")
 
@@ -75,11 +88,25 @@ def first_whole(places: Iterable[tuple[Storage, str]], ranks: Ranks) -> Found | 
 
 
 def inspect(storage: Storage, folder: str, ranks: Ranks) -> Found:
-    """A checkpoint whose files are as they were written; raises `Damaged` for another."""
+    """A checkpoint whose files are as they were written, and fit one another; raises `Damaged` for another."""
     manifest = ranks.first(lambda: read_manifest(storage, folder))
+    if step_of(folder) not in (None, manifest.progress.step):
+        raise Damaged(f"it is the checkpoint of step {manifest.progress.step} under another's name")
     if found := all_problems(storage, folder, manifest.files, ranks):
         raise Damaged("; ".join(at_most(5, found)))
+    mine = sorted(manifest.files)[ranks.rank :: ranks.size]
+    wrong = [line for lines in ranks.gather(misfits(storage, folder, manifest, mine)) for line in lines]
+    if wrong:
+        raise Damaged("; ".join(at_most(5, sorted(set(wrong)))))
     return Found(storage, folder, manifest)
+
+
+def misfits(storage: Storage, folder: str, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Where the index of a checkpoint is none, or these files hold other tensors than it names."""
+    try:
+        return header_problems(storage, folder, read_index(storage, folder, manifest.files), names)
+    except (OSError, Damaged) as error:
+        return [str(error)]
 
 
 def all_problems(storage: Storage, folder: str, files: Mapping[str, Written], ranks: Ranks) -> list[str]:
@@ -89,13 +116,22 @@ def all_problems(storage: Storage, folder: str, files: Mapping[str, Written], ra
 
 
 def candidates(place: str) -> Iterator[tuple[Storage, str]]:
-    """The checkpoint that a folder is, or those that it holds as a run's folder or as one of checkpoints, the newest
-    first."""
-    parent, _, name = place.rstrip("/").rpartition("/")
-    if name.removeprefix("step-").isdecimal():
-        yield Storage(parent or "."), name
+    """The checkpoint that a folder is, under whatever name, or those that it holds as a run's folder or as one of
+    checkpoints, the newest first."""
+    place = place.rstrip("/") if "://" in place else os.path.abspath(place)
+    parent, _, name = place.rpartition("/")
+    if step_of(name) is not None or holds_tensors(place):
+        yield Storage(parent or "/"), name
         return
-    for inside in (place, f"{place.rstrip('/')}/{Checkpoint().folder}"):
+    for inside in (place, f"{place}/{Checkpoint().folder}"):
         storage = Storage(inside)
         for step in reversed(steps_in(storage)):
             yield storage, f"step-{step}"
+
+
+def holds_tensors(place: str) -> bool:
+    """Whether a folder is a checkpoint, whole or not: a folder of weights that a run did not write has no such file."""
+    try:
+        return Storage(place).exists(TENSORS)
+    except OSError as error:
+        raise UserError(f"{place} cannot be read: {error.strerror or error}") from error

@@ -2,18 +2,33 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from core.checkpoint.storage import Storage
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
+from core.config.json_file import parse_json, typed
 
 LAYOUT = 1
 """Version of the layout of a checkpoint that is written here, and the newest that can be read."""
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 TENSORS = "tensors.json"
+SHA256 = re.compile("[0-9a-f]{64}")
+FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+"""The name of a file in a checkpoint, or in a folder of it."""
+KINDS = Literal["full", "model"]
+PARTS = {
+    "layout": int,
+    "kind": KINDS,
+    "world_size": int,
+    "versions": dict[str, str],
+    "progress": dict[str, Any],
+    "files": dict[str, dict[str, Any]],
+}
+"""What stands in a manifest beside its own hash."""
 
 
 class Damaged(Exception):
@@ -51,7 +66,7 @@ class Manifest:
     """What stands in `manifest.json`, the last file of a checkpoint to be written."""
 
     progress: Progress
-    kind: Literal["full", "model"]
+    kind: KINDS
     """All that a run goes on from, or the weights alone."""
     world_size: int
     versions: dict[str, str]
@@ -73,28 +88,57 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     """What a checkpoint says of itself. Raises `Damaged` when it says nothing sensible, `UserError` when it was
     written in a newer layout than is known here; `layout` and `digest` mean the same in all."""
     try:
-        said = json.loads(storage.read(f"{folder}/{MANIFEST}"))
-        layout, before = int(said["layout"]), said.pop("digest")
+        said = parse_json(storage.read(f"{folder}/{MANIFEST}"), MANIFEST)
     except FileNotFoundError as error:
         raise Damaged(f"there is no {MANIFEST}: it was never finished") from error
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error!r}") from error
-    if before != digest(said):
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    if said.pop("digest", None) != digest(said):
         raise Damaged(f"{MANIFEST} was changed after it was written")
-    if layout > LAYOUT:
+    layout = said.get("layout")
+    if type(layout) is int and layout > LAYOUT:
         raise UserError(
             f"{storage}/{folder} was written in layout {layout}, and this version reads up to {LAYOUT}: update "
             "armature-core"
         )
-    files = {name: Written(**written) for name, written in said.pop("files").items()}
-    manifest = Manifest(progress=Progress(**said.pop("progress")), files=files, **said)
-    for name in manifest.files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-            raise Damaged(f"{MANIFEST} names {name!r}, which is no file in the folder")
-    return manifest
+    try:
+        return manifest_of(said)
+    except UserError as error:
+        raise Damaged(str(error)) from error
+
+
+def manifest_of(said: dict[str, Any]) -> Manifest:
+    """A manifest from what stands in its file; raises `UserError` for what cannot be one."""
+    said = entries(said, PARTS, MANIFEST, needed=set(PARTS))
+    progress = Progress(**entries(said["progress"], get_type_hints(Progress), f"{MANIFEST}: progress"))
+    types = get_type_hints(Written)
+    files = {
+        name: Written(**entries(file, types, f"{MANIFEST}: {name}", needed=set(types)))
+        for name, file in said["files"].items()
+    }
+    numbers = {name: getattr(progress, name) for name in ("step", "tokens", "rows", "rows_per_step")}
+    numbers |= {f"the size of {name}": file.n_bytes for name, file in files.items()}
+    wrong = [f"{name} {number}" for name, number in numbers.items() if not 0 <= number < 2**63]
+    wrong += [f"{name} {said[name]}" for name in ("world_size", "layout") if said[name] < 1]
+    wrong += [f"{name!r}, which is no file in the folder" for name in files if not FILE.fullmatch(name)]
+    wrong += [f"{name} with a hash that is none" for name, file in files.items() if not SHA256.fullmatch(file.sha256)]
+    wrong += [f"no {name}" for name in (CONFIG, TENSORS) if name not in files]
+    if wrong:
+        raise UserError(f"{MANIFEST} names {'; '.join(at_most(5, wrong))}")
+    return Manifest(**said | {"progress": progress, "files": files})
+
+
+def entries(
+    said: dict[str, Any], types: Mapping[str, Any], name: str, needed: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """What is said of these fields, each of its type; raises `UserError` for a field that is missing or unknown."""
+    wrong = [f"{each} is missing" for each in sorted(needed - said.keys())]
+    wrong += [f"{each} is unknown" for each in sorted(said.keys() - types.keys())]
+    if wrong:
+        raise UserError(f"{name}: {', '.join(at_most(5, wrong))}")
+    return {each: typed(value, types[each], f"{name}: {each}") for each, value in said.items()}
 
 
 def digest(said: dict[str, Any]) -> str:

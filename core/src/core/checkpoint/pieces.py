@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from core.checkpoint.index import NAMES, Piece, Stored, index_text, memory, read_index, read_piece
+from core.checkpoint.index import NAMES, Piece, Stored, index_problems, index_text, key_of, memory, read_piece
 from core.checkpoint.manifest import TENSORS, Written
 from core.checkpoint.storage import Storage
+from core.config.errors import at_most
 
 
 class Place(NamedTuple):
@@ -51,10 +52,19 @@ def save_tensors(
     return writer.files
 
 
-def load_tensors(tensors: Mapping[str, Tensor], storage: Storage, folder: str, group: ProcessGroup | None) -> None:
-    """Fill tensors, each rank its pieces, from a folder, whatever ranks wrote it. Names and shapes must be there."""
+def load_tensors(
+    tensors: Mapping[str, Tensor],
+    storage: Storage,
+    folder: str,
+    index: Mapping[str, Stored],
+    group: ProcessGroup | None,
+) -> None:
+    """Fill tensors, each rank its pieces, from a folder with this index, whatever ranks wrote it. Names and shapes must
+    be there."""
     with _as_itself(), _quiet():
-        dcp.load(dict(tensors), storage_reader=Reader(storage, folder), process_group=group, no_dist=group is None)
+        dcp.load(
+            dict(tensors), storage_reader=Reader(storage, folder, index), process_group=group, no_dist=group is None
+        )
 
 
 class Writer(StorageWriter):
@@ -93,7 +103,7 @@ class Writer(StorageWriter):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for item, tensor, *offsets in zip(plan.items, tensors, ends[:-1], ends[1:], strict=True):
             index = item.index
-            name = f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+            name = key_of(index.fqn, index.offset or ())
             header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -123,6 +133,8 @@ class Writer(StorageWriter):
                 place = places[MetadataIndex(name, chunk.offsets)]
                 pieces.append(Piece(place.file, place.at, tuple(chunk.offsets), tuple(chunk.sizes)))
             index[name] = Stored(tensor.properties.dtype, tuple(tensor.size), tuple(pieces))
+        wrong = index_problems(index, {place.file: place.written.n_bytes for place in places.values()})
+        assert not wrong, f"an index that no reader takes: {at_most(5, wrong)}"
         with self.storage.create(f"{self.folder}/{TENSORS}") as file:
             file.write(index_text(index).encode())
         self.files = {place.file: place.written for place in places.values()}
@@ -132,9 +144,8 @@ class Writer(StorageWriter):
 class Reader(StorageReader):
     """Reads pieces that `Writer` wrote."""
 
-    def __init__(self, storage: Storage, folder: str) -> None:
-        self.storage, self.folder = storage, folder
-        self.index = read_index(storage, folder)
+    def __init__(self, storage: Storage, folder: str, index: Mapping[str, Stored]) -> None:
+        self.storage, self.folder, self.index = storage, folder, index
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass

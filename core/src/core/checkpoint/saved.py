@@ -5,11 +5,8 @@ from pathlib import Path
 from torch import Tensor
 
 from core.checkpoint.files import Header
-from core.checkpoint.find import candidates, first_whole
-from core.checkpoint.index import NAMES, read_index, read_tensor
-from core.checkpoint.manifest import TENSORS
-from core.checkpoint.storage import Storage
-from core.config.errors import UserError
+from core.checkpoint.find import Found, candidates, find_in
+from core.checkpoint.index import NAMES, read_tensor
 from core.runtime.ranks import Ranks
 
 PREFIX = "model."
@@ -17,17 +14,15 @@ PREFIX = "model."
 
 
 class Saved:
-    """The weights of a checkpoint on this machine, by the names that they have in their model."""
+    """The weights of a checkpoint, by the names that they have in their model."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._storage = path, Storage(path.parent)
+    def __init__(self, found: Found) -> None:
+        self.found = found
         self._stored = {
-            name.removeprefix(PREFIX): stored
-            for name, stored in read_index(self._storage, path.name).items()
-            if name.startswith(PREFIX)
+            name.removeprefix(PREFIX): stored for name, stored in found.tensors().items() if name.startswith(PREFIX)
         }
         self.headers = {
-            name: Header(path / stored.pieces[0].file, list(stored.shape), NAMES[stored.dtype])
+            name: Header(Path(str(found), stored.pieces[0].file), list(stored.shape), NAMES[stored.dtype])
             for name, stored in self._stored.items()
         }
         self.promised: dict[str, str] = {}
@@ -35,22 +30,15 @@ class Saved:
 
     def read(self, key: str, row: int | None = None) -> Tensor:
         """A weight, or one row of it."""
-        return read_tensor(self._storage, self.path.name, self._stored[key], row)
+        return read_tensor(self.found.storage, self.found.folder, self._stored[key], row)
 
 
-def newest(folder: str | Path) -> Path:
-    """The newest whole checkpoint in the folder of a run, or the folder itself, if that is no run with checkpoints.
+def newest(folder: str | Path) -> Path | Found:
+    """The checkpoint that a folder is, under whatever name, or the newest whole one in the folder of a run; the folder
+    itself, if it is neither: weights in a folder of another kind have no manifest that they could be compared with.
 
-    Raises `UserError` when there are some and none is whole.
+    Raises `UserError` when there are checkpoints and none is whole.
     """
-    there = list(candidates(str(folder)))
-    if not there:
+    if next(candidates(str(folder)), None) is None:
         return Path(folder)
-    if whole := first_whole(there, Ranks()):
-        return Path(str(whole))
-    raise UserError(f"{folder} holds no checkpoint that is whole")
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of a run."""
-    return (folder / TENSORS).is_file()
+    return find_in(str(folder), Ranks())

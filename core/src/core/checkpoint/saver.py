@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.find import Found, all_problems, find
-from core.checkpoint.index import read_index
+from core.checkpoint.index import NAMES
 from core.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -92,12 +92,17 @@ class Saver:
         """
         from core.checkpoint.pieces import load_tensors  # loads torch.distributed.tensor: seconds
 
-        index = read_index(found.storage, found.folder)
+        index = found.tensors()
         wrong = [f"{name} is missing" for name in tensors if name not in index]
         wrong += [
             f"{name} has shape {list(index[name].shape)}, here {list(tensor.shape)}"
             for name, tensor in tensors.items()
             if name in index and index[name].shape != tuple(tensor.shape)
+        ]
+        wrong += [
+            f"{name} is stored as {NAMES[index[name].dtype]}, here it is {NAMES.get(tensor.dtype, tensor.dtype)}"
+            for name, tensor in tensors.items()
+            if name in index and index[name].dtype.is_floating_point != tensor.is_floating_point()
         ]
         gathered = self.ranks.gather((wrong, list(tensors)))
         known = {name for _, names in gathered for name in names}
@@ -106,7 +111,7 @@ class Saver:
         lines |= {f"{name} is unknown here" for name in index.keys() - known if name.partition(".")[0] in kinds}
         if lines:
             raise UserError("\n  ".join([f"{found} does not fit this run:", *at_most(MOST, sorted(lines))]))
-        load_tensors(tensors, found.storage, found.folder, self.ranks.group)
+        load_tensors(tensors, found.storage, found.folder, index, self.ranks.group)
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether this step, perhaps the last of the run or of this process, is saved."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.files import Folder
+from core.checkpoint.find import Found
 from core.checkpoint.key_map import Layout, Piece
 from core.checkpoint.quantised import Stored, stored_weights
-from core.checkpoint.saved import Saved, is_checkpoint
+from core.checkpoint.saved import Saved
 from core.config.errors import UserError, at_most
 
 MOST = 30
@@ -24,9 +25,9 @@ class Source:
     stored in few bits without its scales, or tied in the model and not equal here.
     """
 
-    def __init__(self, layout: Layout, path: str | Path) -> None:
+    def __init__(self, layout: Layout, path: str | Path | Found) -> None:
         self.layout = layout
-        self.folder = Saved(Path(path)) if is_checkpoint(Path(path)) else Folder(path)
+        self.folder = Saved(path) if isinstance(path, Found) else Folder(path)
         headers = {key: header for key, header in self.folder.headers.items() if not layout.ignores(key)}
         self.stored = stored_weights(headers)
         problems: list[str] = []

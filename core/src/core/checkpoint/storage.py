@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import stat
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +27,10 @@ BEHIND = 8
 """So many parts may wait to be hashed."""
 PART = 2**17
 """Bytes that are compared at a time: they stay near the processor."""
+
+
+STEP = re.compile("step-(0|[1-9][0-9]*)")
+"""The name of the folder of a checkpoint."""
 
 
 class Digest:
@@ -123,16 +129,16 @@ class Storage:
     def size(self, name: str) -> int:
         """Bytes of a file."""
         with self._asked():
-            return int(self.fs.size(self.path(name)))
+            return int(self.fs.size(self._file(name)))
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
         with self._asked():
-            return self.fs.cat_file(self.path(name))
+            return self.fs.cat_file(self._file(name))
 
     def read_into(self, memory: memoryview, name: str, at: int) -> None:
         """Fill `memory` with the bytes of a file from `at` on. Raises `OSError` where the file ends before."""
-        with self._asked(), self.fs.open(self.path(name), "rb") as stream:
+        with self._asked(), self.fs.open(self._file(name), "rb") as stream:
             stream.seek(at)
             while memory:
                 if not (n_bytes := stream.readinto(memory)):
@@ -142,7 +148,7 @@ class Storage:
     def digest(self, name: str) -> str:
         """The SHA-256 of a file."""
         found = hashlib.sha256()
-        with self._asked(), self.fs.open(self.path(name), "rb") as stream:
+        with self._asked(), self.fs.open(self._file(name), "rb") as stream:
             while data := stream.read(CHUNK):
                 found.update(data)
         return found.hexdigest()
@@ -207,6 +213,13 @@ class Storage:
         if self.is_local:
             flush(self.path(folder))
 
+    def _file(self, name: str) -> str:
+        """The path of a file that is there; raises `OSError` for a pipe, of which reading would wait for a writer."""
+        path = self.path(name)
+        if self.is_local and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(EINVAL, "it is no regular file", path)
+        return path
+
     @contextmanager
     def _asked(self) -> Iterator[None]:
         """Raise as `OSError` what a driver of a store raises, which may be anything."""
@@ -248,5 +261,9 @@ def steps_in(storage: Storage) -> list[int]:
         names = storage.names()
     except OSError as error:
         raise UserError(f"{storage} cannot be read: {error.strerror or error}") from error
-    numbers = (name.removeprefix("step-") for name in names if name.startswith("step-"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    return sorted(step for name in names if (step := step_of(name)) is not None)
+
+
+def step_of(folder: str) -> int | None:
+    """The step whose checkpoint a folder of this name is; None for any other name."""
+    return int(folder.removeprefix("step-")) if STEP.fullmatch(folder) else None

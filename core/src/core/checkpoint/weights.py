@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from core.checkpoint.find import Found
 from core.checkpoint.hf import load_from, load_hf, save_by
 from core.checkpoint.key_map import HFModel, own_layout
 from core.checkpoint.saved import newest
@@ -28,12 +29,12 @@ def load(model: HFModel, folder: str | Path) -> None:
     `config.json` says which it is; settings of the model there which differ are logged. Raises `UserError`, before a
     single weight is changed, when the folder is none of these, of another family, or does not fit the model.
     """
-    folder = newest(folder)
-    if "model_type" in read_config(folder):
-        tell_differences(model, to_dict(hf_config(type(model), folder)), folder)
-        load_hf(model, folder)
+    found = newest(folder)
+    if not isinstance(found, Found) and "model_type" in read_config(found):
+        tell_differences(model, to_dict(hf_config(type(model), found)), found)
+        load_hf(model, found)
     else:
-        load_from(own_source(model, folder))
+        load_from(own_source(model, found))
 
 
 def load_weights(model: HFModel, folder: str | Path) -> None:
@@ -46,7 +47,7 @@ def load_weights(model: HFModel, folder: str | Path) -> None:
     load_from(own_source(model, newest(folder)))
 
 
-def own_source(model: HFModel, folder: str | Path) -> Source:
+def own_source(model: HFModel, folder: str | Path | Found) -> Source:
     """The weights in a folder of ours for `model`, which needs no memory; errors and logs as `load_weights`."""
     ours = f"{type(model).__module__}:{type(model).__qualname__}"
     if (found := class_of(folder)) != ours:
@@ -81,10 +82,10 @@ def hf_config(family: type[HFModel], folder: str | Path) -> Configurable.Config:
     try:
         return family.from_hf_config(read_config(folder))
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{Path(folder) / 'config.json'}: {error}") from error
+        raise UserError(f"{folder}/{CONFIG}: {error}") from error
 
 
-def class_of(folder: str | Path) -> str:
+def class_of(folder: str | Path | Found) -> str:
     """The class of the model whose weights a folder of ours holds, as "module:Class".
 
     Raises `UserError` for a folder of another kind: that of a run may have a `config.json`, and no weights.
@@ -92,7 +93,7 @@ def class_of(folder: str | Path) -> str:
     stated = model_of(read_config(folder))
     if "class" not in stated:
         raise UserError(f"{folder}/config.json states no class: this is no folder of our weights")
-    if not any(Path(folder).glob("*.safetensors*")):
+    if not isinstance(folder, Found) and not any(Path(folder).glob("*.safetensors*")):
         raise UserError(f"{folder} has no weights, just the config.json of {stated['class']}")
     return str(stated["class"])
 
@@ -102,6 +103,8 @@ def model_of(stated: dict[str, Any]) -> dict[str, Any]:
     return stated["model"] if isinstance(stated.get("model"), dict) else stated
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path | Found) -> dict[str, Any]:
     """What stands in a folder's `config.json`. Raises `UserError` when there is none."""
+    if isinstance(folder, Found):
+        return folder.config()
     return read_json(file_in(folder, CONFIG) or Path(folder) / CONFIG)

@@ -206,4 +206,4 @@ class Keeper:
     def _export(self, found: Found, folder: Path) -> None:
         folder.mkdir()
         dtype = getattr(torch, self.settings.export_dtype)
-        write_as_hf(self.model, Path(str(found)), folder, dtype=dtype, say=log.info)
+        write_as_hf(self.model, found, folder, dtype=dtype, say=log.info)
