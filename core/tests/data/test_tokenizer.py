@@ -76,10 +76,11 @@ def test_file_that_is_no_sentencepiece_model(tmp_path, content):
 
 
 def test_wrong_paths(tmp_path):
-    with pytest.raises(UserError, match="cannot read the tokenizer .*none.model"):
+    with pytest.raises(UserError, match="there is no tokenizer .*none.model"):
         Tokenizer.Config(path=str(tmp_path / "none.model")).build()
-    with pytest.raises(UserError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+    with pytest.raises(UserError, match=r"there is no tokenizer .*tokenizer\.json"):
         Tokenizer.Config(path=str(tmp_path)).build()
+    (tmp_path / "vocab.bin").touch()
     with pytest.raises(UserError, match=r"vocab.bin is no tokenizer: give a SentencePiece \.model"):
         Tokenizer.Config(path=str(tmp_path / "vocab.bin")).build()
 

@@ -4,10 +4,11 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from core.checkpoint.storage import Storage, steps_in
 from core.config.configurable import Configurable
+from core.config.record import absolute
 
 State = Literal["model", "optimizer", "dataloader", "train_state", "random"]
 
@@ -61,6 +62,9 @@ class Checkpoint(Configurable.Config):
     """Go on from checkpoints, and save none."""
     on_sigusr1: Literal["stop", "save"] = "stop"
     """What SIGUSR1 does after the current step: save and stop, as the other signals do, or save and go on."""
+
+    def places(self) -> dict[str, Any]:
+        return {"initial_load_path": absolute(self.initial_load_path)}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.on_sigusr1 == "save" and not self.saves:

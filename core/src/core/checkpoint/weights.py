@@ -16,7 +16,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.json_file import read_json
 from core.config.links import file_in
-from core.config.record import differences, to_dict, to_json
+from core.config.record import completed, differences, to_dict, to_json
 
 log = logging.getLogger("armature")
 
@@ -58,7 +58,7 @@ def own_source(model: HFModel, folder: str | Path | Found) -> Source:
 
 def tell_differences(model: HFModel, stated: dict[str, Any], place: object) -> None:
     """Log in which settings the model whose weights lie at a place, as is stated there, differs from `model`."""
-    for setting, before, now in differences(to_dict(model.config), stated):
+    for setting, before, now in differences(to_dict(model.config), completed(stated, model.config)):
         if setting != "class":
             log.warning(f"{place}: the weights are of a model with {setting} {before}, not {now}")
 

@@ -48,6 +48,10 @@ class Configurable:
             """
             yield from ()
 
+        def places(self) -> dict[str, Any]:
+            """The settings that name a place on this machine, so that they name the same one from any directory."""
+            return {}
+
         def __setattr__(self, name: str, value: Any) -> None:
             try:
                 object.__setattr__(self, name, value)
@@ -100,7 +104,7 @@ def check_config(config: type[Configurable.Config]) -> None:
         raise TypeError(
             f"{config.__qualname__} must be a @dataclass(kw_only=True, slots=True) without init=False fields"
         )
-    if taken := sorted({"build", "problems"} & set(field_names(config))):
+    if taken := sorted({"build", "places", "problems"} & set(field_names(config))):
         raise TypeError(f"{config.__qualname__}: {taken} cannot be fields, every Config has methods of that name")
 
 

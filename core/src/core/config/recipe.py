@@ -72,7 +72,10 @@ def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part:
     data = read_json(source)
     if "class" in data:
         config = of_record(source, data, trust)
-        return config if runs(config) else around(source, config, configs, of_part)
+        if not runs(config):
+            return around(source, config, configs, of_part)
+        tell_where(source, config)
+        return config
     if "recipe" not in data:
         raise UserError(
             f'{source} has no "class", which a whole configuration has, and no "recipe" that it changes: put the '
@@ -84,6 +87,13 @@ def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part:
     config = from_recipe(name, configs)
     change(source, config, data, trust)
     return config
+
+
+def tell_where(source: str, config: Config) -> None:
+    """Say that the file lies in the folder of a run, and states another one for it: it was moved, or copied."""
+    here, folder = Path(source).resolve().parent, getattr(config, "dump_folder", None)
+    if folder is not None and here != Path(folder).resolve() and (here / "metrics.jsonl").exists():
+        tell(f"{source} says dump_folder {folder}, where the run is written; to go on here add --dump_folder {here}")
 
 
 def lay(source: str, config: Config, trust: Collection[str]) -> None:

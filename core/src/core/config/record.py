@@ -6,20 +6,23 @@ Infinity), which Python reads back but strict JSON does not know.
 """
 
 import json
+import os
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import MISSING, fields
 from enum import Enum
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 from core.config.configurable import Configurable, owner_of
 from core.config.console import tell
 from core.config.decode import Decoder
 from core.config.errors import at_most, joined
-from core.config.fields import alternatives, default_of, field_types, is_config, join, parts, typed_parts
+from core.config.fields import alternatives, default_of, field_types, is_config, join, parts, typed_parts, walk
 from core.config.json_file import parse_json
 from core.config.validate import wrong_field_types
 
 Config = Configurable.Config
+ConfigT = TypeVar("ConfigT", bound=Configurable.Config)
 MOST_DEFAULTS = 10
 """So many settings that an older file lacks are named."""
 
@@ -75,6 +78,20 @@ def differences(data: dict[str, Any], base: dict[str, Any]) -> list[tuple[str, A
     new, old = dict(_leaves(data, "")), dict(_leaves(base, ""))
     pairs = [(path, old.get(path, ...), new.get(path, ...)) for path in old | new]
     return [(path, before, after) for path, before, after in pairs if repr(before) != repr(after)]
+
+
+def located(config: ConfigT) -> ConfigT:
+    """A copy in which every place is absolute, as a file states it that is read in another directory."""
+    copy = deepcopy(config)
+    for _, node in walk(copy):
+        for name, place in node.places().items():
+            setattr(node, name, place)
+    return copy
+
+
+def absolute(path: str | None) -> str | None:
+    """A path that names the same place from any directory; what does so already (~/..., a URI) stays as it is."""
+    return os.path.abspath(path) if path and "://" not in path and not path.startswith("~") else path
 
 
 def completed(data: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.record import absolute
 from core.data import integrity, shards
 from core.data.sampling import held_out
 from core.data.shards import DamagedError, Manifest, SplitWriter, TokenStream, digest
-from core.data.source import Source, open_source
+from core.data.source import Source, absolute_dataset, open_source
 from core.data.staging import staging_folder
 from core.data.text_files import OnBadLine
 from core.data.tokenizer import Tokenizer
@@ -55,6 +56,9 @@ class Corpus(Configurable):
         cache_folder: str | None = None
         """Where tokenised text is kept; None is $XDG_CACHE_HOME/armature, or ~/.cache/armature."""
 
+        def places(self) -> dict[str, Any]:
+            return {"dataset": absolute_dataset(self.dataset), "cache_folder": absolute(self.cache_folder)}
+
         def problems(self) -> Iterator[tuple[str, str]]:
             """A share that is none."""
             if not 0 <= self.validation_fraction < 1:
@@ -65,7 +69,7 @@ class Corpus(Configurable):
         source = open_source(config.dataset, config.text_field, config.on_bad_line)
         self._made_from = {
             "format": shards.FORMAT,
-            "dataset": config.dataset,
+            "dataset": absolute_dataset(config.dataset),
             "text_field": config.text_field,
             "on_bad_line": config.on_bad_line,
             "validation_fraction": config.validation_fraction,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 import tokenize
@@ -12,6 +13,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from core.config.errors import UserError
+from core.config.record import absolute
 from core.data.text_files import BadLines, OnBadLine, find_files, read_documents, text_of
 
 STANDARD_LIBRARY = "stdlib"
@@ -130,6 +132,17 @@ class HubDataset(Source):
                 yield from text_of(row, self.text_field, f"{self.name}, row {number}", bad)
         except OSError as error:
             raise UserError(f"cannot read the Hugging Face dataset {self.name}: {error}") from error
+
+
+def absolute_dataset(dataset: str) -> str:
+    """A `dataset` setting that names the same text in any directory."""
+    if dataset == STANDARD_LIBRARY:
+        return dataset
+    hub = HUB if dataset.startswith(HUB) else ""
+    name = re.split("[:@]", dataset.removeprefix(HUB))[0] if hub else dataset
+    if hub and not os.path.isdir(name):  # a name at Hugging Face
+        return dataset
+    return f"{hub}{absolute(name)}{dataset[len(hub) + len(name) :]}"
 
 
 def open_source(dataset: str, text_field: str, on_bad_line: OnBadLine) -> Source:

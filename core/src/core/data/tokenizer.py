@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.record import absolute
 
 
 class _Model(Protocol):
@@ -33,6 +34,9 @@ class Tokenizer(Configurable):
     class Config(Configurable.Config):
         path: str | None = None
         """A SentencePiece `.model`, a Hugging Face `tokenizer.json` or a folder with one; None is the bundled model."""
+
+        def places(self) -> dict[str, Any]:
+            return {"path": absolute(self.path)}
 
     def __init__(self, config: Config) -> None:
         path = Path(config.path).expanduser() if config.path is not None else None
@@ -72,6 +76,8 @@ class Tokenizer(Configurable):
 
 
 def _read(path: Path) -> bytes:
+    if not path.exists():
+        raise UserError(f"there is no tokenizer {path.absolute()}: give the place where it is, --tokenizer.path FILE")
     if path.suffix not in (".model", ".json"):
         raise UserError(f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer.json or a folder with one")
     try:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from core.config.configurable import Configurable
+from core.config.record import absolute
 
 
 class Degrees(NamedTuple):
@@ -96,6 +97,9 @@ class Parallelism(Configurable.Config):
     hybridep_non_blocking_expert_capacity_factor: float | None = None
     """hybridep: room for arriving rows, as a share of the most that could arrive, so that the host need not wait for
     their number; a run in which more arrive ends with an error. None waits."""
+
+    def places(self) -> dict[str, Any]:
+        return {"pipeline_parallel_schedule_csv": absolute(self.pipeline_parallel_schedule_csv)}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in DEGREES:

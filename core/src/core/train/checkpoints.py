@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -14,8 +15,9 @@ from core.checkpoint.manifest import Progress, read_manifest
 from core.checkpoint.saver import Kind, Saver
 from core.checkpoint.source import Source
 from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
+from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.record import to_dict
+from core.config.record import absolute, completed, to_dict
 from core.data.loader import DataLoader
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
@@ -135,8 +137,10 @@ class Keeper:
     def _find(self) -> Found | None:
         c = self.settings
         found = self.saver.find()
-        if found is None and c.initial_load_path is not None and not c.initial_load_model_only:
-            found = find_in(c.initial_load_path, self.ranks)
+        if found is None and (path := c.initial_load_path) is not None:
+            if "://" not in path and not Path(path).exists():
+                raise UserError(f"checkpoint.initial_load_path: there is no {absolute(path)}")
+            found = None if c.initial_load_model_only else find_in(path, self.ranks)
         if found is not None and found.manifest.kind == "model":
             step, begins = found.manifest.progress.step, "train_state" in c.exclude_from_loading
             if self._is_own(found) and step >= self.run.training.steps and not begins:
@@ -156,7 +160,7 @@ class Keeper:
         saved, left = found.manifest.progress, self.settings.exclude_from_loading
         lines = check_same_run(
             json.loads(self.saver.config),
-            found.config(),
+            completed(found.config(), cast(Configurable.Config, self.run)),
             place=str(found),
             step=saved.step,
             rows_per_step=(saved.rows_per_step, self.n_rows),

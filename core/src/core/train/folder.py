@@ -14,7 +14,7 @@ from core.checkpoint.settings import Checkpoint
 from core.comm.backend import installed
 from core.config.errors import UserError
 from core.config.links import check_targets
-from core.config.record import to_json
+from core.config.record import absolute, located, to_json
 from core.runtime.launcher import launch_id
 
 ANOTHER = "choose another with --dump_folder, or --dump_folder None for outputs/<recipe>-<time>"
@@ -94,8 +94,11 @@ def resolved(config: Any, device: torch.device) -> Any:
 
 
 def config_text(config: Any, device: torch.device) -> str:
-    """What config.json says of a run on `device`."""
-    return to_json(resolved(config, device))
+    """What config.json says of a run on `device`, with absolute paths. That settings might change when it went on is of
+    that one time, and not said."""
+    checkpoint = replace(config.checkpoint, allow_config_change=False)
+    stated = replace(resolved(config, device), checkpoint=checkpoint, dump_folder=absolute(config.dump_folder))
+    return to_json(located(stated))
 
 
 def _is_ours(folder: Path, environ: Mapping[str, str]) -> bool:

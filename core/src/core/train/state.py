@@ -1,6 +1,7 @@
 """What a run goes on from: every tensor that a step changes, by name, and how far it has come."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ CPU = torch.device("cpu")
 FREE = (
     "recipe",
     "dump_folder",
+    "tokenizer.path",  # what is in the two is compared as the fingerprint of the text
+    "dataloader.dataset",
     "metrics.",
     "profiling.",
     "parallelism.",
@@ -83,12 +86,13 @@ def check_same_run(
     """What differs from the configuration, the batch (before, now) and the text (before, now) of a checkpoint of
     `step`.
 
-    A run that was finished may have more steps now: what it learned is as it was, and the schedule goes on as that of
-    the longer run. Raises `UserError` when a difference makes another run of it and nobody insists.
+    `before` is complete: a setting that is newer than the checkpoint stands there at its default. A run that was
+    finished may have more steps now: what it learned is as it was, and the schedule goes on as that of the longer run.
+    Raises `UserError` when a difference makes another run of it and nobody insists.
     """
     steps = before["training"]["steps"]
     free = (*FREE, "training.steps") if step >= steps < now["training"]["steps"] else FREE
-    found = [(path, f"{path} {before} -> {now}") for path, before, now in differences(now, before)]
+    found = [(path, f"{path} {shown(old)} -> {shown(new)}") for path, old, new in differences(now, before)]
     other = [line for path, line in found if not path.startswith(free)]
     if rows_per_step[0] != rows_per_step[1]:
         other.append(
@@ -103,3 +107,8 @@ def check_same_run(
             + "\nundo that, choose another folder, or go on nevertheless with --checkpoint.allow_config_change"
         )
     return [line for path, line in found if path.startswith(free)] + other
+
+
+def shown(value: Any) -> str:
+    """A value as it is told; `...` is that of a setting that one of two versions does not know."""
+    return "(not known)" if value is ... else str(value)

@@ -1,0 +1,164 @@
+"""What a run records of itself: read in another directory, by another version, or after it was moved."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_run import toy_run
+
+from core.checkpoint.manifest import digest
+from core.checkpoint.settings import Checkpoint
+from core.config.errors import UserError
+from core.config.recipe import load
+from core.config.record import from_json, located
+from core.parallel.settings import Parallelism
+from core.train import debug_run
+from core.train.trainer import Trainer
+
+
+def run(config: Trainer.Config) -> dict[str, Any]:
+    """Train, and read what the run says of itself."""
+    trainer = config.build()
+    trainer.run()
+    return json.loads((trainer.folder / "config.json").read_text())
+
+
+def test_a_record_names_the_same_places_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = toy_run(Path(), steps=2)
+    shutil.copy(Path(debug_run.__file__).parents[1] / "data/tokenizer.model", "own.model")
+    config.tokenizer.path = "own.model"
+    assert not any(map(os.path.isabs, [config.dump_folder or "", config.dataloader.dataset]))
+    first = run(config)
+    assert first["tokenizer"]["path"] == str(tmp_path / "own.model")
+    assert first["dataloader"]["dataset"] == str(tmp_path / "text")
+    assert first["dataloader"]["cache_folder"] == str(tmp_path / "cache")
+    assert first["dump_folder"] == str(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = from_json((tmp_path / "run/config.json").read_text())
+    again.dump_folder = "again"
+    second = run(again)
+    assert second == {**first, "dump_folder": str(tmp_path / "elsewhere/again")}
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name).read_text().splitlines()] for name in METRICS]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    os.remove(tmp_path / "own.model")
+    again.dump_folder = "third"
+    with pytest.raises(UserError, match=f"^there is no tokenizer {tmp_path}/own.model: give the place"):
+        again.build()
+
+
+METRICS = ("run/metrics.jsonl", "elsewhere/again/metrics.jsonl")
+
+
+def test_places_that_are_none_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local").mkdir()
+    config = toy_run(Path())
+    config.parallelism = Parallelism(pipeline_parallel_schedule_csv="a.csv")
+    for dataset, expected in [
+        ("stdlib", "stdlib"),
+        ("hf:owner/name:part@train[:9]", "hf:owner/name:part@train[:9]"),
+        ("hf:local:part@train", f"hf:{tmp_path}/local:part@train"),
+        ("hf:local", f"hf:{tmp_path}/local"),
+        ("a/../b/*.txt", f"{tmp_path}/b/*.txt"),
+        ("~/books", "~/books"),
+        ("/books", "/books"),
+    ]:
+        config.dataloader.dataset = dataset
+        assert located(config).dataloader.dataset == expected and config.dataloader.dataset == dataset
+    for path, expected in [(None, None), ("s3://a/b", "s3://a/b"), ("runs/a", f"{tmp_path}/runs/a")]:
+        config.checkpoint.initial_load_path = path
+        assert located(config).checkpoint.initial_load_path == expected
+    there = located(config)
+    assert there.parallelism.pipeline_parallel_schedule_csv == f"{tmp_path}/a.csv"
+    assert there.tokenizer.path is None
+    assert there.checkpoint.folder == config.checkpoint.folder  # below the run's own
+
+
+def test_weights_to_begin_with_must_be_there(tmp_path: Path) -> None:
+    config = toy_run(tmp_path)
+    config.checkpoint = Checkpoint(enable=True, initial_load_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=f"^checkpoint.initial_load_path: there is no {tmp_path}/gone$"):
+        config.build()
+
+
+def test_a_moved_run_is_told_where_it_would_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_run(tmp_path, steps=1)
+    run(config)
+    assert load([str(tmp_path / "run/config.json")], debug_run) == config
+    assert "dump_folder" not in capsys.readouterr().err
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    load([str(tmp_path / "moved/config.json")], debug_run)
+    said = capsys.readouterr().err
+    assert f"says dump_folder {tmp_path}/run, where the run is written" in said
+    assert f"add --dump_folder {tmp_path}/moved\n" in said
+
+
+# Going on with another version
+
+
+def saved(folder: Path) -> Trainer.Config:
+    """The configuration of a run of which there is a checkpoint."""
+    config = toy_run(folder, steps=2)
+    config.checkpoint = Checkpoint(enable=True, interval=2)
+    run(config)
+    return config
+
+
+def of_another_version(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Let the checkpoint be one whose configuration another version wrote."""
+    place = folder / "run/checkpoint/step-2"
+    stated = json.loads((place / "config.json").read_text())
+    change(stated)
+    data = json.dumps(stated).encode()
+    (place / "config.json").write_bytes(data)
+    said = json.loads((place / "manifest.json").read_text())
+    said["files"]["config.json"] = {"n_bytes": len(data), "sha256": sha256(data).hexdigest()}
+    del said["digest"]
+    (place / "manifest.json").write_text(json.dumps({**said, "digest": digest(said)}))
+
+
+def goes_on(config: Trainer.Config) -> int:
+    """The step that a run goes on from."""
+    trainer = config.build()
+    trainer.exit.close()
+    return trainer.keeper.start.step
+
+
+def test_settings_that_a_checkpoint_does_not_know_are_no_change(tmp_path: Path) -> None:
+    config = saved(tmp_path)
+
+    def forget(stated: dict[str, Any]) -> None:
+        del stated["debug"]["seed"], stated["lr_scheduler"]["decay_type"], stated["compile"]
+        del stated["model"]["norm_eps"]
+        stated["dataloader"]["dataset"] = "text"  # as earlier versions wrote it
+        stated["metrics"]["gone"] = 3
+
+    of_another_version(tmp_path, forget)
+    assert goes_on(config) == 2
+    config.debug.seed, config.lr_scheduler.decay_type = 5, "cosine"
+    with pytest.raises(UserError) as caught:
+        config.build()
+    assert "\n  lr_scheduler.decay_type linear -> cosine\n  debug.seed 0 -> 5\n" in str(caught.value)
+    assert "metrics" not in str(caught.value)
+
+
+def test_a_setting_that_is_no_more_is_told(tmp_path: Path) -> None:
+    config = saved(tmp_path)
+    of_another_version(tmp_path, lambda stated: stated["optimizer"].update(gamma=0.5))
+    with pytest.raises(UserError, match=r"optimizer.gamma 0.5 -> \(not known\)"):
+        config.build()
+
+
+def test_that_settings_may_change_is_not_recorded(tmp_path: Path) -> None:
+    config = saved(tmp_path)
+    config.training.steps, config.checkpoint.allow_config_change = 4, True
+    assert run(config)["checkpoint"]["allow_config_change"] is False
+    stated = json.loads((tmp_path / "run/checkpoint/step-4/config.json").read_text())
+    assert stated["checkpoint"]["allow_config_change"] is False and config.checkpoint.allow_config_change
