@@ -34,6 +34,7 @@ def toy(seed: int) -> Toy:
 def step_3(tmp_path: Path) -> Path:
     """The checkpoint of step 3 of a run."""
     model = toy(1)
+    (tmp_path / "run").mkdir()
     settings = Checkpoint(enable=True, folder=str(tmp_path / "run"))
     config = to_json(model.config)
     saver = Saver(settings, Ranks(), run_folder=tmp_path, config=config, export=lambda found, path: None)
