@@ -104,6 +104,14 @@ def faults(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "core/tests", "-m", "faults", "-rP", *session.posargs, env=threads)
 
 
+@nox.session(default=False, requires=["shared"])
+def installs(session: nox.Session) -> None:
+    """Install models by an old pip, the newest, and uv, from a checkout and from git (ten minutes, needs git)."""
+    install(session, "core")
+    session.install("uv")
+    session.run("python", "-m", "pytest", "core/tests/test_installers.py", "-m", "installs", *session.posargs)
+
+
 def run_debug(session: nox.Session, model: str, *options: str) -> None:
     """Train a model's debug recipe in a folder outside the checkout."""
     with tempfile.TemporaryDirectory() as away, session.chdir(away):

@@ -4,6 +4,8 @@ import email
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 import sysconfig
 import tomllib
 import zipfile
@@ -47,8 +49,8 @@ def build_wheel(folder: Path, into: Path) -> tuple[set[str], email.message.Messa
 @each_model
 def test_model_accepts_the_core_beside_it(folder: Path) -> None:
     # Inside a checkout pip takes core by its place and never compares versions, so nothing else would notice.
-    hook = read_toml(folder)["tool"]["hatch"]["metadata"]["hooks"]["custom"]
-    assert core.__version__ in Requirement(hook["core"]).specifier
+    (need,) = map(Requirement, read_toml(folder)["project"]["dependencies"])
+    assert need.name == "armature-core" and core.__version__ in need.specifier
 
 
 @each_model
@@ -123,29 +125,52 @@ def hook() -> ModuleType:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with core and one model, built by pip into an empty environment."""
-    (tmp_path / "core").mkdir()
-    (tmp_path / "core/pyproject.toml").touch()
-    (tmp_path / "models/qwen3").mkdir(parents=True)
-    (tmp_path / "site").mkdir()
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"purelib": str(tmp_path / "site")}[name])
-    monkeypatch.setenv("PIP_BUILD_TRACKER", "set")
-    return tmp_path
+    monkeypatch.setenv("PIP_BUILD_TRACKER", str(tmp_path / "pip-build-tracker-1"))
+    (tmp_path / "site").mkdir()
+    return copy_of_sources(tmp_path / "checkout")
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """A folder like the checkout, of files that have nothing in them."""
+    for name in ("core/pyproject.toml", "models/qwen3/pyproject.toml"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    return folder
 
 
 def requirement(hook: ModuleType, checkout: Path) -> str:
     """What the model of a checkout asks for."""
-    metadata: dict[str, Any] = {}
-    hook.CoreRequirement(str(checkout / "models/qwen3"), {"core": RANGE}).update(metadata)
-    (need,) = metadata["dependencies"]
+    metadata = {"dependencies": ["numpy", RANGE]}
+    hook.CoreRequirement(str(checkout / "models/qwen3"), {}).update(metadata)
+    first, need = metadata["dependencies"]
+    assert first == "numpy"
     return need
 
 
 def install_core(checkout: Path, source: Path, editable: bool) -> None:
     """Leave the traces of `pip install [-e] source` in the environment."""
-    info = checkout / "site/armature_core-0.1.0.dist-info"
+    info = checkout.parent / "site/armature_core-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: armature-core\nVersion: 0.1.0\n")
     (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {"editable": editable}}))
+
+
+def clone_of_pip(checkout: Path, url: str) -> tuple[Path, str]:
+    """A clone as pip makes one to install from git, and its commit."""
+    clone = checkout.parent / "pip-req-build-1"
+    git("init", "-q", str(checkout))
+    git("-C", str(checkout), "add", ".")
+    git("-C", str(checkout), "commit", "-q", "-m", "all")
+    git("clone", "-q", str(checkout), str(clone))
+    git("-C", str(clone), "remote", "set-url", "origin", url)
+    return clone, git("-C", str(clone), "rev-parse", "HEAD")
+
+
+def git(*words: str) -> str:
+    """What git says."""
+    name = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+    return subprocess.run(["git", *name, *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_pip_takes_core_from_the_checkout(hook: ModuleType, checkout: Path) -> None:
@@ -171,3 +196,65 @@ def test_an_editable_core_of_this_checkout_stays(hook: ModuleType, checkout: Pat
 def test_any_other_core_is_replaced(hook: ModuleType, checkout: Path, source: str, editable: bool) -> None:
     install_core(checkout, checkout / source, editable)
     assert requirement(hook, checkout).startswith("armature-core @ file:")
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="without git nobody installs from git")
+
+
+@needs_git
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("https://example.com/armature.git", "git+https://example.com/armature.git"),
+        ("ssh://git@example.com/armature", "git+ssh://git@example.com/armature"),
+        ("file:///shared/armature", "git+file://localhost/shared/armature"),  # pip 23 takes no address without a host
+    ],
+)
+def test_from_git_core_is_the_same_commit(hook: ModuleType, checkout: Path, url: str, asked: str) -> None:
+    clone, commit = clone_of_pip(checkout, url)
+    need = requirement(hook, clone)
+    assert need == f"armature-core @ {asked}@{commit}#subdirectory=core"
+    assert Requirement(need).url
+
+
+@needs_git
+@pytest.mark.parametrize("url", ["https://me:secret@example.com/a", "https://token@example.com/a"])
+def test_no_password_goes_into_metadata(hook: ModuleType, checkout: Path, url: str) -> None:
+    clone, _ = clone_of_pip(checkout, url)
+    assert requirement(hook, clone) == f"armature-core @ {(clone / 'core').as_uri()}"
+
+
+@needs_git
+def test_a_clone_of_the_users_is_taken_as_it_is(
+    hook: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone, _ = clone_of_pip(checkout, "https://example.com/armature.git")
+    kept = clone.rename(clone.with_name("my-clone"))
+    assert requirement(hook, kept) == f"armature-core @ {(kept / 'core').as_uri()}"
+    monkeypatch.setenv("PIP_BUILD_TRACKER", str(checkout.parent / "elsewhere/pip-build-tracker-1"))
+    kept = kept.rename(clone)
+    assert requirement(hook, kept) == f"armature-core @ {(kept / 'core').as_uri()}"
+
+
+def test_an_unpacked_archive_has_no_commit(hook: ModuleType, checkout: Path) -> None:
+    folder = copy_of_sources(checkout.parent / "pip-req-build-2")
+    assert requirement(hook, folder) == f"armature-core @ {(folder / 'core').as_uri()}"
+
+
+@each_model
+def test_the_wheel_that_pip_builds_asks_for_the_core_beside_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_BUILD_TRACKER", str(tmp_path / "pip-build-tracker-1"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    needs = build_wheel(folder, tmp_path)[1].get_all("Requires-Dist")
+    assert [need for need in needs if "extra ==" not in need] == [f"armature-core @ {(ROOT / 'core').as_uri()}"]
+
+
+@each_model
+def test_uv_reads_where_core_is_without_building(folder: Path) -> None:
+    # uv asks a backend for what is dynamic, and for a model from git it then forgets the sources.
+    toml = read_toml(folder)
+    assert "dependencies" not in toml["project"]["dynamic"]
+    source = toml["tool"]["uv"]["sources"]["armature-core"]
+    assert source == {"path": "../../core", "editable": True} and (folder / source["path"]).samefile(ROOT / "core")
