@@ -27,6 +27,7 @@ from core.data.tokenizer import Tokenizer
 from core.generate import command
 from core.generate.command import main
 from core.nn.decoder import Decoder
+from core.runtime.device import describe
 from core.runtime.log import LOGGER
 from core.step.settings import Training
 from core.testing.toy import Toy, on_cpu, randomise
@@ -65,6 +66,18 @@ def write(weights: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
     def call(*words: str, checkpoint: Path = weights) -> tuple[str, str]:
         main(toy_recipes, ["--config", "toy", "--checkpoint", str(checkpoint), *words])
         return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def text(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls the command with these words alone, if there are any, and gives standard output."""
+
+    def call(*words: str) -> str:
+        if words:
+            main(toy_recipes, list(words))
+        return capsys.readouterr().out
 
     return call
 
@@ -113,7 +126,7 @@ def test_text_goes_to_standard_output_and_nothing_else(write, weights) -> None:
     assert lines[0] == "tokenizer  SentencePiece, 2,048 tokens (bundled)"
     assert lines[1] == (
         f"model      Toy of {sum(w.numel() for w in toy().parameters()):,} parameters from {weights}, "
-        f"float32 on cpu, {torch.get_num_threads()} threads"
+        f"float32 on {describe(torch.device('cpu'))}"
     )
     assert re.fullmatch(r"20 tokens in [\d.]+ s, [\d,]+ tokens/s", lines[2]) and len(lines) == 3
 
@@ -185,7 +198,7 @@ def test_weights_in_a_folder_of_ours(write, tmp_path) -> None:
     assert out == greedy_text("x", 9) + "\n"
 
 
-def test_weights_of_a_run(write, tmp_path) -> None:
+def test_weights_of_a_run(write, text, tmp_path) -> None:
     """Of a run the newest checkpoint, or the one that is named; the same text as from what `to-hf` makes of it."""
     config = toy_recipes.toy()
     (tmp_path / "text.txt").write_text("one two three four five\n" * 200)
@@ -203,6 +216,13 @@ def test_weights_of_a_run(write, tmp_path) -> None:
     places = (tmp_path / "run", folder, folder / "step-2", tmp_path / "hf", folder / "step-1")
     *newest, before = (write(*words, checkpoint=place)[0] for place in places)
     assert len(set(newest)) == 1 and before != newest[0]
+    for place in places[:4]:  # each says itself which model it has
+        assert [text(option, str(place), *words) for option in ("--checkpoint", "--config")] == newest[:1] * 2
+    assert text("--config", str(places[0]), "--checkpoint", str(places[4]), *words) == before
+    config.checkpoint.folder, config.dump_folder = "elsewhere", str(tmp_path / "other")
+    config.build().run()
+    text()  # what the run has said
+    assert text("--checkpoint", str(tmp_path / "other"), *words) == newest[0]
 
 
 def test_tokenizer_of_the_checkpoint_goes_before_the_recipes(write, tmp_path) -> None:
@@ -239,6 +259,28 @@ def test_tokenizer_json_of_the_checkpoint_and_a_prompt_without_bos(write, fails,
     assert out.endswith("\n")
     message = fails("--prompt", "x", "--prompt", "", checkpoint=tmp_path)
     assert message == "error: prompt 2 has no tokens, and this tokenizer none to begin with: write something\n"
+
+
+def test_a_folder_without_a_tokenizer_does_not_get_just_any(text, fails, tmp_path) -> None:
+    """The bundled one goes with a model of as many rows, and with a run that says so."""
+    save_hf(toy(vocab_size=2050), tmp_path / "hf")
+    message = fails("--prompt", "x", checkpoint=tmp_path / "hf", config=str(tmp_path / "hf"))
+    assert f"{tmp_path / 'hf'} has no tokenizer, and the bundled one of 2,048 tokens is not that" in message
+    assert "of 2,050: choose the model's own with --tokenizer.path" in message
+    save_weights(toy(vocab_size=2050), tmp_path / "run")
+    config = toy_recipes.toy()
+    config.model.vocab_size = 2050
+    (tmp_path / "run/config.json").write_text(to_json(config))
+    assert text("--checkpoint", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens", "1")
+
+
+def test_a_folder_of_another_family(fails, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**toy().to_hf_config(), "model_type": "llama"}))
+    message = fails("--prompt", "x", checkpoint=tmp_path, config=str(tmp_path))
+    assert f"{tmp_path / 'config.json'}: this config.json is not one of toy: model_type is 'llama'" in message
+    (tmp_path / "config.json").write_text("{}")
+    message = fails("--prompt", "x", checkpoint=tmp_path, config=str(tmp_path))
+    assert f"{tmp_path}/config.json describes no model: it states neither a class nor a model_type" in message
 
 
 def test_config_of_a_run_is_a_recipe_too(weights, capsys, tmp_path) -> None:
@@ -433,7 +475,7 @@ def test_recipes(fails, capsys) -> None:
     with pytest.raises(SystemExit):
         main(toy_recipes, [])
     out, err = capsys.readouterr()
-    assert "recipes: toy, no_run" in out and err == "error: choose a recipe: --config NAME\n"
+    assert "recipes: toy, no_run" in out and err == "error: choose weights: --checkpoint FOLDER\n"
 
 
 def test_broken_weights(fails, tmp_path) -> None:

@@ -35,13 +35,19 @@ def test_a_share_decays() -> None:
 
 def test_warm_up_longer_than_the_run_is_cut(log: pytest.LogCaptureFixture) -> None:
     assert factors(5, warmup_steps=10) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert log.messages == ["lr_scheduler.warmup_steps 10 cut to the 5 steps of the schedule"]
+    assert log.messages == ["5 steps are few for the learning rate's schedule: it warms up for 5 of 10 steps"]
+
+
+def test_what_a_short_run_of_a_debug_recipe_says(log: pytest.LogCaptureFixture) -> None:
+    factors(5, warmup_steps=10, decay_ratio=0.8)
+    words = "it warms up for 5 of 10 steps and decays for 0 of 4 steps"
+    assert log.messages == [f"5 steps are few for the learning rate's schedule: {words}"]
 
 
 def test_decay_that_overlaps_the_warm_up_is_cut(log: pytest.LogCaptureFixture) -> None:
     expected = [0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert factors(10, warmup_steps=5, decay_ratio=0.8) == pytest.approx(expected)
-    assert log.messages == ["lr_scheduler: 8 decay steps cut to 5, what 5 of warm-up leave"]
+    assert log.messages == ["10 steps are few for the learning rate's schedule: it decays for 5 of 8 steps"]
 
 
 def test_what_fits_is_not_warned_about(log: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.checkpoint.index import Stored, header_problems, read_index
@@ -10,7 +11,8 @@ from core.checkpoint.manifest import CONFIG, TENSORS, Damaged, Manifest, Written
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, step_of, steps_in
 from core.config.errors import UserError, at_most
-from core.config.json_file import parse_json
+from core.config.json_file import parse_json, read_json
+from core.config.links import file_in
 from core.runtime.ranks import Ranks
 
 log = logging.getLogger("armature")
@@ -123,10 +125,9 @@ def candidates(place: str) -> Iterator[tuple[Storage, str]]:
     if step_of(name) is not None or holds_tensors(place):
         yield Storage(parent or "/"), name
         return
-    for inside in (place, f"{place}/{Checkpoint().folder}"):
-        storage = Storage(inside)
-        for step in reversed(steps_in(storage)):
-            yield storage, f"step-{step}"
+    for inside in (Storage(place), checkpoints_of(place)):
+        for step in reversed(steps_in(inside)):
+            yield inside, f"step-{step}"
 
 
 def holds_tensors(place: str) -> bool:
@@ -135,3 +136,15 @@ def holds_tensors(place: str) -> bool:
         return Storage(place).exists(TENSORS)
     except OSError as error:
         raise UserError(f"{place} cannot be read: {error.strerror or error}") from error
+
+
+def checkpoints_of(run_folder: str) -> Storage:
+    """Where the run of a folder keeps its checkpoints on this machine, as its `config.json` says."""
+    folder = Checkpoint().folder
+    if "://" in run_folder:
+        return Storage(f"{run_folder.rstrip('/')}/{folder}")
+    if (file := file_in(run_folder, CONFIG)) is not None:
+        stated = read_json(file).get("checkpoint")
+        named = stated.get("folder") if isinstance(stated, dict) else None
+        folder = named if isinstance(named, str) and "://" not in named else folder
+    return Storage(Path(run_folder).absolute() / folder)

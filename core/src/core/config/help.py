@@ -32,7 +32,8 @@ class OwnOption(NamedTuple):
 
 CONFIG = OwnOption(
     "NAME|FILE.json ...",
-    'a recipe, or the config.json of a run or of a model; behind it files that change it: {"training": {"steps": 50}}',
+    "a recipe, or the config.json of a run or of a model, or its folder; behind it files that change it: "
+    '{"training": {"steps": 50}}',
     MANY,
 )
 TRUST = OwnOption("MODULE ...", "let files name classes of these modules, which are imported", MANY)

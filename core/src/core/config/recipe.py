@@ -1,4 +1,4 @@
-"""What --config names: a recipe or a JSON file, and files that change it.
+"""What --config names: a recipe, a JSON file or a folder with a config.json, and files that change it.
 
 A file is one of three things, which its text tells apart:
 
@@ -47,10 +47,17 @@ def load(sources: Sequence[str], configs: ModuleType, *, trust: Collection[str] 
     """
     trust = [configs.__name__.partition(".")[0], *trust]
     first, *others = sources
+    if is_folder(first, configs):
+        first = str(Path(first).expanduser() / "config.json")
     config = from_file(first, configs, trust, of_part) if first.endswith(".json") else from_recipe(first, configs)
     for source in others:
         lay(source, config, trust)
     return config
+
+
+def is_folder(source: str, configs: ModuleType) -> bool:
+    """Whether a source is a folder, whose config.json is meant; a recipe of that name goes before it."""
+    return plain(source) not in recipes(configs) and Path(source).expanduser().is_dir()
 
 
 def from_recipe(source: str, configs: ModuleType) -> Config:

@@ -19,11 +19,11 @@ from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import HELP, MANY, TRUST, OwnOption, show, usage
-from core.config.links import file_in
 from core.config.options import plain
+from core.config.recipe import is_folder, recipes
 from core.config.recipe import load as load_config
-from core.config.recipe import recipes
 from core.data.tokenizer import Tokenizer
+from core.generate.folder import check_tokenizer, described, existing, tokenizer_in
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
 from core.generate.text import Continuation
@@ -33,43 +33,54 @@ from core.nn.module import parameter_count
 from core.runtime.device import GIB, describe, free_memory, select_device
 
 OWN = {
-    "config": OwnOption("NAME|FILE.json ...", "the recipe of the weights, or the config.json of their run", MANY),
+    "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),
     "trust": TRUST,
     "help": HELP,
     "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
 }
 NEEDED = {
-    "checkpoint": OwnOption("FOLDER", "the weights: a Hugging Face folder, or one of ours"),
+    "checkpoint": OwnOption("FOLDER", "the weights: a run, a checkpoint, what convert wrote, or a Hugging Face folder"),
     "prompt": OwnOption("TEXT", "a beginning; several are continued as one batch"),
 }
 """Settings that are explained with those options, because there is no text without them."""
 
 
 def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
-    """Continue prompts with a model of one of the recipes in `configs`; mistakes of the user end as in training."""
+    """Continue prompts with the model of a folder of weights, or of one of the recipes in `configs`; mistakes of the
+    user end as in training."""
     with exit_plainly():
         own, settings = cli.own_flags(cli.split(argv), OWN)
         known = recipes(configs)
         title = "\n".join(
             [
-                usage("--config NAME|FILE.json --checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", OWN | NEEDED),
+                usage("--checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", OWN | NEEDED),
                 "\nThe text goes to standard output, all else to standard error.",
                 f"recipes: {', '.join(known)}",
             ]
         )
-        sources = own.get("config") or (list(known)[:1] if own.get("help") else [])
-        if not sources:
+        config = chosen(own, settings, configs)
+        if config is None:
             show(title)
             if "help" not in own:
-                raise UserError("choose a recipe: --config NAME")
+                raise UserError("choose weights: --checkpoint FOLDER")
             return
-        config = generation_of(sources, configs, trusted(own.get("trust", [])))
         config.prompt, settings = prompts_among(settings)
-        cli.settle_and_run(config, title if not own.get("help") else " ".join(sources), own, settings, OWN)
+        heading = title if not own.get("help") else config.checkpoint or " ".join(own.get("config", list(known)[:1]))
+        cli.settle_and_run(config, heading, own, settings, OWN)
 
 
-def generation_of(sources: Sequence[str], configs: ModuleType, trust: Sequence[str]) -> "Generation.Config":
-    """How the model of a recipe or of a run's config.json writes."""
+def chosen(own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType) -> "Generation.Config | None":
+    """How the model writes that --config names, or else the folder of --checkpoint; for help about settings the first
+    recipe's. None where nothing is chosen."""
+    trust = trusted(own.get("trust", []))
+    folders = [words[0] for flag, words in settings if plain(flag) == "checkpoint" and len(words) == 1]
+    sources = own.get("config") or ([] if folders or not own.get("help") else list(recipes(configs))[:1])
+    if not sources and not folders:
+        return None
+    folder = folders[-1] if not sources else sources[0] if len(sources) == 1 and is_folder(sources[0], configs) else ""
+    if folder:
+        model, tokenizer = described(existing(folder), configs, trust)
+        return Generation.Config(model=model, tokenizer=tokenizer, checkpoint=folder)
     recipe = load_config(sources, configs, trust=trust)
     model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
     if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):
@@ -96,7 +107,8 @@ class Generation(Configurable):
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         checkpoint: str | None = None
-        """Folder of the weights: a Hugging Face folder, or one of ours."""
+        """Folder of the weights: a run, of which the newest whole checkpoint is taken, a checkpoint, what `convert`
+        wrote, or a Hugging Face folder."""
         prompt: list[str] = field(default_factory=list)
         """Beginnings of texts; on the command line one for each --prompt."""
         prompt_file: str | None = None
@@ -136,18 +148,13 @@ class Generation(Configurable):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = Path(config.checkpoint or "").expanduser()
-        if not self.folder.is_dir():
-            raise UserError(f"there is no folder {self.folder}: --checkpoint names one with config.json and weights")
+        self.folder = existing(config.checkpoint or "")
         self.device = select_device(config.device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.own_tokenizer = tokenizer_in(self.folder) if config.tokenizer.path is None else None
         self.tokenizer: Tokenizer = replace(config.tokenizer, path=self.own_tokenizer or config.tokenizer.path).build()
-        if self.tokenizer.vocab_size > (n := config.model.vocab_size):
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size:,} tokens, model.vocab_size is {n:,}: "
-                "they do not belong together; choose the model's own with --tokenizer.path"
-            )
+        found = self.own_tokenizer is not None or config.tokenizer.path is not None
+        check_tokenizer(self.tokenizer, config.model.vocab_size, self.folder, found=found)
         self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
@@ -249,12 +256,6 @@ class Generation(Configurable):
                     f"prompt {number} ended after {limit:,} of {self.config.max_new_tokens:,} tokens, "
                     f"at model.max_seq_len {self.config.model.max_seq_len:,}"
                 )
-
-
-def tokenizer_in(folder: Path) -> str | None:
-    """The file of the tokenizer in the folder of a checkpoint, if there is one."""
-    files = (file_in(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
-    return next((str(file) for file in files if file is not None), None)
 
 
 def read_prompt(file: str) -> str:

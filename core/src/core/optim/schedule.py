@@ -54,10 +54,10 @@ class Schedule(Configurable):
         decay = total - self.warmup if config.decay_ratio is None else round(total * config.decay_ratio)
         self.decay = min(decay, total - self.warmup)
         self.stable = total + 1 - self.warmup - self.decay
-        if self.warmup < config.warmup_steps:
-            log.warning(f"lr_scheduler.warmup_steps {config.warmup_steps} cut to the {total} steps of the schedule")
-        if self.decay < decay:
-            log.warning(f"lr_scheduler: {decay} decay steps cut to {self.decay}, what {self.warmup} of warm-up leave")
+        wanted = {"warms up": (self.warmup, config.warmup_steps), "decays": (self.decay, decay)}
+        cut = [f"{verb} for {n} of {all_of_it} steps" for verb, (n, all_of_it) in wanted.items() if n < all_of_it]
+        if cut:
+            log.warning(f"{total} steps are few for the learning rate's schedule: it {' and '.join(cut)}")
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate at `step`, counted from 1."""

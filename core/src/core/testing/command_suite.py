@@ -4,6 +4,7 @@ Letters: B rows, L length, V vocabulary.
 """
 
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ class CommandSuite(KeySuite):
     """Name of the recipe that trains on a laptop."""
     run_config: Callable[[str], Trainer.Config]
     """The run that a recipe describes; `ResumeSuite` has it."""
+    interrupted: Callable[[Path], Trainer.Config]
+    """A small run of the model in a folder; `ResumeSuite` has it."""
 
     @torch.no_grad()
     def test_kept_keys_give_the_logits_of_the_whole_forward(self, tiny: str) -> None:
@@ -50,9 +53,7 @@ class CommandSuite(KeySuite):
     ) -> None:
         """`convert` knows every kind of model that the package has, and `generate` writes the likeliest text, from a
         folder of Hugging Face and from what was made of it."""
-        package, _, module = self.decoder.__module__.partition(".")
-        if not module:
-            pytest.skip("a model in one file has no commands")
+        package = self.package()
 
         def call(command: str, *words: str | Path) -> str:
             monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
@@ -73,6 +74,41 @@ class CommandSuite(KeySuite):
         for folder in (tmp_path / "debug", tmp_path / "debug of ours"):
             words = ["--config", self.debug, "--checkpoint", folder, "--prompt", prompt, "--temperature", "0"]
             assert call("generate", *words, "--max-new-tokens", "12", "--device", "cpu") == expected
+
+    def test_commands_that_the_end_of_a_run_prints_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Each is called as it is printed; the folder that was exported tells itself which model it has."""
+        package, run = self.package(), self.interrupted(tmp_path / "a run")
+        run.checkpoint.interval, run.training.steps = 500, 2
+        run.build().run()
+        printed = commands_in(capsys.readouterr().out)
+        assert list(printed) == ["write text", "go on, to step 4", "export to a Hugging Face folder"]
+        exported = Path(printed["export to a Hugging Face folder"][-1])
+        printed["and again"] = ["python", "-m", f"{package}.generate", "--checkpoint", str(exported), "--prompt", "the"]
+        for program, option, module, *words in printed.values():
+            assert (program, option) == ("python", "-m")
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            runpy.run_module(module, run_name="__main__")
+            assert capsys.readouterr().out.strip()
+        assert (tmp_path / "a run/checkpoint/step-4").is_dir() and (exported / "config.json").is_file()
+
+    def package(self) -> str:
+        """The package that the model is from."""
+        package, _, module = self.decoder.__module__.partition(".")
+        if not module:
+            pytest.skip("a model in one file has no commands")
+        return package
+
+
+def commands_in(text: str) -> dict[str, list[str]]:
+    """The words of the commands in what a run printed, by the purpose in the comment above each."""
+    lines = text.replace("\\\n", "").splitlines()
+    return {
+        line.removeprefix("# "): shlex.split(below)
+        for line, below in zip(lines, lines[1:], strict=False)
+        if line.startswith("# ")
+    }
 
 
 def logits_of(model: Decoder, tokens_BL: Tensor) -> Tensor:

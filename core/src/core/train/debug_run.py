@@ -1,5 +1,6 @@
 """The short run that every model's debug recipe is."""
 
+from core.checkpoint.settings import Checkpoint
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
@@ -16,4 +17,5 @@ def laptop_run(model: Decoder.Config) -> Trainer.Config:
         optimizer=Optimizer.Config(lr=4e-3),
         lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
         validator=Validator.Config(enable=True, freq=100, steps=16),
+        checkpoint=Checkpoint(enable=True),
     )

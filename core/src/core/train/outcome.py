@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from core.checkpoint.find import Found
 from core.checkpoint.key_map import HFModel
-from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import seen_from
 from core.config.errors import UserError
 from core.parallel.layout import Layout
@@ -119,7 +118,7 @@ def commands(
         yield "see the curve", [["tensorboard"], ["--logdir", str(folder / run.metrics.save_tb_folder)]]
     if saved is None:
         return
-    place = str(folder) if run.checkpoint.folder == Checkpoint().folder else str(saved)
+    place = str(folder)
     if saved.storage.is_local and has(package, "generate"):
         yield (
             "write text",

@@ -1,7 +1,4 @@
-"""Let a DeepSeek-V3 write.
-
-python -m deepseek_v3.generate --config deepseek_v3_16b --checkpoint FOLDER --prompt TEXT
-"""
+"""Let a DeepSeek-V3 write: python -m deepseek_v3.generate --checkpoint FOLDER --prompt TEXT."""
 
 from core.generate.command import main
 from deepseek_v3 import configs

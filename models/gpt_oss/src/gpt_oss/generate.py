@@ -1,7 +1,4 @@
-"""Let a GPT-OSS write.
-
-python -m gpt_oss.generate --config gpt_oss_20b --checkpoint FOLDER --prompt TEXT
-"""
+"""Let a GPT-OSS write: python -m gpt_oss.generate --checkpoint FOLDER --prompt TEXT."""
 
 from core.generate.command import main
 from gpt_oss import configs

@@ -1,7 +1,4 @@
-"""Let a Llama 3 write.
-
-python -m llama3.generate --config llama3_8b --checkpoint FOLDER --prompt TEXT
-"""
+"""Let a Llama 3 write: python -m llama3.generate --checkpoint FOLDER --prompt TEXT."""
 
 from core.generate.command import main
 from llama3 import configs

@@ -1,7 +1,4 @@
-"""Let a Qwen3 write.
-
-python -m qwen3.generate --config qwen3_1_7b --checkpoint FOLDER --prompt TEXT
-"""
+"""Let a Qwen3 write: python -m qwen3.generate --checkpoint FOLDER --prompt TEXT."""
 
 from core.generate.command import main
 from qwen3 import configs

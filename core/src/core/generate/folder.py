@@ -1,0 +1,86 @@
+"""What a folder of weights says of the model in it, and of its tokenizer."""
+
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from core.checkpoint.saved import described_in
+from core.checkpoint.weights import hf_config, model_of, read_config
+from core.config.configurable import owner_of
+from core.config.errors import UserError
+from core.config.links import file_in
+from core.config.recipe import from_recipe, recipes
+from core.config.record import from_dict
+from core.data.tokenizer import Tokenizer
+from core.nn.decoder import Decoder
+
+
+def described(
+    folder: str | Path, configs: ModuleType, trust: Collection[str]
+) -> tuple[Decoder.Config, Tokenizer.Config]:
+    """The model whose weights a folder holds, and the tokenizer of its run, or else the default.
+
+    The folder is that of a run, of a checkpoint, of weights of ours, or of Hugging Face, there of a family that the
+    recipes in `configs` have. Raises `UserError` for another one.
+    """
+    place = described_in(folder)
+    stated = read_config(place)
+    if "model_type" in stated:
+        return of_hugging_face(place, configs), Tokenizer.Config()
+    if "class" not in model_of(stated):
+        raise UserError(f"{place}/config.json describes no model: it states neither a class nor a model_type")
+    trust = [configs.__name__.partition(".")[0], *trust]
+    try:
+        model = from_dict(model_of(stated), Decoder.Config, trust=trust)
+        tokenizer = from_dict(stated.get("tokenizer", {"path": None}), Tokenizer.Config, trust=trust)
+    except UserError as error:
+        raise UserError(f"{place}/config.json describes no model:\n{error}") from error
+    return cast(Decoder.Config, model), cast(Tokenizer.Config, tokenizer)
+
+
+def existing(folder: str) -> Path:
+    """A folder that is there; raises `UserError` for another."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: --checkpoint names one with config.json and weights")
+    return path
+
+
+def of_hugging_face(folder: Path, configs: ModuleType) -> Decoder.Config:
+    """The model of a Hugging Face folder, by the first family of the recipes that knows it."""
+    problems: list[str] = []
+    for family in families(configs):
+        try:
+            return cast(Decoder.Config, hf_config(family, folder))
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("\n".join(problems))
+
+
+def families(configs: ModuleType) -> list[Any]:
+    """The models of the recipes, each once."""
+    models = [getattr(from_recipe(name, configs), "model", None) for name in recipes(configs)]
+    return list({owner_of(type(model)): None for model in models if isinstance(model, Decoder.Config)})
+
+
+def tokenizer_in(folder: Path) -> str | None:
+    """The file of the tokenizer in a folder, if there is one."""
+    files = (file_in(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
+    return next((str(file) for file in files if file is not None), None)
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, folder: Path, *, found: bool) -> None:
+    """Raise `UserError` when a tokenizer is not that of the model, which has `vocab_size` rows.
+
+    One that was not `found`, by a path or in the folder, is the bundled one, and that of a run which says so."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, model.vocab_size is {vocab_size:,}: "
+            "they do not belong together; choose the model's own with --tokenizer.path"
+        )
+    if not found and tokenizer.vocab_size != vocab_size and "tokenizer" not in read_config(described_in(folder)):
+        raise UserError(
+            f"{folder} has no tokenizer, and the bundled one of {tokenizer.vocab_size:,} tokens is not that of a model "
+            f"of {vocab_size:,}: choose the model's own with --tokenizer.path"
+        )
