@@ -11,6 +11,7 @@ import pytest
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.data import corpus as corpus_module
+from core.data import sections as sections_module
 from core.data import text_files
 from core.data.corpus import SPLITS, Corpus, Progress
 from core.data.sampling import held_out
@@ -47,7 +48,9 @@ def check_content(corpus, tokenizer) -> None:
         expected = [token for ids in tokenizer.encode_documents(texts) for token in ids]
         assert tokens_of(corpus, split) == expected
         n_bytes = sum(len(text.encode()) for text in texts)
-        assert corpus.split(split).extent == Extent(documents=len(texts), tokens=len(expected), bytes=n_bytes)
+        assert corpus.split(split).extent == Extent(
+            documents=len(texts), tokens=len(expected), bytes=n_bytes, sections=len(texts)
+        )
 
 
 def count_preparations(monkeypatch) -> list[str]:
@@ -59,7 +62,7 @@ def count_preparations(monkeypatch) -> list[str]:
 
 def test_every_document_is_in_its_split_once(config, tokenizer, monkeypatch):
     for size in (1, 300, 2**20):
-        monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", size)
+        monkeypatch.setattr(sections_module, "_BATCH_CHARACTERS", size)
         config.cache_folder += str(size)
         check_content(config.build(tokenizer=tokenizer), tokenizer)
 
@@ -113,13 +116,13 @@ def test_damaged_cache_is_named_and_prepared_anew(config, tokenizer, logged, dam
     assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
 
 
-@pytest.mark.parametrize("where", ["encode_documents", "manifest"])
+@pytest.mark.parametrize("where", ["encode_sections", "manifest"])
 def test_exception_while_preparing_leaves_nothing(config, tokenizer, monkeypatch, where, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(Tokenizer, where, stop) if where == "encode_documents" else (Manifest, "write", stop))
+        patch.setattr(*(Tokenizer, where, stop) if where == "encode_sections" else (Manifest, "write", stop))
         with pytest.raises(KeyboardInterrupt):
             config.build(tokenizer=tokenizer)
     assert list((tmp_path / "kept" / "corpora").iterdir()) == []
@@ -128,15 +131,15 @@ def test_exception_while_preparing_leaves_nothing(config, tokenizer, monkeypatch
 
 KILLED = """
 import os, signal, sys
-from core.data import corpus, shards
+from core.data import corpus, sections, shards
 from core.data.tokenizer import Tokenizer
-corpus._BATCH_CHARACTERS = 300
+sections._BATCH_CHARACTERS = 300
 when, dataset, cache = sys.argv[1:]
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 if when == "half":
-    encode, texts_left = Tokenizer.encode_documents, iter(range(3))
-    Tokenizer.encode_documents = lambda *args: die() if next(texts_left, None) is None else encode(*args)
+    encode, texts_left = Tokenizer.encode_sections, iter(range(3))
+    Tokenizer.encode_sections = lambda *args: die() if next(texts_left, None) is None else encode(*args)
 elif when == "terminated":
     shards.Manifest.write = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
 else:
@@ -162,17 +165,17 @@ def test_killed_preparation_leaves_nothing_that_looks_complete(config, tokenizer
 AT_ONCE = """
 import sys, time
 from pathlib import Path
-from core.data import corpus
+from core.data import corpus, sections
 from core.data.tokenizer import Tokenizer
 dataset, cache, here, other = sys.argv[1:]
-corpus._BATCH_CHARACTERS = 300
-encode = Tokenizer.encode_documents
+sections._BATCH_CHARACTERS = 300
+encode = Tokenizer.encode_sections
 def meet(self, texts):
     Path(here).touch()
     while not Path(other).exists():
         time.sleep(0.001)
     return encode(self, texts)
-Tokenizer.encode_documents = meet
+Tokenizer.encode_sections = meet
 config = corpus.Corpus.Config(dataset=dataset, cache_folder=cache, validation_fraction=0.2)
 stream = config.build(tokenizer=Tokenizer.Config().build()).split("train")
 print(stream.extent.tokens)
@@ -264,8 +267,8 @@ def test_settings_are_checked():
 
 
 def test_preparation_needs_no_more_memory_for_more_text(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", 2**13)
-    monkeypatch.setattr(text_files, "DOCUMENT_CHARACTERS", 2**13)
+    monkeypatch.setattr(sections_module, "_BATCH_CHARACTERS", 2**13)
+    monkeypatch.setattr(text_files, "FILE_CHARACTERS", 2**13)
     peaks = []
     for n_lines in (2_000, 20_000):
         path = tmp_path / f"{n_lines}.txt"

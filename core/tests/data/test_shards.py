@@ -27,7 +27,7 @@ def random_documents(n, vocab_size, seed=0):
 def written(folder, documents, vocab_size, shard_tokens, batch=7):
     writer = SplitWriter(folder, "train", vocab_size, shard_tokens)
     for i in range(0, len(documents), batch):
-        writer.write(documents[i : i + batch], n_bytes=3)
+        writer.write(documents[i : i + batch], [True] * len(documents[i : i + batch]), n_bytes=3)
     writer.close()
     manifest = Manifest(
         made_from={},
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize, shard_tokens):
     manifest = written(tmp_path, documents, vocab_size, shard_tokens)
     n_tokens = sum(map(len, documents))
     assert read_manifest(tmp_path) == manifest
-    assert manifest.splits["train"] == Extent(documents=101, tokens=n_tokens, bytes=3 * 15)
+    assert manifest.splits["train"] == Extent(documents=101, tokens=n_tokens, bytes=3 * 15, sections=101)
     files = sorted(tmp_path.glob("*.tokens"))
     assert len(files) == -(-n_tokens // shard_tokens)
     assert all(file.stat().st_size == shard_tokens * itemsize for file in files[:-1])
@@ -72,20 +72,41 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize, shard_tokens):
 
 def test_stream_in_memory_equals_files(tmp_path):
     documents = random_documents(50, 1000)
-    stream = TokenStream.hold(documents, 5, 1000)
-    assert stream.extent == Extent(documents=50, tokens=sum(map(len, documents)), bytes=5)
+    stream = TokenStream.hold(documents, [True] * 50, 5, 1000)
+    assert stream.extent == Extent(documents=50, tokens=sum(map(len, documents)), bytes=5, sections=50)
     check_windows(stream, documents, 8)
+
+
+def test_sections_that_go_on_are_one_document(tmp_path):
+    """In one write and over two, in files and in memory."""
+    documents = random_documents(40, 1000)
+    opens = [i % 5 < 2 for i in range(40)]
+    whole: list[list[int]] = []
+    for ids, new in zip(documents, opens, strict=True):
+        whole += [list(ids)] if new else []
+        whole[-1] += [] if new else ids
+    writer = SplitWriter(tmp_path, "train", 1000, 64)
+    for i in range(0, 40, 7):
+        writer.write(documents[i : i + 7], opens[i : i + 7], n_bytes=1)
+    writer.close()
+    extent = Extent(documents=len(whole), tokens=sum(map(len, whole)), bytes=6, sections=40)
+    assert writer.extent == extent
+    manifest = Manifest(made_from={}, vocab_size=1000, splits={"train": extent}, shard_tokens=64, files=writer.files)
+    check_windows(TokenStream.map(tmp_path, manifest, "train"), whole, 8)
+    held = TokenStream.hold(documents, opens, 6, 1000)
+    assert held.extent == extent
+    check_windows(held, whole, 8)
 
 
 def test_empty_split(tmp_path):
     manifest = written(tmp_path, [], 100, 16)
     assert read_manifest(tmp_path).splits["train"] == Extent()
     assert TokenStream.map(tmp_path, manifest, "train").extent.tokens == 0
-    assert TokenStream.hold([], 0, 10).extent.tokens == 0
+    assert TokenStream.hold([], [], 0, 10).extent.tokens == 0
 
 
 def test_windows_beyond_the_end_are_refused(tmp_path):
-    stream = TokenStream.hold([[1, 2, 3, 4, 5]], 5, 6)
+    stream = TokenStream.hold([[1, 2, 3, 4, 5]], [True], 5, 6)
     assert stream.windows(np.array([0]), 4)[0].tolist() == [[1, 2, 3, 4, 5]]
     for window, seq_len in ((1, 4), (0, 5), (-1, 2)):
         with pytest.raises(AssertionError):

@@ -8,14 +8,21 @@ from pydoc_data.topics import topics
 import pytest
 
 from core.config.errors import UserError
-from core.data.source import StandardLibrary, TextFiles, open_source
+from core.data.source import Source, StandardLibrary, TextFiles, open_source
+
+
+def texts(source: Source) -> list[str]:
+    """The documents of a source, none of which is long."""
+    sections = list(source.sections())
+    assert all(section.opens and section.closes for section in sections)
+    return [section.text for section in sections]
 
 
 def test_standard_library_is_many_megabytes_of_real_text():
     source = open_source("stdlib", "text", "error")
     assert isinstance(source, StandardLibrary)
-    documents = list(source.documents())
-    assert documents == list(source.documents())
+    documents = texts(source)
+    assert documents == texts(source)
     assert sum(map(len, documents)) > 8_000_000
     assert all(topic in documents for topic in topics.values())
     assert any('"""Random variable generators.' in document for document in documents)
@@ -41,7 +48,7 @@ def test_standard_library_leaves_out_tests_packages_and_what_python_cannot_decod
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     source = StandardLibrary(tmp_path)
-    found = list(source.documents())
+    found = texts(source)
     assert found == ["# -*- coding: latin-1 -*-\n# é\n", "b = 1\n", *(topics[name] for name in sorted(topics))]
     before = source.fingerprint()
     (tmp_path / "b.py").write_bytes(b"b = 10\n")
@@ -69,19 +76,19 @@ def test_documents_of_several_files_without_blank_ones(tmp_path):
     (tmp_path / "b.txt").write_text("c")
     (tmp_path / "c.txt").write_text("\n\n")
     source = open_source(str(tmp_path), "text", "error")
-    assert list(source.documents()) == ["a", "b", "c"]
+    assert texts(source) == ["a", "b", "c"]
 
 
 def test_bad_lines_are_counted_in_the_log(tmp_path, logged):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + "no JSON\n" * 1234)
-    assert list(open_source(str(path), "text", "skip").documents()) == ["a"]
+    assert texts(open_source(str(path), "text", "skip")) == ["a"]
     assert logged == [
         f"WARNING: {path}: left out 1,234 unreadable lines; the first: {path}:2: "
         "not JSON (Expecting value: line 1 column 1 (char 0))"
     ]
     with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
-        list(open_source(str(path), "text", "error").documents())
+        texts(open_source(str(path), "text", "error"))
 
 
 def test_source_that_yields_nothing(tmp_path):
@@ -90,7 +97,7 @@ def test_source_that_yields_nothing(tmp_path):
         path.write_text(content)
         left_out = ", with 1 unreadable lines left out" if "no" in content else ""
         with pytest.raises(UserError, match=f"a.jsonl yields no text{left_out}$"):
-            list(open_source(str(path), "text", "skip").documents())
+            texts(open_source(str(path), "text", "skip"))
 
 
 @pytest.fixture
@@ -108,8 +115,8 @@ def hub(tmp_path, monkeypatch):
 
 def test_hub_dataset_is_streamed(hub):
     source = open_source(f"hf:{hub}", "text", "error")
-    assert list(source.documents()) == [f"row {i}" for i in range(5)] == list(source.documents())
-    assert list(open_source(f"hf:{hub}:default@test", "text", "error").documents()) == ["held"]
+    assert texts(source) == [f"row {i}" for i in range(5)] == texts(source)
+    assert texts(open_source(f"hf:{hub}:default@test", "text", "error")) == ["held"]
     before = source.fingerprint()
     assert before == open_source(f"hf:{hub}", "text", "error").fingerprint()
     (hub / "train.jsonl").write_text('{"text": "other", "n": 1}')
@@ -122,7 +129,7 @@ def test_hub_dataset_with_wrong_names(hub):
         with pytest.raises(UserError, match="cannot open the Hugging Face dataset hf:.*none"):
             open_source(dataset, "text", "error")
     with pytest.raises(UserError, match="row 1: expected text in the field 'n', got a value of type int"):
-        list(open_source(f"hf:{hub}", "n", "error").documents())
+        texts(open_source(f"hf:{hub}", "n", "error"))
 
 
 def test_hub_dataset_without_the_package(monkeypatch):

@@ -118,7 +118,7 @@ def test_rank_without_documents(build, config):
     config.validation_fraction = 0.0
     build(rank=59, n_ranks=60).read(0, 3)
     loader = build(rank=60, n_ranks=61)
-    with pytest.raises(UserError, match="no training document for rank 60 of 61: use fewer ranks"):
+    with pytest.raises(UserError, match="no training text for rank 60 of 61: use fewer ranks"):
         loader.read(0, 1)
 
 

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from core.config.errors import UserError
-from core.data import text_files
-from core.data.text_files import BadLines, find_files, read_documents
+from core.data import sections, text_files
+from core.data.sections import Section
+from core.data.text_files import BadLines, find_files, read_sections
 
 
 def documents(path: Path, policy="error", field="text") -> list[str]:
-    return list(read_documents(path, field, BadLines(policy)))
+    """The documents of a file, none of which is long."""
+    sections = list(read_sections(path, field, BadLines(policy)))
+    assert all(section.opens and section.closes for section in sections)
+    return [section.text for section in sections]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -59,7 +63,7 @@ def test_unreadable_json_line(tmp_path, line, reason):
     with pytest.raises(UserError, match=rf"a\.jsonl:3: {reason}.*on_bad_line skip"):
         documents(path)
     bad = BadLines("skip")
-    assert list(read_documents(path, "text", bad)) == ["before", "after"]
+    assert [section.text for section in read_sections(path, "text", bad)] == ["before", "after"]
     assert bad.count == 1 and bad.first.startswith(f"{path}:3: ")
 
 
@@ -78,7 +82,7 @@ def test_bad_utf8_in_text(tmp_path):
     with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8 \(invalid start byte\)"):
         documents(path)
     bad = BadLines("skip")
-    assert list(read_documents(path, "text", bad)) == ["one\nthree "]
+    assert [section.text for section in read_sections(path, "text", bad)] == ["one\nthree "]
     assert bad.count == 2
 
 
@@ -91,17 +95,22 @@ def test_character_across_two_parts_of_a_long_line(tmp_path, monkeypatch):
     assert documents(write(tmp_path / "a.txt", b"aaaaaa\xc3" + b"\xffbbb\nnext"), "skip") == ["aaaaaanext"]
 
 
-def test_long_text_is_cut_between_paragraphs(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "DOCUMENT_CHARACTERS", 100)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+def test_a_long_document_comes_in_sections(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text_files, "FILE_CHARACTERS", 100)
+    monkeypatch.setattr(sections, "ROW_CHARACTERS", 100)
+    monkeypatch.setattr(sections, "_PART_CHARACTERS", 30)
     monkeypatch.setattr(text_files, "_PART_BYTES", 30)
-    paragraphs = "".join(f"paragraph {i}\nwith two lines\n\n" for i in range(40))
-    for text in (paragraphs, paragraphs.replace("\n\n", "\n"), paragraphs.replace("\n", " "), "x" * 1234, "x" * 100):
-        found = documents(write(tmp_path / "a.txt", text))
-        assert "".join(found) == text
-        assert all(len(document) <= 100 for document in found)
-        assert len(found) <= 2 * len(text) / 100 + 1
-    found = documents(write(tmp_path / "a.txt", paragraphs))
-    assert all(document.startswith("paragraph") and document.endswith("\n\n") for document in found[:-1])
+    text = "".join(f"paragraph {i}\nwith two lines\n\n" for i in range(40))
+    rows = [text, "short"] if "jsonl" in name else [text]
+    content = "".join(json.dumps({"text": row}) + "\n" for row in rows) if "jsonl" in name else text
+    found = list(read_sections(write(tmp_path / name, content), "text", BadLines("error")))
+    if "jsonl" in name:
+        assert found.pop() == Section("short")
+    assert "".join(section.text for section in found) == text and len(found) > 10
+    assert [section.opens for section in found] == [i == 0 for i in range(len(found))]
+    assert [section.closes for section in found] == [i == len(found) - 1 for i in range(len(found))]
+    assert all(section.text.startswith("paragraph") and section.text.endswith("\n\n") for section in found)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
@@ -110,7 +119,7 @@ def test_file_larger_than_memory_is_read_in_bounded_memory(tmp_path, name):
     path = write(tmp_path / name, line * 12_000)
     tracemalloc.start()
     try:
-        size = sum(len(document) for document in read_documents(path, "text", BadLines("error")))
+        size = sum(len(section.text) for section in read_sections(path, "text", BadLines("error")))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

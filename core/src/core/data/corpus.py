@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from core.config.errors import UserError
 from core.config.record import absolute
 from core.data import integrity, shards
 from core.data.sampling import held_out
+from core.data.sections import batches, settled
 from core.data.shards import DamagedError, Manifest, SplitWriter, TokenStream, digest
 from core.data.source import Source, absolute_dataset, open_source
 from core.data.staging import staging_folder
@@ -27,7 +29,6 @@ from core.runtime.log import LOGGER
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-_BATCH_CHARACTERS = 2**20
 _ANOTHER_PLACE = "choose another place with cache_folder"
 _LOG_INTERVAL_S = 10.0
 _LIVE_INTERVAL_S = 0.2
@@ -79,7 +80,7 @@ class Corpus(Configurable):
         name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
-        self._verify = verify
+        self._verify, self._vocab_size = verify, tokenizer.vocab_size
         self.manifest: Manifest = self._find() or self._prepare(source, tokenizer, config.validation_fraction)
 
     def split(self, split: Split) -> TokenStream:
@@ -89,7 +90,8 @@ class Corpus(Configurable):
     def describe(self, split: Split) -> str:
         """One line: how much the split holds, and where it lies."""
         extent = self.manifest.splits[split]
-        size = f"{extent.documents:,} documents, {extent.tokens / 1e6:,.1f} M tokens ({split})"
+        sections = f" in {extent.sections:,} sections" if extent.sections > extent.documents else ""
+        size = f"{extent.documents:,} documents{sections}, {extent.tokens / 1e6:,.1f} M tokens ({split})"
         return f"{self.name}: {size}, cached in {self.folder}"
 
     def _find(self) -> Manifest | None:
@@ -106,7 +108,8 @@ class Corpus(Configurable):
     def _read(self) -> Manifest:
         """What the cache holds; DamagedError where that is not what was written there for these settings."""
         manifest = shards.read_manifest(self.folder)
-        if manifest.made_from != self._made_from or manifest.splits.keys() != set(SPLITS):
+        same = (manifest.made_from, manifest.vocab_size) == (self._made_from, self._vocab_size)
+        if not same or manifest.splits.keys() != set(SPLITS):
             raise DamagedError("it was made from something else")
         integrity.check_files(self.folder, manifest, hashes=self._verify)
         return manifest
@@ -176,31 +179,26 @@ def _write(
         for writer in writers.values():
             opened.callback(writer.close)
         with Progress(source.name) as progress:
-            first = 0
-            for texts in batches(source.documents()):
-                sizes = np.array([len(text.encode()) for text in texts])
-                encoded = tokenizer.encode_documents(texts)
-                validation = held_out(first, len(texts), fraction)
+            first, before, long = 0, False, Counter[str]()
+            for batch in batches(source.sections()):
+                held = held_out(first, len(batch) + 1, fraction)
+                sections = settled(batch, [before, *held.tolist()])
+                encoded = tokenizer.encode_sections(sections)
+                sizes = np.array([len(section.text.encode()) for section in sections])
+                validation = held[:-1]
                 for split, chosen in (("train", ~validation), ("validation", validation)):
-                    writers[split].write([encoded[i] for i in np.flatnonzero(chosen)], int(sizes[chosen].sum()))
-                first += len(texts)
-                progress.add(len(texts), int(sizes.sum()))
+                    places = np.flatnonzero(chosen)
+                    opens = [sections[i].opens for i in places]
+                    writers[split].write([encoded[i] for i in places], opens, int(sizes[chosen].sum()))
+                first, before = first + len(batch), bool(validation[-1])
+                long["documents"] += sum(section.opens and not section.closes for section in batch)
+                long["sections"] += sum(not section.opens or not section.closes for section in batch)
+                progress.add(sum(section.opens for section in batch), int(sizes.sum()))
+    if long["documents"]:
+        counts = f"{long['documents']:,} long documents were tokenised in {long['sections']:,} sections"
+        LOGGER.info("%s: %s, with nothing between them", source.name, counts)
     files = {name: sha256 for writer in writers.values() for name, sha256 in writer.files.items()}
     return {split: writer.extent for split, writer in writers.items()}, files
-
-
-def batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """The documents in lists of about a million characters, so that many cores may encode one."""
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class Progress:

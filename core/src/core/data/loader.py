@@ -11,7 +11,7 @@ from core.config.errors import UserError
 from core.data.corpus import Corpus, Split
 from core.data.packing import Batch, pack
 from core.data.sampling import shuffled
-from core.data.shards import TokenStream, digest
+from core.data.shards import FORMAT, TokenStream, digest
 from core.data.source import open_source
 from core.data.streaming import StreamedSamples, reserved_documents
 from core.data.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ class DataLoader(Configurable):
             self._index(corpus.split(split), split, config.epochs)
             return
         source = open_source(config.dataset, config.text_field, config.on_bad_line)
-        self.fingerprint = digest([source.fingerprint(), tokenizer.fingerprint])
+        self.fingerprint = digest([FORMAT, source.fingerprint(), tokenizer.fingerprint])
         if split == "validation":
             held = reserved_documents(source, tokenizer, config.validation_fraction)
             self.description = f"{source.name}: {held.extent.documents:,} documents held in memory (validation)"

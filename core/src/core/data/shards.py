@@ -21,7 +21,8 @@ import numpy as np
 from core.config.errors import UserError
 from core.config.json_file import read_json
 
-FORMAT = 3
+FORMAT = 4
+"""Another one whenever the same text becomes other tokens or other files."""
 SHARD_TOKENS = 2**28
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
@@ -38,6 +39,8 @@ class Extent:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    sections: int = 0
+    """More than documents where some are long: see core.data.sections."""
     sha256: str = field(default="", compare=False)
     """Hash of the tokens and of the places where documents begin, whatever files hold them; empty for what was not
     written."""
@@ -56,13 +59,14 @@ class SplitWriter:
         self._shard: HashedFile | None = None
         self._hash = hashlib.sha256()
 
-    def write(self, documents: Sequence[list[int]], n_bytes: int) -> None:
-        """Append documents, whose text has `n_bytes` in UTF-8."""
-        lengths = np.array([len(ids) for ids in documents], dtype=STARTS)
-        starts = (self.extent.tokens + np.cumsum(lengths) - lengths).astype(STARTS).tobytes()
-        self._starts.write(starts)
-        self._hash.update(starts)
-        tokens = np.fromiter(chain.from_iterable(documents), self._dtype, count=int(lengths.sum()))
+    def write(self, sections: Sequence[list[int]], opens: Sequence[bool], n_bytes: int) -> None:
+        """Append sections of documents, each opening one or going on, whose text has `n_bytes` in UTF-8."""
+        lengths = np.array([len(ids) for ids in sections], dtype=STARTS)
+        starts = self.extent.tokens + np.cumsum(lengths) - lengths
+        opening = starts[np.array(opens, np.bool_)].astype(STARTS).tobytes()
+        self._starts.write(opening)
+        self._hash.update(opening)
+        tokens = np.fromiter(chain.from_iterable(sections), self._dtype, count=int(lengths.sum()))
         while tokens.size:
             filled = self.extent.tokens % self._shard_tokens
             if filled == 0:
@@ -72,7 +76,8 @@ class SplitWriter:
             self._shard.write(part.tobytes())
             self._hash.update(part.tobytes())
             self.extent.tokens += part.size
-        self.extent.documents += len(documents)
+        self.extent.documents += sum(opens)
+        self.extent.sections += len(sections)
         self.extent.bytes += n_bytes
 
     def _next_shard(self) -> None:
@@ -176,7 +181,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_counts(manifest: Manifest) -> None:
     counts = [manifest.vocab_size, manifest.shard_tokens]
     for extent in manifest.splits.values():
-        counts += [extent.documents, extent.tokens, extent.bytes]
+        counts += [extent.documents, extent.tokens, extent.bytes, extent.sections]
     if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts) or manifest.shard_tokens == 0:
         raise ValueError(f"counts {counts}")
     if not all(isinstance(extent.sha256, str) for extent in manifest.splits.values()):
@@ -224,13 +229,15 @@ class TokenStream:
         return cls(shards, starts, extent, vocab_size=manifest.vocab_size, folder=folder)
 
     @classmethod
-    def hold(cls, documents: Sequence[list[int]], n_bytes: int, vocab_size: int) -> "TokenStream":
-        """A stream of the documents, held in memory."""
-        lengths = np.array([len(ids) for ids in documents], dtype=STARTS)
-        extent = Extent(documents=len(documents), tokens=int(lengths.sum()), bytes=n_bytes)
-        tokens = np.fromiter(chain.from_iterable(documents), np.dtype("<u4"), count=extent.tokens)
-        shards = [tokens] if extent.tokens else []
-        return cls(shards, np.cumsum(lengths) - lengths, extent, vocab_size=vocab_size)
+    def hold(
+        cls, sections: Sequence[Sequence[int] | np.ndarray], opens: Sequence[bool], n_bytes: int, vocab_size: int
+    ) -> "TokenStream":
+        """A stream of sections of documents, held in memory."""
+        lengths = np.array([len(ids) for ids in sections], dtype=STARTS)
+        starts = (np.cumsum(lengths) - lengths)[np.array(opens, np.bool_)]
+        extent = Extent(documents=starts.size, tokens=int(lengths.sum()), bytes=n_bytes, sections=len(sections))
+        shards = [np.concatenate([np.asarray(ids, "<u4") for ids in sections])] if extent.tokens else []
+        return cls(shards, starts, extent, vocab_size=vocab_size)
 
     def windows(self, numbers: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and document starts (bool) of windows, both of shape (len(numbers), seq_len + 1).

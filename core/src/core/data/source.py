@@ -14,7 +14,8 @@ from typing import Any
 
 from core.config.errors import UserError
 from core.config.record import absolute
-from core.data.text_files import BadLines, OnBadLine, find_files, read_documents, text_of
+from core.data.sections import Section, cut_row
+from core.data.text_files import BadLines, OnBadLine, find_files, read_sections, text_of
 
 STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
@@ -34,20 +35,20 @@ class Source(ABC):
         """What changes when the text does (data for JSON), found without reading the text."""
 
     @abstractmethod
-    def _texts(self, bad: BadLines) -> Iterator[str]: ...
+    def _sections(self, bad: BadLines) -> Iterator[Section]: ...
 
-    def documents(self) -> Iterator[str]:
-        """One pass over all documents; those without a visible character are left out.
+    def sections(self) -> Iterator[Section]:
+        """One pass over the sections of all documents; documents without a visible character are left out.
 
         Raises UserError at an unreadable line (unless these are left out: their number is logged at the end of the
         pass) and at the end of a pass that found no document.
         """
         bad = BadLines(self.on_bad_line)
         found = False
-        for text in self._texts(bad):
-            if text and not text.isspace():
+        for section in self._sections(bad):
+            if not section.is_blank:
                 found = True
-                yield text
+                yield section
         bad.summarise(self.name)
         if not found:
             left_out = f", with {bad.count:,} unreadable lines left out" if bad.count else ""
@@ -74,16 +75,16 @@ class StandardLibrary(Source):
             found += [Path(folder, name).relative_to(self.root).as_posix() for name in names if name.endswith(".py")]
         return sorted(name for name in found if name != _TOPICS)
 
-    def _texts(self, bad: BadLines) -> Iterator[str]:
+    def _sections(self, bad: BadLines) -> Iterator[Section]:
         for name in self._files():
             try:
                 with tokenize.open(self.root / name) as file:
                     text = file.read()
             except (SyntaxError, UnicodeDecodeError):
                 continue
-            yield text
+            yield from cut_row(text)
         for topic in sorted(topics):
-            yield topics[topic]
+            yield from cut_row(topics[topic])
 
 
 class TextFiles(Source):
@@ -97,9 +98,9 @@ class TextFiles(Source):
     def fingerprint(self) -> list[Any]:
         return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
 
-    def _texts(self, bad: BadLines) -> Iterator[str]:
+    def _sections(self, bad: BadLines) -> Iterator[Section]:
         for file in self.files:
-            yield from read_documents(file, self.text_field, bad)
+            yield from read_sections(file, self.text_field, bad)
 
 
 class HubDataset(Source):
@@ -126,7 +127,7 @@ class HubDataset(Source):
     def fingerprint(self) -> list[Any]:
         return [self._builder.config_id, self._builder.hash]
 
-    def _texts(self, bad: BadLines) -> Iterator[str]:
+    def _sections(self, bad: BadLines) -> Iterator[Section]:
         try:
             for number, row in enumerate(self._rows, start=1):
                 yield from text_of(row, self.text_field, f"{self.name}, row {number}", bad)

@@ -1,7 +1,7 @@
 """Samples of a source that is too large to index: tokenised while training, in order, with a saved place."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -10,38 +10,56 @@ import numpy as np
 from core.config.errors import UserError
 from core.data.packing import Batch, pack
 from core.data.sampling import held_out
+from core.data.sections import Section, batches, settled
 from core.data.shards import TokenStream
 from core.data.source import Source
 from core.data.tokenizer import Tokenizer
 
 RESERVED = 10_000
-"""Validation documents are held out of this many documents at the head of a stream."""
+"""Validation text is held out of this many documents (sections, where they are long) at the head of a stream."""
 
 
-def _reserved(document: int, fraction: float) -> bool:
-    return document < RESERVED and bool(held_out(document, 1, fraction)[0])
+def _reserved(number: int, fraction: float) -> bool:
+    return 0 <= number < RESERVED and bool(held_out(number, 1, fraction)[0])
 
 
 def reserved_documents(source: Source, tokenizer: Tokenizer, fraction: float) -> TokenStream:
-    """The documents that the training stream leaves out, in memory."""
-    head = enumerate(islice(source.documents(), RESERVED))
-    texts = [text for document, text in head if _reserved(document, fraction)]
-    return TokenStream.hold(
-        tokenizer.encode_documents(texts), sum(len(text.encode()) for text in texts), tokenizer.vocab_size
+    """What the training stream leaves out, in memory."""
+    head = (
+        _settled(number, section, lambda number: _reserved(number, fraction))
+        for number, section in enumerate(islice(source.sections(), RESERVED))
+        if _reserved(number, fraction)
     )
+    encoded: list[np.ndarray] = []
+    opens: list[bool] = []
+    n_bytes = 0
+    for sections in batches(head):
+        encoded += [np.array(ids, dtype="<u4") for ids in tokenizer.encode_sections(sections)]
+        opens += [section.opens for section in sections]
+        n_bytes += sum(len(section.text.encode()) for section in sections)
+    return TokenStream.hold(encoded, opens, n_bytes, tokenizer.vocab_size)
+
+
+def _settled(number: int, section: Section, place: Callable[[int], Hashable]) -> Section:
+    """A section as it stands where `place` sends its number and those of its neighbours."""
+    return settled([section], [place(n) for n in (number - 1, number, number + 1)])[0]
 
 
 class _Document(NamedTuple):
+    """A document, or a section of one that goes on unless it `opens`."""
+
     epoch: int
     number: int
     tokens: np.ndarray
+    opens: bool = True
 
 
 class StreamedSamples:
     """The training samples of one rank, which reads the documents whose number is `rank` modulo `n_ranks`.
 
-    Samples overlap by one token, as windows of an indexed corpus do. The place is (samples read, epoch, document,
-    tokens of that document already read); going back to it reads the earlier documents again without tokenising them.
+    Sections of long documents count as documents. Samples overlap by one token, as windows of an indexed corpus do. The
+    place is (samples read, epoch, document, tokens of that document already read); going back to it reads the earlier
+    documents again without tokenising them.
     """
 
     def __init__(
@@ -78,8 +96,12 @@ class StreamedSamples:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Return to a place; UserError when another rank, or a run with another number of ranks, saved it."""
+        """Return to a place; UserError when it is none, or another rank, or another number of ranks, saved it."""
         place = dict(state)
+        if place.keys() != self.state_dict().keys() or not all(
+            type(n) is int and 0 <= n < 2**62 for n in place.values()
+        ):
+            raise UserError(f"the saved state of the stream is none: {place}")
         rank, n_ranks = place.pop("rank"), place.pop("n_ranks")
         if (rank, n_ranks) != (self._rank, self._n_ranks):
             raise UserError(
@@ -92,19 +114,36 @@ class StreamedSamples:
         self._position, self._epoch, self._document, self._offset = position, epoch, document, offset
         self._queue: deque[_Document] = deque()
         self._documents = self._read_from(epoch, document)
+        if epoch or document or offset:
+            self._queue.append(self._document_at(epoch, document, offset))
+
+    def _document_at(self, epoch: int, number: int, offset: int) -> _Document:
+        """The first document from a saved place on."""
+        document = next(self._documents)
+        if (document.epoch, document.number) != (epoch, number) or offset >= document.tokens.size:
+            raise UserError(
+                f"{self._source.name} has no document {number:,} with {offset + 1:,} tokens for rank {self._rank}: the "
+                "text has changed since the place was saved"
+            )
+        return document
 
     def _read_from(self, epoch: int, first: int) -> Iterator[_Document]:
         while True:
             empty = True
-            for number, text in islice(enumerate(self._source.documents()), first, None):
-                if number % self._n_ranks == self._rank and not _reserved(number, self._fraction):
-                    empty = False
-                    [tokens] = self._tokenizer.encode_documents([text])
-                    yield _Document(epoch, number, np.array(tokens, dtype=np.int64))
+            for number, section in islice(enumerate(self._source.sections()), first, None):
+                if self._place(number) == (self._rank, False):
+                    section = _settled(number, section, self._place)
+                    [tokens] = self._tokenizer.encode_sections([section])
+                    empty &= not tokens
+                    yield _Document(epoch, number, np.array(tokens, dtype=np.int64), section.opens)
             if empty and first == 0:
                 rank = f"rank {self._rank} of {self._n_ranks}"
-                raise UserError(f"{self._source.name} has no training document for {rank}: use fewer ranks")
+                raise UserError(f"{self._source.name} has no training text for {rank}: use fewer ranks")
             epoch, first = epoch + 1, 0
+
+    def _place(self, number: int) -> tuple[int, bool]:
+        """The rank that reads a document, and whether it is held out instead."""
+        return number % self._n_ranks, _reserved(number, self._fraction)
 
     def _take(self, window: np.ndarray, starts: np.ndarray) -> None:
         """Fill one sample and move on by all its tokens but the last, which begins the next."""
@@ -113,7 +152,7 @@ class StreamedSamples:
             offset = self._offset if filled == 0 else 0
             part = document.tokens[offset : offset + window.size - filled]
             window[filled : filled + part.size] = part
-            starts[filled] |= offset == 0
+            starts[filled] |= offset == 0 and document.opens
             filled += part.size
             if filled == window.size:
                 break

@@ -4,6 +4,7 @@ import codecs
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from core.config.errors import UserError
+from core.data.sections import FILE_CHARACTERS, Section, cut, cut_row
 from core.runtime.log import LOGGER
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-DOCUMENT_CHARACTERS = 2**17
-"""A text file up to this length is one document; a longer one is cut into several, best between paragraphs."""
 LINE_BYTES = 2**28
 """A longer line of a .jsonl file is unreadable: it is most likely no line of JSON."""
 _PART_BYTES = 2**16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 OnBadLine = Literal["error", "skip"]
 Lines: TypeAlias = gzip.GzipFile | BufferedReader
@@ -80,13 +81,13 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def read_documents(path: Path, text_field: str, bad: BadLines) -> Iterator[str]:
-    """The documents of one file, in order."""
+def read_sections(path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
+    """The documents of one file, in order and in sections: a text file is one, and so is every line of a .jsonl."""
     with _reading(path), _open(path) as file:
         if ".jsonl" in (_suffix(path) or ""):
             yield from _json_lines(file, path, text_field, bad)
         else:
-            yield from _cut(_text_parts(file, path, bad))
+            yield from cut(_text_parts(file, path, bad), FILE_CHARACTERS)
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def _open(path: Path) -> Lines:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
-def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iterator[str]:
+def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
     number = 0
     while line := file.readline(LINE_BYTES):
         number += 1
@@ -113,17 +114,20 @@ def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iter
                 pass
         elif not line.isspace():
             try:
-                row = json.loads(line.decode("utf-8"))
+                text = line.decode("utf-8")
+                line = b""  # a long line is in memory as seldom as possible
+                row = json.loads(text)
             except UnicodeDecodeError as error:
                 bad.add(f"{path}:{number}", f"not UTF-8 ({error.reason} at byte {error.start})")
             except (ValueError, RecursionError) as error:
                 bad.add(f"{path}:{number}", f"not JSON ({error})")
             else:
+                text = ""
                 yield from text_of(row, text_field, f"{path}:{number}", bad)
 
 
-def text_of(row: object, text_field: str, place: str, bad: BadLines) -> Iterator[str]:
-    """The text in a row's field, or nothing when the row is reported as unreadable."""
+def text_of(row: object, text_field: str, place: str, bad: BadLines) -> Iterator[Section]:
+    """The text in a row's field, in sections; nothing when the row is reported as unreadable."""
     if not isinstance(row, dict):
         bad.add(place, f"expected an object with the field {text_field!r}, got a value of type {type(row).__name__}")
     elif text_field not in row:
@@ -131,18 +135,10 @@ def text_of(row: object, text_field: str, place: str, bad: BadLines) -> Iterator
         bad.add(place, f"no field {text_field!r}; there are: {fields} (choose one with text_field)")
     elif not isinstance(text := row[text_field], str):
         bad.add(place, f"expected text in the field {text_field!r}, got a value of type {type(text).__name__}")
-    elif not _is_unicode(text):
+    elif _SURROGATE.search(text):
         bad.add(place, f"the field {text_field!r} holds half of a surrogate pair, which is no character")
     else:
-        yield text
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        yield from cut_row(text)
 
 
 def _text_parts(file: Lines, path: Path, bad: BadLines) -> Iterator[str]:
@@ -164,27 +160,3 @@ def _text_parts(file: Lines, path: Path, bad: BadLines) -> Iterator[str]:
         if not part:
             return
         number += ends
-
-
-def _cut(parts: Iterator[str]) -> Iterator[str]:
-    """The text that `parts` make up, in documents of at most DOCUMENT_CHARACTERS."""
-    pieces: list[str] = []
-    length = 0
-    for part in parts:
-        pieces.append(part)
-        length += len(part)
-        while length > DOCUMENT_CHARACTERS:
-            text = "".join(pieces)
-            end = _end_of_document(text)
-            yield text[:end]
-            pieces, length = [text[end:]], length - end
-    yield "".join(pieces)
-
-
-def _end_of_document(text: str) -> int:
-    """Where to cut: after the last blank line in the second half of what is allowed, else line, else word."""
-    for mark in ("\n\n", "\n", " "):
-        place = text.rfind(mark, DOCUMENT_CHARACTERS // 2, DOCUMENT_CHARACTERS)
-        if place >= 0:
-            return place + len(mark)
-    return DOCUMENT_CHARACTERS

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
+from core.data.sections import Section
 
 
 class _Model(Protocol):
@@ -53,6 +54,7 @@ class Tokenizer(Configurable):
         self.eos_id: int | None = self._model.eos_id
         self.fingerprint: str = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
         """Differs wherever the ids of a text may."""
+        self._line_end: list[int] = self.encode("\n")
         no_eos = ", none that ends a document" if self.eos_id is None else ""
         self.description: str = f"{self._model.kind}, {self.vocab_size:,} tokens{no_eos} ({name})"
 
@@ -66,9 +68,25 @@ class Tokenizer(Configurable):
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each document as it stands in a token stream: bos, text, eos, as far as the tokenizer has them."""
+        return self.encode_sections([Section(text) for text in texts])
+
+    def encode_sections(self, sections: Sequence[Section]) -> list[list[int]]:
+        """The ids of sections as they stand in a token stream, with bos and eos where a document begins and ends.
+
+        What goes on is encoded as it would be behind a line end, so that a tokenizer which puts a space in front of
+        every text puts none into the middle of one.
+        """
+        encoded = self._model.encode_batch(
+            [section.text if section.opens else f"\n{section.text}" for section in sections]
+        )
         before = [] if self.bos_id is None else [self.bos_id]
         after = [] if self.eos_id is None else [self.eos_id]
-        return [before + ids + after for ids in self._model.encode_batch(texts)]
+        for i, section in enumerate(sections):
+            if not section.opens:
+                joins = encoded[i][: len(self._line_end)] == self._line_end
+                encoded[i] = encoded[i][len(self._line_end) :] if joins else self.encode(section.text)
+            encoded[i] = before * section.opens + encoded[i] + after * section.closes
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bos, eos and other control tokens give none."""

@@ -94,14 +94,14 @@ class TokenizerTraining(Configurable):
     def _pieces(self) -> Iterator[str]:
         """The text in pieces that end with a line, so that line ends become part of tokens."""
         room = self.config.text_mb * 1_000_000
-        for document in self.source.documents():
+        for text, _, _ in self.source.sections():
             start, end = 0, 0
-            while end < len(document):
+            while end < len(text):
                 limit = start + _PIECE_CHARACTERS
-                end = limit if limit >= len(document) else document.rfind("\n", start, limit) + 1 or limit
-                yield document[start:end]
+                end = limit if limit >= len(text) else text.rfind("\n", start, limit) + 1 or limit
+                yield text[start:end]
                 start = end
-            room -= len(document)
+            room -= len(text)
             if room <= 0:
                 LOGGER.info("%s: trained on its first %s million characters", self.source.name, self.config.text_mb)
                 return
