@@ -1,5 +1,6 @@
 """Validation over ranks gives the loss of one rank, and leaves training as it was."""
 
+import math
 from typing import Any
 
 import pytest
@@ -51,7 +52,11 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     )
     local = case.n_rows // layout.degrees.data if case.local_batch_size == -1 else case.local_batch_size
     validator = Validator.Config(enable=True, steps=steps).build(
-        loader=Rows(case.model), objective=objective, rows_per_step=case.n_rows, local_batch_size=local
+        loader=Rows(case.model),
+        objective=objective,
+        text_bytes=bytes_of,
+        rows_per_step=case.n_rows,
+        local_batch_size=local,
     )
     optimizer = Optimizer.Config().build(weights=parts.named_parameters())
 
@@ -64,15 +69,21 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     def counts() -> list[list[int]]:
         return [router.tokens_E.tolist() for model in parts.models for router in routers(model).values()]
 
-    losses = [validator.loss(lambda: False)] if first else []
+    measured = [validator.measure(lambda: False)] if first else []
     trained = train()
     counted = counts()
-    losses.append(validator.loss(lambda: False))
+    measured.append(validator.measure(lambda: False))
     assert counts() == counted, "validation counts as training"
     assert all(model.training for model in parts.models)
     trained += train()
-    assert validator.loss(lambda: True) is None and all(model.training for model in parts.models)
-    return {"losses": losses, "trained": trained}
+    assert validator.measure(lambda: True) is None and all(model.training for model in parts.models)
+    losses, bits = zip(*measured, strict=True)
+    return {"losses": losses, "bits": bits, "trained": trained}
+
+
+def bytes_of(batch: Batch) -> float:
+    """Text of which token n has n bytes."""
+    return float(batch.labels_BL[batch.labels_BL != IGNORE].sum())
 
 
 def loss_of_all(case: Case, n_rows: int) -> float:
@@ -109,9 +120,14 @@ def test_validation_over_ranks(name: str) -> None:
     alone = Case(case.model)
     expected = train_and_validate(alone, -1, True)
     assert expected["losses"][0] == pytest.approx(loss_of_all(alone, HELD_OUT), rel=1e-6)
+    labels = Rows(case.model).all.labels_BL
+    valid = labels[labels != IGNORE]
+    nats = expected["losses"][0] * len(valid)
+    assert expected["bits"][0] == pytest.approx(nats / math.log(2) / sum(valid.tolist()), rel=1e-9)
     assert expected["losses"][0] != pytest.approx(expected["losses"][1], rel=1e-4), "training changed nothing"
     for found in run_ranks(train_and_validate, case.world_size, case, -1, True):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert found["bits"] == pytest.approx(expected["bits"], rel=1e-5)
         assert found["trained"] == pytest.approx(expected["trained"], rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_run import toy_run
+from toy_run import VERSES, toy_run
 
 from core.activation_checkpoint.region import is_recomputing
 from core.config.errors import UserError
@@ -20,6 +20,7 @@ from core.config.record import from_json, to_json
 from core.config.validate import validate
 from core.data.loader import DataLoader
 from core.data.packing import IGNORE
+from core.data.sampling import held_out
 from core.nn.balance import routers
 from core.nn.kernel import Where
 from core.step.assemble import expert_loads
@@ -118,6 +119,14 @@ def test_validation_weighs_every_token_alike(tmp_path):
                 total -= logits[position].log_softmax(-1)[label].item()
                 count += 1
     assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-6)
+    left, n_bytes = loader.windows_per_epoch * 16 + 1, 0
+    for verse, held in zip(VERSES, held_out(0, len(VERSES), 0.1), strict=True):
+        if held:
+            ids = run_.tokenizer.encode_documents([verse])[0]
+            n_bytes += len(verse if left >= len(ids) else run_.tokenizer.decode(ids[:left]))
+            left = max(left - len(ids), 0)
+    bits = total / math.log(2) / n_bytes
+    assert records[-1]["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-6) and 1 < bits < 20
     assert run_.parts.models[0].training
 
 
@@ -127,7 +136,7 @@ def test_validation_gives_up_half_way_when_asked(tmp_path):
     run_ = config.build()
     assert run_.validator.rows > 2 * run_.validator.rows_per_step
     answers = iter([False, True])
-    assert run_.validator.loss(lambda: next(answers)) is None
+    assert run_.validator.measure(lambda: next(answers)) is None
     assert run_.parts.models[0].training
 
 
@@ -591,7 +600,7 @@ def test_validation_leaves_the_experts_alone(tmp_path):
     before = {name: value.clone() for name, value in run_.parts.models[0].named_buffers()}
     assert before["layers.1.moe.router.tokens_E"].sum() == 4 * 16 * 2
     assert before["layers.1.moe.router.balance_loss"] > 0 and before["layers.1.moe.router.selection_bias"].any()
-    assert run_.validator.loss(lambda: False) > 0
+    assert run_.validator.measure(lambda: False).loss > 0
     for name, value in run_.parts.models[0].named_buffers():
         assert torch.equal(value, before[name]), name
 

@@ -7,8 +7,10 @@ import hashlib
 import importlib.resources
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.sections import Section
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class _Model(Protocol):
@@ -26,6 +30,7 @@ class _Model(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def n_bytes(self) -> list[float]: ...
 
 
 class Tokenizer(Configurable):
@@ -92,6 +97,14 @@ class Tokenizer(Configurable):
         """The text of the ids; bos, eos and other control tokens give none."""
         return self._model.decode(ids)
 
+    def n_bytes(self) -> list[float]:
+        """Bytes of text in UTF-8 that each id stands for inside a text.
+
+        None for bos, eos and others that no text has; NaN for an unknown token, which may stand for any.
+        """
+        joins = {self.bos_id, self.eos_id}
+        return [0.0 if token in joins else n for token, n in enumerate(self._model.n_bytes())]
+
 
 def _read(path: Path) -> bytes:
     if not path.exists():
@@ -147,6 +160,17 @@ class _SentencePiece:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
+    def n_bytes(self) -> list[float]:
+        return [self._n_bytes(token) for token in range(self.vocab_size)]
+
+    def _n_bytes(self, token: int) -> float:
+        processor = self._processor
+        if processor.is_unknown(token):
+            return nan
+        if processor.is_control(token) or processor.is_unused(token):
+            return 0
+        return 1 if processor.is_byte(token) else len(processor.id_to_piece(token).replace(self._SPACE, " ").encode())
+
 
 class _HuggingFace:
     """A `tokenizer.json`; bos and eos are those of the `tokenizer_config.json` beside it, if there is one."""
@@ -187,3 +211,26 @@ class _HuggingFace:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def n_bytes(self) -> list[float]:
+        """Of a vocabulary over bytes a character of a token is a byte. In another one a token has the bytes by which
+        two others grow apart when it stands between them."""
+        stated = json.loads(self._tokenizer.to_str())
+        decoder = json.dumps(stated["decoder"])
+        tokens = [self._tokenizer.id_to_token(token) or "" for token in range(self.vocab_size)]
+        if '"ByteLevel"' in decoder:
+            counts = [float(len(token)) for token in tokens]
+        else:
+            side = self.encode_batch(["a"])[0][-1]
+            apart = self._tokenizer.decode_batch([[side, token, side] for token in range(self.vocab_size)], False)
+            together = len(self._tokenizer.decode([side, side], False).encode())
+            counts = [float(len(text.encode()) - together) for text in apart]
+            if '"ByteFallback"' in decoder:
+                counts = [1.0 if _BYTE.fullmatch(token) else n for token, n in zip(tokens, counts, strict=True)]
+        for token in stated["added_tokens"]:
+            counts[token["id"]] = float(len(token["content"].encode()))
+        model = stated["model"]
+        unknown = model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
+        if unknown is not None:
+            counts[unknown] = nan
+        return counts

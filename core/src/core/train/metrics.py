@@ -37,6 +37,8 @@ class Record:
     mfu: float | None
     """Model FLOPs per second as a share of the device's peak."""
     validation_loss: float | None = None
+    validation_bits_per_byte: float | None = None
+    """`validation_loss` by bytes of text, which compares between tokenizers."""
     experts: dict[str, float] = field(default_factory=dict)
     """How evenly the experts were loaded, as `core.nn.balance.load_metrics` names it; each a key of the line."""
 

@@ -14,6 +14,7 @@ from core.step.checks import Run
 from core.step.update import StepInfo
 from core.train.checkpoints import Keeper
 from core.train.metrics import Metrics, Record
+from core.train.validate import Validation
 
 log = logging.getLogger("armature")
 
@@ -39,7 +40,7 @@ class StepReport:
         self.last: Record | None = None
         """What was reported last."""
 
-    def __call__(self, step: int, info: StepInfo, step_time_s: float, validation_loss: float | None) -> None:
+    def __call__(self, step: int, info: StepInfo, step_time_s: float, validation: Validation | None) -> None:
         """Report what a step did, of which those since the last report took `step_time_s` each. Every rank must call
         it."""
         model, device = self.run.model, self.layout.device
@@ -58,7 +59,8 @@ class StepReport:
             mfu=None
             if peak is None
             else self.flops_per_token.total * tokens_per_second / peak / self.keeper.ranks.size,
-            validation_loss=validation_loss,
+            validation_loss=None if validation is None else validation.loss,
+            validation_bits_per_byte=None if validation is None else validation.bits_per_byte,
             experts=expert_loads(self.models, self.layout),
         )
         if self.layout.is_first:

@@ -20,6 +20,7 @@ from core.config.record import to_dict
 from core.data.corpus import SPLITS, Split
 from core.data.loader import DataLoader
 from core.data.packing import Batch
+from core.data.text_bytes import TextBytes
 from core.data.tokenizer import Tokenizer
 from core.nn.balance import force_balance
 from core.nn.decoder import Decoder
@@ -192,12 +193,9 @@ class Trainer(Configurable):
         )
         self.validator = None
         if c.validator.enable:
-            self.validator = c.validator.build(
-                loader=self.loaders["validation"],
-                objective=self.objective,
-                rows_per_step=self.rows_per_step,
-                local_batch_size=c.training.local_batch_size,
-            )
+            sizes = {"rows_per_step": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
+            loader, text_bytes = self.loaders["validation"], TextBytes(self.tokenizer)
+            self.validator = c.validator.build(loader=loader, objective=self.objective, text_bytes=text_bytes, **sizes)
         live = {"layout": self.layout, "keeper": self.keeper, "schedule": self.schedule, "metrics": self.metrics}
         self.report = StepReport(c, self.parts.models, self.flops_per_token, last_step=self.last_step, **live)
 
@@ -257,16 +255,16 @@ class Trainer(Configurable):
             validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
             reports = self.metrics.due(step, self.last_step) or validator is not None or exchange.stopping
             step_time_s = (time.perf_counter() - mark) / (step - since)
-            validation_loss = validator.loss(exchange) if validator else None
+            validation = validator.measure(exchange) if validator else None
             if reports:
-                self.report(step, info, step_time_s, validation_loss)
+                self.report(step, info, step_time_s, validation)
                 mark, since = time.perf_counter(), step
             mark += self.keeper.after_step(
                 step,
                 last=step == self.last_step,
                 stopping=exchange.stopping,
                 asked=exchange.take_save(),
-                validation_loss=validation_loss,
+                validation_loss=None if validation is None else validation.loss,
             )
         self.keeper.finish()
         exchange()  # what was written is still there

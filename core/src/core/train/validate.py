@@ -1,13 +1,26 @@
 """The loss on text that training never sees."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.loader import DataLoader
+from core.data.packing import Batch
 from core.step.objective import Objective, valid_tokens
 from core.step.rows import microbatches
+
+
+class Validation(NamedTuple):
+    """The loss on held-out text."""
+
+    loss: float
+    """Mean over the valid tokens, in nats."""
+    bits_per_byte: float | None
+    """The same loss over the bytes of text in UTF-8 that those tokens stand for, in bits: it compares between
+    tokenizers. None where that text is not known, as of an unknown token."""
 
 
 class Validator(Configurable):
@@ -34,10 +47,12 @@ class Validator(Configurable):
         *,
         loader: DataLoader,
         objective: Objective,
+        text_bytes: Callable[[Batch], float],
         rows_per_step: int,
         local_batch_size: int,
     ) -> None:
-        self.config, self.loader, self.objective = config, loader, objective
+        """`text_bytes` says how many bytes of text the labels of a batch stand for."""
+        self.config, self.loader, self.objective, self.text_bytes = config, loader, objective, text_bytes
         self.rows_per_step, self.local_batch_size = rows_per_step, local_batch_size
         available = loader.windows_per_epoch
         assert available is not None, "held-out text is indexed in every mode"
@@ -46,9 +61,9 @@ class Validator(Configurable):
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or step % self.config.freq == 0
 
-    def loss(self, stop: Callable[[], bool]) -> float | None:
-        """Nats per valid token, every token weighing the same; None when `stop` asked to give up half-way."""
-        total, count = 0.0, 0
+    def measure(self, stop: Callable[[], bool]) -> Validation | None:
+        """The loss on all rows, every token weighing the same; None when `stop` asked to give up half-way."""
+        total, count, n_bytes = 0.0, 0, 0.0
         layout = self.objective.layout
         for part in self.objective.parts:
             part.eval()
@@ -66,10 +81,11 @@ class Validator(Configurable):
                 )
                 total += self.objective.evaluate(batches)
                 count += valid_tokens(batches)
+                n_bytes += math.fsum(map(self.text_bytes, batches))
         finally:
             for part in self.objective.parts:
                 part.train()
-        (total,), n_valid = layout.sums(total), layout.sum_of_data(count)
+        (total,), n_valid, n_bytes = layout.sums(total), layout.sum_of_data(count), layout.sum_of_data(n_bytes)
         if n_valid == 0:
             raise UserError("the held-out text has no token that counts for the loss")
-        return total / n_valid
+        return Validation(total / n_valid, total / n_bytes / math.log(2) if n_bytes > 0 else None)
