@@ -15,9 +15,12 @@ from core.checkpoint.manifest import digest
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
 from core.config.recipe import load
-from core.config.record import from_json, located
+from core.config.record import from_json, located, to_json
+from core.data.tokenizer import Tokenizer
+from core.generate.command import Generation
 from core.parallel.settings import Parallelism
 from core.train import debug_run
+from core.train import trainer as trainer_module
 from core.train.trainer import Trainer
 
 
@@ -162,3 +165,55 @@ def test_that_settings_may_change_is_not_recorded(tmp_path: Path) -> None:
     assert run(config)["checkpoint"]["allow_config_change"] is False
     stated = json.loads((tmp_path / "run/checkpoint/step-4/config.json").read_text())
     assert stated["checkpoint"]["allow_config_change"] is False and config.checkpoint.allow_config_change
+
+
+# Built from Python
+
+
+def broken(folder: Path) -> Trainer.Config:
+    config = toy_run(folder)
+    config.lr_scheduler.decay_ratio = 7.0
+    config.optimizer.lr = -1.0
+    config.training.steps = 0
+    config.debug.on_nonfinite = "never"  # type: ignore[assignment]
+    config.parallelism.tensor_parallel_degree = 3
+    return config
+
+
+BROKEN = [
+    "debug.on_nonfinite: expected 'stop' or 'skip', got 'never'",
+    "training.steps: steps 0 must be at least 1",
+    "optimizer.lr: lr -1.0 must be a finite number, not negative",
+    "lr_scheduler.decay_ratio: decay_ratio 7.0 must be between 0 and 1",
+]
+
+
+def test_a_run_is_validated_by_whoever_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "process_group", lambda *_: pytest.fail("a process group was made"))
+    monkeypatch.setattr(trainer_module, "without_memory", lambda _: pytest.fail("a model was made"))
+    for build in (lambda c: c.build(), Trainer, lambda c: Trainer.plan(c, world_size=1, rank=0)):
+        with pytest.raises(UserError) as caught:
+            build(broken(tmp_path))
+        assert str(caught.value).splitlines() == BROKEN
+    config = broken(tmp_path)
+    config.training.steps = 4  # sizes make sense, so that ranks are counted too
+    with pytest.raises(UserError) as caught:
+        config.build()
+    lines = str(caught.value).splitlines()
+    assert set(BROKEN) - {BROKEN[1]} < set(lines) and any("tensor_parallel_degree 3" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_package_calls_validates_too(tmp_path: Path) -> None:
+    config = Generation.Config(model=toy_run(tmp_path).model, tokenizer=Tokenizer.Config(), temperature=-1.0)
+    with pytest.raises(UserError, match="temperature -1.0 must be finite"):
+        config.build()
+
+
+def test_building_changes_no_configuration(tmp_path: Path) -> None:
+    config = toy_run(tmp_path, steps=1)
+    before = to_json(config)
+    trainer = config.build()
+    trainer.config.training.steps = 77
+    trainer.exit.close()
+    assert to_json(config) == before

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from core.config import cli
 from core.config.configurable import Configurable
+from core.config.validate import validate
 from core.data.corpus import SPLITS, Corpus
 from core.data.tokenizer import Tokenizer
 from core.runtime.log import start_logging
@@ -18,6 +19,7 @@ class Preparation(Configurable):
         """A SentencePiece `.model`, a Hugging Face `tokenizer.json` or a folder with one; None is the bundled model."""
 
     def __init__(self, config: Config) -> None:
+        validate(config)
         self.config = config
 
     def run(self) -> None:

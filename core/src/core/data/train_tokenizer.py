@@ -14,6 +14,7 @@ from pathlib import Path
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.validate import validate
 from core.data.source import open_source
 from core.data.text_files import OnBadLine
 from core.runtime.log import LOGGER, start_logging
@@ -49,6 +50,7 @@ class TokenizerTraining(Configurable):
                 yield "output", f"{self.output} must end in .model, by which a SentencePiece tokenizer is known"
 
     def __init__(self, config: Config) -> None:
+        validate(config)
         self.config = config
         self.output = Path(config.output).expanduser()
         if not self.output.parent.is_dir():

@@ -22,6 +22,7 @@ from core.config.help import HELP, MANY, TRUST, OwnOption, show, usage
 from core.config.options import plain
 from core.config.recipe import is_folder, recipes
 from core.config.recipe import load as load_config
+from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.generate.folder import check_tokenizer, described, existing, tokenizer_in
 from core.generate.generate import Completion, generate
@@ -147,6 +148,7 @@ class Generation(Configurable):
                 yield "seed", f"seed {self.seed} must be from 0 to 2^63 - 1"
 
     def __init__(self, config: Config) -> None:
+        validate(config)
         self.config = config
         self.folder = existing(config.checkpoint or "")
         self.device = select_device(config.device)

@@ -3,14 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 
 from core.activation_checkpoint.survey import ranges
-from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all
-from core.config.validate import problems_of, validate
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.nn.kernel import Flex
@@ -21,7 +18,7 @@ from core.plan.sample_blocks import blocks
 from core.plan.segments import total
 from core.runtime.device import GIB
 from core.step.assemble import without_memory
-from core.step.checks import Run, check_layout, check_model
+from core.step.checks import Run, check_model, check_run, check_sizes
 
 MIB = 2**20
 
@@ -129,17 +126,14 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
     Raises one `UserError` for everything that keeps the run from these ranks. Unless it asks for a CPU, the run is
     taken to be one on accelerators.
     """
-    config = cast(Configurable.Config, run)
     device = torch.device("cpu" if run.training.device == "cpu" else "cuda")
-    if any(map(problems_of, (run.model, run.parallelism, run.training))):
-        validate(config)  # it fails; what is below needs sizes and degrees that make sense
+    check_sizes(run)
     if world_size is None:
         world_size = run.parallelism.degrees(1).world
     model = without_memory(run.model)
     check_all(
-        partial(validate, config),
+        partial(check_run, run, world_size),
         partial(check_rank, rank, world_size),
-        partial(check_layout, run, world_size),
         partial(check_model, model, run, device),
     )
     degrees = run.parallelism.degrees(world_size)

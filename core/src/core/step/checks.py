@@ -11,6 +11,7 @@ from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem
+from core.config.validate import problems_of, validate
 from core.nn.attention import Attention
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
@@ -35,6 +36,19 @@ class Run(Protocol):
     checkpoint: Checkpoint
     compile: Compile
     debug: Debug
+
+
+def check_run(run: Run, world_size: int) -> None:
+    """Raise one `UserError` with everything that is wrong in a run's settings, and that keeps it from these ranks."""
+    config = cast(Configurable.Config, run)
+    check_sizes(run)
+    check_all(partial(validate, config), partial(check_layout, run, world_size))
+
+
+def check_sizes(run: Run) -> None:
+    """Raise one `UserError` with all that is wrong in the settings, if sizes and degrees are: checks need them."""
+    if any(map(problems_of, (run.model, run.parallelism, run.training))):
+        validate(cast(Configurable.Config, run))
 
 
 def check_layout(run: Run, world_size: int) -> None:

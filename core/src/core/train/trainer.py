@@ -38,7 +38,7 @@ from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
 from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout, without_memory
-from core.step.checks import check_layout, check_model, compile_problems
+from core.step.checks import check_model, check_run, compile_problems
 from core.step.loss import cross_entropy
 from core.step.objective import Objective
 from core.step.rows import microbatches, open_text
@@ -109,7 +109,7 @@ class Trainer(Configurable):
         self.config, c = config, config
         self.world = find_world() or World()
         start_logging(aloud=self.world.rank == 0)
-        check_layout(c, self.world.size)
+        check_run(c, self.world.size)
         check_run_folder(c.dump_folder, c.checkpoint)
         self.device = select_device(c.training.device, self.world.local_rank)
         seed_everything(c.debug.seed, deterministic=c.debug.deterministic)
