@@ -31,9 +31,10 @@ from core.parallel.layout import Alone, Layout
 from core.parallel.many_ranks import Spread
 from core.parallel.settings import Parallelism
 from core.step.assemble import assemble
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.update import train_step
+from core.testing.oracles import cross_entropy
 from core.testing.ranks import run_ranks
 from qwen3.model import Qwen3, size
 
@@ -67,7 +68,13 @@ def ours(layout: Layout, length: int) -> Step:
         seed=0,
         n_microbatches=1,
     )
-    objective = Objective(parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask="causal")
+    objective = Objective(
+        parts.models,
+        CrossEntropy.Config().build(),
+        layout=layout,
+        dtype=torch.float32,
+        mask="causal",
+    )
     optimizer = Optimizer.Config().build(weights=parts.named_parameters())
     n = 8 // layout.degrees.data
     batches = [rows(layout.data_rank * n, n, length)]

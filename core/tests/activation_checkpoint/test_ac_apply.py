@@ -19,7 +19,6 @@ from core.config.validate import validate
 from core.nn.kernel import Where
 from core.nn.module import weights
 from core.runtime.log import LOGGER
-from core.step.loss import cross_entropy
 from core.testing.checkpointing import (
     Dispatched,
     assert_equal_gradients,
@@ -29,6 +28,7 @@ from core.testing.checkpointing import (
     products,
     weights_used,
 )
+from core.testing.oracles import cross_entropy
 from core.testing.toy import Toy, on_cpu, randomise
 
 MODES = ["selective", "full"]

@@ -183,7 +183,7 @@ def test_training_predicts_further_tokens(tied: bool) -> None:
     for logits_BLV, expected in zip(found.further, ahead_by_hand(model, tokens_BL), strict=True):
         torch.testing.assert_close(logits_BLV, expected, rtol=1e-5, atol=1e-5)
     plain = model.eval()(tokens_BL)
-    assert isinstance(plain, Tensor) and torch.equal(plain, found.logits_BLV)
+    assert isinstance(plain, Tensor) and torch.equal(plain, found.main)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def test_further_predictions_see_one_token_more_each() -> None:
     after_BL = before_BL.clone()
     after_BL[:, 7] = (after_BL[:, 7] + 1) % 64
     before, after = model(before_BL), model(after_BL)
-    pairs = zip((before.logits_BLV, *before.further), (after.logits_BLV, *after.further), strict=True)
+    pairs = zip((before.main, *before.further), (after.main, *after.further), strict=True)
     for k, (first, second) in enumerate(pairs):
         moved = (first - second).abs().amax(-1)[0] > 1e-6
         assert moved.tolist() == [place >= 7 - k for place in range(12)]

@@ -18,8 +18,8 @@ from core.nn.feed_forward import FeedForward
 from core.nn.init import Constant, Normal, Scale
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.moe import Experts, MoE, Router
-from core.step.loss import cross_entropy
 from core.testing.checkpointing import checkpoint_blocks, gradients
+from core.testing.oracles import cross_entropy
 from core.testing.toy import ToyMoE, on_cpu, randomise
 
 D, E, F = 8, 6, 5

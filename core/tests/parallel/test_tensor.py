@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from core.data.packing import IGNORE
 from core.nn.layers import Embedding
 from core.parallel.tensor import (
+    CutVocabulary,
     apply_tensor,
-    cross_entropy_of_cut,
     gather,
     local,
     look_up_own_rows,
@@ -26,7 +26,7 @@ from core.parallel.tensor import (
     read,
     scatter_sum,
 )
-from core.step.loss import cross_entropy
+from core.testing.oracles import cross_entropy
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, on_meta
 
@@ -49,7 +49,7 @@ def loss_of_cut(vocab_size: int, n: int, scale: float, dtype: torch.dtype) -> di
     logits_BLV, labels_BL = drawn(vocab_size, scale=scale)
     first, size = own_vocabulary(vocab_size, mesh)
     own_BLV = logits_BLV[..., first : first + size].to(dtype).requires_grad_()
-    loss = cross_entropy_of_cut(own_BLV, labels_BL, mesh=mesh, vocab_size=vocab_size)
+    loss = CutVocabulary(mesh, vocab_size).cross_entropy(own_BLV.float(), labels_BL).sum()
     (loss / 7).backward()
     return {"rows": (first, size), "loss": loss.item(), "gradient": own_BLV.grad}
 

@@ -15,7 +15,7 @@ from core.nn.kernel import Where
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone, Layout
 from core.parallel.many_ranks import Spread
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.update import train_step
 from core.testing.layout_suite import SCHEDULES, Ranks, degrees
@@ -48,7 +48,12 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     )
     parts = parts_of(case, layout)
     objective = Objective(
-        parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask="document", pipeline=parts.pipeline
+        parts.models,
+        CrossEntropy.Config().build(),
+        layout=layout,
+        dtype=torch.float32,
+        mask="document",
+        pipeline=parts.pipeline,
     )
     local = case.n_rows // layout.degrees.data if case.local_batch_size == -1 else case.local_batch_size
     validator = Validator.Config(enable=True, steps=steps).build(

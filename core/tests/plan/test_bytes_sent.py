@@ -23,7 +23,7 @@ from core.plan.fake_step import group_axes, rehearse
 from core.plan.segments import total
 from core.plan.traffic import message
 from core.step.assemble import assemble
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.settings import Training
 from core.step.update import train_step
@@ -225,7 +225,12 @@ def step_of(run: Trainer.Config) -> Counter[tuple[str, str]]:
             force_balance(model)
     optimizer = run.optimizer.build(weights=parts.named_parameters())
     objective = Objective(
-        parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask="causal", pipeline=parts.pipeline
+        parts.models,
+        CrossEntropy.Config().build(),
+        layout=layout,
+        dtype=torch.float32,
+        mask="causal",
+        pipeline=parts.pipeline,
     )
     tokens_BL = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % run.model.vocab_size
     batch = Batch(tokens_BL, tokens_BL, torch.arange(LENGTH).expand_as(tokens_BL), tokens_BL * 0)

@@ -21,7 +21,7 @@ from core.plan.fake_step import rehearse
 from core.plan.sample_blocks import Stored, alike, n_bytes
 from core.plan.segments import total
 from core.step.assemble import assemble, make_layout
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.settings import Training
 from core.step.update import train_step
@@ -83,7 +83,12 @@ def measured(run: Trainer.Config) -> tuple[int, Stored]:
             force_balance(model)
     optimizer = run.optimizer.build(weights=parts.named_parameters())
     objective = Objective(
-        parts.models, cross_entropy, layout=layout, dtype=torch.float32, mask=training.mask, pipeline=parts.pipeline
+        parts.models,
+        CrossEntropy.Config().build(),
+        layout=layout,
+        dtype=torch.float32,
+        mask=training.mask,
+        pipeline=parts.pipeline,
     )
     tokens_BL = torch.randint(run.model.vocab_size, (training.local_batch_size, training.seq_len))
     batch = Batch(tokens_BL, tokens_BL, torch.arange(training.seq_len).expand_as(tokens_BL), tokens_BL * 0)

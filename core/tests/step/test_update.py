@@ -15,9 +15,10 @@ from core.nn.kernel import Where
 from core.nn.mtp import Predictions
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy
 from core.step.objective import Objective, labels_ahead, valid_tokens
 from core.step.update import train_step
+from core.testing.oracles import cross_entropy
 from core.testing.toy import Toy, ToyMoE, on_cpu, randomise
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def build() -> Decoder:
 
 
 def objective(model, *, mask="causal", dtype=torch.float32) -> Objective:
-    return Objective([model], cross_entropy, layout=Alone(CPU), dtype=dtype, mask=mask)
+    return Objective([model], CrossEntropy.Config().build(), layout=Alone(CPU), dtype=dtype, mask=mask)
 
 
 def rows(n: int, *, length: int = 12, seed: int = 0) -> Batch:
@@ -193,7 +194,7 @@ def test_loss_of_further_predictions_equals_loops(mask, n_ahead):
         logs = logits_BLV.double().log_softmax(-1)
         return -sum(logs[b, i, v].item() for b, row in enumerate(labels) for i, v in enumerate(row) if v != IGNORE)
 
-    main = nats(logits.logits_BLV, batch.labels_BL.tolist())
+    main = nats(logits.main, batch.labels_BL.tolist())
     further = [
         nats(one, ahead_by_loops(batch.labels_BL.tolist(), None if documents is None else documents.tolist(), k))
         for k, one in enumerate(logits.further, start=1)

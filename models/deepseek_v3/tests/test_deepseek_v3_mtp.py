@@ -27,7 +27,7 @@ from core.nn.module import parameter_count, training_flops_per_token
 from core.nn.mtp import Merge, Predictions
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Alone
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy
 from core.step.objective import Objective, valid_tokens
 from core.step.update import train_step
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients
@@ -63,7 +63,7 @@ def labelled(model: Decoder) -> Batch:
 
 
 def objective(model: Decoder, mask: Any) -> Objective:
-    return Objective([model], cross_entropy, layout=Alone(CPU), dtype=torch.float32, mask=mask)
+    return Objective([model], CrossEntropy.Config().build(), layout=Alone(CPU), dtype=torch.float32, mask=mask)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def test_logits_follow_the_equations(n_mtp_layers: int) -> None:
     for i in range(model.config.n_layers):
         h_BLD = block(i, h_BLD)
     h_BLD = norm(h_BLD, weights["norm.weight"])
-    torch.testing.assert_close(found.logits_BLV, h_BLD @ head.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.main, h_BLD @ head.T, rtol=0, atol=1e-5)
     assert len(found.further) == n_mtp_layers
     for k, further_BLV in enumerate(found.further, start=1):
         i = model.config.n_layers + k - 1
@@ -137,7 +137,7 @@ def test_only_training_predicts_further() -> None:
     plain.load_state_dict(of_both)
     tokens_BL = random_tokens(model.config)
     assert torch.equal(model.eval()(tokens_BL), plain(tokens_BL))
-    assert torch.equal(predict(model, tokens_BL).logits_BLV, plain(tokens_BL))
+    assert torch.equal(predict(model, tokens_BL).main, plain(tokens_BL))
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_loss_equals_a_plain_loop(n_mtp_layers: int, mask: str) -> None:
     predictions = predict(model, batch.tokens_BL, where)
     documents = batch.documents_BL.tolist()
     sums, counts = [], []
-    for ahead, logits_BLV in enumerate((predictions.logits_BLV, *predictions.further)):
+    for ahead, logits_BLV in enumerate((predictions.main, *predictions.further)):
         total, count = 0.0, 0
         for row, labels in enumerate(batch.labels_BL.tolist()):
             for i in range(len(labels) - ahead):

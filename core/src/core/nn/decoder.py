@@ -4,7 +4,7 @@ Letters: B rows, L length, D width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -22,6 +22,15 @@ from core.nn.module import Flops, Module
 from core.nn.moe import MoE
 from core.nn.mtp import Merge, Predictions
 from core.nn.rope import RoPE, Rotation
+
+Reader = Callable[[Tensor, Head, int], Tensor]
+"""Makes something of the normalised residual stream (B, L, D), the head, and how many tokens further than the next one
+it predicts."""
+
+
+def logits(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
+    """The `Reader` of the logits themselves, (B, L, V)."""
+    return head(x_BLD)
 
 
 class Block(Module):
@@ -158,12 +167,15 @@ class Decoder(Module, Configurable, ABC):
     def to_hf_config(self) -> dict:
         """The Hugging Face `config.json` of this model."""
 
-    def forward(self, tokens_BL: Tensor, where: Where | None = None) -> Tensor | Predictions:
-        """Logits (B, L, V) in the compute dtype; without `where` every row is one document.
+    def forward(
+        self, tokens_BL: Tensor, where: Where | None = None, read: Reader | None = None
+    ) -> Tensor | Predictions:
+        """What `read` makes of the normalised residual stream (B, L, D) and the head; without it the logits (B, L, V)
+        in the compute dtype. Without `where` every row is one document.
 
-        A stage of a pipeline, which lacks the embedding or the head, takes or gives the residual stream (B, L, D).
+        A stage of a pipeline, which lacks the embedding or the head, takes or returns the residual stream (B, L, D).
 
-        In training a model with multi-token prediction gives `Predictions`. Raises `UserError` when a row is longer
+        In training a model with multi-token prediction returns `Predictions`. Raises `UserError` when a row is longer
         than `max_seq_len`.
         """
         if tokens_BL.shape[1] > self.config.max_seq_len:
@@ -181,18 +193,19 @@ class Decoder(Module, Configurable, ABC):
                 x_BLD = block(x_BLD, rotation, self._mask(block, where, masks))
         if self.norm is None or self.output is None:
             return x_BLD
+        read = read or logits
         x_BLD = self.norm(x_BLD)
-        logits_BLV = self.output(x_BLD)
+        main = read(x_BLD, self.output, 0)
         if not (self.training and self.ahead):
-            return logits_BLV
+            return main
         further = []
         assert self.tok_embeddings is not None, "a stage of a pipeline predicts one token"
-        for i, merge in cast(dict[str, Merge], dict(self.ahead.items())).items():
+        for depth, (i, merge) in enumerate(cast(dict[str, Merge], dict(self.ahead.items())).items(), start=1):
             tokens_BL = tokens_BL.roll(-1, dims=1)
             x_BLD = merge(x_BLD, self.tok_embeddings(tokens_BL))
             x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], where, masks)))
-            further.append(self.output(x_BLD))
-        return Predictions(logits_BLV, further)
+            further.append(read(x_BLD, self.output, depth))
+        return Predictions(main, further)
 
     def flops_per_token(self, seq_len: int) -> Flops:
         return Flops(matmul=2 * self.config.vocab_size * self.config.dim * self.config.n_mtp_layers)

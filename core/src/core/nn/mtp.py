@@ -13,9 +13,12 @@ from core.nn.module import Module
 
 
 class Predictions(NamedTuple):
-    """Logits of the next token, and of the ones after it: `further` number k is about the token k + 2 places on."""
+    """What was read of the next token, and of the ones after it: `further` number k is about the token k + 2 places on.
 
-    logits_BLV: Tensor
+    These are logits (B, L, V), or what a `core.nn.decoder.Reader` makes of them.
+    """
+
+    main: Tensor
     further: list[Tensor]
 
 

@@ -19,8 +19,7 @@ from core.nn.kernel import Where
 from core.optim.clip import joint_norm, scale_down
 from core.parallel.pipeline import Pipeline
 from core.parallel.settings import Degrees, Parallelism
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from core.parallel.vocabulary import Vocabulary, WholeVocabulary
 
 
 class Layout(ABC):
@@ -62,8 +61,8 @@ class Layout(ABC):
         """Tokens, labels and places of what this rank computes of the rows it reads."""
 
     @abstractmethod
-    def loss(self, loss: Loss, vocab_size: int) -> Loss:
-        """`loss` of all logits, or its equal for logits whose vocabulary is cut."""
+    def vocabulary(self, size: int) -> Vocabulary:
+        """The vocabulary of a head of `size` rows, as this rank holds it."""
 
     @abstractmethod
     def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
@@ -116,8 +115,8 @@ class Alone(Layout):
     def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
         return whole_rows(batch, self.device, documents=documents)
 
-    def loss(self, loss: Loss, vocab_size: int) -> Loss:
-        return loss
+    def vocabulary(self, size: int) -> Vocabulary:
+        return WholeVocabulary(size)
 
     @torch.no_grad()
     def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:

@@ -1,7 +1,6 @@
 """The layout of a run of several ranks."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,11 +18,12 @@ from core.optim.clip import scale_down
 from core.parallel.apply import own_piece, parallelize
 from core.parallel.context import split_rows
 from core.parallel.data import local_parts, squared_norm
-from core.parallel.layout import Layout, Loss, whole_rows
+from core.parallel.layout import Layout, whole_rows
 from core.parallel.mesh import views
 from core.parallel.pipeline import Pipeline, n_stages
 from core.parallel.settings import Parallelism
-from core.parallel.tensor import cross_entropy_of_cut
+from core.parallel.tensor import CutVocabulary
+from core.parallel.vocabulary import Vocabulary, WholeVocabulary
 
 
 class Spread(Layout):
@@ -72,10 +72,8 @@ class Spread(Layout):
         balanced = self.settings.context_parallel_load_balancer == "headtail"
         return split_rows(batch, self.views.token["context"], documents=documents, balanced=balanced)
 
-    def loss(self, loss: Loss, vocab_size: int) -> Loss:
-        if self.degrees.tensor == 1:
-            return loss
-        return partial(cross_entropy_of_cut, mesh=self.views.token["tensor"], vocab_size=vocab_size)
+    def vocabulary(self, size: int) -> Vocabulary:
+        return WholeVocabulary(size) if self.degrees.tensor == 1 else CutVocabulary(self.views.token["tensor"], size)
 
     @torch.no_grad()
     def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.config.errors import UserError
-from core.nn.decoder import Decoder
+from core.nn.decoder import Decoder, Reader
 from core.nn.kernel import Where
 from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
 
@@ -208,7 +208,7 @@ class Pipeline:
         self.schedule: Any = kind(
             self.stages if several else self.stages[0],  # pyrefly: ignore[bad-argument-type] - by kind
             n_microbatches=n_microbatches,
-            loss_fn=lambda output, labels_BL: self._loss(output, labels_BL),
+            loss_fn=lambda output, _: output,
             scale_grads=False,
         )
         if csv:
@@ -216,18 +216,16 @@ class Pipeline:
         self.n_microbatches = n_microbatches
         self._initialize: Any = getattr(self.schedule, "_initialize_stages" if several else "_initialize_stage")
         """Runs a first microbatch through the stages once, to learn shapes."""
-        self._loss: Callable[[Tensor, Tensor], Tensor]
 
     def run(
-        self, microbatches: Sequence[Microbatch], loss: Callable[[Tensor, Tensor], Tensor], *, backward: bool
+        self, microbatches: Sequence[Microbatch], reader: Callable[[Microbatch], Reader], *, backward: bool
     ) -> list[Tensor]:
-        """The losses of all microbatches on the rank of the last stage, nothing on the others; gradients with
-        `backward`.
+        """The losses of all microbatches, as `reader` of each reads them, on the rank of the last stage, nothing on the
+        others; gradients with `backward`.
 
         Microbatches come cut, so that each has its own `where`: `step` of torch 2.13 would cut them itself.
         """
         assert len(microbatches) == self.n_microbatches, f"{len(microbatches)} of {self.n_microbatches} microbatches"
-        self._loss = loss
         first, last = (any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last"))
         losses: list[Tensor] = []
         self.schedule._has_backward = backward
@@ -235,12 +233,12 @@ class Pipeline:
             stage.has_backward = backward
             stage.clear_runtime_states()
         inputs: list[tuple[Tensor, ...]] = [(batch.tokens_BL,) if first else () for batch in microbatches]
-        places = [{"where": batch.where} for batch in microbatches]
+        others = [{"where": batch.where, "read": reader(batch)} for batch in microbatches]
         labels = [batch.labels_BL for batch in microbatches] if last else None
         with self._uncounted():
-            self._initialize(inputs[0], places[0], labels and labels[0])
+            self._initialize(inputs[0], others[0], labels and labels[0])
         with nullcontext() if backward else self._forward_only():
-            self.schedule._step_microbatches(inputs, places, labels, losses if last else None, return_outputs=False)
+            self.schedule._step_microbatches(inputs, others, labels, losses if last else None, return_outputs=False)
         return losses
 
     @contextmanager

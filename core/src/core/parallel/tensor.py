@@ -23,6 +23,7 @@ from core.data.packing import IGNORE
 from core.nn.layers import Embedding
 from core.nn.moe import Experts
 from core.parallel.rules import cut, named_weights
+from core.parallel.vocabulary import Vocabulary
 
 Reading = Callable[[Tensor], Tensor]
 
@@ -130,22 +131,36 @@ def own_vocabulary(size: int, mesh: DeviceMesh) -> tuple[int, int]:
     return first, min(each, size - first)
 
 
-def cross_entropy_of_cut(logits_BLV: Tensor, labels_BL: Tensor, *, mesh: DeviceMesh, vocab_size: int) -> Tensor:
-    """Summed negative log-likelihood of this rank's tokens, from logits of all tokens and this rank's vocabulary.
+class CutVocabulary(Vocabulary):
+    """The words of one rank of `mesh`, and logits for the tokens of all its ranks.
 
-    The exponentials' sums and the labels' logits are summed over the vocabulary's ranks and scattered over tokens at
-    once, half the traffic of giving every rank the sums of all tokens.
+    What is summed over the vocabulary is scattered over tokens at once: half the traffic of all ranks getting the sums
+    of all tokens.
     """
-    first, n = own_vocabulary(vocab_size, mesh)
-    logits_BLV = logits_BLV.float()
-    own_max_BL = logits_BLV.detach().amax(-1) if n else labels_BL.new_full(labels_BL.shape, 0).float() - torch.inf
-    max_BL = functional.wait_tensor(functional.all_reduce(own_max_BL, "max", mesh))
-    own_BL = (labels_BL >= first) & (labels_BL < first + n)
-    picked_BL = logits_BLV.sum(-1)  # 0 without a row; still a part of the backward that the others wait for
-    if n:
-        index_BL = torch.where(own_BL, labels_BL - first, 0).unsqueeze(-1)
-        picked_BL = logits_BLV.gather(-1, index_BL).squeeze(-1).masked_fill(~own_BL, 0.0)
-    total_BL = (logits_BLV - max_BL.unsqueeze(-1)).exp().sum(-1)
-    total_BL, picked_BL = scatter_sum(total_BL, mesh), scatter_sum(picked_BL, mesh)
-    max_BL, labels_BL = (t.chunk(mesh.size(), 1)[mesh.get_local_rank()] for t in (max_BL, labels_BL))
-    return (total_BL.log() + max_BL - picked_BL).masked_fill(labels_BL == IGNORE, 0.0).sum()
+
+    def __init__(self, mesh: DeviceMesh, size: int) -> None:
+        super().__init__(size)
+        self.mesh = mesh
+        self.first, self.n = own_vocabulary(size, mesh)
+
+    def max(self, logits_BLv: Tensor) -> Tensor:
+        own_BL = logits_BLv.detach().amax(-1) if self.n else logits_BLv.new_full(logits_BLv.shape[:-1], -torch.inf)
+        return functional.wait_tensor(functional.all_reduce(own_BL, "max", self.mesh))
+
+    def sum(self, values_BLv: Tensor) -> Tensor:
+        return scatter_sum(values_BLv.sum(-1), self.mesh)
+
+    def pick(self, values_BLv: Tensor, labels_BL: Tensor) -> Tensor:
+        own_BL = (labels_BL >= self.first) & (labels_BL < self.first + self.n)
+        picked_BL = values_BLv.sum(-1)  # 0 without a word; still a part of the backward that the others wait for
+        if self.n:
+            index_BL1 = torch.where(own_BL, labels_BL - self.first, 0).unsqueeze(-1)
+            picked_BL = values_BLv.gather(-1, index_BL1).squeeze(-1).masked_fill(~own_BL, 0.0)
+        return scatter_sum(picked_BL, self.mesh)
+
+    def own_tokens(self, values_BL: Tensor) -> Tensor:
+        return values_BL.chunk(self.mesh.size(), 1)[self.mesh.get_local_rank()]
+
+    def cross_entropy(self, logits_BLv: Tensor, labels_BL: Tensor) -> Tensor:
+        loss_Bl = self.logsumexp(logits_BLv) - self.pick(logits_BLv, labels_BL)
+        return loss_Bl.masked_fill(self.own_tokens(labels_BL) == IGNORE, 0.0)

@@ -30,7 +30,6 @@ from core.plan.sample_blocks import Excerpt, Stored, excerpts, n_bytes, stored
 from core.plan.segments import Kind, Recorder, Segment, expand
 from core.plan.traffic import axes
 from core.step.checks import Run
-from core.step.loss import cross_entropy
 from core.step.objective import Objective
 from core.step.update import train_step
 
@@ -80,7 +79,9 @@ def rehearse(run: Run, *, world_size: int, rank: int, device: torch.device) -> R
             for model in models.values():
                 materialise(model, CPU, getattr(torch, training.dtype))
             optimizer = run.optimizer.build(weights=[pair for m in models.values() for pair in m.named_parameters()])
-            objective = Objective(list(models.values()), cross_entropy, layout=layout, dtype=dtype, mask=training.mask)
+            objective = Objective(
+                list(models.values()), run.loss.build(), layout=layout, dtype=dtype, mask=training.mask
+            )
             with Meter() as entering:
                 player = player_of(training, layout, models, objective)
             rehearsed = Rehearsed(layout, list(parts.values()), player, optimizer)

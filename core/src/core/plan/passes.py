@@ -12,7 +12,7 @@ from core.nn.decoder import Decoder
 from core.parallel.layout import Layout
 from core.parallel.pipeline import Microbatch
 from core.plan.pipeline_passes import Action, Actor
-from core.step.objective import Loss, Objective
+from core.step.objective import BatchLoss, Objective
 from core.step.settings import Training
 
 
@@ -38,7 +38,7 @@ class Whole:
     def __init__(self, objective: Objective, batch: Batch, n_microbatches: int) -> None:
         self.objective, self.batch, self.n_microbatches = objective, batch, n_microbatches
         self.order = [Action(kind, 0, i) for i in range(n_microbatches) for kind in ("F", "B")]
-        self.loss: Loss | None = None
+        self.loss: BatchLoss | None = None
 
     def perform(self, action: Action) -> int:
         objective = self.objective
@@ -69,4 +69,4 @@ def player_of(training: Training, layout: Layout, models: dict[int, Decoder], ob
     (dim,) = {model.config.dim for model in models.values()}
     length = microbatch.tokens_BL.shape[1] // degrees.tensor
     residual_BLD = torch.zeros(n_each, length, dim, dtype=objective.dtype, requires_grad=True)
-    return Actor(pipeline, microbatch, objective.loss, residual_BLD)
+    return Actor(pipeline, microbatch, objective.reader(microbatch), residual_BLD)

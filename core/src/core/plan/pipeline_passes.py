@@ -3,7 +3,6 @@
 Letters: B rows, L length, D width.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleGPipe
 from torch.distributed.pipelining.stage import InferenceMode, PipelineStage
 
+from core.nn.decoder import Reader
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.plan.traffic import size
 
@@ -55,10 +55,8 @@ class Actor:
     step.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, microbatch: Microbatch, loss: Callable[[Tensor, Tensor], Tensor], residual_BLD: Tensor
-    ) -> None:
-        self.microbatch, self.loss = microbatch, loss
+    def __init__(self, pipeline: Pipeline, microbatch: Microbatch, read: Reader, residual_BLD: Tensor) -> None:
+        self.microbatch, self.read = microbatch, read
         self.order, self.n_microbatches = actions(pipeline), pipeline.n_microbatches
         self.stages = {stage.stage_index: stage for stage in pipeline.stages}
         self.keeps_sent = isinstance(pipeline.schedule, PipelineScheduleMulti)
@@ -106,11 +104,12 @@ class Actor:
     def _forward(self, stage: PipelineStage, i: int) -> int:
         batch = self.microbatch
         rows = (batch.tokens_BL,) if stage.is_first else ()
-        output = stage.forward_one_chunk(i, rows, {"where": batch.where}, save_forward_output=False)
+        others = {"where": batch.where, "read": self.read}
+        output = stage.forward_one_chunk(i, rows, others, save_forward_output=False)
         if not self.keeps_sent:
             self.output = output
         if stage.is_last:
-            self.losses[i] = self.loss(output, batch.labels_BL)
+            self.losses[i] = output
         elif following := self.stages.get(stage.stage_index + 1):
             following.set_local_fwd_input(output, i)
         else:

@@ -21,6 +21,7 @@ from core.nn.moe import MoE
 from core.optim.optimizer import Optimizer
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
+from core.step.loss import Loss
 from core.step.settings import Compile, Debug, Training
 
 
@@ -29,6 +30,7 @@ class Run(Protocol):
 
     recipe: str
     model: Decoder.Config
+    loss: Loss.Config
     training: Training
     optimizer: Optimizer.Config
     parallelism: Parallelism

@@ -1,21 +1,24 @@
 """What a step lowers and validation measures: the loss of batches, and its gradient."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.data.packing import IGNORE, Batch
-from core.nn.decoder import Decoder
+from core.nn.decoder import Decoder, Reader
 from core.nn.kernel import Where
+from core.nn.layers import Head
 from core.parallel.layout import Layout
 from core.parallel.pipeline import Microbatch, Pipeline
+from core.step.loss import Loss
 
 
-class Loss(NamedTuple):
+class BatchLoss(NamedTuple):
     """Nats of a batch, summed over its valid tokens: `main` of the next token, which is what is reported, and `total`,
     with the weighted losses of further predictions, which is what training lowers.
     """
@@ -35,7 +38,7 @@ class Objective:
     def __init__(
         self,
         parts: list[Decoder],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Loss,
         *,
         layout: Layout,
         dtype: torch.dtype,
@@ -43,12 +46,14 @@ class Objective:
         pipeline: Pipeline | None = None,
     ) -> None:
         self.parts, self.layout, self.dtype, self.mask, self.pipeline = parts, layout, dtype, mask, pipeline
-        self.loss = layout.loss(loss, parts[0].config.vocab_size)
+        self.loss, self.vocabulary = loss, layout.vocabulary(parts[0].config.vocab_size)
 
     def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
         """Add to the gradients those of the loss divided by `n_valid`; gives this rank's part of it, main and total."""
         if self.pipeline is not None:
-            losses = self.pipeline.run(self._microbatches(batches), self._share(n_valid), backward=True)
+            losses = self.pipeline.run(
+                self._microbatches(batches), partial(self.reader, n_valid=n_valid), backward=True
+            )
             main = math.fsum(loss.item() for loss in losses)
             return main, main
         sums = torch.zeros(2, device=self.layout.device)
@@ -64,32 +69,36 @@ class Objective:
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """This rank's part of the main loss of `batches`."""
         if self.pipeline is not None:
-            losses = self.pipeline.run(self._microbatches(batches), self._share(1), backward=False)
+            losses = self.pipeline.run(self._microbatches(batches), self.reader, backward=False)
             return math.fsum(loss.item() for loss in losses)
         return math.fsum(self(batch).main.item() for batch in batches)
 
-    def __call__(self, batch: Batch) -> Loss:
+    def __call__(self, batch: Batch) -> BatchLoss:
         """The loss of a batch that this rank computes from embedding to head."""
         (model,) = self.parts
-        tokens_BL, labels_BL, where = self.layout.place(batch, documents=self.mask == "document")
+        microbatch = Microbatch(*self.layout.place(batch, documents=self.mask == "document"))
         with self._precision():
-            predictions = model(tokens_BL, where)
-            if isinstance(predictions, Tensor):
-                loss = self.loss(predictions, labels_BL)
-                return Loss(loss, loss)
-            main = self.loss(predictions.logits_BLV, labels_BL)
-            further = torch.zeros_like(main)
-            for k, logits_BLV in enumerate(predictions.further, start=1):
-                further = further + self.loss(logits_BLV, labels_ahead(labels_BL, k, where))
-            return Loss(main, main + model.config.mtp_loss_weight / len(predictions.further) * further)
+            losses = model(microbatch.tokens_BL, microbatch.where, self.reader(microbatch))
+            if isinstance(losses, Tensor):
+                return BatchLoss(losses, losses)
+            further = torch.zeros_like(losses.main)
+            for loss in losses.further:
+                further = further + loss
+            return BatchLoss(losses.main, losses.main + model.config.mtp_loss_weight / len(losses.further) * further)
+
+    def reader(self, batch: Microbatch, n_valid: float = 1) -> Reader:
+        """What the model is to make of its residual stream: the summed loss of `batch`, divided by `n_valid`."""
+
+        def read(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
+            labels_BL = labels_ahead(batch.labels_BL, depth, batch.where) if depth else batch.labels_BL
+            return self.loss(x_BLD, labels_BL, head, self.vocabulary) / n_valid
+
+        return read
 
     def _microbatches(self, batches: Sequence[Batch]) -> list[Microbatch]:
         size = self.layout.settings.pipeline_parallel_microbatch_size
         rows = (Batch(*parts) for batch in batches for parts in zip(*(part.split(size) for part in batch), strict=True))
         return [Microbatch(*self.layout.place(row, documents=self.mask == "document")) for row in rows]
-
-    def _share(self, n_valid: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda logits_BLV, labels_BL: self.loss(logits_BLV, labels_BL) / n_valid
 
     def _precision(self) -> AbstractContextManager:
         """Autocast without its cache, which would keep a copy of every weight until the forward ends.

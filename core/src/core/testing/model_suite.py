@@ -31,10 +31,10 @@ from core.nn.kernel import Where
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.step.checks import expert_parts
-from core.step.loss import cross_entropy
 from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.command_suite import CommandSuite
 from core.testing.layout_suite import LayoutSuite
+from core.testing.oracles import cross_entropy
 from core.testing.resume_suite import ResumeSuite
 from core.testing.toy import on_cpu, on_meta, randomise
 from core.train.trainer import Trainer

@@ -22,7 +22,7 @@ from core.parallel.layout import Alone, Layout
 from core.parallel.many_ranks import Spread
 from core.parallel.settings import Parallelism
 from core.step.assemble import Parts, assemble, compile_block
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
 from core.step.update import train_step
 from core.testing.ranks import run_ranks
@@ -34,6 +34,7 @@ class Case:
 
     model: Decoder.Config
     parallelism: Parallelism = field(default_factory=Parallelism)
+    loss: Loss.Config = field(default_factory=CrossEntropy.Config)
     world_size: int = 1
     checkpoint: Literal["none", "full", "selective"] = "none"
     n_rows: int = 8
@@ -84,7 +85,12 @@ def result_of(case: Case) -> Result:
     layout: Layout = Alone(device) if case.world_size == 1 else Spread(case.parallelism, device)
     parts = parts_of(case, layout)
     objective = Objective(
-        parts.models, cross_entropy, layout=layout, dtype=case.compute_dtype, mask=case.mask, pipeline=parts.pipeline
+        parts.models,
+        case.loss.build(),
+        layout=layout,
+        dtype=case.compute_dtype,
+        mask=case.mask,
+        pipeline=parts.pipeline,
     )
     optimizer = Optimizer.Config(lr=1e-2).build(weights=parts.named_parameters())
     batches = batches_of(case, layout)

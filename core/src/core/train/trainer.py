@@ -39,7 +39,7 @@ from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
 from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout, without_memory
 from core.step.checks import check_model, check_run, compile_problems
-from core.step.loss import cross_entropy
+from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
 from core.step.rows import microbatches, open_text
 from core.step.settings import Compile, Debug, Training
@@ -78,6 +78,8 @@ class Trainer(Configurable):
         """What is read, and in which order."""
         training: Training = field(default_factory=Training)
         """How long, how much at once, in which precision."""
+        loss: Loss.Config = field(default_factory=CrossEntropy.Config)
+        """What training lowers."""
         optimizer: Optimizer.Config = field(default_factory=Optimizer.Config)
         """How weights are updated."""
         lr_scheduler: Schedule.Config = field(default_factory=Schedule.Config)
@@ -182,7 +184,9 @@ class Trainer(Configurable):
                 force_balance(model)
         self.optimizer = c.optimizer.build(weights=self.parts.named_parameters())
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
-        loss = torch.compile(cross_entropy, backend=c.compile.backend) if c.compile.takes("loss") else cross_entropy
+        loss = c.loss.build()
+        if c.compile.takes("loss"):
+            loss.compile(c.compile.backend)
         self.objective = Objective(
             self.parts.models,
             loss,
