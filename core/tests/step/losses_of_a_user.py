@@ -24,11 +24,18 @@ class ZLoss(Loss):
 
 
 class Focal(Loss):
-    """Cross-entropy that counts less where the model is sure already (arXiv:1708.02002)."""
+    """Cross-entropy that counts less where the model is sure already."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Loss.Config):
+        gamma: float = 2.0
+        """Exponent of the share that the model is unsure by."""
+
+    config: Config
 
     def of_tokens(self, logits_BLv: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
         log_p_Bl = vocabulary.pick(logits_BLv, labels_BL) - vocabulary.logsumexp(logits_BLv)
-        return -((1 - log_p_Bl.exp()) ** 2) * log_p_Bl
+        return -((1 - log_p_Bl.exp()) ** self.config.gamma) * log_p_Bl
 
 
 class Smoothed(Loss):

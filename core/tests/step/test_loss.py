@@ -1,6 +1,8 @@
 """Losses written once, outside of core, cost the same on one rank and in every layout."""
 
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,11 @@ def test_loss_of_a_user_equals_one_rank(name: str, layout: str) -> None:
     case = Case(model, LAYOUTS[layout], loss=LOSSES[name].Config(), world_size=2, local_batch_size=2)
     worst = compare(case)
     assert worst["loss"] < 1e-6 and worst["gradient"] < 1e-5 and worst["next loss"] < 1e-5
+
+
+def test_the_document_has_the_loss_that_is_tested() -> None:
+    text = (Path(__file__).parents[3] / "docs/add-a-loss.md").read_text(encoding="utf-8")
+    assert inspect.getsource(Focal) in text
 
 
 def compiled_calls(case: Case) -> tuple[float, int]:
