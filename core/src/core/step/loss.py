@@ -21,17 +21,16 @@ class Loss(Configurable, ABC):
     A loss states what one token costs (`of_tokens`), in the pieces that a `Vocabulary` offers; the rest is here.
     """
 
-    def __init__(self, config: Configurable.Config) -> None:
+    def __init__(self, config: Configurable.Config, *, compile_backend: str | None = None) -> None:
+        """torch.compile gets `of_tokens` where a backend is named."""
         self.config = config
         self._of_tokens: Callable[[Tensor, Tensor, Vocabulary], Tensor] = self.of_tokens
+        if compile_backend is not None:
+            self._of_tokens = torch.compile(self.of_tokens, backend=compile_backend)
 
     @abstractmethod
     def of_tokens(self, logits_BLv: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Nats of each token of this rank, (B, l), of fp32 logits (B, L, v); what it says of IGNORE is left out."""
-
-    def compile(self, backend: str) -> None:
-        """Let torch.compile have what is computed from the logits."""
-        self._of_tokens = torch.compile(self.of_tokens, backend=backend)
 
     def __call__(self, x_BLD: Tensor, labels_BL: Tensor, head: Head, vocabulary: Vocabulary) -> Tensor:
         """The summed loss of this rank's tokens whose label is not IGNORE, in nats and fp32; 0 if there are none.

@@ -184,9 +184,7 @@ class Trainer(Configurable):
                 force_balance(model)
         self.optimizer = c.optimizer.build(weights=self.parts.named_parameters())
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
-        loss = c.loss.build()
-        if c.compile.takes("loss"):
-            loss.compile(c.compile.backend)
+        loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
         self.objective = Objective(
             self.parts.models,
             loss,
