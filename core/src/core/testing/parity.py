@@ -34,7 +34,6 @@ class Case:
 
     model: Decoder.Config
     parallelism: Parallelism = field(default_factory=Parallelism)
-    loss: Loss.Config = field(default_factory=CrossEntropy.Config)
     world_size: int = 1
     checkpoint: Literal["none", "full", "selective"] = "none"
     n_rows: int = 8
@@ -50,6 +49,7 @@ class Case:
     """What is computed in; weights are stored in fp32."""
     compile: str | None = None
     """Backend of torch.compile; None leaves the blocks as they are."""
+    loss: Loss.Config = field(default_factory=CrossEntropy.Config)
 
 
 @dataclass
