@@ -85,6 +85,7 @@ class Run(Configurable):
         color: Color = Color.RED
         limit: int | None = None
         tags: list[str] = field(default_factory=list)
+        switches: list[bool] = field(default_factory=list)
         table: dict[str, int] = field(default_factory=dict)
         branches: list[Model.Config] = field(default_factory=list)
 
@@ -205,6 +206,11 @@ def test_fields_of_the_class_that_the_recipe_chose():
         ("--training.compile", "training.compile", True),
         ("--training.compile True", "training.compile", True),
         ("--training.compile=False", "training.compile", False),
+        ("--training.compile true", "training.compile", True),
+        ("--training.fused=false", "training.fused", False),
+        ("--training.fused FALSE", "training.fused", False),
+        ("--training.maybe true", "training.maybe", True),
+        ("--switches true False TRUE", "switches", [True, False, True]),
         ("--training.no-fused", "training.fused", False),
         ("--training.no_fused", "training.fused", False),
         ("--training.maybe", "training.maybe", True),

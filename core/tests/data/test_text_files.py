@@ -144,6 +144,37 @@ def test_folder_is_searched_in_depth_in_a_fixed_order(tmp_path):
     assert found == ["a/y.txt.gz", "a/z.jsonl", "b.txt", "c/d/e.jsonl.gz"]
 
 
+def test_no_file_of_a_folder_is_passed_over_in_silence(tmp_path):
+    """Shards in three forms, of which one can be read: a third of the text would be trained on."""
+    about = [
+        "README",
+        "readme.txt.md",
+        "LICENSE.txt.html",
+        "SHA256SUMS",
+        "a.txt.sha256",
+        "_SUCCESS",
+        "dataset_info.json",
+    ]
+    for name in ("a.jsonl.gz", *about, ".cache/b.parquet", "sub/.DS_Store"):
+        write(tmp_path / name, "{}")
+    assert [file.name for file in find_files(str(tmp_path))] == ["a.jsonl.gz"]
+    for name in ("b.jsonl.ZST", "sub/c.jsonl.zst", "c.parquet", "d.tar.gz", "e", "f.v2.arrow"):
+        write(tmp_path / name, "")
+    with pytest.raises(UserError) as caught:
+        find_files(str(tmp_path))
+    kinds = "2 .jsonl.zst, 1 .parquet, 1 .tar.gz, 1 without a suffix, 1 .arrow"
+    assert str(caught.value).startswith(f"the folder {tmp_path} holds {kinds}, and what is read ends in .txt, ")
+    assert f"by a pattern such as '{tmp_path}/**/*.jsonl'" in str(caught.value)
+    assert [file.name for file in find_files(f"{tmp_path}/**/*.jsonl.gz")] == ["a.jsonl.gz"]
+
+
+def test_a_link_to_nothing_is_no_text(tmp_path):
+    write(tmp_path / "a.txt", "x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match="b.txt is a link to nothing"):
+        find_files(str(tmp_path))
+
+
 def test_glob_and_literal_names(tmp_path):
     for name in ("a1.txt", "a2.txt", "b.txt", "deep/a3.txt", "[1].txt"):
         write(tmp_path / name, "x")
@@ -178,8 +209,11 @@ def test_files_that_are_not_there(tmp_path):
         find_files(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match=r"no file matches .*none\*"):
         find_files(str(tmp_path / "none*"))
-    with pytest.raises(UserError, match="only holds no file ending in .txt, .jsonl"):
+    with pytest.raises(UserError, match="only holds 1 .parquet, and what is read ends in .txt, .jsonl"):
         find_files(str(tmp_path / "only"))
+    write(tmp_path / "about" / "README", "x")
+    with pytest.raises(UserError, match="about holds no file to read, and what is read ends in .txt, .jsonl"):
+        find_files(str(tmp_path / "about"))
     for dataset in ("only/a.parquet", "only/*"):
         with pytest.raises(UserError, match=r"cannot tell what .*a\.parquet holds: its name must end in \.txt"):
             find_files(str(tmp_path / dataset))

@@ -10,7 +10,7 @@ from torch import nn
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import weights as weights_of
-from core.optim.optimizer import Optimizer
+from core.optim.optimizer import Optimizer, check_no_decay
 from core.testing.toy import Toy, ToyMoE, on_meta
 
 SHAPES = {
@@ -194,3 +194,18 @@ def test_gradients_and_zero_grad() -> None:
 def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(Optimizer.Config(**change))
+
+
+NAMES = ["tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.1.attention.wq.weight", "norm.weight"]
+
+
+def test_globs_that_fit_no_weight_are_told_with_names_like_them() -> None:
+    check_no_decay(Optimizer.Config(), NAMES)  # of which *.bias and *.sinks fit none
+    check_no_decay(Optimizer.Config(no_decay=[]), NAMES)
+    check_no_decay(Optimizer.Config(no_decay=["*", "layers.[01].*"]), NAMES)
+    with pytest.raises(UserError) as caught:
+        check_no_decay(Optimizer.Config(no_decay=["*norm.weight", "layers.*.atention.wq.weight", "b"]), NAMES)
+    expected = "no weight is called layers.*.atention.wq.weight, b; did you mean layers.*.attention.wq.weight"
+    assert str(caught.value).startswith(f"optimizer.no_decay: {expected}")
+    with pytest.raises(UserError, match=r"called a, b; there are tok_embeddings.weight, layers.\*.attention.wq"):
+        check_no_decay(Optimizer.Config(no_decay=["a", "b"]), NAMES)

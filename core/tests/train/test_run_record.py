@@ -217,3 +217,27 @@ def test_building_changes_no_configuration(tmp_path: Path) -> None:
     trainer.config.training.steps = 77
     trainer.exit.close()
     assert to_json(config) == before
+
+
+def test_a_pattern_that_fits_nothing_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    config = toy_run(tmp_path)
+    config.optimizer.no_decay = ["a", "*.attention_norm.weight"]
+    config.activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns = ["moe.router.gate", "attention.wqq"]
+    with pytest.raises(UserError) as caught:
+        config.build()
+    lines = str(caught.value).splitlines()
+    assert "no module has attention.wqq in its name; there is attention.wq, " in lines[0]
+    assert lines[1].startswith("optimizer.no_decay: no weight is called a; ") and len(lines) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_a_tokenizer_lacks_are_counted_at_the_head(tmp_path: Path) -> None:
+    config = toy_run(tmp_path)
+    trainer = config.build()
+    assert "tokenizer    SentencePiece, 2,048 tokens (bundled)\n" in trainer.summary()
+    trainer.exit.close()
+    config.model.vocab_size, config.dump_folder = 3000, str(tmp_path / "padded")
+    trainer = config.build()
+    head = "tokenizer    SentencePiece, 2,048 tokens (bundled); 952 of model.vocab_size 3,000 unused\n"
+    assert head in trainer.summary()
+    trainer.exit.close()

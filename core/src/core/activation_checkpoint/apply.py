@@ -22,6 +22,7 @@ from core.config.errors import UserError
 log = logging.getLogger("armature")
 
 
+FORCED = "per_op_sac_force_recompute_mm_shapes_by_fqns"
 DEFAULT_FORCED = ("moe.router.gate",)
 """A small product that is not worth keeping, and that dense models do not have."""
 
@@ -90,12 +91,8 @@ class ActivationCheckpoint(Configurable):
             return
         SAVED.clear()
         check_names(c, model)
-        names = [f"layers.{i}.{name}" for i, block in model.layers.items() for name, _ in block.named_modules()]
-        for part in c.per_op_sac_force_recompute_mm_shapes_by_fqns:
-            if part not in DEFAULT_FORCED and not any(part in name for name in names):
-                log.warning(
-                    f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names no module"
-                )
+        for part in unmatched(c, model):  # a stage of a pipeline may lack what the whole model has
+            log.warning(f"activation_checkpoint.{FORCED}: {part} names no module")
         for number, block in model.layers.items():
             for name in c.force_recompute:
                 if has_module(block, name):
@@ -142,6 +139,22 @@ class ActivationCheckpoint(Configurable):
         functorch.memory_budget_pareto_dir = str(self.folder / "memory_budget_pareto")
 
 
+def check_parts(config: ActivationCheckpoint.Config, model: Layered) -> None:
+    """Raise `UserError` for a part of a name in the configuration that no module of the whole model has."""
+    if parts := unmatched(config, model):
+        known = product_names(next(iter(model.layers.values())))
+        raise UserError(
+            f"activation_checkpoint.{FORCED}: no module has {', '.join(parts)} in its name; there is {known}"
+        )
+
+
+def unmatched(config: ActivationCheckpoint.Config, model: Layered) -> list[str]:
+    """Parts of names that no module has; those of the default are for models of several kinds."""
+    names = [f"layers.{i}.{name}" for i, block in model.layers.items() for name, _ in block.named_modules()]
+    parts = [part for part in getattr(config, FORCED) if part not in DEFAULT_FORCED]
+    return [part for part in parts if not any(part in name for name in names)]
+
+
 def check_names(config: ActivationCheckpoint.Config, model: Layered) -> None:
     """Raise `UserError` for a name in the configuration that no block of `model` can follow."""
     blocks = model.layers.items()
@@ -161,7 +174,7 @@ def forced_shapes(config: ActivationCheckpoint.Config, path: str, block: nn.Modu
             if part in f"{path}.{name}":
                 if (shape := product_shape(module)) is None:
                     raise UserError(
-                        f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {part} names "
+                        f"activation_checkpoint.{FORCED}: {part} names "
                         f"{path}.{name}, a {type(module).__name__}, which has no matrix product of one shape; "
                         f"the block has {product_names(block)}"
                     )

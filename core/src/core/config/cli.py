@@ -47,8 +47,8 @@ OWN = {
 }
 """The options of `main` that are no settings."""
 SYNTAX = """
-Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable and
-unset by --section.no-enable; lists take their items one after another: --section.names a b.
+Options come in any order, `-` and `_` are alike, the last word counts. A switch is set by --section.enable, unset by
+--section.no-enable, and takes true or false; lists take their items one after another: --section.names a b.
 """
 OF_DRY_RUN = ("world_size", "rank", "json")
 WEIGHTS = "; weights beside it are read with --checkpoint.enable --checkpoint.initial_load_path {folder}"

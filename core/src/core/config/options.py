@@ -5,7 +5,7 @@ import inspect
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,6 +37,8 @@ class Option:
     def read(self, words: Sequence[str]) -> Any:
         """The value that the words after the option stand for; a flag alone means True. Raises `UserError`."""
         words = list(words)
+        if holds(self.annotation, lambda option: option is bool):
+            words = [word.capitalize() if word.lower() in ("true", "false") else word for word in words]
         if bool in alternatives(self.annotation):
             words = words or ["True"]
         spec = reader(self.annotation)
@@ -69,7 +71,7 @@ class Option:
 def options(node: Configurable.Config, path: str) -> Iterator[Option]:
     """The fields of one config that a command line can change: those whose type has no Config in it."""
     for name, annotation in field_types(type(node)).items():
-        if not holds_config(annotation):
+        if not holds(annotation, is_config):
             yield Option(join(path, name), node, name)
 
 
@@ -78,9 +80,9 @@ def plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 
-def holds_config(annotation: Any) -> bool:
-    """Whether a Config may stand in a value of this type."""
-    return is_config(annotation) or any(map(holds_config, get_args(annotation)))
+def holds(annotation: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether a type that fits may stand in a value of this type."""
+    return fits(annotation) or any(holds(argument, fits) for argument in get_args(annotation))
 
 
 @cache

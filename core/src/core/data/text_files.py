@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -17,6 +18,13 @@ from core.data.sections import FILE_CHARACTERS, Section, cut, cut_row
 from core.runtime.log import LOGGER
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
+ABOUT = re.compile(
+    r"(readme|licen[sc]e|notice|copying|citation|changelog|authors)(\..*)?|.*\.(md|rst|html?|pdf|ya?ml|toml|py|sh|log)"
+    r"|.*sums?|.*\.(sha\d+|md5|sig|asc)|_success|(dataset_infos?|dataset_dict|state|metadata)\.json",
+    re.IGNORECASE,
+)
+"""Names of files that lie beside a text and are none: papers, licences, sums, settings."""
 LINE_BYTES = 2**28
 """A longer line of a .jsonl file is unreadable: it is most likely no line of JSON."""
 _PART_BYTES = 2**16
@@ -50,14 +58,22 @@ class BadLines:
 def find_files(dataset: str) -> list[Path]:
     """The files that a path, a folder (searched in depth) or a glob pattern stands for, in a fixed order.
 
-    In a folder, hidden files and files of other kinds are passed over; named or matched by a pattern they are errors.
+    In a folder, hidden files and those that are about the text (ABOUT) are passed over. A file of another kind is an
+    error, wherever it is: nobody should find out later that a part of the text was not read.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        inside = sorted(path.rglob("*"))
-        files = [p for p in inside if _suffix(p) and p.is_file() and not _hidden(p.relative_to(path))]
-        if not files:
-            raise UserError(f"the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+        inside = [p for p in sorted(path.rglob("*")) if not p.is_dir() and not _hidden(p.relative_to(path))]
+        files = [p for p in inside if _suffix(p)]
+        others = Counter(_kind(p) for p in inside if not _suffix(p) and not ABOUT.fullmatch(p.name))
+        if others or not files:
+            kinds = ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5)) or "no file to read"
+            raise UserError(
+                f"the folder {path} holds {kinds}, and what is read ends in {', '.join(SUFFIXES)}: convert the "
+                f"files, move them away, or name those to read by a pattern such as '{path}/**/*.jsonl'"
+            )
+        if lost := [p for p in files if not p.is_file()]:
+            raise UserError(f"{lost[0]} is a link to nothing, or no file")
         return [p.absolute() for p in files]
     if path.exists():
         files = [path]
@@ -75,6 +91,12 @@ def find_files(dataset: str) -> list[Path]:
 
 def _suffix(path: Path) -> str | None:
     return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+
+
+def _kind(path: Path) -> str:
+    """The end of a file's name that says what is in it."""
+    packed = len(path.suffixes) > 1 and path.suffix.lower() in PACKED
+    return "".join(path.suffixes[-2:] if packed else path.suffixes[-1:]).lower() or "without a suffix"
 
 
 def _hidden(path: Path) -> bool:

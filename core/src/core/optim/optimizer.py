@@ -1,5 +1,6 @@
 """Adam and AdamW over named weights: state keyed by the name of the weight, decay only where it belongs."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from core.config.configurable import Configurable
+from core.config.errors import UserError, at_most, did_you_mean
 
 
 class Optimizer(Configurable):
@@ -35,7 +37,7 @@ class Optimizer(Configurable):
         weight_decay: float = 0.1
         """Shrinkage per step, times the learning rate."""
         no_decay: list[str] = field(default_factory=lambda: ["*norm.weight", "*.bias", "*.sinks"])
-        """Names of weights (globs) that are not shrunk."""
+        """Names of weights (globs) that are not shrunk. Of the default some fit no weight of some models."""
         implementation: Literal["fused", "foreach", "for-loop"] = "fused"
         """Which of PyTorch's kernels does the update."""
 
@@ -113,3 +115,15 @@ class Optimizer(Configurable):
 def own(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that is spread over ranks; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def check_no_decay(config: Optimizer.Config, names: Iterable[str]) -> None:
+    """Raise `UserError` for globs that fit none of these names of weights, unless they are the default."""
+    if config.no_decay == Optimizer.Config().no_decay:
+        return
+    names = list(names)
+    lost = [glob for glob in config.no_decay if not any(fnmatchcase(name, glob) for name in names)]
+    if lost:
+        kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+        near = did_you_mean(lost[0], kinds, n=3, cutoff=0.4) or f"there are {', '.join(at_most(3, kinds))}"
+        raise UserError(f"optimizer.no_decay: no weight is called {', '.join(lost)}; {near}")

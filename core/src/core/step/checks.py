@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 import torch
 
-from core.activation_checkpoint.apply import ActivationCheckpoint, check_names
+from core.activation_checkpoint.apply import ActivationCheckpoint, check_names, check_parts
 from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
@@ -18,7 +18,7 @@ from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import MoE
-from core.optim.optimizer import Optimizer
+from core.optim.optimizer import Optimizer, check_no_decay
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
@@ -214,6 +214,8 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_pinned, run.checkpoint, device),
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
         partial(check_names, run.activation_checkpoint, model),
+        partial(check_parts, run.activation_checkpoint, model),
+        partial(check_no_decay, run.optimizer, (name for name, _ in model.named_parameters())),
         model.to_hf_config if run.checkpoint.last_save_in_hf else lambda: None,
     )
 

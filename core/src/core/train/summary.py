@@ -27,11 +27,15 @@ def summary(
     dtype: torch.dtype,
     flops: Flops,
     n_parameters: int,
+    n_tokens: int,
     last_step: int,
     rows_per_step: int,
     folder: Path,
 ) -> str:
-    """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device."""
+    """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device.
+
+    The tokenizer has `n_tokens` tokens.
+    """
     metrics, profiling, checkpoint = run.metrics, run.profiling, run.checkpoint
     files = ["config.json", "metrics.jsonl", *[metrics.save_tb_folder] * metrics.enable_tensorboard]
     files += [profiling.save_traces_folder] * profiling.enable_profiling
@@ -44,7 +48,7 @@ def summary(
         "parameters": f"{n_parameters:,}",
         "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
         "data": described["data"],
-        "tokenizer": described["tokenizer"],
+        "tokenizer": described["tokenizer"] + unused(n_tokens, run.model.vocab_size),
         "device": f"{described['device']}; weights {run.training.dtype}, compute {compute}",
         "ranks": describe_degrees(degrees, run.parallelism.expert_parallel_comm_backend),
         "backward": f"activation checkpoint {run.activation_checkpoint.mode}",
@@ -53,3 +57,8 @@ def summary(
         "written to": f"{folder} ({', '.join(files)})",
     }
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+
+
+def unused(n_tokens: int, vocab_size: int) -> str:
+    """What is said of a vocabulary that a tokenizer does not fill, as one that was padded, or another model's."""
+    return f"; {vocab_size - n_tokens:,} of model.vocab_size {vocab_size:,} unused" if n_tokens < vocab_size else ""

@@ -210,6 +210,7 @@ class Trainer(Configurable):
             dtype=self.compute_dtype,
             flops=self.flops_per_token,
             n_parameters=self.n_parameters,
+            n_tokens=self.tokenizer.vocab_size,
             last_step=self.last_step,
             rows_per_step=self.rows_per_step,
             folder=self.folder,
