@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nox
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parent
 MODELS = sorted(path.parent.name for path in ROOT.glob("models/*/pyproject.toml"))
 FOLDERS = {"core": "core"} | {model: f"models/{model}" for model in MODELS}
 EXTRAS = ["hf", "tensorboard"]
+TORCH = "torch==2.13.0"  # what CI runs on; docs/decisions/0002-torch-range.md
+CUDA_BUILD = "torch==2.14.1"
 TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "pytest-xdist>=3.6", "transformers>=5"]
 SIDE_BY_SIDE = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]  # docs/decisions/0012
 
@@ -32,9 +35,14 @@ each_model = nox.parametrize("model", [nox.param(name, id=name, tags=[name]) for
 @nox.session(default=False)
 def shared(session: nox.Session) -> None:
     """Install core's dependencies, its extras and the test tools, once for all sessions."""
+    session.install(TORCH, *third_party())
+
+
+def third_party() -> list[str]:
+    """What the tests of all packages need from others."""
     project = nox.project.load_toml(ROOT / "core/pyproject.toml")["project"]
     extras = [requirement for extra in EXTRAS for requirement in project["optional-dependencies"][extra]]
-    session.install(*project["dependencies"], *extras, *TEST_TOOLS)
+    return [*project["dependencies"], *extras, *TEST_TOOLS]
 
 
 def see_shared(session: nox.Session) -> Path:
@@ -110,6 +118,65 @@ def installs(session: nox.Session) -> None:
     install(session, "core")
     session.install("uv")
     session.run("python", "-m", "pytest", "core/tests/test_installers.py", "-m", "installs", *session.posargs)
+
+
+def releases(*names: str) -> Callable[[Callable], Callable]:
+    """A session for each of these releases of torch, called torch-2.15 and so on."""
+    return nox.parametrize("release", [nox.param(name, id=f"torch-{name}") for name in names])
+
+
+def run_tests_on(session: nox.Session, release: str) -> None:
+    """Run the tests of all packages on a release of torch, in an environment of its own."""
+    session.install(f"torch=={release}.*", *third_party())
+    for folder in FOLDERS.values():
+        session.install("--no-build-isolation", f"./{folder}")
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, env=threads)
+
+
+@nox.session(default=False)
+@releases("2.14", "2.15")
+def newest(session: nox.Session, release: str) -> None:
+    """Run all tests on a release that is newer than CI's (gigabytes, an hour)."""
+    run_tests_on(session, release)
+
+
+@nox.session(default=False)
+@releases("2.11", "2.12")
+def oldest(session: nox.Session, release: str) -> None:
+    """Run all tests on a release that is older than CI's (gigabytes, an hour)."""
+    run_tests_on(session, release)
+
+
+@nox.session(default=False)
+def cuda_build(session: nox.Session) -> None:
+    """Do what a newcomer does on a torch for CUDA where there is no GPU, or none to be seen (gigabytes, minutes)."""
+    session.install(CUDA_BUILD, "pytest>=8")
+    for folder in FOLDERS.values():
+        session.install(f"./{folder}")
+    session.run("python", "-m", "pytest", "core/tests/runtime/test_device.py")  # an old driver, among others
+    session.env["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryDirectory() as away, session.chdir(away):
+        session.run("python", "-m", "core.doctor")
+        for recipe in debug_recipes():
+            train_and_write(session, *recipe)
+
+
+def debug_recipes() -> Iterator[tuple[str, str]]:
+    """The models, each with its debug recipes."""
+    for model in MODELS:
+        text = (ROOT / FOLDERS[model] / f"src/{model}/configs.py").read_text(encoding="utf-8")
+        yield from ((model, recipe) for recipe in re.findall(r"^def (\w+_debug)\(", text, re.MULTILINE))
+
+
+def train_and_write(session: nox.Session, model: str, recipe: str) -> None:
+    """Plan a recipe, train it for a few steps on one rank and on two, and have it write."""
+    train = ["-m", f"{model}.train", "--config", recipe, "--training.steps", "3"]
+    session.run("python", *train, "--dry-run", "--world-size", "2")
+    session.run("torchrun", "--nproc-per-node", "2", *train)
+    session.run("python", *train, "--dump_folder", recipe, "--checkpoint.enable", "--checkpoint.last_save_model_only")
+    weights = ["--checkpoint", f"{recipe}/checkpoint/step-3", "--prompt", "def main", "--max-new-tokens", "16"]
+    session.run("python", "-m", f"{model}.generate", "--config", recipe, *weights)
 
 
 def run_debug(session: nox.Session, model: str, *options: str) -> None:

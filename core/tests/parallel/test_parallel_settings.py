@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.config.errors import UserError
@@ -13,6 +14,7 @@ from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.parallel.settings import Degrees, Parallelism, describe_degrees, world_problems
+from core.step import checks
 from core.step.checks import check_layout
 from core.step.settings import Compile, Training
 from core.testing.layout_suite import degrees
@@ -111,6 +113,15 @@ def test_experts_divide_the_ranks_that_hold_them() -> None:
     check(degrees(expert=2, tensor=2), 2, model=ToyMoE.Config())
     (line,) = refusal(degrees(expert=2), 2)
     assert line.endswith("expert_parallel_degree 2 asked for, and the model has no experts: leave it at 1")
+
+
+def test_experts_want_a_mesh_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "HAS_MESH_PER_WEIGHT", False)
+    check(degrees(tensor=2), 4)
+    check(degrees(context=2), 4, model=ToyMoE.Config())
+    for axis in ("expert", "tensor"):
+        (line,) = refusal(degrees(**{axis: 2}), 4, model=ToyMoE.Config())
+        assert f": {axis}_parallel_degree 2 with experts needs torch 2.12, this is {torch.__version__}" in line
 
 
 def test_heads_are_shared() -> None:

@@ -1,12 +1,12 @@
 """A block's forward recorded, and repeated in backward under guard: the repetition must do what the forward did.
 
-PyTorch's own modes of selective checkpointing (torch 2.11 to 2.13) save and give back outputs by (operation, how many
+PyTorch's own modes of selective checkpointing save and give back outputs by (operation, how many
 of its kind came before). They notice an operation that was not there in forward, but not one that is missing: later
 outputs of its kind would silently be those of another call. So here outputs are saved by their place in the sequence,
 and the sequences are compared. Under torch.compile, which tags a graph instead, PyTorch's modes work unchanged.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,9 @@ from torch.utils.checkpoint import (
     SelectiveCheckpointContext,
     _CachedTorchDispatchMode,
     _CachingTorchDispatchMode,
-    _detach_helper,
     _is_compiling,
     _VersionWrapper,
+    create_selective_checkpoint_contexts,
 )
 
 from core.activation_checkpoint.region import OFF_THE_RECORD, RECOMPUTING
@@ -138,7 +138,8 @@ class Forward(_CachingTorchDispatchMode):
         if _is_compiling(func, args, kwargs):
             return super().__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
-        context = SelectiveCheckpointContext(is_recompute=False, op_output=out)
+        context = SelectiveCheckpointContext(is_recompute=False)
+        context.op_output = out  # no argument before torch 2.12
         saves = self.policy_fn(context, func, *args, **kwargs) is CheckpointPolicy.MUST_SAVE
         self.trace.add(func, tree_map(saved, out) if saves else RECOMPUTE)
         return out
@@ -149,8 +150,8 @@ class Recompute(_CachedTorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, storage: dict, trace: Trace) -> None:
-        super().__init__(None, storage)
+    def __init__(self, decide: Callable[..., CheckpointPolicy], storage: dict, trace: Trace) -> None:
+        super().__init__(decide, storage, False)
         self.trace = trace
         self.position = 0
 
@@ -176,14 +177,26 @@ class Recompute(_CachedTorchDispatchMode):
         return func(*args, **kwargs) if output is RECOMPUTE else tree_map(given_back, output)
 
 
+def detached(output: Any) -> Any:
+    """A tensor without its graph, and what is no tensor as it is.
+
+    Beneath autograd's record of views, where the version counter stays: PyTorch's modes do so, by functions that differ
+    between releases.
+    """
+    if not isinstance(output, torch.Tensor):
+        return output
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return output.detach()
+
+
 def saved(output: Any) -> Any:
     """An output as it is kept: without its graph, and with its version, to notice if it is changed in place."""
-    return _VersionWrapper(_detach_helper(output))
+    return _VersionWrapper(detached(output))
 
 
 def given_back(kept: _VersionWrapper) -> Any:
     """The output again, without a graph of an earlier time; a RuntimeError when it was changed in place meanwhile."""
-    return _detach_helper(kept.get_val(allow_cache_entry_mutation=False))
+    return detached(kept.get_val(allow_cache_entry_mutation=False))
 
 
 MEND = (
@@ -196,8 +209,9 @@ Replay = tuple[Forward, Recompute]
 
 def replay_contexts(decide: Callable[..., CheckpointPolicy], trace: Trace) -> Replay:
     """The modes of one call of a block: `decide` is asked once per operation, in forward."""
-    storage: dict[Any, dict[int, Any]] = defaultdict(dict)
-    return Forward(decide, storage, trace), Recompute(storage, trace)
+    plain, _ = create_selective_checkpoint_contexts(decide)
+    storage = plain.storage  # under torch.compile; its form differs between releases
+    return Forward(decide, storage, trace), Recompute(decide, storage, trace)
 
 
 def is_aside(func: Any) -> bool:

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 
 from core.nn.decoder import Decoder
 from core.nn.moe import Experts
 from core.parallel.mesh import Views
 from core.parallel.settings import Parallelism
+
+HAS_MESH_PER_WEIGHT = hasattr(_fsdp_common, "ShardPlacementResult")
+"""Whether weights of one group may lie on several meshes (torch 2.12)."""
 
 
 def apply_data(
@@ -51,12 +55,12 @@ def apply_data(
     for block in model.layers.values():
         experts = {weight for part in block.modules() if isinstance(part, Experts) for weight in part.parameters()}
 
-        def where_to(weight: nn.Parameter, experts: set = experts) -> ShardPlacementResult:
+        def where_to(weight: nn.Parameter, experts: set = experts) -> Any:
             if weight not in experts:
-                return ShardPlacementResult(placement=Shard(0), mesh_info=dense)
+                return placed(Shard(0), dense)
             few = weight.shape[0] < sparse.shard_mesh_size * views.degrees.expert
             even = weight.shape[1] % sparse.shard_mesh_size == 0  # FSDP cuts other dimensions into equal pieces alone
-            return ShardPlacementResult(placement=Shard(1 if few and even else 0), mesh_info=sparse)
+            return placed(Shard(1 if few and even else 0), sparse)
 
         fully_shard(block, **options, shard_placement_fn=where_to if experts else None)
     if views.degrees.expert > 1:
@@ -73,6 +77,11 @@ def apply_data(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+
+
+def placed(placement: Shard, mesh: FSDPMeshInfo) -> Any:
+    """How FSDP wants to hear where a weight lies; where it cannot hear of a mesh, all lie on the one of their group."""
+    return _fsdp_common.ShardPlacementResult(placement, mesh) if HAS_MESH_PER_WEIGHT else placement
 
 
 def prefetch(blocks: list[nn.Module]) -> None:

@@ -19,6 +19,7 @@ from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import MoE
 from core.optim.optimizer import Optimizer, check_no_decay
+from core.parallel.data import HAS_MESH_PER_WEIGHT
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
@@ -123,6 +124,10 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
                 f"expert_parallel_degree {degrees.expert} must divide n_experts {config.router.n_experts}",
             )
     yield from empty_piece_problem("model.vocab_size", model.vocab_size, degrees.tensor)
+    if degrees.expert * degrees.tensor > 1 and expert_parts(model) and not HAS_MESH_PER_WEIGHT:
+        name = "expert_parallel_degree" if degrees.expert > 1 else "tensor_parallel_degree"
+        degree = getattr(parallelism, name)
+        yield f"parallelism.{name}", f"{name} {degree} with experts needs torch 2.12, this is {torch.__version__}"
     if degrees.expert > 1 and not expert_parts(model):
         yield (
             "parallelism.expert_parallel_degree",
