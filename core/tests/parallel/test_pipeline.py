@@ -14,10 +14,10 @@ from core.parallel.pipeline import (
     cut_stage,
     n_stages,
     pipeline_problems,
-    read_schedule,
     split,
     stages_of,
 )
+from core.parallel.schedule_file import read_schedule
 from core.parallel.settings import SINGLE_STAGE, Parallelism
 from core.testing.layout_suite import SCHEDULES, assert_equal, degrees
 from core.testing.parity import Case, compare
@@ -194,7 +194,7 @@ def test_a_file_that_is_no_schedule(tmp_path: Path) -> None:
     prose.write_text("0F0,0B0\nto be or not to be\n")
     with_sends = written(tmp_path, "LoopedBFS", form="compute_comms")
     for file, words in (
-        (absent, "cannot read the schedule .*: No such file"),
+        (absent, "absent.csv cannot be read: No such file"),
         (empty, "is no schedule: every row needs actions such as 0F0"),
         (prose, "is no schedule"),
         (with_sends, 'and no communication; it is as PyTorch writes it with format="compute_only"'),

@@ -119,6 +119,7 @@ def state(step: int) -> dict[str, torch.Tensor]:
 
 
 def saver_in(folder: Path) -> Saver:
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     settings = Checkpoint(enable=True, keep_latest_k=1)
     return Saver(settings, Ranks(), run_folder=folder, config="{}", export=lambda found, path: None)
 

@@ -1,6 +1,7 @@
 """What stands in a Hugging Face `config.json`, and what every decoder states there."""
 
 from operator import attrgetter
+from reprlib import repr as short_repr
 from typing import Any
 
 from core.config.errors import UserError
@@ -20,7 +21,9 @@ def checked_hf_config(hf: dict[str, Any], fixed: dict[str, Any]) -> HFConfig:
 
     Raises a `UserError` that lists all differences.
     """
-    wrong = [f"{key} is {hf[key]!r}, not {value!r}" for key, value in fixed.items() if hf.get(key, value) != value]
+    wrong = [
+        f"{key} is {short_repr(hf[key])}, not {value!r}" for key, value in fixed.items() if hf.get(key, value) != value
+    ]
     if "model_type" not in hf:
         wrong.append("model_type is missing")
     if wrong:

@@ -9,6 +9,7 @@ import torch
 
 from core.checkpoint.find import Found
 from core.checkpoint.hf import load_from, load_hf, save_by
+from core.checkpoint.hf_types import check_types
 from core.checkpoint.key_map import HFModel, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
@@ -79,8 +80,10 @@ def hf_config(family: type[HFModel], folder: str | Path) -> Configurable.Config:
 
     Raises `UserError`, which names the file, when it is of another family or has a value that cannot be understood.
     """
+    stated = read_config(folder)
     try:
-        return family.from_hf_config(read_config(folder))
+        check_types(stated)
+        return family.from_hf_config(stated)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{folder}/{CONFIG}: {error}") from error
 

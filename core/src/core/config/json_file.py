@@ -5,12 +5,12 @@ Every JSON file that a run reads goes through here, so that a damaged or forged 
 
 import json
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 from core.config.errors import UserError, at_most
 from core.config.fields import parts, type_problems
+from core.config.text_file import read_bytes, text_of, too_long
 
 MOST_MIB = 64
 """So large may a file be, unless its reader says otherwise."""
@@ -26,14 +26,7 @@ SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 def read_json(path: str | Path, most_mib: int = MOST_MIB) -> dict[str, Any]:
     """The JSON object in a file. Raises `UserError`, which names the file, when it cannot be read or holds none."""
-    try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for its writer
-            raise UserError(f"{path} is no regular file")
-        with open(path, "rb") as file:
-            data = file.read(most_mib * 2**20 + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return parse_json(data, path, most_mib)
+    return parse_json(read_bytes(path, most_mib), path, most_mib)
 
 
 def parse_json(data: bytes | str, name: object, most_mib: int = MOST_MIB) -> dict[str, Any]:
@@ -43,12 +36,10 @@ def parse_json(data: bytes | str, name: object, most_mib: int = MOST_MIB) -> dic
     nested too deep, a key that stands twice in one object, a number with too many digits, or half a character.
     """
     if len(data) > most_mib * 2**20:
-        raise UserError(f"{name} has more than {most_mib} MiB: it is not what it should be")
+        raise too_long(name, most_mib)
+    text = text_of(data, name) if isinstance(data, bytes) else data
     try:
-        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=_object, parse_int=_int)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8: byte {error.start:,} is {error.object[error.start]:#04x}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is not JSON: {error}") from None
     except RecursionError:

@@ -1,10 +1,8 @@
 """Pipeline parallelism: a stage is the decoder without the children that live elsewhere."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from core.config.errors import UserError
 from core.nn.decoder import Decoder, Reader
 from core.nn.kernel import Where
+from core.parallel.schedule_file import read_schedule
 from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
 
 ENDS = 1
@@ -29,36 +28,6 @@ class Microbatch(NamedTuple):
     tokens_BL: Tensor
     labels_BL: Tensor
     where: Where
-
-
-class Actions(NamedTuple):
-    """What a schedule from a file computes: the stages of every rank, the number of microbatches, and whether a
-    backward comes in two parts."""
-
-    stages: list[list[int]]
-    n_microbatches: int
-    in_two_parts: bool
-
-
-def read_schedule(file: str) -> Actions:
-    """A schedule as PyTorch's `_dump_csv` writes it with the format compute_only: a row for each rank, and in it
-    actions such as 0F3, the forward of microbatch 3 in stage 0. Raises `UserError` for a file that is none."""
-    try:
-        text = Path(file).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the schedule {file}: {error.strerror}") from error
-    rows = [re.findall(r"(\d+)([FBIW])(\d+)", row) for row in text.splitlines() if row.strip()]
-    if not rows or not all(rows) or "SEND" in text:
-        raise UserError(
-            f"{file} is no schedule: every row needs actions such as 0F0 or 1B3, and no communication; it is as "
-            'PyTorch writes it with format="compute_only"'
-        )
-    actions = [action for row in rows for action in row]
-    return Actions(
-        [sorted({int(stage) for stage, _, _ in row}) for row in rows],
-        1 + max(int(microbatch) for _, _, microbatch in actions),
-        any(kind in "IW" for _, kind, _ in actions),
-    )
 
 
 def n_stages(settings: Parallelism, n_layers: int) -> int:

@@ -5,6 +5,7 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
 import pytest
@@ -13,8 +14,11 @@ import torch
 from core.checkpoint.convert import main
 from core.checkpoint.hf import load_hf
 from core.checkpoint.key_map import hf_layout, pattern_of
-from core.checkpoint.weights import load
+from core.checkpoint.weights import hf_config, load
+from core.config.errors import UserError
+from core.config.validate import validate
 from core.nn.decoder import Decoder
+from core.testing.mutations import mutated_json
 from core.testing.toy import on_cpu, on_meta, randomise
 
 
@@ -77,3 +81,25 @@ class KeySuite:
     def tiny_config(self, tiny: str) -> Decoder.Config:
         """Our configuration of one of `hf_configs`."""
         return self.decoder.from_hf_config(self.hf_configs[tiny].to_dict())
+
+    def test_a_config_json_that_went_wrong_is_read_or_refused(self, tiny: str, tmp_path: Path) -> None:
+        """Whatever is in it, and whoever wrote it."""
+        self.read_mutated_configs(tiny, tmp_path, n=10)
+
+    @pytest.mark.faults
+    def test_many_config_jsons_that_went_wrong_are_read_or_refused(self, tiny: str, tmp_path: Path) -> None:
+        self.read_mutated_configs(tiny, tmp_path, n=100)
+
+    def read_mutated_configs(self, tiny: str, folder: Path, n: int) -> None:
+        """Read that many changes of what a tiny model states."""
+        file, draw = folder / "config.json", Random(tiny)
+        stated = json.dumps(on_meta(self.decoder.from_hf_config(self.hf_configs[tiny].to_dict())).to_hf_config())
+        for number in range(n):
+            file.write_bytes(mutated_json(stated.encode(), draw))
+            try:
+                validate(hf_config(self.decoder, folder))
+            except UserError:
+                pass
+            except Exception as error:
+                error.add_note(f"change {number}: {file.read_bytes()!r}")
+                raise

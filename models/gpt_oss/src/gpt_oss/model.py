@@ -36,10 +36,11 @@ class GptOss(Decoder):
     @classmethod
     def from_hf_config(cls, hf: dict) -> Config:
         hf = checked_hf_config(hf, FIXED)
-        if hf["layer_types"] != layer_types(hf["num_hidden_layers"]):
+        stated, n_layers = hf["layer_types"], hf["num_hidden_layers"]
+        if len(stated) != n_layers or stated != layer_types(n_layers):
             raise UserError(
                 "layer_types of this config.json must be sliding_attention and full_attention in turn, one for each of "
-                f"{hf['num_hidden_layers']} layers, it states {hf['layer_types']}"
+                f"{n_layers} layers, it states {stated}"
             )
         return cls.Config(
             **decoder_from_hf(hf),
