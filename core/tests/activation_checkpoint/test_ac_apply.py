@@ -1,5 +1,6 @@
 """Activation checkpointing on whole models: gradients, recomputed products, names, and every setting."""
 
+import gc
 import logging
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +20,7 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.kernel import Where
 from core.nn.module import weights
-from core.runtime.log import LOGGER
+from core.runtime.log import LOGGER, start_logging
 from core.testing.checkpointing import (
     Dispatched,
     assert_equal_gradients,
@@ -467,3 +469,25 @@ def test_a_part_of_a_name_that_names_nothing_is_a_warning(messages):
     assert "names no module" not in messages.text, "dense models have no router, and that is the default"
     toy_training(mode="selective", per_op_sac_force_recompute_mm_shapes_by_fqns=["attention.wqq"])
     assert "attention.wqq names no module" in messages.text
+
+
+def test_pictures_are_kept_and_a_disk_that_takes_none_ends_nothing(tmp_path, monkeypatch, capsys):
+    """What torch draws in the middle of compiling lies elsewhere until the first step is over."""
+    for name in ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir"):
+        monkeypatch.setattr(functorch, name, getattr(functorch, name))
+    start_logging()
+    config = ActivationCheckpoint.Config(mode="memory_budget", visualize_memory_budget_pareto=True)
+    checkpoint = config.build(folder=tmp_path / "run")
+    checkpoint.apply(Toy.Config(vocab_size=8).build())
+    drawn = Path(functorch.memory_budget_pareto_dir)
+    (drawn / "block.svg").write_text("<svg/>")
+    (tmp_path / "run").write_text("no folder")
+    checkpoint.report()
+    cause = f"{tmp_path}/run/memory_budget_pareto cannot be written: Not a directory; the run goes on without it"
+    assert capsys.readouterr().out == f"warning: {cause}\n"
+    (tmp_path / "run").unlink()
+    checkpoint.report()
+    assert (tmp_path / "run/memory_budget_pareto/block.svg").read_text() == "<svg/>"
+    del checkpoint
+    gc.collect()
+    assert not drawn.exists()

@@ -7,7 +7,8 @@ import pytest
 
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
-from core.train.folder import carry_on, check_run_folder, make_run_folder
+from core.train.folder import check_run_folder, make_run_folder
+from core.train.records import carry_on
 
 OURS = {"TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_MAX_RESTARTS": "2"}
 NONE = Checkpoint()
@@ -38,18 +39,6 @@ def test_every_attempt_goes_on_in_the_folder_and_keeps_what_was_measured(tmp_pat
         with pytest.raises(UserError, match="already holds a run: choose another"):
             check_run_folder(str(folder), NONE, stranger)
     assert len(names(folder)) == 4
-
-
-def test_records_after_the_step_that_a_run_goes_on_from_are_put_aside(tmp_path):
-    measured(tmp_path, 1, 10, 20)
-    carry_on(tmp_path, 20)
-    assert names(tmp_path) == ["metrics.jsonl"] and steps(tmp_path) == [1, 10, 20]
-    carry_on(tmp_path, 15)
-    assert steps(tmp_path) == [1, 10] and steps(tmp_path, "metrics.attempt-0.jsonl") == [1, 10, 20]
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1')  # the process was killed while it wrote
-    carry_on(tmp_path, 15)
-    assert steps(tmp_path) == [1, 10]
 
 
 def test_a_folder_with_checkpoints_is_gone_on_with(tmp_path):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -382,7 +383,7 @@ def test_memory_budget_saves_less_and_computes_the_same(tmp_path, functorch):
         found, saved[budget] = compiled_with_budget(config, budget)
         assert functorch.activation_memory_budget == budget
         assert functorch.visualize_memory_budget_pareto is False
-        assert functorch.memory_budget_pareto_dir == f"{config.dump_folder}/memory_budget_pareto"
+        assert not (tmp_path / f"budget-{budget}/memory_budget_pareto").exists()
         for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
@@ -426,6 +427,43 @@ def test_tensorboard_and_traces(tmp_path):
     assert [t.name for t in traces] == ["step-2-rank-0.json", "step-4-rank-0.json"]
     names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert "aten::mm" in names
+
+
+def test_a_resumed_run_shows_no_step_twice_and_keeps_the_numbers_of_its_traces(tmp_path, monkeypatch):
+    """Against a run that never stopped: the curve in TensorBoard, the names of the traces, and the steps in them."""
+    config = toy_run(tmp_path, steps=7)
+    config.metrics.enable_tensorboard = config.profiling.enable_profiling = True
+    config.profiling.profile_freq, config.profiling.profiler_warmup = 3, 1
+    config.checkpoint.enable, config.checkpoint.interval = True, 3
+    whole = replace(config, dump_folder=str(tmp_path / "whole"))
+    expected = run(whole)
+    take_step = trainer.Trainer.step
+
+    def fail(trainer, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return take_step(trainer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            config.build().run()
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [(r["step"], r["loss"]) for r in run(config)] == [(r["step"], r["loss"]) for r in expected]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("whole", "run"):
+        place = tmp_path / name
+        assert len(list((place / "tb").iterdir())) == 1 + (name == "run")
+        events = EventAccumulator(str(place / "tb"))
+        events.Reload()
+        for key in ("loss", "grad_norm", "lr"):
+            seen = [(e.step, e.value) for e in events.Scalars(key)]
+            assert seen == [(r["step"], pytest.approx(r[key])) for r in expected]
+        traces = sorted((place / "profile_traces").iterdir())
+        assert [trace.name for trace in traces] == ["step-3-rank-0.json", "step-6-rank-0.json"]
+        names = {event["name"] for event in json.loads(traces[1].read_text())["traceEvents"]}
+        assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#5"}
 
 
 def test_missing_logger_is_told_where_it_is_chosen(tmp_path, monkeypatch):

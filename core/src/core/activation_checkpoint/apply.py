@@ -1,6 +1,9 @@
 """Activation checkpointing put on a decoder: none, full, selective, or a memory budget."""
 
 import logging
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +21,13 @@ from core.activation_checkpoint.region import recomputed
 from core.activation_checkpoint.replay import SAVED, name_modules
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.runtime.disk import OptionalFile
 
 log = logging.getLogger("armature")
 
 
+PICTURES = "memory_budget_pareto"
+"""Folder of the pictures, below the run's."""
 FORCED = "per_op_sac_force_recompute_mm_shapes_by_fqns"
 DEFAULT_FORCED = ("moe.router.gate",)
 """A small product that is not worth keeping, and that dense models do not have."""
@@ -77,6 +83,8 @@ class ActivationCheckpoint(Configurable):
 
     def __init__(self, config: Config, *, folder: Path) -> None:
         self.config, self.folder = config, folder
+        self._pictures: Path | None = None
+        self._kept = OptionalFile(folder / PICTURES)
 
     def apply(self, model: Layered) -> None:
         """Checkpoint every block of `model` in place; names of weights stay as they are.
@@ -109,7 +117,9 @@ class ActivationCheckpoint(Configurable):
             block.forward = partial(checkpointed, block.forward, self._settings(policy))
 
     def report(self) -> None:
-        """Say in debug how often each operation was saved so far, which never, and which are not there at all."""
+        """Keep the pictures that compiling the first step drew; say in debug how often each operation was saved so far,
+        which never, and which are not there at all."""
+        self._keep_pictures()
         if not self.config.debug or self.config.mode != "selective":
             return
         for op, count in SAVED.most_common():
@@ -136,7 +146,18 @@ class ActivationCheckpoint(Configurable):
 
         functorch.activation_memory_budget = self.config.memory_budget
         functorch.visualize_memory_budget_pareto = self.config.visualize_memory_budget_pareto
-        functorch.memory_budget_pareto_dir = str(self.folder / "memory_budget_pareto")
+        if self.config.visualize_memory_budget_pareto:
+            # Drawn in the middle of compiling, which a full disk would end: so elsewhere, and moved afterwards.
+            self._pictures = Path(tempfile.mkdtemp(prefix="memory_budget_pareto-"))
+            weakref.finalize(self, shutil.rmtree, self._pictures, ignore_errors=True)
+            functorch.memory_budget_pareto_dir = str(self._pictures)
+
+    def _keep_pictures(self) -> None:
+        place = self.folder / PICTURES
+        for picture in sorted(self._pictures.iterdir()) if self._pictures else ():
+            with self._kept.attempt():
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(picture, place / picture.name)
 
 
 def check_parts(config: ActivationCheckpoint.Config, model: Layered) -> None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from core.checkpoint.storage import flush
 from core.config.errors import UserError
+from core.runtime.disk import flush
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process at once, unless it listens."""

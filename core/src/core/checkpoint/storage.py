@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from errno import EBADF, EINVAL, EIO
+from errno import EINVAL, EIO
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, cast
@@ -18,6 +18,7 @@ import fsspec
 import numpy as np
 
 from core.config.errors import UserError
+from core.runtime.disk import flush
 
 CHUNK = 2**24
 """Bytes that are read, or written, at a time."""
@@ -231,18 +232,6 @@ class Storage:
             if self.is_local:
                 raise
             raise OSError(EIO, one_line(error)) from error
-
-
-def flush(path: str | Path) -> None:
-    """Let a file, or the names in a folder, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (EBADF, EINVAL):  # a file system that does not flush folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def seen_from(folder: Path, place: str) -> str:

@@ -25,6 +25,7 @@ from core.data.source import Source, absolute_dataset, open_source
 from core.data.staging import staging_folder
 from core.data.text_files import OnBadLine
 from core.data.tokenizer import Tokenizer
+from core.runtime.disk import flush
 from core.runtime.log import LOGGER
 
 Split = Literal["train", "validation"]
@@ -145,7 +146,7 @@ class Corpus(Configurable):
         while True:
             try:
                 complete.rename(self.folder)
-                return shards.sync_folder(self.folder.parent)
+                return flush(self.folder.parent)
             except OSError:
                 if not os.path.lexists(self.folder):
                     raise

@@ -20,6 +20,7 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.config.json_file import read_json
+from core.runtime.disk import flush
 
 FORMAT = 4
 """Another one whenever the same text becomes other tokens or other files."""
@@ -143,7 +144,7 @@ class Manifest:
             json.dump({**content, "digest": digest(content)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(folder)
+        flush(folder)
 
     def sizes(self) -> dict[str, int]:
         """The size in bytes that each file must have."""
@@ -191,15 +192,6 @@ def _check_counts(manifest: Manifest) -> None:
 def digest(data: Any) -> str:
     """The hash of data that JSON can hold."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class TokenStream:

@@ -1,10 +1,12 @@
 """What a run says: plain lines on standard output, warnings marked as such."""
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.config.console import hold_console
+from core.runtime.disk import AppendedFile
 
 LOGGER = logging.getLogger("armature")
 
@@ -33,9 +35,31 @@ def start_logging(*, aloud: bool = True) -> None:
         LOGGER.propagate = False
 
 
-def log_to(file: Path) -> None:
-    """Write this project's messages, with their time, to `file` as well."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+class LogFile(logging.Handler):
+    """Appends each message as a line to a file; what the disk does not take ends nothing."""
+
+    def __init__(self, file: AppendedFile) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.append(self.format(record).encode(errors="backslashreplace") + b"\n")
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Write this project's messages, with their time, to a file as well, while the block runs.
+
+    Raises `OSError` where it cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = AppendedFile(path)
+    file.create()
+    handler = LogFile(file)
     LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        file.close()

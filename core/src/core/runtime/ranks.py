@@ -53,3 +53,7 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+ALONE = Ranks()
+"""A process that nobody launched."""

@@ -22,10 +22,12 @@ from core.data.loader import DataLoader
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Layout
+from core.runtime.disk import needed
 from core.runtime.ranks import Ranks
 from core.step.assemble import Parts
 from core.step.checks import Run
-from core.train.folder import carry_on, config_text
+from core.train.folder import ANOTHER, config_text
+from core.train.records import carry_on
 from core.train.state import check_same_run, model_tensors, optimizer_tensors, random_tensors, set_random
 
 log = logging.getLogger("armature")
@@ -81,7 +83,11 @@ class Keeper:
             self._begin_with(self.settings.initial_load_path)
             log.info(f"beginning with the weights of {self.settings.initial_load_path}")
         self.saver.set_aside(self.start.step)
-        self.ranks.first(lambda: carry_on(self.folder, self.start.step))
+        self.ranks.first(self._carry_on)
+
+    def _carry_on(self) -> None:
+        with needed(self.folder, ANOTHER):
+            carry_on(self.folder, self.start.step)
 
     def after_step(self, step: int, *, last: bool, stopping: bool, asked: bool, validation_loss: float | None) -> float:
         """Save the run, if it is time or somebody `asked`; returns the seconds that it took."""

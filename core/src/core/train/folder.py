@@ -1,9 +1,9 @@
 """The folder of a run: a new one for each, so that no two runs mix their records."""
 
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from core.comm.backend import installed
 from core.config.errors import UserError
 from core.config.links import check_targets
 from core.config.record import absolute, located, to_json
+from core.runtime.disk import needed, replace_file
+from core.runtime.distributed import keep_traces_in
 from core.runtime.launcher import launch_id
+from core.runtime.log import log_to
 
 ANOTHER = "choose another with --dump_folder, or --dump_folder None for outputs/<recipe>-<time>"
 LAUNCH = "torchrun-id"
@@ -64,26 +67,10 @@ def make_run_folder(dump_folder: str | None, recipe: str, environ: Mapping[str, 
             return next(filter(_made, [chosen, *(Path(f"{stem}-{n}") for n in range(2, 1000))]))
         chosen.mkdir(exist_ok=True)
         if launch := launch_id(environ):
-            (chosen / LAUNCH).write_text(launch)
+            replace_file(chosen / LAUNCH, launch.encode())
     except OSError as error:
         raise UserError(f"cannot make the run's folder {chosen}: {error.strerror}; {ANOTHER}") from error
     return chosen
-
-
-def carry_on(folder: Path, step: int) -> None:
-    """Leave in metrics.jsonl the records up to `step`, which the run goes on from.
-
-    Where there are later ones the file as it was is kept as metrics.attempt-<number>.jsonl.
-    """
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        attempts = len(list(folder.glob("metrics.attempt-*")))
-        file.rename(folder / f"metrics.attempt-{attempts}.jsonl")
-        file.write_text("".join(kept), encoding="utf-8")
 
 
 def resolved(config: Any, device: torch.device) -> Any:
@@ -91,6 +78,26 @@ def resolved(config: Any, device: torch.device) -> Any:
     backend = installed(config.parallelism.expert_parallel_comm_backend, device)
     parallelism = replace(config.parallelism, expert_parallel_comm_backend=backend)
     return replace(config, parallelism=parallelism)
+
+
+@contextmanager
+def rank_files(folder: Path, rank: int, *, logs: bool) -> Iterator[None]:
+    """Have a rank write what each has of its own in the run's folder, on request its log, while the block runs.
+
+    Raises `UserError` where that cannot be written.
+    """
+    with ExitStack() as files:
+        with needed(folder, ANOTHER):
+            if logs:
+                files.enter_context(log_to(folder / "logs" / f"rank-{rank}.log"))
+            keep_traces_in(folder)
+        yield
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Write `config.json`, which tells what the run is, before its first step. Raises `UserError` when it cannot."""
+    with needed(folder, ANOTHER):
+        replace_file(folder / "config.json", text.encode())
 
 
 def config_text(config: Any, device: torch.device) -> str:

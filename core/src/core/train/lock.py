@@ -10,12 +10,10 @@ from pathlib import Path
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
 from core.config.links import check_targets
-from core.runtime.ranks import Ranks
+from core.runtime.ranks import ALONE, Ranks
 from core.train.folder import ANOTHER, LOCK
 
 log = logging.getLogger("armature")
-
-ALONE = Ranks()
 
 
 class FolderLock:

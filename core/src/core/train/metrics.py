@@ -1,8 +1,11 @@
 """What a run reports: metrics.jsonl always, a console line, TensorBoard and Weights & Biases on request."""
 
+import io
 import json
-import logging
 import math
+import os
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -10,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config.configurable import Configurable
-
-log = logging.getLogger("armature")
+from core.runtime.disk import AppendedFile, OptionalFile, needed
+from core.runtime.ranks import ALONE, Ranks
+from core.train.folder import ANOTHER
+from core.train.records import RECORDS, read_records
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,53 +72,112 @@ class Metrics(Configurable):
                         f"the package {package} is not installed: pip install {package}, or leave it off",
                     )
 
-    def __init__(self, config: Config, *, folder: Path, settings: dict[str, Any]) -> None:
-        self.config, self.folder, self.settings = config, folder, settings
-        self._tensorboard: Any = None
+    def __init__(
+        self, config: Config, *, folder: Path, settings: dict[str, Any], ranks: Ranks = ALONE, start: int = 0
+    ) -> None:
+        """`start` is the step that the run goes on after: what a curve in TensorBoard has of later ones is hidden."""
+        self.config, self.folder, self.settings, self.ranks = config, folder, settings, ranks
+        self._records = AppendedFile(folder / RECORDS)
+        self._events = EventFile(folder / config.save_tb_folder, start + 1) if config.enable_tensorboard else None
         self._wandb: Any = None
+        self._reports = OptionalFile("the log of Weights & Biases")
 
     def __enter__(self) -> "Metrics":
-        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
-        if self.config.enable_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        """Open what is written, on the first rank; a collective. Raises `UserError` where that cannot be written."""
+        self.ranks.first(self._open)
+        return self
 
-            self._tensorboard = SummaryWriter(str(self.folder / self.config.save_tb_folder))
+    def __exit__(self, *error: object) -> None:
+        if self.ranks.rank > 0:
+            return
+        self._records.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            with self._reports.attempt():
+                self._wandb.finish()
+
+    def _open(self) -> None:
+        with needed(self.folder, ANOTHER):
+            self._records.create()
+            if self._events is not None:
+                self._events.open()
         if self.config.enable_wandb:
             import wandb
 
             self._wandb = wandb.init(dir=str(self.folder), config=self.settings)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
     def due(self, step: int, last_step: int) -> bool:
         return step == 1 or step == last_step or step % self.config.log_freq == 0
 
     def write(self, record: Record) -> None:
+        """Write a record, on the first rank. What cannot be written is a warning."""
         values: dict[str, Any] = asdict(record)
         values |= values.pop("experts")
         row = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
+        self._records.append(json.dumps(row).encode() + b"\n")
         known = {name: value for name, value in row.items() if name != "step" and value is not None}
-        if self._tensorboard is not None:
-            for name, value in known.items():
-                self._tensorboard.add_scalar(name, value, record.step)
+        if self._events is not None:
+            self._events.write(record.step, known)
         if self._wandb is not None:
-            self._wandb.log(known, step=record.step)
+            with self._reports.attempt():
+                self._wandb.log(known, step=record.step)
+
+
+class EventFile:
+    """The scalars of this process in a file of TensorBoard's events, in a folder that others may be in.
+
+    TensorBoard's own writer has a thread that ends with a traceback when the disk is full; its events are taken here,
+    and written as records are.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._folder, self._first_step = folder, first_step
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendedFile(folder / name)
+
+    def open(self) -> None:
+        """Begin the file. Raises `OSError` where it cannot be written."""
+        events = event_types()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file.create()
+        start = events.SessionLog(status=events.SessionLog.START)
+        self._append(events.Event(file_version="brain.Event:2"), events.Event(step=self._first_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write the values of a step, by their names."""
+        from torch.utils.tensorboard.summary import scalar
+
+        events = event_types()
+        self._append(*(events.Event(step=step, summary=scalar(name, value)) for name, value in values.items()))
+
+    def close(self) -> None:
+        """Write what waited, and tell what is missing."""
+        self._file.close()
+
+    def _append(self, *events: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        framed = io.BytesIO()
+        writer = RecordWriter(framed)
+        for event in events:
+            event.wall_time = time.time()
+            writer.write(event.SerializeToString())
+        self._file.append(framed.getvalue())
+
+
+def event_types() -> Any:
+    """TensorBoard's module of events, which makes its classes when it is loaded."""
+    from tensorboard.compat.proto import event_pb2
+
+    return event_pb2
 
 
 def last_record(folder: Path) -> Record | None:
-    """The last line of the metrics.jsonl in a folder; None where there is none."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if not lines:
+    """The last record in the metrics.jsonl of a folder; None where there is none."""
+    names = {name for name in Record.__dataclass_fields__ if name != "experts"}
+    rows = [row for row in read_records(folder) if names <= row.keys()]
+    if not rows:
         return None
-    row = json.loads(lines[-1])
-    names = set(Record.__dataclass_fields__)
-    experts = {name: value for name, value in row.items() if name not in names}
-    return Record(**{name: value for name, value in row.items() if name in names}, experts=experts)
+    experts = {name: value for name, value in rows[-1].items() if name not in names}
+    return Record(**{name: rows[-1][name] for name in names}, experts=experts)

@@ -4,12 +4,15 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.config.configurable import Configurable
+from core.runtime.disk import OptionalFile, needed
+from core.train.folder import ANOTHER
 
 log = logging.getLogger("armature")
 
@@ -41,24 +44,32 @@ class Profiler(Configurable):
                     f"profile_freq {self.profile_freq} must be at least profiler_warmup + profiler_active = {needed}",
                 )
 
-    def __init__(self, config: Config, *, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder / config.save_traces_folder, rank
+    def __init__(self, config: Config, *, folder: Path, rank: int, start: int = 0) -> None:
+        """`start` steps were trained before: recordings keep the numbers that they have in a run that never stopped.
+
+        Raises `UserError` where no folder for them can be made.
+        """
+        self.folder, self.rank, self.start = folder / config.save_traces_folder, rank, start
+        self._traces = OptionalFile(self.folder)
         self._profile = None
         if config.enable_profiling:
+            with needed(self.folder, ANOTHER):
+                self.folder.mkdir(parents=True, exist_ok=True)
             wait = config.profile_freq - config.profiler_warmup - config.profiler_active
+            action = torch.profiler.schedule(wait=wait, warmup=config.profiler_warmup, active=config.profiler_active)
             self._profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(
-                    wait=wait, warmup=config.profiler_warmup, active=config.profiler_active
-                ),
-                on_trace_ready=self._write,
-                record_shapes=True,
+                schedule=lambda step: action(max(step, start)), on_trace_ready=self._write, record_shapes=True
             )
+            self._profile.step_num = start
 
     def _write(self, profile: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{profile.step_num}-rank-{self.rank}.json"
-        profile.export_chrome_trace(str(file))
-        log.info(f"trace written to {file}")
+        with self._traces.attempt():
+            profile.export_chrome_trace(str(file))
+            if not file.exists():  # PyTorch writes beside it, and says nothing of a disk that is full
+                file.with_name(f"{file.name}.tmp").unlink(missing_ok=True)
+                raise OSError(EIO, "PyTorch's profiler could not write it")
+            log.info(f"trace written to {file}")
 
     def __enter__(self) -> "Profiler":
         if self._profile is not None:

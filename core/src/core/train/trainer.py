@@ -4,7 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,10 +30,10 @@ from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
 from core.runtime.agreement import check_agreement
 from core.runtime.device import describe, select_device
-from core.runtime.distributed import Comm, keep_traces_in, leader_first, lower_timeout, process_group
+from core.runtime.distributed import Comm, leader_first, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.launcher import World, find_world
-from core.runtime.log import log_to, start_logging
+from core.runtime.log import start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
@@ -47,7 +47,7 @@ from core.step.update import StepInfo, train_step
 from core.train.checkpoints import Keeper
 from core.train.data_checks import check_vocabulary, data_problems, last_step
 from core.train.exchange import Exchange
-from core.train.folder import check_run_folder, config_text, make_run_folder, resolved
+from core.train.folder import check_run_folder, config_text, make_run_folder, rank_files, resolved, write_config
 from core.train.identity import run_facts, text_facts
 from core.train.lock import FolderLock
 from core.train.memory import check_memory, memory_advice
@@ -136,12 +136,11 @@ class Trainer(Configurable):
             n_rows = self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
             self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
             self.lock = opened.enter_context(FolderLock(self.folder, c.checkpoint, ranks))
-            if c.debug.log_every_rank:
-                log_to(self.folder / "logs" / f"rank-{self.world.rank}.log")
-            keep_traces_in(self.folder)
+            opened.enter_context(rank_files(self.folder, self.world.rank, logs=c.debug.log_every_rank))
             self.keeper = Keeper(c, self.layout, ranks, whole, self.loader, folder=self.folder, n_rows=n_rows)
             self.last_step = last_step(c.training, self.loader, n_rows, self.keeper.start)
-            self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config))
+            start = self.keeper.start.step
+            self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config), ranks=ranks, start=start)
             self.outcome = Outcome(c, whole, self.world, self.keeper, self.layout, self.folder, self.last_step)
             self.has_run = False
             self.is_over = self.keeper.is_over(self.last_step)
@@ -229,14 +228,12 @@ class Trainer(Configurable):
                 return self.outcome.again()
         began = time.perf_counter()
         log.info(self.summary())
-        if self.layout.is_first:
-            (self.folder / "config.json").write_text(config_text(self.config, self.device))
+        self.keeper.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
         anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
-        profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank)
+        profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank, start=self.keeper.start.step)
         advice = memory_advice(self.device, self.config, self.layout.degrees)
-        metrics = self.metrics if self.layout.is_first else nullcontext()
-        saving = self.config.checkpoint.saving_signal
-        with self.exit, StopRequest(saving=saving) as stop, collected_garbage(), anomalies, profiler, metrics, advice:
+        stop = StopRequest(saving=self.config.checkpoint.saving_signal)
+        with self.exit, stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
             step = self._loop(Exchange(self.layout, self.keeper, self.lock, stop), profiler)
         return self.outcome(step, stop, time.perf_counter() - began, self.report.last)
 
