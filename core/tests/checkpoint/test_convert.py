@@ -1,6 +1,7 @@
 """The command that converts weights: both ways, tensor by tensor, all or nothing."""
 
 import json
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from weight_trees import Weights
 
 from core.activation_checkpoint.meter import Meter
 from core.checkpoint import files
-from core.checkpoint.convert import main
+from core.checkpoint.convert import PROGRAM, main
 from core.checkpoint.hf import save_hf
 from core.checkpoint.hf_config import checked_hf_config
 from core.checkpoint.keys import Keys, Stacked, below
@@ -385,6 +386,13 @@ def test_words_that_make_no_sense(dense: Path, tmp_path: Path, capsys: pytest.Ca
     refused(capsys, "--shard-gib 0.0 must be above 0", "from-hf", dense, dst, "--shard-gib", "0")
     refused(capsys, "invalid choice: 'int8'", "from-hf", dense, dst, "--dtype", "int8")
     refused(capsys, "invalid choice: 'of-hf'", "of-hf", dense, dst)
+
+
+def test_the_shell_knows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convert("--help")
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert set(PROGRAM.takes) == {*re.findall(r"--[a-z-]+", usage), "--help"}
 
 
 def test_a_folder_of_a_stranger_runs_none_of_its_code(

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.metadata import version
 from types import ModuleType
 from typing import Literal
 
 import pytest
 
+import core
 from core.config import cli
 from core.config.cli import main
 from core.config.configurable import Configurable
@@ -424,6 +426,7 @@ BIG = """
 import sys
 from dataclasses import field, make_dataclass
 from types import ModuleType
+import core
 from core.config import cli
 from core.config.configurable import Configurable
 
@@ -461,6 +464,20 @@ def test_tyro_comes_late_and_torch_not_at_all():
     assert (tyro, torch) == ("False", "False")
     _, value, tyro, torch = big("--config", "big", "--p3.a0", "5", "--p1.a3", "a", "b").stdout.split()
     assert (value, tyro, torch) == ("5", "True", "False")
+
+
+def test_versions_are_told_without_the_recipes_and_torch():
+    program = "import sys; from core.config.cli import main; main('core.absent', ['--version']); print('torch' in {})"
+    words = [sys.executable, "-c", program.format("sys.modules")]
+    told = subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.split()
+    assert told[:4] == ["core", core.__version__, "torch", version("torch")] and told[-1] == "False"
+
+
+def test_the_module_of_the_recipes_may_be_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "toy_configs", CONFIGS)
+    DONE.clear()
+    main("toy_configs", ["--config", "qwen_debug"])
+    assert DONE == [qwen_debug()]
 
 
 def test_the_exit_code_of_the_process():

@@ -1,6 +1,7 @@
 """What `--help` says of a real run: an overview, a section, and the settings that a word finds."""
 
 import re
+import subprocess
 from types import ModuleType
 
 import pytest
@@ -36,6 +37,18 @@ def told(capsys):
         return out or err
 
     return ask
+
+
+def test_completion_knows_every_setting(capsys):
+    configs = ModuleType(toy_recipe.__module__)
+    configs.toy_recipe = toy_recipe
+    cli.main(configs, ["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    offered = re.search(r"offered='(.*)'", script)[1].split()
+    assert [option for option in offered if option.lstrip("-").replace("-", "_") not in cli.OWN] == [
+        f"--{name}" for name in names()
+    ]
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
 def names() -> list[str]:

@@ -21,13 +21,17 @@ from core.checkpoint.key_map import HFModel, hf_layout, own_layout
 from core.checkpoint.saved import newest
 from core.checkpoint.source import Source
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config
+from core.config.completion import SHELLS, Program, Taken, script
 from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
+from core.config.help import PRINT_COMPLETION, VERSION, show
 from core.config.links import file_in
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
+from core.config.version import versions
 
+WAYS = ("from-hf", "to-hf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPANIONS = (
     "tokenizer.json",
@@ -38,6 +42,18 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files that go along with the weights."""
+PROGRAM = Program(
+    Taken(WAYS, most=3, files=True),
+    {
+        "--dtype": Taken(tuple(DTYPES)),
+        "--shard-gib": Taken(),
+        "--trust": Taken(),
+        "--version": Taken(most=0),
+        "--print-completion": Taken(SHELLS),
+        "--help": Taken(most=0),
+    },
+)
+"""What a shell completes."""
 
 
 def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = None) -> None:
@@ -46,7 +62,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
     A mistake of the user ends the program with code 2 and a line that says what to do; nothing stands at DST then.
     """
     parser = argparse.ArgumentParser(description=f"Convert weights of {', '.join(families)}, both ways.")
-    parser.add_argument("way", choices=("from-hf", "to-hf"), help="out of Hugging Face's form into ours, or back")
+    parser.add_argument("way", choices=WAYS, help="out of Hugging Face's form into ours, or back")
     parser.add_argument("src", type=Path, help="the folder to read")
     parser.add_argument("dst", type=Path, help="the folder to write; it must be empty or not exist")
     parser.add_argument(
@@ -60,13 +76,27 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
         metavar="MODULE",
         help="let a config.json name classes of this module, which is imported",
     )
-    asked = parser.parse_args(argv)
+    package = next(iter(families.values())).__module__.partition(".")[0]
+    parser.add_argument("--version", action=Answer, nargs=0, const=lambda _: versions(package), help=VERSION.doc)
+    completion, shells = partial(script, program=PROGRAM), PRINT_COMPLETION.metavar
+    parser.add_argument(
+        "--print-completion", action=Answer, metavar=shells, const=completion, help=PRINT_COMPLETION.doc
+    )
     with exit_plainly():
+        asked = parser.parse_args(argv)
         if not asked.shard_gib > 0:
             raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
         dst = vacant(asked.dst)
         convert = from_hf if asked.way == "from-hf" else partial(to_hf, trust=trusted(asked.trust))
         convert(families, asked.src, dst, dtype=DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
+
+
+class Answer(argparse.Action):
+    """Prints what its `const` says to the word behind the option, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        show(self.const(values))
+        parser.exit()
 
 
 def from_hf(

@@ -2,10 +2,11 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import ModuleType
 
+from core.config.completion import program_of, script
 from core.config.configurable import Configurable, owner_of
 from core.config.decode import trusted
 from core.config.errors import UserError, did_you_mean
@@ -15,7 +16,9 @@ from core.config.help import (
     CONFIG,
     HELP,
     MANY,
+    PRINT_COMPLETION,
     TRUST,
+    VERSION,
     OwnOption,
     first_line,
     program,
@@ -25,9 +28,10 @@ from core.config.help import (
     usage,
 )
 from core.config.options import Option, options, plain
-from core.config.recipe import load, recipes
+from core.config.recipe import load, module_of, recipes
 from core.config.record import to_json
 from core.config.validate import validate
+from core.config.version import versions
 
 Config = Configurable.Config
 Flag = tuple[str, list[str]]
@@ -39,6 +43,8 @@ OWN = {
     "config": CONFIG,
     "trust": TRUST,
     "help": HELP,
+    "version": VERSION,
+    "print_completion": PRINT_COMPLETION,
     "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
     "dry_run": OwnOption("", "print what a step would take of one rank, or what keeps it from starting, and end", 0),
     "world_size": OwnOption("N", "with --dry-run: of so many ranks; else of as many as the settings ask for"),
@@ -55,18 +61,24 @@ WEIGHTS = "; weights beside it are read with --checkpoint.enable --checkpoint.in
 """What is said of a file that describes a model alone."""
 
 
-def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
+def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
     """Resolve a configuration from the command line, validate it, build it and run it.
 
-    `configs` is the module of the recipes: its public functions without arguments, which return the Config of something
-    that has a `run()`, and for --dry-run a static `plan(config, world_size, rank)`, which validates it and gives a
-    dataclass. Command line goes before recipe or file, and those before the defaults of the classes. A mistake of the
-    user ends the program with code 2 and one line that says what to do.
+    `configs` is the module of the recipes, or its name, which is imported when a recipe is needed. They are its public
+    functions without arguments, which return the Config of something that has a `run()`, and for --dry-run a static
+    `plan(config, world_size, rank)`, which validates it and gives a dataclass. Command line goes before recipe or file,
+    and those before the defaults of the classes. A mistake of the user ends the program with code 2 and one line that
+    says what to do.
     """
     with exit_plainly():
         own, settings = own_flags(split(argv), OWN)
+        if told_version(own, configs):
+            return
+        configs = module_of(configs)
         known = recipes(configs)
-        if "config" in own:
+        if "print_completion" in own:
+            show(completion(own["print_completion"][0], OWN, known, lambda name: load([name], configs)))
+        elif "config" in own:
             config = load(own["config"], configs, trust=trusted(own.get("trust", [])), of_part=WEIGHTS)
             settle_and_run(config, " ".join(own["config"]), own, settings, OWN)
         elif own.get("help") and known:
@@ -78,6 +90,24 @@ def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
             show("\n".join([usage(line, OWN), SYNTAX, recipe_list(known)]))
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
+
+
+def told_version(own: Own, configs: str | ModuleType) -> bool:
+    """Whether --version was asked for, and has been answered."""
+    if "version" in own:
+        show(versions((configs if isinstance(configs, str) else configs.__name__).partition(".")[0]))
+    return "version" in own
+
+
+def completion(shell: str, own: Mapping[str, OwnOption], known: Iterable[str], load: Callable[[str], Config]) -> str:
+    """The script that completes this program in a shell; `load` gives what a recipe configures here."""
+    configs = {}
+    for name in known:
+        try:
+            configs[name] = load(name)
+        except UserError:  # a recipe that cannot be had has a name all the same
+            continue
+    return script(shell, program_of(own, known, configs))
 
 
 def run(config: Config, argv: Sequence[str] | None = None) -> None:

@@ -40,6 +40,8 @@ TRUST = OwnOption("MODULE ...", "let files name classes of these modules, which 
 HELP = OwnOption(
     "[WORD ...]", "this text; with --config its settings; --help SECTION, --help WORD or --help all explain them", None
 )
+VERSION = OwnOption("", "print the versions of the packages, and end", 0)
+PRINT_COMPLETION = OwnOption("bash|zsh", "print a script that completes this program's options in a shell, and end")
 
 
 def usage(line: str, own: Mapping[str, OwnOption]) -> str:

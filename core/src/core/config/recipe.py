@@ -10,6 +10,7 @@ A file is one of three things, which its text tells apart:
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,11 @@ from core.config.options import plain
 from core.config.record import diff, from_dict
 
 Config = Configurable.Config
+
+
+def module_of(configs: str | ModuleType) -> ModuleType:
+    """The module of the recipes, which may be given by its name."""
+    return import_module(configs) if isinstance(configs, str) else configs
 
 
 def recipes(configs: ModuleType) -> dict[str, Callable[[], Config]]:

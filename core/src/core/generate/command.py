@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
@@ -18,9 +19,9 @@ from core.config.console import lost
 from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.help import HELP, MANY, TRUST, OwnOption, show, usage
+from core.config.help import HELP, MANY, PRINT_COMPLETION, TRUST, VERSION, OwnOption, show, usage
 from core.config.options import plain
-from core.config.recipe import is_folder, recipes
+from core.config.recipe import is_folder, module_of, recipes
 from core.config.recipe import load as load_config
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ OWN = {
     "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),
     "trust": TRUST,
     "help": HELP,
+    "version": VERSION,
+    "print_completion": PRINT_COMPLETION,
     "print_config": OwnOption("", "print the resolved settings as JSON, and end", 0),
 }
 NEEDED = {
@@ -46,12 +49,19 @@ NEEDED = {
 """Settings that are explained with those options, because there is no text without them."""
 
 
-def main(configs: ModuleType, argv: Sequence[str] | None = None) -> None:
-    """Continue prompts with the model of a folder of weights, or of one of the recipes in `configs`; mistakes of the
-    user end as in training."""
+def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
+    """Continue prompts with the model of a folder of weights, or of one of the recipes in `configs`, a module or its
+    name; mistakes of the user end as in training."""
     with exit_plainly():
         own, settings = cli.own_flags(cli.split(argv), OWN)
+        if cli.told_version(own, configs):
+            return
+        configs = module_of(configs)
         known = recipes(configs)
+        if "print_completion" in own:
+            of_recipe = partial(generation_of, configs=configs, trust=())
+            show(cli.completion(own["print_completion"][0], OWN, known, lambda name: of_recipe([name])))
+            return
         title = "\n".join(
             [
                 usage("--checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", OWN | NEEDED),
@@ -82,6 +92,11 @@ def chosen(own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType) -> "
     if folder:
         model, tokenizer = described(existing(folder), configs, trust)
         return Generation.Config(model=model, tokenizer=tokenizer, checkpoint=folder)
+    return generation_of(sources, configs, trust)
+
+
+def generation_of(sources: Sequence[str], configs: ModuleType, trust: Sequence[str]) -> "Generation.Config":
+    """How the model of a recipe, or of the configuration in a file, writes."""
     recipe = load_config(sources, configs, trust=trust)
     model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
     if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):

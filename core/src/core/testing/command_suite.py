@@ -7,14 +7,20 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+import core
 from core.checkpoint.hf import save_hf
+from core.config.recipe import recipes
 from core.generate.cache import CachedDecoder
 from core.nn.decoder import Decoder
 from core.testing.key_suite import KeySuite
@@ -25,6 +31,8 @@ from core.train.trainer import Trainer
 class CommandSuite(KeySuite):
     """The tests of the commands beside training."""
 
+    configs: ClassVar[ModuleType]
+    """The module of the recipes."""
     debug: ClassVar[str]
     """Name of the recipe that trains on a laptop."""
     run_config: Callable[[str], Trainer.Config]
@@ -47,6 +55,28 @@ class CommandSuite(KeySuite):
                 expected_BV = torch.stack([row_LV[end - n - 1] for row_LV, n in zip(alone, n_pads, strict=True)])
                 assert expected_BV.std() > 0.1
                 torch.testing.assert_close(cached(piece_BL), expected_BV, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("command", ["train", "convert", "generate"])
+    def test_a_command_tells_its_version_and_completes(
+        self, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Every command answers --version, and knows for a shell what one may write behind it."""
+        package, _, module = self.decoder.__module__.partition(".")
+        if not module:
+            pytest.skip("a model in one file has no commands")
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec(f"{package}.{command}", None))
+
+        def call(*words: str) -> str:
+            monkeypatch.setattr(sys, "argv", [command, *words])
+            with suppress(SystemExit):
+                runpy.run_module(f"{package}.{command}", run_name="__main__")
+            return capsys.readouterr().out
+
+        version = import_module(package).__version__
+        assert [version, core.__version__] == [line.split()[1] for line in call("--version").splitlines()[:2]]
+        first = "from-hf to-hf" if command == "convert" else " ".join(recipes(self.configs))
+        assert f"\n_armature_of_{package}_{command}()" in (script := call("--print-completion", "zsh"))
+        assert f" values='{first}" in script
 
     def test_commands_of_the_package(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,7 +1,6 @@
 """Train a GPT-OSS: python -m gpt_oss.train --config gpt_oss_20b."""
 
 from core.config.cli import main
-from gpt_oss import configs
 
 if __name__ == "__main__":
-    main(configs)
+    main("gpt_oss.configs")

@@ -1,7 +1,6 @@
 """Let a Llama 3 write: python -m llama3.generate --checkpoint FOLDER --prompt TEXT."""
 
 from core.generate.command import main
-from llama3 import configs
 
 if __name__ == "__main__":
-    main(configs)
+    main("llama3.configs")

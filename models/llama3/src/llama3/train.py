@@ -1,7 +1,6 @@
 """Train a Llama 3: python -m llama3.train --config llama3_8b."""
 
 from core.config.cli import main
-from llama3 import configs
 
 if __name__ == "__main__":
-    main(configs)
+    main("llama3.configs")

@@ -1,7 +1,6 @@
 """Train a Qwen3: python -m qwen3.train --config qwen3_1_7b."""
 
 from core.config.cli import main
-from qwen3 import configs
 
 if __name__ == "__main__":
-    main(configs)
+    main("qwen3.configs")
