@@ -106,10 +106,19 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["shared"])
 def faults(session: nox.Session) -> None:
-    """Kill runs at random moments of their saves, fifty times in each of three ways, and have them go on (minutes)."""
-    install(session, "core")
+    """Kill runs at random moments of their saves, and change files of every kind at random (an hour)."""
+    for package in MODELS:
+        install(session, package)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    session.run("python", "-m", "pytest", "core/tests", "-m", "faults", "-rP", *session.posargs, env=threads)
+    tests = [f"{folder}/tests" for folder in FOLDERS.values()]
+    session.run("python", "-m", "pytest", *tests, "-m", "faults", "-rP", *session.posargs, env=threads)
+
+
+@nox.session(default=False, requires=["shared"])
+def soak(session: nox.Session) -> None:
+    """Train for 20,000 tiny steps, alone and with two ranks, and look for whatever grows (SOAK_STEPS has it shorter)."""
+    install(session, "core")
+    session.run("python", "-m", "pytest", "core/tests", "-m", "soak", "-rP", *session.posargs)
 
 
 @nox.session(default=False, requires=["shared"])

@@ -66,10 +66,31 @@ def test_places_have_names(tmp_path):
     assert fsspec.filesystem("memory").store is Storage("memory://x").fs.store
 
 
-@pytest.mark.parametrize("place", ["nowhere://x", "s3://bucket/run"])
-def test_places_that_nothing_reaches(place):
-    with pytest.raises(UserError, match=f"nothing here can reach {place}: .*(known|[Ii]nstall)"):
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("nowhere://x", "ValueError: Protocol not known: nowhere"),
+        ("s3://bucket/run", "ImportError: Install s3fs"),
+        ("ftp://127.0.0.1:9/run", "ConnectionRefusedError: "),
+        ("ftp://", "TypeError: "),
+        ("dir://x", "AttributeError: "),
+        ("simplecache://x", "ValueError: "),
+        ("zip://x", "FileNotFoundError: "),
+    ],
+)
+def test_places_that_nothing_reaches_are_one_line(place, words):
+    with pytest.raises(UserError) as error:
         Storage(place)
+    text = str(error.value)
+    assert text.startswith(f"nothing here can reach {place}: {words}") and "\n" not in text and len(text) < 400
+
+
+def test_a_place_that_can_only_be_read_is_one_line():
+    storage = Storage("data://x")
+    with pytest.raises(UserError, match="^data://x cannot be read: NotImplementedError: $"):
+        steps_in(storage)
+    with pytest.raises(OSError, match="ValueError: Read only filesystem"):
+        storage.check_writable()
 
 
 def test_steps(storage):

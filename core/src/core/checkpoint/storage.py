@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from errno import EINVAL, EIO
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import fsspec
 import numpy as np
@@ -98,10 +99,7 @@ class Storage:
 
     def __init__(self, place: str | Path) -> None:
         """Raises `UserError` where no installed package reaches such a place, or the place does not answer."""
-        try:
-            self.fs, self.root = fsspec.url_to_fs(str(place))
-        except Exception as error:  # each store has errors of its own
-            raise UserError(f"nothing here can reach {place}: {one_line(error)}") from error
+        self.fs, self.root = reach(str(place))
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
     def __str__(self) -> str:
@@ -232,6 +230,22 @@ class Storage:
             if self.is_local:
                 raise
             raise OSError(EIO, one_line(error)) from error
+
+
+def reach(place: str) -> tuple[Any, str]:
+    """The driver that reaches a place, and the place in its words; raises `UserError` where none does.
+
+    Each driver has errors of its own. Some that could not be made fail once more when they are deleted (that of ftp in
+    fsspec 2026.9), which Python would print with a traceback: here the first failure is told, and the second is not.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        return fsspec.url_to_fs(place)
+    except Exception as error:
+        problem = one_line(error)
+    finally:
+        sys.unraisablehook = hook
+    raise UserError(f"nothing here can reach {place}: {problem}")
 
 
 def seen_from(folder: Path, place: str) -> str:
