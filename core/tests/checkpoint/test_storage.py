@@ -75,7 +75,7 @@ def test_places_have_names(tmp_path):
         ("ftp://", "TypeError: "),
         ("dir://x", "AttributeError: "),
         ("simplecache://x", "ValueError: "),
-        ("zip://x", "FileNotFoundError: "),
+        ("zip://x", "IsADirectoryError: "),
     ],
 )
 def test_places_that_nothing_reaches_are_one_line(place, words):
