@@ -116,7 +116,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["shared"])
 def soak(session: nox.Session) -> None:
-    """Train for 20,000 tiny steps, alone and with two ranks, and look for whatever grows (SOAK_STEPS has it shorter)."""
+    """Train for 20,000 tiny steps, alone and with two ranks, and see that nothing grows (SOAK_STEPS: a shorter one)."""
     install(session, "core")
     session.run("python", "-m", "pytest", "core/tests", "-m", "soak", "-rP", *session.posargs)
 
