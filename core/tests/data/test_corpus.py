@@ -17,6 +17,7 @@ from core.data.corpus import SPLITS, Corpus, Progress
 from core.data.sampling import held_out
 from core.data.shards import Extent, Manifest
 from core.data.tokenizer import Tokenizer
+from core.runtime.units import rate
 
 TEXTS = [f"Document {i} says {'something ' * (i % 7)}and ends.\n" for i in range(60)]
 
@@ -75,10 +76,9 @@ def test_second_use_finds_the_cache(config, tokenizer, monkeypatch, tmp_path):
     again = config.build(tokenizer=tokenizer)
     assert counted == ["prepared"] and again.folder == corpus.folder
     check_content(again, tokenizer)
-    n_documents = corpus.split("train").extent.documents
-    assert corpus.describe("train") == (
-        f"{config.dataset}: {n_documents} documents, 0.0 M tokens (train), cached in {corpus.folder}"
-    )
+    extent = corpus.split("train").extent
+    size = f"{extent.documents} documents, {rate(extent.tokens)} tokens"
+    assert corpus.describe("train") == f"{config.dataset}: {size} (train), cached in {corpus.folder}"
 
 
 def test_whatever_changes_the_tokens_changes_the_place(config, dataset, tokenizer, tmp_path):
@@ -133,6 +133,7 @@ KILLED = """
 import os, signal, sys
 from core.data import corpus, sections, shards
 from core.data.tokenizer import Tokenizer
+from core.runtime.units import rate
 sections._BATCH_CHARACTERS = 300
 when, dataset, cache = sys.argv[1:]
 def die(*args):
@@ -167,6 +168,7 @@ import sys, time
 from pathlib import Path
 from core.data import corpus, sections
 from core.data.tokenizer import Tokenizer
+from core.runtime.units import rate
 dataset, cache, here, other = sys.argv[1:]
 sections._BATCH_CHARACTERS = 300
 encode = Tokenizer.encode_sections

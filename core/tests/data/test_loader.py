@@ -1,4 +1,5 @@
 import json
+import re
 from itertools import accumulate, chain
 
 import pytest
@@ -155,7 +156,7 @@ def test_one_document_has_no_validation(tmp_path, tokenizer):
 
 def test_description(build):
     loader = build()
-    assert " documents, 0.0 M tokens (train), cached in " in loader.description
+    assert re.search(r": \d+ documents, [\d.]+k? tokens \(train\), cached in ", loader.description)
     assert "(validation)" in build("validation").description
 
 

@@ -464,8 +464,8 @@ def test_weights_of_another_shape(fails, tmp_path) -> None:
 
 def test_model_that_the_memory_cannot_hold(fails, monkeypatch) -> None:
     monkeypatch.setattr(command, "free_memory", lambda device: 1000)
-    n_gib = sum(weight.numel() for weight in toy().parameters()) * 4 / 2**30
-    expected = f"the weights take {n_gib:.1f} GiB in float32, cpu has 0.0 GiB left"
+    n_kib = sum(weight.numel() for weight in toy().parameters()) * 4 / 2**10
+    expected = f"the weights take {n_kib:.2f} KiB in float32, cpu has 1,000 bytes left"
     assert expected in fails("--prompt", "x")
 
 

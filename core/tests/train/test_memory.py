@@ -26,7 +26,7 @@ def test_advice_keeps_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch, glo
     advice = f"--training.local_batch_size 1 --training.global_batch_size {rows} "
     monkeypatch.setattr(memory, "free_memory", lambda device: need)
     memory.check_memory(model, run, GPU, WORLD)  # each has its own
-    with pytest.raises(UserError, match="GiB free for each rank") as caught:
+    with pytest.raises(UserError, match="iB free for each rank") as caught:
         memory.check_memory(model, run, CPU, WORLD)
     assert advice in str(caught.value)
     with pytest.raises(UserError) as caught, memory.memory_advice(CPU, run, degrees):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,22 @@ from toy_run import toy_run
 from core.config.errors import UserError
 from core.runtime.launcher import World
 from core.testing.toy import Toy
-from core.train.metrics import last_record
+from core.train.metrics import Record, last_record
 from core.train.outcome import command, goes_on
 from core.train.trainer import Trainer
+
+RECORD = Record(
+    step=1,
+    loss=1.0,
+    mtp_loss=None,
+    grad_norm=1.0,
+    lr=1e-3,
+    tokens=8,
+    tokens_per_second=1.0,
+    step_time_s=1.0,
+    memory_gib=1.0,
+    mfu=None,
+)
 
 
 def saved_run(folder: Path, *, steps: int = 4, **checkpoint: object) -> Trainer.Config:
@@ -44,6 +58,20 @@ def test_a_run_returns_its_last_record_and_its_folder(tmp_path: Path) -> None:
     result = run.build().run()
     assert result.folder == tmp_path / "run"
     assert result.record == last_record(tmp_path / "run") and result.record.step == 2
+
+
+def test_the_last_record_is_the_last_whole_line(tmp_path: Path) -> None:
+    assert last_record(tmp_path) is None
+    file = tmp_path / "metrics.jsonl"
+    rows = [{**asdict(RECORD), "step": step, "moe/max": 1.5} for step in (1, 2)]
+    lines = [json.dumps({name: value for name, value in row.items() if name != "experts"}) for row in rows]
+    file.write_text("\n".join([*lines, "[]", "null", '{"step": 3}', lines[0][:-5]]))
+    assert last_record(tmp_path) == replace(RECORD, step=2, experts={"moe/max": 1.5})
+    del rows[1]["validation_bits_per_byte"], rows[1]["experts"]  # an older version's
+    file.write_text(json.dumps(rows[1]) + "\n")
+    assert last_record(tmp_path) == replace(RECORD, step=2, experts={"moe/max": 1.5})
+    file.write_bytes(b"\xff\n")
+    assert last_record(tmp_path) is None
 
 
 def test_a_trainer_runs_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run: what it checks first, what it writes, that it repeats, and how it ends."""
 
+import io
 import json
 import math
 import os
@@ -31,8 +32,9 @@ from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
 from core.train.debug_run import laptop_run
 from core.train.metrics import Record
+from core.train.outcome import command
 from core.train.profile import Profiler
-from core.train.step_report import console_line
+from core.train.step_report import console_fields
 from core.train.validate import Validator
 
 FIELDS = set(Record.__dataclass_fields__) - {"experts"}
@@ -63,7 +65,7 @@ def test_run_writes_its_record_and_learns(tmp_path, capsys):
     assert 0.01 < last["memory_gib"] < 30
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    for part in ("parameters", "FLOPs/token", "180 documents", "bundled", "cpu", "config.json", "left 0 s"):
+    for part in ("parameters", "FLOPs", "180 documents", "bundled", "cpu", "config.json", "eta 0:00"):
         assert part in out
 
 
@@ -148,7 +150,8 @@ def test_data_bound_the_run(tmp_path, capsys):
     rows = run_.loader.n_samples
     assert run_.last_step == rows // 4 < 10_000
     run_.run()
-    assert f"the data last for {rows // 4:,} of 10,000 steps" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"the data last for {rows // 4:,} of 10,000 steps" in said
     config.dump_folder, config.training.local_batch_size = str(tmp_path / "b"), rows + 1
     with pytest.raises(UserError, match=f"the data have {rows} rows of 16 tokens, one step takes {rows + 1}"):
         config.build()
@@ -199,7 +202,7 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_read(tmp_path, mo
     config.model.dim = 4096
     with pytest.raises(UserError) as caught:
         config.build()
-    for part in ("needs at least", "cpu has 0.0 GiB free", "weights", "--training.dtype bfloat16", "debug recipe"):
+    for part in ("needs at least", "cpu has 10.00 MiB free", "weights", "--training.dtype bfloat16", "debug recipe"):
         assert part in str(caught.value)
 
 
@@ -412,7 +415,7 @@ def test_checkpointing_reports_after_the_first_step(tmp_path, capsys):
     assert out.index("saved 8 times") < out.index("step 2/2")
 
 
-def test_tensorboard_and_traces(tmp_path):
+def test_tensorboard_and_traces(tmp_path, capsys):
     config = toy_run(tmp_path, steps=4)
     config.metrics.enable_tensorboard = True
     config.profiling.enable_profiling = True
@@ -427,6 +430,9 @@ def test_tensorboard_and_traces(tmp_path):
     assert [t.name for t in traces] == ["step-2-rank-0.json", "step-4-rank-0.json"]
     names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert "aten::mm" in names
+    said = capsys.readouterr().out
+    assert f"# see the curve\n{command([['tensorboard'], ['--logdir', str(tmp_path / 'run/tb')]])}\n" in said
+    assert "\n  tb              the curve, for TensorBoard\n  profile_traces  traces of steps\n" in said
 
 
 def test_a_resumed_run_shows_no_step_twice_and_keeps_the_numbers_of_its_traces(tmp_path, monkeypatch):
@@ -512,10 +518,39 @@ def test_console_line_shows_what_is_known():
         memory_gib=2,
         mfu=None,
     )
-    line = console_line(record, 100, 95)
-    assert line.startswith("step   5/100  loss 2.0000") and "mfu" not in line and line.endswith("left 1 min 35 s")
-    record.mfu, record.validation_loss = 0.4321, 1.5
-    assert "mfu 43.2%  validation loss 1.5000" in console_line(record, 100, 95)
+    line = "  ".join(console_fields(record, 100, 95, accelerated=False))
+    assert line == "step   5/100  loss 2.0000  grad 1.00  1.23k tok/s  eta 1:35"
+    record.mfu, record.validation_loss, record.validation_bits_per_byte = 0.4321, 1.5, 0.75
+    *_, memory, mfu, loss, bits = console_fields(record, 100, 95, accelerated=True)
+    assert (memory, mfu, loss, bits) == ("2.00 GiB", "mfu 43.2%", "validation loss 1.5000", "0.750 bits/byte")
+    record.grad_norm = 0.004
+    assert "grad 4.0e-03" in console_fields(record, 100, 95, accelerated=True)
+
+
+def test_lines_of_a_step_fit_the_terminal_and_are_one_line_elsewhere(tmp_path, monkeypatch, capsys):
+    """Also those of the longest debug run, and every line before and after them."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    config = toy_run(tmp_path, steps=2)
+    config.validator, config.training.steps = Validator.Config(enable=True, steps=1), 2
+    config.dump_folder = None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.dataloader.dataset = "text"
+    config.build().run()
+    (piped,) = re.findall(r"^step 2/2 .*", capsys.readouterr().out, re.MULTILINE)
+    assert re.fullmatch(r"step 2/2  loss .*  eta 0:00  validation loss \d\.\d{4}  \d\.\d{3} bits/byte", piped)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Terminal())
+        config.build().run()
+        lines = sys.stdout.getvalue().splitlines()
+    (i,) = [i for i, line in enumerate(lines) if line.startswith("step 2/2 ")]
+    assert lines[i].endswith("eta 0:00") and re.fullmatch(r"    validation loss \S+  \S+ bits/byte", lines[i + 1])
+    assert all(len(line) <= 60 for line in lines), max(lines, key=len)
 
 
 def test_names_for_checkpointing_are_checked_before_anything_is_read(tmp_path):

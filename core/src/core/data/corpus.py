@@ -27,6 +27,7 @@ from core.data.text_files import OnBadLine
 from core.data.tokenizer import Tokenizer
 from core.runtime.disk import flush
 from core.runtime.log import LOGGER
+from core.runtime.units import rate
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -92,7 +93,7 @@ class Corpus(Configurable):
         """One line: how much the split holds, and where it lies."""
         extent = self.manifest.splits[split]
         sections = f" in {extent.sections:,} sections" if extent.sections > extent.documents else ""
-        size = f"{extent.documents:,} documents{sections}, {extent.tokens / 1e6:,.1f} M tokens ({split})"
+        size = f"{extent.documents:,} documents{sections}, {rate(extent.tokens)} tokens ({split})"
         return f"{self.name}: {size}, cached in {self.folder}"
 
     def _find(self) -> Manifest | None:

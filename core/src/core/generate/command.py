@@ -32,7 +32,8 @@ from core.generate.text import Continuation
 from core.nn.decoder import Decoder
 from core.nn.init import materialise
 from core.nn.module import parameter_count
-from core.runtime.device import GIB, describe, free_memory, select_device
+from core.runtime.device import describe, free_memory, select_device
+from core.runtime.units import size
 
 OWN = {
     "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),
@@ -198,8 +199,8 @@ class Generation(Configurable):
         free = free_memory(self.device)
         if free is not None and n_bytes > free:
             raise UserError(
-                f"the weights take {n_bytes / GIB:.1f} GiB in {type_name(self.dtype)}, {self.device} has "
-                f"{free / GIB:.1f} GiB left: choose a smaller model or another device"
+                f"the weights take {size(n_bytes)} in {type_name(self.dtype)}, {self.device} has "
+                f"{size(free)} left: choose a smaller model or another device"
             )
         materialise(model, self.device, self.dtype)
         load(model, self.folder)

@@ -1,7 +1,9 @@
 """What a run says: plain lines on standard output, warnings marked as such."""
 
 import logging
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -9,18 +11,37 @@ from core.config.console import hold_console
 from core.runtime.disk import AppendedFile
 
 LOGGER = logging.getLogger("armature")
+WIDTH = 60
+"""Columns that a line for people has at most, as far as names of files allow."""
 
 
 class Console(logging.Handler):
     """Prints each message as a line of its own, warnings and errors with their level in front.
 
-    A standard output that somebody put in the place of Python's own may fail: then the line is lost.
+    A message that was logged with `extra={"fields": [...]}`, its parts, is several lines on a terminal that it is too
+    long for, and one line everywhere else: a program that reads it finds all of it there. A standard output that
+    somebody put in the place of Python's own may fail: then the line is lost.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        fields = getattr(record, "fields", None)
         with suppress(OSError, ValueError):
+            if fields is not None and sys.stdout.isatty():
+                text = in_columns(fields, shutil.get_terminal_size().columns)
             print(text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}", flush=True)
+
+
+def in_columns(fields: Sequence[str], width: int) -> str:
+    """The fields, two spaces apart, in lines of at most `width` columns as far as single fields allow; the second line
+    and later ones are indented."""
+    lines: list[str] = []
+    for field in fields:
+        if lines and len(lines[-1]) + 2 + len(field) <= width:
+            lines[-1] += f"  {field}"
+        else:
+            lines.append(f"    {field}" if lines else field)
+    return "\n".join(lines)
 
 
 def start_logging(*, aloud: bool = True) -> None:

@@ -3,8 +3,10 @@
 Letters: B rows, L length, V vocabulary.
 """
 
+import os
 import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +25,7 @@ from core.checkpoint.hf import save_hf
 from core.config.recipe import recipes
 from core.generate.cache import CachedDecoder
 from core.nn.decoder import Decoder
+from core.step.update import StepInfo
 from core.testing.key_suite import KeySuite
 from core.testing.toy import on_cpu, randomise
 from core.train.trainer import Trainer
@@ -108,20 +111,35 @@ class CommandSuite(KeySuite):
     def test_commands_that_the_end_of_a_run_prints_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Each is called as it is printed; the folder that was exported tells itself which model it has."""
+        """Each is called as it is printed, at a stop and at the end; the folder that was exported tells itself which
+        model it has."""
         package, run = self.package(), self.interrupted(tmp_path / "a run")
-        run.checkpoint.interval, run.training.steps = 500, 2
-        run.build().run()
-        printed = commands_in(capsys.readouterr().out)
-        assert list(printed) == ["write text", "go on, to step 4", "export to a Hugging Face folder"]
-        exported = Path(printed["export to a Hugging Face folder"][-1])
-        printed["and again"] = ["python", "-m", f"{package}.generate", "--checkpoint", str(exported), "--prompt", "the"]
-        for program, option, module, *words in printed.values():
+        run.checkpoint.interval = 500
+        trainer = run.build()
+        step = trainer.step
+
+        def stopped_at(number: int) -> StepInfo:
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(number)
+
+        monkeypatch.setattr(trainer, "step", stopped_at)
+        trainer.run()
+
+        def call(program: str, option: str, module: str, *words: str) -> str:
             assert (program, option) == ("python", "-m")
             monkeypatch.setattr(sys, "argv", [module, *words])
             runpy.run_module(module, run_name="__main__")
-            assert capsys.readouterr().out.strip()
-        assert (tmp_path / "a run/checkpoint/step-4").is_dir() and (exported / "config.json").is_file()
+            return capsys.readouterr().out
+
+        printed = commands_in(capsys.readouterr().out)
+        assert list(printed) == ["write text", "go on", "export to a Hugging Face folder"]
+        printed = commands_in(call(*printed["go on"]))
+        assert list(printed) == ["write text", "go on, to step 8", "export to a Hugging Face folder"]
+        exported = Path(printed["export to a Hugging Face folder"][-1])
+        printed["and again"] = ["python", "-m", f"{package}.generate", "--checkpoint", str(exported), "--prompt", "the"]
+        assert all(call(*words).strip() for words in printed.values())
+        assert (tmp_path / "a run/checkpoint/step-8").is_dir() and (exported / "config.json").is_file()
 
     def package(self) -> str:
         """The package that the model is from."""

@@ -10,8 +10,9 @@ from torch import nn
 from core.config.errors import UserError
 from core.nn.module import parameter_count
 from core.parallel.settings import Degrees
-from core.runtime.device import GIB, free_memory
+from core.runtime.device import free_memory
 from core.runtime.launcher import World
+from core.runtime.units import size
 from core.step.checks import Run
 from core.step.settings import Training
 
@@ -29,8 +30,8 @@ class Estimate(NamedTuple):
         return sum(self)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in self._asdict().items())
-        return f"{self.total / GIB:.1f} GiB ({parts})"
+        parts = ", ".join(f"{name} {size(value)}" for name, value in self._asdict().items())
+        return f"{size(self.total)} ({parts})"
 
 
 def estimate(model: nn.Module, vocab_size: int, training: Training, degrees: Degrees | None = None) -> Estimate:
@@ -56,7 +57,7 @@ def check_memory(model: nn.Module, run: Run, device: torch.device, world: World)
         return
     each = " for each rank" if n_sharing > 1 else ""
     helps = _what_helps(run.training, degrees)
-    raise UserError(f"the run needs at least {need} and {device} has {free / GIB:.1f} GiB free{each}. {helps}")
+    raise UserError(f"the run needs at least {need} and {device} has {size(free)} free{each}. {helps}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,12 @@ def event_types() -> Any:
 
 
 def last_record(folder: Path) -> Record | None:
-    """The last record in the metrics.jsonl of a folder; None where there is none."""
-    names = {name for name in Record.__dataclass_fields__ if name != "experts"}
-    rows = [row for row in read_records(folder) if names <= row.keys()]
+    """The last record in the metrics.jsonl of a folder, which an older version may have written; None without one."""
+    fields = Record.__dataclass_fields__
+    needed = {name for name, each in fields.items() if each.default is each.default_factory is MISSING}
+    rows = [row for row in read_records(folder) if needed <= row.keys()]
     if not rows:
         return None
+    names = rows[-1].keys() & fields.keys()
     experts = {name: value for name, value in rows[-1].items() if name not in names}
     return Record(**{name: rows[-1][name] for name in names}, experts=experts)

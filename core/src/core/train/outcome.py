@@ -14,6 +14,7 @@ from core.config.errors import UserError
 from core.parallel.layout import Layout
 from core.runtime.device import peak_memory
 from core.runtime.launcher import World
+from core.runtime.log import WIDTH
 from core.runtime.signals import StopRequest
 from core.runtime.units import duration, size
 from core.train.checkpoints import Keeper
@@ -22,8 +23,6 @@ from core.train.summary import ReportedRun
 
 log = logging.getLogger("armature")
 
-WIDTH = 60
-"""Columns of a line that a command may take; a longer one goes on in the next line."""
 KINDS = {"full": "weights and optimizer", "model": "weights alone"}
 """What a checkpoint holds."""
 
@@ -96,7 +95,7 @@ def contents(run: ReportedRun, folder: Path, saved: Found | None) -> Iterator[tu
     """What is there, and what it is for."""
     there = {
         "config.json": "every setting",
-        "metrics.jsonl": "the curve, a line of JSON per report",
+        "metrics.jsonl": "the curve, in lines of JSON",
         run.metrics.save_tb_folder: "the curve, for TensorBoard",
         run.profiling.save_traces_folder: "traces of steps",
         "logs": "what each rank said",

@@ -8,7 +8,7 @@ from core.nn.module import Flops
 from core.optim.schedule import Schedule
 from core.parallel.layout import Layout
 from core.runtime.device import GIB, peak_flops, peak_memory
-from core.runtime.units import duration
+from core.runtime.units import clock, rate, size
 from core.step.assemble import expert_loads
 from core.step.checks import Run
 from core.step.update import StepInfo
@@ -65,21 +65,30 @@ class StepReport:
         )
         if self.layout.is_first:
             self.metrics.write(record)
-        log.info(console_line(record, self.last_step, (self.last_step - step) * step_time_s))
+        remaining_s = (self.last_step - step) * step_time_s
+        fields = console_fields(record, self.last_step, remaining_s, accelerated=device.type != "cpu")
+        log.info("  ".join(fields), extra={"fields": fields})
 
 
-def console_line(record: Record, last_step: int, remaining_s: float) -> str:
-    """The record as one line for people, with the time left."""
-    parts = [
+def console_fields(record: Record, last_step: int, remaining_s: float, *, accelerated: bool) -> list[str]:
+    """What a step's line on the console says, with the time left: what one looks at while a run goes on, in 60 columns
+    for a run of some minutes. All else is in metrics.jsonl.
+
+    The memory and the use of a device are said of an accelerator; that of a process on a CPU hardly changes."""
+    small = 0 < record.grad_norm < 0.1
+    fields = [
         f"step {record.step:>{len(str(last_step))}}/{last_step}",
         f"loss {record.loss:.4f}",
-        f"grad norm {record.grad_norm:.3f}",
-        f"lr {record.lr:.2e}",
-        f"{record.tokens_per_second:,.0f} tokens/s",
-        f"{record.memory_gib:.2f} GiB",
+        f"grad {record.grad_norm:.1e}" if small else f"grad {record.grad_norm:.2f}",
+        f"{rate(record.tokens_per_second)} tok/s",
+        f"eta {clock(remaining_s)}",
     ]
+    if accelerated:
+        fields.append(size(record.memory_gib * GIB))
     if record.mfu is not None:
-        parts.append(f"mfu {record.mfu:.1%}")
+        fields.append(f"mfu {record.mfu:.1%}")
     if record.validation_loss is not None:
-        parts.append(f"validation loss {record.validation_loss:.4f}")
-    return "  ".join([*parts, f"left {duration(remaining_s)}"])
+        fields.append(f"validation loss {record.validation_loss:.4f}")
+    if record.validation_bits_per_byte is not None:
+        fields.append(f"{record.validation_bits_per_byte:.3f} bits/byte")
+    return fields

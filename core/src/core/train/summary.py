@@ -1,5 +1,7 @@
 """The head of a run on the console."""
 
+import os
+import textwrap
 from pathlib import Path
 from typing import Protocol
 
@@ -7,9 +9,13 @@ import torch
 
 from core.nn.module import Flops
 from core.parallel.settings import Degrees, describe_degrees
+from core.runtime.log import WIDTH
 from core.step.checks import Run
 from core.train.metrics import Metrics
 from core.train.profile import Profiler
+
+MARGIN = 11
+"""Columns of the names."""
 
 
 class ReportedRun(Run, Protocol):
@@ -36,27 +42,36 @@ def summary(
 
     The tokenizer has `n_tokens` tokens.
     """
-    metrics, profiling, checkpoint = run.metrics, run.profiling, run.checkpoint
-    files = ["config.json", "metrics.jsonl", *[metrics.save_tb_folder] * metrics.enable_tensorboard]
-    files += [profiling.save_traces_folder] * profiling.enable_profiling
+    checkpoint = run.checkpoint
     steps = f"{last_step:,} of {rows_per_step} x {run.training.seq_len:,} tokens"
     if last_step < run.training.steps:
         steps += f"; the data last for {last_step:,} of {run.training.steps:,} steps"
     compute = str(dtype).removeprefix("torch.")
+    saved = f"every {checkpoint.interval:,} steps and at the end, in {checkpoint.folder}"
     rows = {
         "model": f"{type(run.model).__qualname__.removesuffix('.Config')} ({run.recipe or 'no recipe'})",
         "parameters": f"{n_parameters:,}",
-        "FLOPs/token": f"{flops.total:,} ({flops.attention / flops.total:.0%} in attention)",
+        "FLOPs": f"{flops.total:,} per token ({flops.attention / flops.total:.0%} in attention)",
         "data": described["data"],
         "tokenizer": described["tokenizer"] + unused(n_tokens, run.model.vocab_size),
         "device": f"{described['device']}; weights {run.training.dtype}, compute {compute}",
         "ranks": describe_degrees(degrees, run.parallelism.expert_parallel_comm_backend),
         "backward": f"activation checkpoint {run.activation_checkpoint.mode}",
         "steps": steps,
-        "saved": f"every {checkpoint.interval:,} steps in {checkpoint.folder}" if checkpoint.saves else "no weights",
-        "written to": f"{folder} ({', '.join(files)})",
+        "saved": saved if checkpoint.saves else "no weights",
+        "written to": str(folder),
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+    if run.metrics.enable_tensorboard:
+        rows["curve"] = f"tensorboard --logdir {folder / run.metrics.save_tb_folder}"
+    return "\n".join(row(name, value) for name, value in rows.items())
+
+
+def row(name: str, value: str) -> str:
+    """A name and what there is to say of it, as a paragraph beside it; the user's home is ~."""
+    home = os.path.expanduser("~")
+    value = value.replace(f" {home}/", " ~/") if len(home) > 1 else value
+    lines = textwrap.wrap(value, WIDTH - MARGIN, break_long_words=False, break_on_hyphens=False)
+    return f"{name:<{MARGIN}}" + f"\n{'':<{MARGIN}}".join(lines)
 
 
 def unused(n_tokens: int, vocab_size: int) -> str:
