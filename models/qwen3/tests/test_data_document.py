@@ -1,0 +1,165 @@
+"""docs/data.md: every line that reads text is read as a run reads it, and finds the documents that lie there."""
+
+import gzip
+import json
+import random
+import re
+import shlex
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import pytest
+import tokenizers
+
+from core.config import cli
+from core.config.errors import UserError
+from core.config.recipe import load
+from core.config.validate import validate
+from core.data.corpus import Corpus
+from core.data.prepare import Preparation
+from core.data.train_tokenizer import TokenizerTraining
+from core.testing.document import commands
+from core.train.data_checks import check_vocabulary
+from qwen3 import configs
+
+DOCUMENT = Path(__file__).parents[3] / "docs/data.md"
+COMMANDS = commands(DOCUMENT)
+PROGRAMS = {"core.data.prepare": Preparation, "core.data.train_tokenizer": TokenizerTraining}
+SECTION = 2**17
+"""Characters of a text file that are held out, or not, as one."""
+N_SECTIONS = {
+    "books/moby-dick.txt": 3,
+    "books/short.txt": 1,
+    "books/reviews.jsonl": 40,
+    "books/**/*.jsonl.gz": 30,
+    "books": 3 + 1 + 40 + 30,
+    "posts.jsonl": 20,
+    "logs.jsonl": 25,
+    "hf:roneneldan/TinyStories": 15,
+    "hf:allenai/c4:en@train": 15,
+    "hf:tables": 15,
+}
+"""Documents in everything that the document names, of long ones the sections."""
+
+
+def story(number: int, words: int = 150) -> str:
+    """A document that is like no other, with a whale in every line."""
+    draw = random.Random(number)
+    made = ("".join(draw.choices(ascii_lowercase, k=draw.randint(2, 7))) for _ in range(words))
+    return " ".join("\nwhale" if place % 10 == 0 else word for place, word in enumerate(made))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the document speaks of."""
+    place = tmp_path_factory.mktemp("data")
+    (place / "books/old").mkdir(parents=True)
+    (place / "tables").mkdir()
+    (place / "books/moby-dick.txt").write_text(story(0, 60_000)[: 2 * SECTION + 20_000])
+    (place / "books/short.txt").write_text(story(1, 2_000))
+
+    def lines(count: int, field: str = "text") -> str:
+        return "".join(json.dumps({field: story(number)}) + "\n" for number in range(count))
+
+    (place / "books/reviews.jsonl").write_text(lines(40))
+    (place / "books/old/reviews.jsonl.gz").write_bytes(gzip.compress(lines(30).encode()))
+    (place / "posts.jsonl").write_text(lines(20, "body"))
+    (place / "logs.jsonl").write_text(lines(25) + "no JSON\n")
+    (place / "tables/all.jsonl").write_text(lines(15))
+    (place / "tables.csv").write_text("never read\n")
+    (place / "Qwen3-0.6B").mkdir()
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet)
+    pieces.train_from_iterator([story(2)], trainer)
+    pieces.save(str(place / "Qwen3-0.6B/tokenizer.json"))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory, a cache of its own, and Hugging Face as far as the lines need it."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real, asked = datasets.load_dataset_builder, {("roneneldan/TinyStories", None), ("allenai/c4", "en")}
+
+    def builder(name: str, config: str | None) -> Any:
+        local = name if (name, config) not in asked else str(folder / "tables")
+        return real(local, cache_dir=str(tmp_path / "hub"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    if not (folder / "my.model").exists():
+        (words,) = [words for words in COMMANDS if words[2] == "core.data.train_tokenizer"]
+        cli.run(TokenizerTraining.Config(), words[3:])
+
+
+def name_of(words: list[str]) -> str:
+    return shlex.join(words[2:])
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[2] == "qwen3.train"], ids=name_of)
+def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert words[:2] == ["python", "-m"]
+    own, settings = cli.own_flags(cli.split(words[3:]), cli.OWN)
+    run: Any = load(own["config"], configs)
+    cli.override(run, settings)
+    if run.dataloader.dataset == "stdlib":
+        monkeypatch.delenv("XDG_CACHE_HOME")  # all that train on it share one
+    validate(run)
+    tokenizer = run.tokenizer.build()
+    check_vocabulary(tokenizer, run.model.vocab_size)
+    splits = ("train", "validation") if run.validator.enable else ("train",)
+    loaders = {
+        split: run.dataloader.build(tokenizer=tokenizer, seq_len=run.training.seq_len, seed=0, split=split)
+        for split in splits
+    }
+    train = loaders["train"]
+    tokens_BL = train.read(0, run.training.local_batch_size).tokens_BL
+    assert tokens_BL.shape == (run.training.local_batch_size, run.training.seq_len)
+    if run.dataloader.dataset == "stdlib":
+        return
+    assert "whale" in tokenizer.decode(tokens_BL[0].tolist())
+    assert train.n_samples is None or train.n_samples >= run.training.steps * run.training.local_batch_size
+    if run.dataloader.mode == "indexed":
+        extents = Corpus(run.dataloader, tokenizer=tokenizer).manifest.splits
+        assert sum(extent.sections for extent in extents.values()) == N_SECTIONS[run.dataloader.dataset]
+
+
+def test_the_lines_name_everything_that_is_read() -> None:
+    trained = {words[words.index("--dataloader.dataset") + 1] for words in COMMANDS if "--dataloader.dataset" in words}
+    assert trained == set(N_SECTIONS)
+    assert {words[2] for words in COMMANDS} == {"qwen3.train", *PROGRAMS}
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[2] in PROGRAMS], ids=name_of)
+def test_a_program_prepares(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(PROGRAMS[words[2]].Config(), words[3:])
+    if words[2] == "core.data.prepare":
+        name, folder, *splits = capsys.readouterr().out.splitlines()
+        assert name.startswith("books with SentencePiece, 600 tokens") and Path(folder, "manifest.json").exists()
+        assert "--cache-folder" not in words or Path(folder).is_relative_to(Path("shared").absolute())
+        assert sum(int(line.split()[1].replace(",", "")) for line in splits) >= N_SECTIONS["books"] - 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataloader.dataset books/short.txt", "the validation split has 0 tokens"),
+        ("--dataloader.dataset logs.jsonl", "logs.jsonl:26: not JSON"),
+        ("--dataloader.dataset .", "1 .csv, and what is read ends in"),
+        ("--dataloader.dataset tables.csv", "cannot tell what tables.csv holds"),
+        ("--dataloader.dataset posts.jsonl", "no field 'text'; there are: 'body'"),
+        ("--dataloader.dataset books --tokenizer.path Qwen3-0.6B --model.vocab_size 300", "--model.vocab_size 4"),
+    ],
+)
+def test_what_the_document_says_is_refused(words: str, message: str) -> None:
+    run: Any = load(["qwen3_debug"], configs)
+    cli.override(run, cli.split(words.split()))
+    with pytest.raises(UserError, match=re.escape(message)):
+        tokenizer = run.tokenizer.build()
+        check_vocabulary(tokenizer, run.model.vocab_size)
+        run.dataloader.build(tokenizer=tokenizer, seq_len=256, seed=0, split="validation")
