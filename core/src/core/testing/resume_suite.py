@@ -66,7 +66,7 @@ class ResumeSuite:
         again.checkpoint = Checkpoint(enable=True, initial_load_path=str(left), initial_load_in_hf=True)
         n_expert_ranks = 2 if expert_parts(again.model) else 1
         again.parallelism = Parallelism(tensor_parallel_degree=2, expert_parallel_degree=n_expert_ranks)
-        for began in run_ranks(weights_at_start, 2, to_json(again)):
+        for began in run_ranks(weights_at_start, 2, to_json(again), type(again.model).__module__):
             assert all(torch.equal(began[name], weight) for name, weight in first.parts.named_parameters())
         tensors = load_file(converted / SINGLE)
         for name in [name for name in tensors if "_proj.weight" in name and tensors[name].dim() == 2]:
@@ -101,9 +101,9 @@ class ResumeSuite:
         return config
 
 
-def weights_at_start(run: str) -> dict[str, Any]:
-    """The weights that a rank begins a run with, put together over all ranks."""
-    named = from_json(run).build().parts.named_parameters()
+def weights_at_start(run: str, module: str) -> dict[str, Any]:
+    """The weights that a rank begins a run with, put together over all ranks; the model is code of `module`."""
+    named = from_json(run, trust=[module]).build().parts.named_parameters()
     return {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in named}
 
 
