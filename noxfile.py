@@ -106,7 +106,7 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["shared"])
 def faults(session: nox.Session) -> None:
-    """Kill runs at random moments of their saves, and change files of every kind at random (an hour)."""
+    """Kill runs at random moments of their saves, fail their disks at every point, change files at random (an hour)."""
     for package in MODELS:
         install(session, package)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

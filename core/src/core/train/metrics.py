@@ -140,22 +140,22 @@ class EventFile:
         """Begin the file. Raises `OSError` where it cannot be written."""
         events = event_types()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file.create()
-        start = events.SessionLog(status=events.SessionLog.START)
-        self._append(events.Event(file_version="brain.Event:2"), events.Event(step=self._first_step, session_log=start))
+        start = events.Event(step=self._first_step, session_log=events.SessionLog(status=events.SessionLog.START))
+        self._file.create(self._framed(events.Event(file_version="brain.Event:2"), start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the values of a step, by their names."""
         from torch.utils.tensorboard.summary import scalar
 
         events = event_types()
-        self._append(*(events.Event(step=step, summary=scalar(name, value)) for name, value in values.items()))
+        scalars = (events.Event(step=step, summary=scalar(name, value)) for name, value in values.items())
+        self._file.append(self._framed(*scalars))
 
     def close(self) -> None:
         """Write what waited, and tell what is missing."""
         self._file.close()
 
-    def _append(self, *events: Any) -> None:
+    def _framed(self, *events: Any) -> bytes:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         framed = io.BytesIO()
@@ -163,7 +163,7 @@ class EventFile:
         for event in events:
             event.wall_time = time.time()
             writer.write(event.SerializeToString())
-        self._file.append(framed.getvalue())
+        return framed.getvalue()
 
 
 def event_types() -> Any:
