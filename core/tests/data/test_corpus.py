@@ -184,10 +184,11 @@ print(stream.extent.tokens)
 """
 
 
-@pytest.mark.parametrize("damaged_before", [False, True])
+@pytest.mark.parametrize("damaged_before", [None, "manifest.json", "train-00000.tokens"])
 def test_two_preparations_at_once_end_with_one_right_cache(config, tokenizer, tmp_path, damaged_before, monkeypatch):
     if damaged_before:
-        (config.build(tokenizer=tokenizer).folder / "manifest.json").write_text("{")
+        file = config.build(tokenizer=tokenizer).folder / damaged_before
+        file.write_bytes(b"\1" * file.stat().st_size)
     marks = [str(tmp_path / "first"), str(tmp_path / "second")]
     processes = [
         subprocess.Popen(

@@ -128,3 +128,35 @@ def test_stream_keeps_no_cache(build, tmp_path):
     build("validation")
     assert not (tmp_path / "cache").exists()
     assert loader.description.endswith("set.jsonl: streamed, rank 0 of 1 (train)")
+
+
+def test_a_state_that_is_none_is_refused(build):
+    loader = build()
+    loader.read(0, 10)
+    state = loader.state_dict()
+    assert state["document"] > 0 and state["offset"] > 0
+    changes = [("position", -1), ("epoch", 2**70), ("document", "3"), ("offset", 1.0), ("rank", None), ("more", 3)]
+    lies = [{**state, key: value} for key, value in changes] + [{"position": 3}]
+    for lie in lies:
+        with pytest.raises(UserError, match="the saved state of the stream is none: "):
+            build().load_state_dict(lie)
+    for lie in ({"offset": 10**6}, {"document": 10**6}, {"document": held_out(0, 60, 0.2).argmax().item()}):
+        with pytest.raises(UserError, match="the text has changed since the place was saved"):
+            build().load_state_dict({**state, **lie})
+    loader.load_state_dict(state)
+    assert loader.state_dict() == state
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_is_named(build, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "encode_sections", lambda sections: [[] for _ in sections])
+    with pytest.raises(UserError, match="no training text for rank 0 of 1"):
+        build().read(0, 1)
+
+
+def test_a_text_that_changes_between_epochs_ends_the_stream(build, config):
+    loader = build()
+    loader.read(0, 3)
+    with open(config.dataset, "a") as file:
+        file.write(json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(UserError, match=r"set\.jsonl has changed since the run began to read"):
+        loader.read(3, 1000)

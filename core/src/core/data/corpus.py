@@ -72,7 +72,7 @@ class Corpus(Configurable):
         source = open_source(config.dataset, config.text_field, config.on_bad_line)
         self._made_from = {
             "format": shards.FORMAT,
-            "dataset": absolute_dataset(config.dataset),
+            "dataset": os.fsencode(absolute_dataset(config.dataset)).decode(errors="backslashreplace"),
             "text_field": config.text_field,
             "on_bad_line": config.on_bad_line,
             "validation_fraction": config.validation_fraction,
@@ -163,7 +163,7 @@ class Corpus(Configurable):
 
 def _cache_folder(chosen: str | None) -> Path:
     if chosen is not None:
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:

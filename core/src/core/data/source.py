@@ -8,19 +8,22 @@ import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 from core.config.errors import UserError
 from core.config.record import absolute
+from core.data.library import library_errors
 from core.data.sections import Section, cut_row
-from core.data.text_files import BadLines, OnBadLine, find_files, read_sections, text_of
+from core.data.text_files import BadLines, OnBadLine, find_files, read_sections, reading, text_of
 
 STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _TOPICS = "pydoc_data/topics.py"
+_END = object()
 
 
 class Source(ABC):
@@ -66,7 +69,8 @@ class StandardLibrary(Source):
         self.root = root or Path(sysconfig.get_path("stdlib"))
 
     def fingerprint(self) -> list[Any]:
-        return [sys.version, *([name, (self.root / name).stat().st_size] for name in self._files())]
+        with reading(self.root):
+            return [sys.version, *([name, (self.root / name).stat().st_size] for name in self._files())]
 
     def _files(self) -> list[str]:
         found = []
@@ -78,7 +82,7 @@ class StandardLibrary(Source):
     def _sections(self, bad: BadLines) -> Iterator[Section]:
         for name in self._files():
             try:
-                with tokenize.open(self.root / name) as file:
+                with reading(self.root / name), tokenize.open(self.root / name) as file:
                     text = file.read()
             except (SyntaxError, UnicodeDecodeError):
                 continue
@@ -93,14 +97,29 @@ class TextFiles(Source):
     def __init__(self, dataset: str, text_field: str, on_bad_line: OnBadLine) -> None:
         super().__init__(dataset, on_bad_line)
         self.text_field = text_field
-        self.files = find_files(dataset)
+        with reading(dataset):
+            self.files = find_files(dataset)
+        self._found = [self._state(file) for file in self.files]
+
+    @staticmethod
+    def _state(file: Path) -> list[Any]:
+        with reading(file):
+            found = file.stat()
+        return [str(file), found.st_size, found.st_mtime_ns]
 
     def fingerprint(self) -> list[Any]:
-        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+        return self._found
 
     def _sections(self, bad: BadLines) -> Iterator[Section]:
-        for file in self.files:
+        for file, found in zip(self.files, self._found, strict=True):
+            self._check_unchanged(file, found)
             yield from read_sections(file, self.text_field, bad)
+            self._check_unchanged(file, found)
+
+    def _check_unchanged(self, file: Path, found: list[Any]) -> None:
+        """Text that changes under a run would be read as something that its fingerprint does not stand for."""
+        if self._state(file) != found:
+            raise UserError(f"{file} has changed since the run began to read: start again once nothing writes there")
 
 
 class HubDataset(Source):
@@ -118,21 +137,22 @@ class HubDataset(Source):
 
         address, _, split = dataset.removeprefix(HUB).partition("@")
         name, _, config = address.partition(":")
-        try:
+        with library_errors(f"cannot open the Hugging Face dataset {dataset}"):
             self._builder = datasets.load_dataset_builder(name, config or None)
             self._rows = self._builder.as_streaming_dataset(split or "train")
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot open the Hugging Face dataset {dataset}: {error}") from error
 
     def fingerprint(self) -> list[Any]:
         return [self._builder.config_id, self._builder.hash]
 
     def _sections(self, bad: BadLines) -> Iterator[Section]:
-        try:
-            for number, row in enumerate(self._rows, start=1):
-                yield from text_of(row, self.text_field, f"{self.name}, row {number}", bad)
-        except OSError as error:
-            raise UserError(f"cannot read the Hugging Face dataset {self.name}: {error}") from error
+        with library_errors(f"cannot read the Hugging Face dataset {self.name}"):
+            rows = iter(self._rows)
+        for number in count(1):
+            with library_errors(f"cannot read row {number:,} of the Hugging Face dataset {self.name}"):
+                row = next(rows, _END)
+            if row is _END:
+                return
+            yield from text_of(row, self.text_field, f"{self.name}, row {number}", bad)
 
 
 def absolute_dataset(dataset: str) -> str:

@@ -4,6 +4,7 @@ import codecs
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -13,7 +14,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
+from core.config.fields import short_repr
 from core.data.sections import FILE_CHARACTERS, Section, cut, cut_row
 from core.runtime.log import LOGGER
 
@@ -28,6 +30,7 @@ ABOUT = re.compile(
 LINE_BYTES = 2**28
 """A longer line of a .jsonl file is unreadable: it is most likely no line of JSON."""
 _PART_BYTES = 2**16
+_MOST_FIELDS = 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 OnBadLine = Literal["error", "skip"]
@@ -61,9 +64,9 @@ def find_files(dataset: str) -> list[Path]:
     In a folder, hidden files and those that are about the text (ABOUT) are passed over. A file of another kind is an
     error, wherever it is: nobody should find out later that a part of the text was not read.
     """
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if path.is_dir():
-        inside = [p for p in sorted(path.rglob("*")) if not p.is_dir() and not _hidden(p.relative_to(path))]
+        inside = sorted(_inside(path))
         files = [p for p in inside if _suffix(p)]
         others = Counter(_kind(p) for p in inside if not _suffix(p) and not ABOUT.fullmatch(p.name))
         if others or not files:
@@ -72,10 +75,7 @@ def find_files(dataset: str) -> list[Path]:
                 f"the folder {path} holds {kinds}, and what is read ends in {', '.join(SUFFIXES)}: convert the "
                 f"files, move them away, or name those to read by a pattern such as '{path}/**/*.jsonl'"
             )
-        if lost := [p for p in files if not p.is_file()]:
-            raise UserError(f"{lost[0]} is a link to nothing, or no file")
-        return [p.absolute() for p in files]
-    if path.exists():
+    elif path.exists():
         files = [path]
     elif glob.has_magic(dataset):
         files = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
@@ -86,6 +86,8 @@ def find_files(dataset: str) -> list[Path]:
     for file in files:
         if not _suffix(file):
             raise UserError(f"cannot tell what {file} holds: its name must end in {', '.join(SUFFIXES)}")
+        if not file.is_file():  # reading a pipe would wait for its writer
+            raise UserError(f"{file} is a link to nothing, or no regular file")
     return [p.absolute() for p in files]
 
 
@@ -99,13 +101,24 @@ def _kind(path: Path) -> str:
     return "".join(path.suffixes[-2:] if packed else path.suffixes[-1:]).lower() or "without a suffix"
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _inside(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, behind links too, but no folder twice; hidden ones are passed over."""
+    seen = set()
+    for name, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        found = os.stat(name)
+        new = (found.st_dev, found.st_ino) not in seen
+        seen.add((found.st_dev, found.st_ino))
+        folders[:] = sorted(each for each in folders if new and not each.startswith("."))
+        yield from (Path(name, each) for each in names if new and not each.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read_sections(path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
     """The documents of one file, in order and in sections: a text file is one, and so is every line of a .jsonl."""
-    with _reading(path), _open(path) as file:
+    with reading(path), _open(path) as file:
         if ".jsonl" in (_suffix(path) or ""):
             yield from _json_lines(file, path, text_field, bad)
         else:
@@ -113,7 +126,8 @@ def read_sections(path: Path, text_field: str, bad: BadLines) -> Iterator[Sectio
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: str | Path) -> Iterator[None]:
+    """What keeps files from being read, told in one line."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -153,7 +167,7 @@ def text_of(row: object, text_field: str, place: str, bad: BadLines) -> Iterator
     if not isinstance(row, dict):
         bad.add(place, f"expected an object with the field {text_field!r}, got a value of type {type(row).__name__}")
     elif text_field not in row:
-        fields = ", ".join(map(repr, row)) or "none"
+        fields = ", ".join(at_most(_MOST_FIELDS, [short_repr(field) for field in row])) or "none"
         bad.add(place, f"no field {text_field!r}; there are: {fields} (choose one with text_field)")
     elif not isinstance(text := row[text_field], str):
         bad.add(place, f"expected text in the field {text_field!r}, got a value of type {type(text).__name__}")

@@ -7,6 +7,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ from typing import Any, Protocol
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.fields import short_repr
+from core.config.json_file import read_json, typed
 from core.config.record import absolute
+from core.data.library import library_errors
 from core.data.sections import Section
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_MOST_MIB = 1024
 
 
 class _Model(Protocol):
@@ -45,15 +50,16 @@ class Tokenizer(Configurable):
             return {"path": absolute(self.path)}
 
     def __init__(self, config: Config) -> None:
-        path = Path(config.path).expanduser() if config.path is not None else None
         self._model: _Model
-        if path is None:
+        if config.path is None:
             content = (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
             self._model, name = _SentencePiece(content, "the bundled model"), "bundled"
         else:
-            path = path / "tokenizer.json" if path.is_dir() else path
+            path = Path(os.path.expanduser(config.path))
+            path = path / "tokenizer.json" if os.path.isdir(path) else path
             content, name = _read(path), str(path)
             self._model = _SentencePiece(content, name) if path.suffix == ".model" else _HuggingFace(content, path)
+        self._name = f"the tokenizer {name}"
         self.vocab_size: int = self._model.vocab_size
         self.bos_id: int | None = self._model.bos_id
         self.eos_id: int | None = self._model.eos_id
@@ -65,11 +71,12 @@ class Tokenizer(Configurable):
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
-        return self._model.encode_batch([text])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, encoded on all cores."""
-        return self._model.encode_batch(texts)
+        with library_errors(f"{self._name} cannot encode a text"):
+            return self._model.encode_batch(texts)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each document as it stands in a token stream: bos, text, eos, as far as the tokenizer has them."""
@@ -81,9 +88,7 @@ class Tokenizer(Configurable):
         What goes on is encoded as it would be behind a line end, so that a tokenizer which puts a space in front of
         every text puts none into the middle of one.
         """
-        encoded = self._model.encode_batch(
-            [section.text if section.opens else f"\n{section.text}" for section in sections]
-        )
+        encoded = self.encode_batch([section.text if section.opens else f"\n{section.text}" for section in sections])
         before = [] if self.bos_id is None else [self.bos_id]
         after = [] if self.eos_id is None else [self.eos_id]
         for i, section in enumerate(sections):
@@ -95,7 +100,8 @@ class Tokenizer(Configurable):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bos, eos and other control tokens give none."""
-        return self._model.decode(ids)
+        with library_errors(f"{self._name} cannot decode ids"):
+            return self._model.decode(ids)
 
     def n_bytes(self) -> list[float]:
         """Bytes of text in UTF-8 that each id stands for inside a text.
@@ -103,18 +109,25 @@ class Tokenizer(Configurable):
         None for bos, eos and others that no text has; NaN for an unknown token, which may stand for any.
         """
         joins = {self.bos_id, self.eos_id}
-        return [0.0 if token in joins else n for token, n in enumerate(self._model.n_bytes())]
+        with library_errors(f"{self._name} does not say what its tokens stand for"):
+            return [0.0 if token in joins else n for token, n in enumerate(self._model.n_bytes())]
 
 
 def _read(path: Path) -> bytes:
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"there is no tokenizer {path.absolute()}: give the place where it is, --tokenizer.path FILE")
     if path.suffix not in (".model", ".json"):
         raise UserError(f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer.json or a folder with one")
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise UserError(f"the tokenizer {path} is no regular file")
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(_MOST_MIB * 2**20 + 1)
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    if len(content) > _MOST_MIB * 2**20:
+        raise UserError(f"{path} has more than {_MOST_MIB} MiB: it is no tokenizer")
+    return content
 
 
 class _SentencePiece:
@@ -130,19 +143,17 @@ class _SentencePiece:
     def __init__(self, content: bytes, name: str) -> None:
         import sentencepiece
 
-        try:
+        with library_errors(f"{name} is no SentencePiece model"):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise UserError(f"{name} is no SentencePiece model: {error}") from error
-        self.vocab_size: int = self._processor.get_piece_size()
-        if self.vocab_size == 0:
-            raise UserError(f"{name} is no SentencePiece model: it holds no pieces")
-        self.bos_id = self._optional(self._processor.bos_id())
-        self.eos_id = self._optional(self._processor.eos_id())
-        spelling = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in self._SPACE.encode()]
-        probe = "  a  b  "
-        exact = self._processor.decode(self._processor.encode(probe)) == probe
-        self._spelling = spelling if exact and all(map(self._processor.is_byte, spelling)) else None
+            self.vocab_size: int = self._processor.get_piece_size()
+            if self.vocab_size == 0:
+                raise UserError(f"{name} is no SentencePiece model: it holds no pieces")
+            self.bos_id = self._optional(self._processor.bos_id())
+            self.eos_id = self._optional(self._processor.eos_id())
+            spelling = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in self._SPACE.encode()]
+            probe = "  a  b  "
+            exact = self._processor.decode(self._processor.encode(probe)) == probe
+            self._spelling = spelling if exact and all(map(self._processor.is_byte, spelling)) else None
 
     @staticmethod
     def _optional(token: int) -> int | None:
@@ -182,28 +193,29 @@ class _HuggingFace:
             raise UserError(f"{path} needs the package tokenizers: in the checkout run pip install './core[hf]'")
         import tokenizers
 
-        try:
+        with library_errors(f"{path} is no tokenizer.json of Hugging Face"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the package raises no narrower class
-            raise UserError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            if not ids:
+                raise UserError(f"{path} has no tokens")
+            self.vocab_size = 1 + max(ids)
         settings = path.with_name("tokenizer_config.json")
-        try:
-            special = json.loads(settings.read_bytes()) if settings.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{settings} is not JSON: {error}") from error
-        self.bos_id = self._special(special.get("bos_token"), settings)
-        self.eos_id = self._special(special.get("eos_token"), settings)
+        special = read_json(settings) if os.path.exists(settings) else {}
+        self.bos_id = self._special(special, "bos_token", settings)
+        self.eos_id = self._special(special, "eos_token", settings)
 
-    def _special(self, token: str | dict[str, Any] | None, settings: Path) -> int | None:
-        text = token["content"] if isinstance(token, dict) else token
+    def _special(self, special: dict[str, Any], name: str, settings: Path) -> int | None:
+        token = typed(special.get(name), str | dict[str, Any] | None, f"{settings}: {name}")
+        text = typed(token.get("content"), str, f"{settings}: {name}.content") if isinstance(token, dict) else token
         if text is None:
             return None
         number = self._tokenizer.token_to_id(text)
         if number is None:
-            raise UserError(f"{settings} names the token {text!r}, which the tokenizer.json beside it does not have")
+            raise UserError(
+                f"{settings} names the token {short_repr(text)}, which the tokenizer.json beside it does not have"
+            )
         return number
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from core.config import cli
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.validate import validate
+from core.data.library import library_errors
 from core.data.source import open_source
 from core.data.text_files import OnBadLine
 from core.runtime.log import LOGGER, start_logging
@@ -52,7 +53,7 @@ class TokenizerTraining(Configurable):
     def __init__(self, config: Config) -> None:
         validate(config)
         self.config = config
-        self.output = Path(config.output).expanduser()
+        self.output = Path(os.path.expanduser(config.output))
         if not self.output.parent.is_dir():
             raise UserError(f"cannot write {self.output}: there is no folder {self.output.parent}")
         self.source = open_source(config.dataset, config.text_field, config.on_bad_line)
@@ -66,13 +67,15 @@ class TokenizerTraining(Configurable):
             unfinished.replace(self.output)
         except OSError as error:
             raise UserError(f"cannot write {self.output}: {error.strerror}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
         LOGGER.info("%s: %s bytes, %s tokens", self.output, f"{len(model):,}", f"{self.config.vocab_size:,}")
 
     def _train(self) -> bytes:
         import sentencepiece
 
         model = io.BytesIO()
-        try:
+        with library_errors(f"{self.source.name} gives no tokenizer of {self.config.vocab_size} tokens"):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=self._pieces(),
                 model_writer=model,
@@ -88,9 +91,6 @@ class TokenizerTraining(Configurable):
                 max_sentence_length=4 * _PIECE_CHARACTERS,
                 minloglevel=2,
             )
-        except RuntimeError as error:
-            size = self.config.vocab_size
-            raise UserError(f"{self.source.name} gives no tokenizer of {size} tokens: {error}") from error
         return model.getvalue()
 
     def _pieces(self) -> Iterator[str]:
