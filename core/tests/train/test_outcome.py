@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import sys
 from dataclasses import asdict, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from core.config.errors import UserError
 from core.runtime.launcher import World
 from core.testing.toy import Toy
 from core.train.metrics import Record, last_record
-from core.train.outcome import command, goes_on
+from core.train.outcome import calling_package, command, goes_on, module_of
 from core.train.trainer import Trainer
 
 RECORD = Record(
@@ -161,3 +163,17 @@ def test_how_a_run_goes_on() -> None:
     run.checkpoint.resume, run.checkpoint.load_step = "never", 100
     [(_, text)] = told(run, World(), step=200, left=200)
     assert words(text)[-4:] == ["--checkpoint.resume", "auto", "--checkpoint.load_step", "-1"]
+
+
+def test_the_commands_are_of_the_package_that_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, modules in {"mine_a": ("train", "generate"), "theirs_a": ("train", "generate", "convert")}.items():
+        (tmp_path / name).mkdir()
+        for module in modules:
+            (tmp_path / name / f"{module}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("mine_a.train", None))
+    packages = [calling_package(), "theirs_a"]
+    found = [module_of(name, packages) for name in ("generate", "train", "convert", "evaluate")]
+    assert found == ["mine_a.generate", "mine_a.train", "theirs_a.convert", ""]
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("pytest.__main__", None))
+    assert calling_package() == "" and module_of("train", [calling_package(), ""]) == ""

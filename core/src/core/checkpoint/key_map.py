@@ -103,7 +103,7 @@ def own_layout(model: HFModel) -> Layout:
         owner=type(model).__name__,
         weights=weights,
         places={name: [[Piece(name)]] for name in weights},
-        optional=frozenset(name for name in weights if model.HF_KEYS[pattern_of(name)[0]] is None),
+        optional=frozenset(name for name in weights if model.HF_KEYS.get(pattern_of(name)[0], "") is None),
         repeats=tied,
     )
 

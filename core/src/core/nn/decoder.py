@@ -69,8 +69,9 @@ class Decoder(Module, Configurable, ABC):
     """A causal language model: token ids in, logits out."""
 
     AXES = {"norm": ("embed",)}
-    HF_KEYS: ClassVar[Mapping[str, Any]]
-    """Where Hugging Face keeps each weight: a table as `core.checkpoint.keys` describes it."""
+    HF_KEYS: ClassVar[Mapping[str, Any]] = {}
+    """Where Hugging Face keeps each weight: a table as `core.checkpoint.keys` describes it; empty for a model that it
+    does not have."""
     HF_HALVES: ClassVar[frozenset[str]] = frozenset()
     """Those of our names whose rows, head by head, are pairs (0, 1), (2, 3), ... here and halves at Hugging Face."""
     HF_IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,25 +112,23 @@ def commands(
 ) -> Iterator[tuple[str, list[list[str]]]]:
     """What can be done now: the purpose, and the words of the command, an option with its values in one group.
 
-    They are the commands of the package that the model is from, as far as it has them."""
-    package = type(model).__module__.rpartition(".")[0]
+    They are commands of the package whose `train` runs, or else of the package that the model is from."""
+    packages = [calling_package(), type(model).__module__.rpartition(".")[0]]
+    write, train, convert = (module_of(command, packages) for command in ("generate", "train", "convert"))
     if run.metrics.enable_tensorboard:
         yield "see the curve", [["tensorboard"], ["--logdir", str(folder / run.metrics.save_tb_folder)]]
     if saved is None:
         return
     place = str(folder)
-    if saved.storage.is_local and has(package, "generate"):
-        yield (
-            "write text",
-            [["python", "-m", f"{package}.generate"], ["--checkpoint", place], ["--prompt", "def main"]],
-        )
-    if saved.manifest.kind == "full" and has(package, "train"):
-        yield from goes_on(run, f"{package}.train", world, folder, saved.manifest.progress.step, left)
+    if saved.storage.is_local and write:
+        yield "write text", [["python", "-m", write], ["--checkpoint", place], ["--prompt", "def main"]]
+    if saved.manifest.kind == "full" and train:
+        yield from goes_on(run, train, world, folder, saved.manifest.progress.step, left)
     exported = folder / f"hf-{saved.manifest.progress.step}"
-    if saved.storage.is_local and has(package, "convert") and expressible(model) and not exported.exists():
+    if saved.storage.is_local and convert and expressible(model) and not exported.exists():
         yield (
             "export to a Hugging Face folder",
-            [["python", "-m", f"{package}.convert", "to-hf"], [place], [str(exported)]],
+            [["python", "-m", convert, "to-hf"], [place], [str(exported)]],
         )
 
 
@@ -156,9 +155,16 @@ def goes_on(
     yield purpose, start + options
 
 
-def has(package: str, command: str) -> bool:
-    """Whether a package has this command."""
-    return bool(package) and find_spec(f"{package}.{command}") is not None
+def calling_package() -> str:
+    """The package whose `train` this process is; empty for another program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    package, _, command = (spec.name if spec else "").rpartition(".")
+    return package if command == "train" else ""
+
+
+def module_of(command: str, packages: Iterable[str]) -> str:
+    """The module of a command in the first of the packages that has it; empty where none has."""
+    return next((f"{name}.{command}" for name in packages if name and find_spec(f"{name}.{command}")), "")
 
 
 def expressible(model: HFModel) -> bool:
