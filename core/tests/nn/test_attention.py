@@ -157,7 +157,7 @@ def test_parameters_by_hand() -> None:
         ({"n_kv_heads": 3}, "n_kv_heads: n_kv_heads 3 must divide n_heads 4: use 1, 2, 4"),
         ({"n_kv_heads": 0}, "n_kv_heads: n_kv_heads 0 must divide n_heads 4: use 1, 2, 4"),
         ({"head_dim": 7}, "head_dim: head_dim 7 must be even"),
-        ({"head_dim": 0}, "head_dim: head_dim 0 must be even"),
+        ({"head_dim": 0}, "head_dim: head_dim 0 must be at least 1"),
         ({"window": 0}, "window: window 0 must be at least 1, or None"),
         ({"window": -1}, "window: window -1 must be at least 1, or None"),
         ({"backend": "flash"}, "backend: expected 'sdpa' or 'flex', got 'flash'"),

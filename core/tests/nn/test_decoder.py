@@ -230,7 +230,7 @@ def test_sizes_must_be_positive(field: str) -> None:
         ({"norm_eps": float("nan")}, "norm_eps: norm_eps nan"),
         ({"init_std": 0.0}, "init_std: init_std 0.0 must be above 0"),
         ({"init_std": float("nan")}, "init_std: init_std nan"),
-        ({"n_mtp_layers": -1}, "n_mtp_layers: n_mtp_layers -1 must not be negative"),
+        ({"n_mtp_layers": -1}, "n_mtp_layers: n_mtp_layers -1 must be at least 0"),
         ({"mtp_loss_weight": 0.0}, "mtp_loss_weight: mtp_loss_weight 0.0 must be above 0; n_mtp_layers 0 is off"),
         ({"mtp_loss_weight": float("nan")}, "mtp_loss_weight: mtp_loss_weight nan"),
     ],

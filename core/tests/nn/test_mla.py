@@ -179,7 +179,7 @@ def test_config_chooses_the_kernel() -> None:
         ({"qk_nope_head_dim": 0}, "qk_nope_head_dim: qk_nope_head_dim 0 must be at least 1"),
         ({"v_head_dim": -1}, "v_head_dim: v_head_dim -1 must be at least 1"),
         ({"qk_rope_head_dim": 5}, "qk_rope_head_dim: qk_rope_head_dim 5 must be even"),
-        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim: qk_rope_head_dim 0 must be even"),
+        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim: qk_rope_head_dim 0 must be at least 1"),
         ({"backend": "math"}, "backend: expected 'sdpa' or 'flex', got 'math'"),
     ],
 )

@@ -80,6 +80,17 @@ class Configurable:
         cls.Config._owner = cls
 
 
+def range_problems(config: Configurable.Config, low: int = 1, **most: int) -> Iterator[tuple[str, str]]:
+    """The fields below `low`, or above what is stated for each: so large ones are mistakes, which would take memory and
+    minutes before they show. A field that is None is left out."""
+    for name, high in most.items():
+        value, or_none = getattr(config, name), ", or None" * ("None" in str(config.__dataclass_fields__[name].type))
+        if value is not None and value < low:
+            yield name, f"{name} {value} must be at least {low}{or_none}"
+        elif value is not None and value > high:
+            yield name, f"{name} {value:,} must be at most {high:,}{or_none}"
+
+
 def owner_of(config: type[Configurable.Config]) -> type | None:
     """The class that this very Config builds; None for a Config that stands outside of a Configurable."""
     return vars(config).get("_owner")

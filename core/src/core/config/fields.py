@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from core.config.configurable import Configurable, check_config, field_names
 
 SCALARS = (NoneType, bool, int, float, str)
+MOST, MOST_CHARACTERS = 2**63 - 1, 2**20
 Problem = tuple[str, str]
 """Path and message."""
 
@@ -111,8 +112,19 @@ def type_problems(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
         else:
             fits = isinstance(value, option) if is_config(option) or is_enum(option) else type(value) is option
         if fits or (option is float and type(value) is int):
+            if reason := out_of_bounds(value):
+                yield path, reason
             return
     yield path, f"expected {type_name(annotation)}, got {short_repr(value)}"
+
+
+def out_of_bounds(value: Any) -> str:
+    """Why a number or a text is none that a setting may have, whatever it is for; empty if it may."""
+    if type(value) is int and not -MOST <= value <= MOST:
+        return f"a whole number must be from -2^63 to 2^63 - 1, this one has {value.bit_length()} bits"
+    if isinstance(value, str) and ("\0" in value or len(value) > MOST_CHARACTERS):
+        return f"a text may have {MOST_CHARACTERS:,} characters, and no zero byte; this one has {len(value):,}"
+    return ""
 
 
 def walk(value: Any, path: str = "") -> Iterator[tuple[str, Configurable.Config]]:

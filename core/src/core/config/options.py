@@ -48,7 +48,8 @@ class Option:
                 raise ValueError
             return spec.instance_from_str(words)
         except ValueError:
-            got = f"got {shlex.join(words)}" if words else "got nothing"
+            text = shlex.join(words) or "nothing"
+            got = f"got {text if len(text) < 200 else f'{text[:60]}... of {len(text):,} characters'}"
             raise UserError(f"--{self.path}: expected {spec.metavar}, {got}") from None
 
     def text(self) -> str:

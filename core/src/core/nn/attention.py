@@ -14,7 +14,7 @@ from core.config.configurable import Configurable
 from core.nn.init import Normal, Scale
 from core.nn.kernel import KERNELS, Keys, Mask
 from core.nn.layers import Linear, RMSNorm
-from core.nn.module import Flops, Module
+from core.nn.module import Flops, Module, size_problems
 from core.nn.rope import Rotation
 
 
@@ -51,12 +51,12 @@ class Attention(Module, Configurable):
         """Attention kernel: PyTorch's scaled_dot_product_attention, or flex_attention (training needs a GPU)."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            if self.n_heads < 1:
-                yield "n_heads", f"n_heads {self.n_heads} must be at least 1"
-            elif self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            wrong = dict(size_problems(self, "n_heads", "head_dim"))
+            yield from wrong.items()
+            if "n_heads" not in wrong and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
                 fits = ", ".join(str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0)
                 yield "n_kv_heads", f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}: use {fits}"
-            if self.head_dim < 2 or self.head_dim % 2:
+            if "head_dim" not in wrong and self.head_dim % 2:
                 yield "head_dim", f"head_dim {self.head_dim} must be even: rotary embedding turns pairs"
             if self.window is not None and self.window < 1:
                 yield "window", f"window {self.window} must be at least 1, or None"

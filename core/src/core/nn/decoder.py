@@ -18,7 +18,7 @@ from core.nn.init import Scale
 from core.nn.kernel import Kernel, Mask, Where
 from core.nn.layers import Embedding, Head, RMSNorm
 from core.nn.mla import MLA
-from core.nn.module import Flops, Module
+from core.nn.module import Flops, Module, size_problems
 from core.nn.moe import MoE
 from core.nn.mtp import Merge, Predictions
 from core.nn.rope import RoPE, Rotation
@@ -105,11 +105,8 @@ class Decoder(Module, Configurable, ABC):
         """Rotary position embedding."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            for name in ("dim", "n_layers", "vocab_size", "max_seq_len"):
-                if getattr(self, name) < 1:
-                    yield name, f"{name} {getattr(self, name)} must be at least 1"
-            if self.n_mtp_layers < 0:
-                yield "n_mtp_layers", f"n_mtp_layers {self.n_mtp_layers} must not be negative"
+            yield from size_problems(self, "dim", "n_layers", "vocab_size", "max_seq_len")
+            yield from size_problems(self, "n_mtp_layers", low=0)
             if not self.mtp_loss_weight > 0:
                 message = f"mtp_loss_weight {self.mtp_loss_weight} must be above 0; n_mtp_layers 0 is off"
                 yield "mtp_loss_weight", message

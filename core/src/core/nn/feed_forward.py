@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from core.config.configurable import Configurable
 from core.nn.init import Scale
 from core.nn.layers import Linear
-from core.nn.module import Module
+from core.nn.module import Module, size_problems
 
 
 class FeedForward(Module, Configurable):
@@ -26,8 +26,7 @@ class FeedForward(Module, Configurable):
         """Width between the two matrix products."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            if self.hidden_dim < 1:
-                yield "hidden_dim", f"hidden_dim {self.hidden_dim} must be at least 1"
+            yield from size_problems(self, "hidden_dim")
 
     def __init__(self, config: Config, *, dim: int, scale: Scale) -> None:
         super().__init__()

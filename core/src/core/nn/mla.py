@@ -15,7 +15,7 @@ from core.config.configurable import Configurable
 from core.nn.init import Scale
 from core.nn.kernel import KERNELS, Keys, Mask
 from core.nn.layers import Linear, RMSNorm
-from core.nn.module import Flops, Module
+from core.nn.module import Flops, Module, size_problems
 from core.nn.rope import Rotation
 
 LATENT_NORM_EPS = 1e-6
@@ -59,12 +59,10 @@ class MLA(Module, Configurable):
         """Attention kernel: PyTorch's scaled_dot_product_attention, or flex_attention (training needs a GPU)."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-                if getattr(self, name) < 1:
-                    yield name, f"{name} {getattr(self, name)} must be at least 1"
-            if self.q_lora_rank is not None and self.q_lora_rank < 1:
-                yield "q_lora_rank", f"q_lora_rank {self.q_lora_rank} must be at least 1, or None"
-            if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
+            ranks = ("q_lora_rank", "kv_lora_rank")
+            wrong = dict(size_problems(self, "n_heads", *ranks, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+            yield from wrong.items()
+            if "qk_rope_head_dim" not in wrong and self.qk_rope_head_dim % 2:
                 yield (
                     "qk_rope_head_dim",
                     f"qk_rope_head_dim {self.qk_rope_head_dim} must be even: rotary embedding turns pairs",

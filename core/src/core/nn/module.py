@@ -5,7 +5,31 @@ from typing import ClassVar, NamedTuple
 
 from torch import nn
 
+from core.config.configurable import Configurable, range_problems
 from core.nn.init import Start
+
+LARGEST = {
+    "dim": 2**20,
+    "hidden_dim": 2**24,
+    "n_layers": 1000,
+    "n_mtp_layers": 100,
+    "n_heads": 2**16,
+    "head_dim": 2**16,
+    "qk_rope_head_dim": 2**16,
+    "qk_nope_head_dim": 2**16,
+    "v_head_dim": 2**16,
+    "q_lora_rank": 2**20,
+    "kv_lora_rank": 2**20,
+    "n_experts": 2**16,
+    "vocab_size": 2**24,
+    "max_seq_len": 2**30,
+}
+"""Sizes far above those of any model; a larger one is a mistake, and would take memory and minutes before it shows."""
+
+
+def size_problems(config: Configurable.Config, *names: str, low: int = 1) -> Iterator[tuple[str, str]]:
+    """Sizes of a part that are too small, or larger than any."""
+    return range_problems(config, low, **{name: LARGEST[name] for name in names})
 
 
 class Flops(NamedTuple):

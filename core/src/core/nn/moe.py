@@ -18,7 +18,7 @@ from core.nn.dispatch import Dispatcher, Local, count
 from core.nn.feed_forward import FeedForward
 from core.nn.grouped import GroupedLinear, to_autocast
 from core.nn.init import Constant, Normal, Scale
-from core.nn.module import Flops, Module
+from core.nn.module import Flops, Module, size_problems
 
 
 class Gate(Module):
@@ -80,8 +80,8 @@ class Router(Module, Configurable):
         """Weight of the balance loss of each sequence; its denominator is that of the loss."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            if self.n_experts < 1:
-                yield "n_experts", f"n_experts {self.n_experts} must be at least 1"
+            if wrong := list(size_problems(self, "n_experts")):
+                yield from wrong
                 return
             if not 1 <= self.top_k <= self.n_experts:
                 yield "top_k", f"top_k {self.top_k} must be from 1 to n_experts {self.n_experts}"
@@ -232,8 +232,7 @@ class Experts(Module, Configurable):
         """Add a bias to every product."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            if self.hidden_dim < 1:
-                yield "hidden_dim", f"hidden_dim {self.hidden_dim} must be at least 1"
+            yield from size_problems(self, "hidden_dim")
 
     def __init__(self, config: Config, *, n_experts: int, dim: int, scale: Scale) -> None:
         super().__init__()

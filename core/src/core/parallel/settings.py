@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from core.config.configurable import Configurable
+from core.config.configurable import Configurable, range_problems
 from core.config.record import absolute
 
 
@@ -51,6 +51,10 @@ Schedule = Literal[
 SINGLE_STAGE = ("1F1B", "GPipe")
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+
+
+MOST_RANKS = 2**17
+"""Of one run; a plan for so many is made in half a minute."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,13 +106,17 @@ class Parallelism(Configurable.Config):
         return {"pipeline_parallel_schedule_csv": absolute(self.pipeline_parallel_schedule_csv)}
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for name in DEGREES:
-            if getattr(self, name) < 1 and not (name == "data_parallel_shard_degree" and self[name] == -1):
-                yield name, f"{name} {self[name]} must be at least 1"
-        if self.pipeline_parallel_layers_per_stage is not None and self.pipeline_parallel_layers_per_stage < 1:
-            yield "pipeline_parallel_layers_per_stage", "pipeline_parallel_layers_per_stage must be at least 1, or None"
-        if self.pipeline_parallel_microbatch_size < 1:
-            yield "pipeline_parallel_microbatch_size", "pipeline_parallel_microbatch_size must be at least 1"
+        degrees = [name for name in DEGREES if (name, self[name]) != ("data_parallel_shard_degree", -1)]
+        wrong = list(range_problems(self, **dict.fromkeys(degrees, MOST_RANKS)))
+        yield from wrong
+        if not wrong and (n_ranks := self.degrees(1).world) > MOST_RANKS:
+            yield (
+                "data_parallel_shard_degree",
+                f"the degrees make {n_ranks:,} ranks, at most {MOST_RANKS:,} are possible",
+            )
+        yield from range_problems(
+            self, pipeline_parallel_layers_per_stage=2**20, pipeline_parallel_microbatch_size=2**20
+        )
         if self.pipeline_parallel_layers_per_stage is not None and self.pipeline_parallel_split:
             yield "pipeline_parallel_split", "it says where stages begin, and layers_per_stage too: give one of the two"
         yield from self._travel_problems()

@@ -12,7 +12,7 @@ from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.nn.kernel import Flex
 from core.nn.module import parameter_count, training_flops_per_token
-from core.parallel.settings import Degrees, describe_degrees
+from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
 from core.plan.fake_step import rehearse
 from core.plan.sample_blocks import blocks
 from core.plan.segments import total
@@ -128,6 +128,8 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
     """
     device = torch.device("cpu" if run.training.device == "cpu" else "cuda")
     check_sizes(run)
+    if world_size is not None and world_size > MOST_RANKS:
+        raise UserError(f"--world-size {world_size:,} must be at most {MOST_RANKS:,}")
     if world_size is None:
         world_size = run.parallelism.degrees(1).world
     model = without_memory(run.model)

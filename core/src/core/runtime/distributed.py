@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.config.configurable import Configurable
+from core.config.configurable import Configurable, range_problems
 from core.runtime.launcher import World, meeting_point
 from core.runtime.ranks import PATIENT
 
 LONG = timedelta(days=30)
+
+
+YEAR_S = 365 * 24 * 3600
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,11 +35,8 @@ class Comm(Configurable.Config):
     comm_traces/rank_<number> in the run's folder. 0 turns it off."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for name in ("init_timeout_seconds", "train_timeout_seconds"):
-            if getattr(self, name) < 1:
-                yield name, f"{name} {getattr(self, name)} must be at least 1"
-        if self.trace_buf_size < 0:
-            yield "trace_buf_size", f"trace_buf_size {self.trace_buf_size} must not be negative"
+        yield from range_problems(self, init_timeout_seconds=YEAR_S, train_timeout_seconds=YEAR_S)
+        yield from range_problems(self, low=0, trace_buf_size=2**24)
 
 
 @contextmanager

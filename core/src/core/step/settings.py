@@ -6,7 +6,10 @@ from typing import Literal
 
 import torch
 
-from core.config.configurable import Configurable
+from core.config.configurable import Configurable, range_problems
+
+MOST_TOKENS_PER_STEP = 2**30
+"""They lie in the host's memory, and no published run came near."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,9 +40,7 @@ class Training(Configurable.Config):
     """Python's cycle collector runs every so many steps, at a moment of our choice."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for name in ("steps", "seq_len", "local_batch_size", "gc_freq"):
-            if getattr(self, name) < 1:
-                yield name, f"{name} {getattr(self, name)} must be at least 1"
+        yield from range_problems(self, steps=2**40, seq_len=2**30, local_batch_size=2**20, gc_freq=2**40)
         if not self.max_norm > 0:
             yield "max_norm", f"max_norm {self.max_norm} must be above 0"
         if self.global_batch_size != -1 and (
@@ -50,6 +51,8 @@ class Training(Configurable.Config):
                 f"global_batch_size {self.global_batch_size} must be a multiple of local_batch_size "
                 f"{self.local_batch_size}, or -1",
             )
+        if (tokens := self.rows_per_step() * self.seq_len) > MOST_TOKENS_PER_STEP:
+            yield "global_batch_size", f"a step of {tokens:,} tokens must have at most {MOST_TOKENS_PER_STEP:,}"
         if self.dtype == "bfloat16" and self.mixed_precision_param == "float32":
             yield (
                 "mixed_precision_param",
