@@ -16,7 +16,6 @@ CPU = torch.device("cpu")
 
 FREE = (
     "recipe",
-    "dump_folder",
     "tokenizer.path",  # what is in the two is compared as the fingerprint of the text
     "dataloader.dataset",
     "metrics.",
@@ -92,7 +91,8 @@ def check_same_run(
     """
     steps = before["training"]["steps"]
     free = (*FREE, "training.steps") if step >= steps < now["training"]["steps"] else FREE
-    found = [(path, f"{path} {shown(old)} -> {shown(new)}") for path, old, new in differences(now, before)]
+    changes = [change for change in differences(now, before) if change[0] != "dump_folder"]  # one that is found there
+    found = [(path, f"{path} {shown(old)} -> {shown(new)}") for path, old, new in changes]
     other = [line for path, line in found if not path.startswith(free)]
     if rows_per_step[0] != rows_per_step[1]:
         other.append(

@@ -233,9 +233,10 @@ class Trainer(Configurable):
         profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank, start=self.keeper.start.step)
         advice = memory_advice(self.device, self.config, self.layout.degrees)
         stop = StopRequest(saving=self.config.checkpoint.saving_signal)
-        with self.exit, stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
-            step = self._loop(Exchange(self.layout, self.keeper, self.lock, stop), profiler)
-        return self.outcome(step, stop, time.perf_counter() - began, self.report.last)
+        with self.exit:
+            with stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
+                step = self._loop(Exchange(self.layout, self.keeper, self.lock, stop), profiler)
+            return self.outcome(step, stop, time.perf_counter() - began, self.report.last)
 
     def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
         """Steps until the last or until a request to stop; returns the number of the last one."""
