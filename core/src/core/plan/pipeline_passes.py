@@ -3,9 +3,11 @@
 Letters: B rows, L length, D width.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.distributed import P2POp
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleGPipe
@@ -15,14 +17,17 @@ from core.nn.decoder import Reader
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.plan.traffic import size
 
-IDLE = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "WAIT_SEND_F", "WAIT_SEND_B", "WAIT_REDUCE_GRAD")
-"""Actions of a schedule that compute nothing: their bytes are those of the passes before them. The waits are of torch
-2.15."""
+IDLE = ("SEND_F", "SEND_B", "WAIT_REDUCE_GRAD")
+"""Actions of a schedule that are done as a part of those before them."""
+
+RELEASES = hasattr(PipelineStage, "release_fwd_send_outputs")
+"""Whether a stage lets go of outputs as soon as they have been sent, and makes room for what it receives when it asks
+for it (torch 2.15); or else keeps both for the whole step."""
 
 
 class Action(NamedTuple):
     """One step of a schedule in torch.distributed.pipelining's words: F forward, B backward, its halves I (inputs) and
-    W (weights), UNSHARD, RESHARD, REDUCE_GRAD."""
+    W (weights), RECV_F, RECV_B, WAIT_SEND_F, WAIT_SEND_B, UNSHARD, RESHARD, REDUCE_GRAD."""
 
     kind: str
     stage: int
@@ -39,12 +44,31 @@ def actions(pipeline: Pipeline) -> list[Action]:
         return [action for action in named if action.kind not in IDLE]
     (stage,) = pipeline.stages
     number = stage.stage_index
-    ahead = n if isinstance(schedule, ScheduleGPipe) else min(n, stage.num_stages - number)
-    order = [Action("F", number, i) for i in range(ahead)]
-    for i in range(n):
-        order.append(Action("B", number, i))
-        if ahead + i < n:
-            order.append(Action("F", number, ahead + i))
+    if isinstance(schedule, ScheduleGPipe):
+        return _with_messages(stage, "F" * n + "B" * n, waits_at_once=False)
+    ahead = min(n, stage.num_stages - number)
+    return _with_messages(stage, "F" * ahead + "BF" * (n - ahead) + "B" * ahead, waits_at_once=True)
+
+
+def _with_messages(stage: PipelineStage, passes: str, *, waits_at_once: bool) -> list[Action]:
+    """The actions of a single stage: its passes, what it receives before them, and waits for what it has sent.
+
+    It waits for an output after the next forward (`waits_at_once`), and before a backward for all.
+    """
+    number = stage.stage_index
+    order: list[Action] = []
+    sent: list[Action] = []
+    counts = Counter[str]()
+    for kind in passes:
+        i, arrives = counts[kind], not (stage.is_first if kind == "F" else stage.is_last)
+        counts[kind] += 1
+        if kind == "B":
+            order, sent = order + sent, []
+        order += [Action(f"RECV_{kind}", number, i)] * arrives + [Action(kind, number, i)]
+        if kind == "F" and RELEASES and not stage.is_last:
+            if waits_at_once:
+                order, sent = order + sent, []
+            sent.append(Action("WAIT_SEND_F", number, i))
     return [*order, Action("REDUCE_GRAD", number)]
 
 
@@ -62,8 +86,8 @@ class Actor:
         self.keeps_sent = isinstance(pipeline.schedule, PipelineScheduleMulti)
         self.losses: dict[int, Tensor] = {}
         self.output: Any = None
-        self.sent: list[Tensor] = []
-        """What a schedule has in hand: until the next, or to the end if its sends are waited for then."""
+        self.sent: dict[Action, list[Tensor]] = {}
+        """What a schedule has in hand, by the pass: until the next, or until it waits for what it has sent."""
         for stage in self.stages.values():
             enters = microbatch.tokens_BL if stage.is_first else residual_BLD
             stage.has_backward = True
@@ -85,6 +109,14 @@ class Actor:
                 return self._pass_back(stage, i)
             case Action("W", _, int(i)):
                 stage.backward_weight_one_chunk(i)
+            case Action("RECV_F", _, int(i)):
+                stage.get_fwd_recv_ops(i)
+            case Action("RECV_B", _, int(i)):
+                stage.get_bwd_recv_ops(i)
+            case Action("WAIT_SEND_F" | "WAIT_SEND_B", number, int(i)):
+                self.sent.pop(Action(action.kind[-1], number, i), None)
+                if action.kind == "WAIT_SEND_F":
+                    stage.release_fwd_send_outputs(i)  # pyrefly: ignore[missing-attribute] - of torch 2.15
             case Action("REDUCE_GRAD"):
                 stage.perform_reduce_grad(1)
             case Action("UNSHARD" | "RESHARD"):
@@ -97,7 +129,7 @@ class Actor:
 
     def end(self) -> None:
         """Let go of what a schedule holds until the step's last pass."""
-        self.output, self.sent = None, []
+        self.output, self.sent = None, {}
         for stage in self.stages.values():
             stage.clear_runtime_states()
 
@@ -106,14 +138,14 @@ class Actor:
         rows = (batch.tokens_BL,) if stage.is_first else ()
         others = {"where": batch.where, "read": self.read}
         output = stage.forward_one_chunk(i, rows, others, save_forward_output=False)
-        if not self.keeps_sent:
+        if not self.keeps_sent and not RELEASES:
             self.output = output
         if stage.is_last:
             self.losses[i] = output
         elif following := self.stages.get(stage.stage_index + 1):
             following.set_local_fwd_input(output, i)
         else:
-            return self._send([output])
+            return self._send(Action("F", stage.stage_index, i), stage.get_fwd_send_ops(i))
         return 0
 
     def _pass_back(self, stage: PipelineStage, i: int) -> int:
@@ -122,9 +154,9 @@ class Actor:
         if before := self.stages.get(stage.stage_index - 1):
             before.set_local_bwd_input(stage.get_local_bwd_output(i), i)
             return 0
-        return self._send([op.tensor for op in stage.get_bwd_send_ops(i)])
+        return self._send(Action("B", stage.stage_index, i), stage.get_bwd_send_ops(i))
 
-    def _send(self, tensors: list[Tensor]) -> int:
-        kept = self.sent if self.keeps_sent else []
-        self.sent = kept + [tensor.detach() for tensor in tensors]
+    def _send(self, what: Action, ops: list[P2POp]) -> int:
+        tensors = [op.tensor.detach() for op in ops]
+        self.sent = (self.sent if self.keeps_sent else {}) | {what: tensors}
         return size(tensors)
