@@ -183,9 +183,9 @@ def train_and_write(session: nox.Session, model: str, recipe: str) -> None:
     train = ["-m", f"{model}.train", "--config", recipe, "--training.steps", "3"]
     session.run("python", *train, "--dry-run", "--world-size", "2")
     session.run("torchrun", "--nproc-per-node", "2", *train)
-    session.run("python", *train, "--dump_folder", recipe, "--checkpoint.enable", "--checkpoint.last_save_model_only")
-    weights = ["--checkpoint", f"{recipe}/checkpoint/step-3", "--prompt", "def main", "--max-new-tokens", "16"]
-    session.run("python", "-m", f"{model}.generate", "--config", recipe, *weights)
+    session.run("python", *train, "--dump_folder", recipe)
+    generate = ["-m", f"{model}.generate", "--checkpoint", recipe]
+    session.run("python", *generate, "--prompt", "def main", "--max-new-tokens", "16")
 
 
 def run_debug(session: nox.Session, model: str, *options: str) -> None:

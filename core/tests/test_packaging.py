@@ -76,6 +76,20 @@ def test_another_dependency_is_a_decision() -> None:
         assert not [name for name in others if f"`{name}`" not in decisions]
 
 
+def test_every_release_of_torch_in_the_range_has_a_session() -> None:
+    (need,) = (
+        need for need in read_toml(ROOT / "core")["project"]["dependencies"] if Requirement(need).name == "torch"
+    )
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    minors = {*re.findall(r'"torch==(\d+\.\d+)\.\d+"', noxfile)}
+    minors |= {minor for call in re.findall(r"@releases\((.+)\)", noxfile) for minor in re.findall(r"[\d.]+", call)}
+    assert minors == {f"2.{n}" for n in range(40) if Requirement(need).specifier.contains(f"2.{n}.0")}
+    decision = (ROOT / "docs/decisions/0002-torch-range.md").read_text(encoding="utf-8")
+    assert decision.startswith(f"# 0002: {need}\n")
+    for minor in minors:
+        assert f"| {minor} |" in decision
+
+
 @each_package
 def test_wheel_holds_the_source_and_names_no_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
