@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.data.packing import IGNORE, Batch
-from core.step.rows import microbatches, padded
+from core.step.rows import microbatches, open_text, padded
 
 
 class Rows:
@@ -85,3 +85,13 @@ def test_of_a_stream_each_rank_reads_its_own_in_order(n_ranks: int) -> None:
             batches = microbatches(loader, rank(r, n_ranks), first=step * 16, n_rows=16, local_batch_size=2)
             assert len(batches) == 8 // n_ranks
         assert loader.read_so_far == 48 // n_ranks
+
+
+@pytest.mark.parametrize(("number", "local", "verifies"), [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)])
+def test_the_first_rank_of_every_machine_verifies_the_text(monkeypatch, number, local, verifies) -> None:
+    places = {"RANK": number, "WORLD_SIZE": 4, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": 2}
+    for name, value in places.items():
+        monkeypatch.setenv(name, str(value))
+    config: Any = SimpleNamespace(build=lambda **live: live)
+    opened: Any = open_text(config, None, rank(number, 4), "train", seq_len=8, seed=0)
+    assert opened["verify"] is verifies and (opened["rank"], opened["n_ranks"]) == (number, 4)
