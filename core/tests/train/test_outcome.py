@@ -11,10 +11,12 @@ import pytest
 from toy_run import toy_run
 
 from core.config.errors import UserError
+from core.config.record import from_json, to_json
 from core.runtime.launcher import World
+from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
 from core.train.metrics import Record, last_record
-from core.train.outcome import calling_package, command, goes_on, module_of
+from core.train.outcome import Result, calling_package, command, goes_on, module_of
 from core.train.trainer import Trainer
 
 RECORD = Record(
@@ -101,6 +103,19 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
         assert "holds weights alone" in refusal(saved_run(tmp_path, steps=8, **settings))
     else:
         assert "a larger --training.steps goes on\n" in said
+
+
+def result_of(run: str) -> Result:
+    return from_json(run).build().run()
+
+
+def test_ranks_agree_that_a_run_is_finished(tmp_path: Path) -> None:
+    run = to_json(saved_run(tmp_path))
+    first = run_ranks(result_of, 2, run)
+    before = files(tmp_path / "run")
+    again = run_ranks(result_of, 2, run)
+    assert files(tmp_path / "run") == before
+    assert again == [first[0]] * 2 and {result.record.step for result in first} == {4}
 
 
 def test_a_finished_run_gets_more_steps(tmp_path: Path) -> None:
