@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from toy_run import toy_run
 
 from core.checkpoint.manifest import digest
 from core.checkpoint.settings import Checkpoint
+from core.checkpoint.weights import save_weights
+from core.config.cli import main
 from core.config.errors import UserError
 from core.config.recipe import load
 from core.config.record import from_json, located, to_json
 from core.data.tokenizer import Tokenizer
 from core.generate.command import Generation
 from core.parallel.settings import Parallelism
+from core.testing.toy import Toy, on_cpu
 from core.train import debug_run
 from core.train import trainer as trainer_module
 from core.train.trainer import Trainer
@@ -241,3 +245,33 @@ def test_tokens_that_a_tokenizer_lacks_are_counted_at_the_head(tmp_path: Path) -
     head = "SentencePiece, 2,048 tokens (bundled); 952 of model.vocab_size 3,000 unused device"
     assert head in " ".join(trainer.summary().split())
     trainer.exit.close()
+
+
+def debug() -> Trainer.Config:
+    """A run of another toy than the one whose weights are there."""
+    config = toy_run(Path())
+    config.optimizer.lr = 3e-3
+    return config
+
+
+def test_a_model_that_was_converted_trains_and_its_weights_are_read_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = ModuleType("toy_package.configs")
+    debug.__module__ = configs.__name__
+    setattr(configs, "debug", debug)  # noqa: B010
+    ours = Toy.Config(n_layers=3, vocab_size=2048)
+    save_weights(on_cpu(ours, seed=5), "converted")
+    source = str(tmp_path / "converted/config.json")
+    begun = {}
+    asked = ["--checkpoint.enable", "--checkpoint.initial_load_path", "converted"]
+    for name, options in {"new": [], "theirs": asked}.items():
+        main(configs, ["--config", source, "--training.steps", "1", "--dump_folder", name, *options])
+        begun[name] = json.loads(Path(name, "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        stated = json.loads(Path(name, "config.json").read_text())
+        assert stated["model"]["n_layers"] == 3 and stated["optimizer"]["lr"] == 3e-3 and stated["recipe"] == "debug"
+        said = capsys.readouterr().err
+        assert f"{source} describes the model alone: all else is as in recipe debug" in said
+        assert f"--checkpoint.enable --checkpoint.initial_load_path {tmp_path}/converted" in said
+    assert begun["new"] != begun["theirs"]

@@ -89,6 +89,9 @@ def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part:
             return around(source, config, configs, of_part)
         tell_where(source, config)
         return config
+    if "model_type" in data:
+        convert = f"python -m {configs.__name__.partition('.')[0]}.convert from-hf {Path(source).parent} FOLDER"
+        raise UserError(f"{source} is Hugging Face's: {convert} makes one of ours")
     if "recipe" not in data:
         raise UserError(
             f'{source} has no "class", which a whole configuration has, and no "recipe" that it changes: put the '
