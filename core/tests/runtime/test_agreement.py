@@ -1,12 +1,15 @@
 """Facts that ranks must have in common: what is said where they have not, and that all say the same."""
 
+from datetime import timedelta
+
 import pytest
 import torch.distributed as dist
 
 from core.config.errors import UserError
 from core.runtime import agreement
-from core.runtime.agreement import MOST_LINES, check_agreement, differing, span
+from core.runtime.agreement import MOST_LINES, check_agreement, differing
 from core.runtime.ranks import Ranks
+from core.runtime.span import MOST, span
 from core.testing.ranks import run_ranks
 
 
@@ -19,7 +22,7 @@ def test_ranks_are_named_in_runs(numbers, words):
 
 
 def test_of_many_ranks_without_order_some_are_named():
-    assert span(range(0, 4000, 2)).endswith(f", {2 * MOST_LINES - 2}, and {2000 - MOST_LINES} more")
+    assert span(range(0, 4000, 2)).endswith(f", {2 * MOST - 2}, and {2000 - MOST} more")
 
 
 def test_only_what_differs_is_listed_with_every_value():
@@ -46,7 +49,7 @@ def asked(facts: list[dict[str, str]], n_kinds: int) -> list[str]:
     """What this rank is told of its facts, of none that differ, and of its facts again."""
     agreement.MOST_KINDS = n_kinds
     texts = []
-    ranks = Ranks.patient()
+    ranks = Ranks.patient(timedelta(seconds=60))
     for mine in (facts[dist.get_rank()], {"seed": "1"}, facts[dist.get_rank()]):
         try:
             check_agreement(lambda mine=mine: mine, ranks)

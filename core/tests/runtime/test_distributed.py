@@ -2,7 +2,6 @@
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,47 +10,21 @@ import torch
 import torch.distributed as dist
 
 from core.config.errors import UserError
-from core.runtime.distributed import Comm, keep_traces_in, leader_first, lower_timeout, process_group, unused_part
-from core.runtime.launcher import World
+from core.runtime.distributed import Comm, keep_traces_in, lower_timeout, process_group
+from core.runtime.ranks import Ranks
 from core.testing.ranks import run_ranks
 
 
 def test_settings_that_make_no_sense_are_refused():
-    problems = dict(Comm(init_timeout_seconds=0, train_timeout_seconds=-1, trace_buf_size=-1).problems())
-    assert list(problems) == ["init_timeout_seconds", "train_timeout_seconds", "trace_buf_size"]
+    timeouts = {"init_timeout_seconds": 0, "train_timeout_seconds": -1, "save_timeout_seconds": 0}
+    assert list(dict(Comm(**timeouts, trace_buf_size=-1).problems())) == [*timeouts, "trace_buf_size"]
     assert not list(Comm().problems())
 
 
 def test_a_process_alone_makes_no_group():
-    with process_group(None, torch.device("cpu"), Comm()), leader_first(World()):
+    with process_group(None, torch.device("cpu"), Comm()) as patience, Ranks.patient(patience).leader_first(0):
         assert not dist.is_initialized()
         lower_timeout(Comm())
-
-
-def attempt(store: dist.Store, size: int) -> list[dist.Store]:
-    """The parts that the ranks of one attempt agree on, the first coming last."""
-    with ThreadPoolExecutor(size) as pool:
-        worlds = [World(rank, size) for rank in reversed(range(size))]
-        futures = [pool.submit(unused_part, store, world, timedelta(seconds=30)) for world in worlds[:-1]]
-        time.sleep(0.1)
-        futures.append(pool.submit(unused_part, store, worlds[-1], timedelta(seconds=30)))
-        return [future.result() for future in futures]
-
-
-def test_every_attempt_gets_a_part_of_the_store_that_is_empty():
-    store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=20))
-    store.set("asks 1", "a rank that is dead")
-    for number in range(3):
-        parts = attempt(store, 3)
-        assert not parts[0].check(["address"])
-        parts[0].set("address", f"of attempt {number}")
-        assert [part.get("address") for part in parts] == [f"of attempt {number}".encode()] * 3
-
-
-def test_ranks_that_do_not_come_are_not_waited_for():
-    with pytest.raises(TimeoutError, match="1 of 3 ranks came within 0 s"):
-        unused_part(dist.HashStore(), World(0, 3), timedelta(seconds=0.1))
 
 
 def wait_in_vain(store: dist.Store, group: dist.ProcessGroup | None) -> str:
@@ -84,15 +57,15 @@ def test_lower_timeout_holds_from_then_on(kind):
 
 def prepare(folder: Path) -> str:
     """What a rank finds when its turn comes; the first takes longer than ranks wait otherwise, and then fails."""
+    ranks = Ranks.patient(timedelta(seconds=60))
     lower_timeout(Comm(train_timeout_seconds=1))
-    rank = dist.get_rank()
-    with leader_first(World(rank, 2, rank, 2)):
+    with ranks.leader_first(ranks.rank):
         found = ",".join(sorted(path.name for path in folder.iterdir()))
-        if rank == 0:
+        if ranks.rank == 0:
             time.sleep(2)
-        (folder / f"rank {rank}").touch()
+        (folder / f"rank {ranks.rank}").touch()
     try:
-        with leader_first(World(rank, 2, rank, 2)):
+        with ranks.leader_first(ranks.rank):
             raise UserError("no such text")
     except UserError as error:
         return f"{found}; {error}"

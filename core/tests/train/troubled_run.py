@@ -24,7 +24,7 @@ class Troubled(Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         trouble: str = "none"
-        """none, raise, mistake, hang, or a signal that the rank sends itself."""
+        """none, raise, mistake, exit, hang, or a signal that the rank sends itself."""
         trouble_rank: int = 1
         trouble_step: int = 3
         pause_s: float = 0.0
@@ -45,6 +45,8 @@ class Troubled(Trainer):
             raise RuntimeError("the disk is on fire")
         if kind == "mistake":
             raise UserError("the disk is full: buy another")
+        if kind == "exit":
+            sys.exit()
         if kind == "hang":
             time.sleep(10_000)
         if kind != "none":

@@ -16,6 +16,7 @@ from torch import Tensor
 from core.config.errors import UserError, at_most
 from core.config.json_file import read_json, typed
 from core.config.links import file_in
+from core.runtime.activity import advance
 from core.runtime.units import size
 
 INDEX = "model.safetensors.index.json"
@@ -107,6 +108,7 @@ def write(folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[
     for i, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         save({output.key: output.make() for output in shard}, folder / name)
+        advance(f"{i} of {len(shards)} files written")
         place |= {output.key: name for output in shard}
         if say is not None:
             say(f"{name}: {len(shard)} tensors, {size(sum(output.n_bytes for output in shard))}")

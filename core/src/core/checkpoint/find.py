@@ -13,6 +13,7 @@ from core.checkpoint.storage import Storage, step_of, steps_in
 from core.config.errors import UserError, at_most
 from core.config.json_file import parse_json, read_json
 from core.config.links import file_in
+from core.runtime.activity import working
 from core.runtime.ranks import Ranks
 
 log = logging.getLogger("armature")
@@ -89,6 +90,7 @@ def first_whole(places: Iterable[tuple[Storage, str]], ranks: Ranks) -> Found | 
     return None
 
 
+@working("verifying a checkpoint")
 def inspect(storage: Storage, folder: str, ranks: Ranks) -> Found:
     """A checkpoint whose files are as they were written, and fit one another; raises `Damaged` for another."""
     manifest = ranks.first(lambda: read_manifest(storage, folder))

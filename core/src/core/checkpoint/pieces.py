@@ -29,6 +29,7 @@ from core.checkpoint.index import NAMES, Piece, Stored, index_problems, index_te
 from core.checkpoint.manifest import TENSORS, Written
 from core.checkpoint.storage import Storage
 from core.config.errors import at_most
+from core.runtime.activity import waiting, working
 
 
 class Place(NamedTuple):
@@ -47,7 +48,7 @@ def save_tensors(
     Every rank of `group` must call. Raises the first rank's error of those that failed, on every rank.
     """
     writer = Writer(storage, folder, dist.get_rank(group) if group else 0)
-    with _as_itself(), _quiet():
+    with waiting(), _as_itself(), _quiet():
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return writer.files
 
@@ -61,7 +62,7 @@ def load_tensors(
 ) -> None:
     """Fill tensors, each rank its pieces, from a folder with this index, whatever ranks wrote it. Names and shapes must
     be there."""
-    with _as_itself(), _quiet():
+    with waiting(), _as_itself(), _quiet():
         dcp.load(
             dict(tensors), storage_reader=Reader(storage, folder, index), process_group=group, no_dist=group is None
         )
@@ -90,6 +91,7 @@ class Writer(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
 
+    @working("writing tensors")
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items, one after another."""
         done: Future[list[WriteResult]] = Future()
@@ -122,6 +124,7 @@ class Writer(StorageWriter):
         )
         return done
 
+    @working("writing the index of a checkpoint")
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index of what all ranks wrote."""
         places = {result.index: cast(Place, result.storage_data) for rank in results for result in rank}
@@ -176,6 +179,7 @@ class Reader(StorageReader):
             }
         )
 
+    @working("reading tensors")
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this rank needs of each piece."""
         pieces = {(name, piece.start): piece for name, stored in self.index.items() for piece in stored.pieces}

@@ -29,6 +29,7 @@ from core.checkpoint.retention import Removals, to_remove
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import seen_from, steps_in
 from core.config.errors import UserError, at_most
+from core.runtime.activity import working
 from core.runtime.ranks import Ranks
 from core.runtime.units import size
 
@@ -163,6 +164,7 @@ class Saver:
             self._stager = DefaultStager(StagingOptions(**options, use_shared_memory=False, use_async_staging=False))
         return cast(dict[str, Tensor], self._stager.stage(dict(tensors)))
 
+    @working("saving a checkpoint")
     def _write(self, progress: Progress, tensors: Mapping[str, Tensor], kind: Kind) -> None:
         from core.checkpoint.pieces import save_tensors  # loads torch.distributed.tensor: seconds
 
@@ -178,9 +180,10 @@ class Saver:
             )
             self.ranks.first(lambda: self._publish(growing, folder, made))
         except OSError as error:
+            place = "".join(f" {note}" for note in getattr(error, "__notes__", []))
             raise UserError(
-                f"{self.storage}/{folder} could not be saved: {error.strerror or error}. The checkpoints before it are "
-                "as they were"
+                f"{self.storage}/{folder} could not be saved{place}: {error.strerror or error}. The checkpoints before "
+                "it are as they were"
             ) from error
 
     def _begin(self, growing: str) -> dict[str, Written]:

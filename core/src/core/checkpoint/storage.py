@@ -19,7 +19,9 @@ import fsspec
 import numpy as np
 
 from core.config.errors import UserError
+from core.runtime.activity import advance
 from core.runtime.disk import flush
+from core.runtime.units import size
 
 CHUNK = 2**24
 """Bytes that are read, or written, at a time."""
@@ -59,6 +61,7 @@ class Digest:
             self._hashed.append(self._hasher.submit(self._hash.update, part))
             self.stream.write(part)
             self.n_bytes += len(part)
+            advance(f"{size(self.n_bytes)} written")
             if self._again is not None:
                 self.stream.flush()
                 self._compare(part, self._again)
@@ -143,6 +146,7 @@ class Storage:
                 if not (n_bytes := stream.readinto(memory)):
                     raise OSError(EIO, f"{len(memory):,} bytes are missing at its end", self.path(name))
                 memory = memory[n_bytes:]
+                advance()
 
     def digest(self, name: str) -> str:
         """The SHA-256 of a file."""
@@ -150,6 +154,7 @@ class Storage:
         with self._asked(), self.fs.open(self._file(name), "rb") as stream:
             while data := stream.read(CHUNK):
                 found.update(data)
+                advance()
         return found.hexdigest()
 
     def make(self, folder: str) -> None:

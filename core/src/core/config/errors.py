@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake of the user: its message says what is wrong, with the numbers or names, and what mends it."""
 
 
+class LostRank(RuntimeError):
+    """Another rank ended the run: its message says which, and why."""
+
+
 def joined(problems: Iterable[tuple[str, str]]) -> UserError:
     """One error for many problems: a line `path: message` for each, or the message alone where the path is empty."""
     return UserError("\n".join(f"{path}: {message}" if path else message for path, message in problems))

@@ -2,19 +2,17 @@
 
 import json
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from core.config.console import LAUNCHERS, hold_console
-from core.config.errors import UserError
+from core.config.errors import LostRank, UserError
 
-LOST = re.compile("closed by peer|reset by peer|pair closure|broken pipe", re.IGNORECASE)
-"""What gloo says in a rank that misses another one, which failed first."""
 PATIENCE_S = 3.0  # in which a launcher, hearing of the rank that failed first, ends the others
 
 
@@ -26,8 +24,8 @@ def exit_plainly() -> Iterator[None]:
     gives code 2, Ctrl-C gives code 130. Any other exception is a defect and keeps its traceback.
 
     Of several ranks only some need to speak. A mistake is told at once by the first rank of each machine; the others
-    give it a moment, in which the launcher ends them if the first had the same to say. So does a rank that misses
-    another one, which failed first and knows why.
+    give it a moment, in which the launcher ends them if the first had the same to say. So does a rank that another one
+    ended (`LostRank`), which then has code 1.
     """
     hold_console()
     rank, leads = speaker(os.environ)
@@ -36,19 +34,32 @@ def exit_plainly() -> Iterator[None]:
     except UserError as error:
         if not leads:
             time.sleep(PATIENCE_S)
-        text = f"error{rank}: " + str(error).replace("\n", "\n       ")
-        print(text, file=sys.stderr, flush=True)
-        tell_torchrun(text)
+        say_last(f"error{rank}: {error}")
         sys.exit(2)
+    except LostRank as error:
+        time.sleep(PATIENCE_S)
+        say_last(f"error{rank}: {error}")
+        sys.exit(1)
     except KeyboardInterrupt:
         if leads:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if rank and LOST.search(str(error)):
-            time.sleep(PATIENCE_S)
+    except Exception:
         tell_torchrun(traceback.format_exc())
         raise
+
+
+def end_at_once(text: str) -> NoReturn:
+    """End the process from any thread, with code 1, for the reason that is printed. Nothing is cleaned up."""
+    say_last(f"error{speaker(os.environ)[0]}: {text}")
+    os._exit(1)
+
+
+def say_last(text: str) -> None:
+    """Print the last words of this process, and leave them to its launcher."""
+    text = text.replace("\n", "\n       ")
+    print(text, file=sys.stderr, flush=True)
+    tell_torchrun(text)
 
 
 def speaker(environ: Mapping[str, str]) -> tuple[str, bool]:

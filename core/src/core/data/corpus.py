@@ -25,6 +25,7 @@ from core.data.source import Source, absolute_dataset, open_source
 from core.data.staging import staging_folder
 from core.data.text_files import OnBadLine
 from core.data.tokenizer import Tokenizer
+from core.runtime.activity import advance
 from core.runtime.disk import flush
 from core.runtime.log import LOGGER
 from core.runtime.units import rate
@@ -223,6 +224,7 @@ class Progress:
         """Count documents and bytes of text as done."""
         self.documents += documents
         self.bytes += n_bytes
+        advance(f"{self.bytes / 1e6:,.1f} MB of text done")
         now = time.monotonic()
         if now - self._said < (_LIVE_INTERVAL_S if self._live else _LOG_INTERVAL_S):
             return

@@ -23,6 +23,7 @@ import numpy as np
 from core.config.errors import UserError
 from core.config.json_file import read_json, typed
 from core.data.shards import STARTS, VERIFIED, DamagedError, Manifest, token_type
+from core.runtime.activity import advance
 from core.runtime.log import LOGGER
 
 _CHUNK_BYTES = 2**24
@@ -105,6 +106,7 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 hashed.update(chunk)
+                advance()
                 if limit is not None and (largest := int(np.frombuffer(chunk, dtype).max())) >= limit:
                     raise DamagedError(f"{path.name} holds the id {largest:,}, the vocabulary ends at {limit - 1:,}")
     except (OSError, ValueError) as error:

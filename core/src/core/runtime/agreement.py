@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 
 from core.config.errors import UserError, at_most
+from core.runtime.activity import waiting
 from core.runtime.ranks import Ranks
+from core.runtime.span import span
 
 MOST_LINES = 20
 """So many facts that differ are listed."""
@@ -31,7 +33,8 @@ def check_agreement(learn: Callable[[], Mapping[str, str]], ranks: Ranks) -> Non
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     mine = torch.frombuffer(bytearray(digest), dtype=torch.int32).long()
     extremes = torch.cat([mine, -mine])
-    dist.all_reduce(extremes, dist.ReduceOp.MIN, group=ranks.group)
+    with waiting():
+        dist.all_reduce(extremes, dist.ReduceOp.MIN, group=ranks.group)
     if torch.equal(extremes[:8], -extremes[8:]):
         return
     digests = torch.zeros(ranks.size, len(mine), dtype=mine.dtype)
@@ -63,19 +66,6 @@ def differing(kinds: list[tuple[list[int], dict[str, str]]]) -> list[str]:
             values = [f"{_short(value)} ({span(numbers)})" for value, numbers in ranks_of.items()]
             lines.append(f"{name}: {', '.join(values)}")
     return at_most(MOST_LINES, lines)
-
-
-def span(numbers: Iterable[int]) -> str:
-    """`rank 3`, or `ranks 0-2, 5`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    single = len(runs) == 1 and runs[0][0] == runs[0][1]
-    return f"rank{'' if single else 's'} {', '.join(at_most(MOST_LINES, words))}"
 
 
 def _rest(ranks: list[int]) -> list[str]:

@@ -84,3 +84,10 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         LOGGER.removeHandler(handler)
         file.close()
+
+
+def tell(text: str, rank: int) -> None:
+    """Warn of something that concerns all ranks; also aloud on a rank that is silent otherwise."""
+    LOGGER.warning(text)
+    if rank > 0:
+        print(f"warning (rank {rank}): {text}", file=sys.stderr, flush=True)

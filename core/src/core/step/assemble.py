@@ -18,6 +18,7 @@ from core.nn.module import weights
 from core.parallel.layout import Alone, Layout
 from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
 from core.parallel.settings import Parallelism
+from core.runtime.activity import working
 from core.step.checks import Run, expert_parts
 
 
@@ -32,6 +33,7 @@ class Parts(NamedTuple):
             yield from model.named_parameters()
 
 
+@working("building the model")
 def assemble(
     config: Decoder.Config,
     layout: Layout,

@@ -7,9 +7,11 @@ from core.data.loader import DataLoader
 from core.data.packing import IGNORE, Batch
 from core.data.tokenizer import Tokenizer
 from core.parallel.layout import Layout
+from core.runtime.activity import working
 from core.runtime.launcher import World, find_world
 
 
+@working("preparing text")
 def open_text(
     config: DataLoader.Config, tokenizer: Tokenizer, layout: Layout, split: Split, *, seq_len: int, seed: int
 ) -> DataLoader:

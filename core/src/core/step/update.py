@@ -8,6 +8,7 @@ from core.config.errors import UserError
 from core.data.packing import Batch
 from core.nn.balance import routers, start_step, update_selection_bias
 from core.optim.optimizer import Optimizer
+from core.runtime.activity import begin
 from core.step.objective import Objective, valid_tokens
 
 
@@ -37,6 +38,7 @@ def train_step(
     split. Raises `UserError` before any update when the step has no valid token, or when its loss or gradient norm is
     not finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are.
     """
+    begin(f"step {step}")
     layout = objective.layout
     n_valid = layout.sum_of_data(valid_tokens(batches))
     if n_valid == 0:

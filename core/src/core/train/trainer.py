@@ -30,7 +30,7 @@ from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
 from core.runtime.agreement import check_agreement
 from core.runtime.device import describe, select_device
-from core.runtime.distributed import Comm, leader_first, lower_timeout, process_group
+from core.runtime.distributed import Comm, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.launcher import World, find_world
 from core.runtime.log import start_logging
@@ -124,12 +124,11 @@ class Trainer(Configurable):
         self.n_parameters = parameter_count(whole)
         self.dispatcher = make_dispatcher(c, self.device, self.world.size)
         with ExitStack() as opened:
-            opened.enter_context(process_group(find_world(), self.device, c.comm))
+            ranks = Ranks.patient(opened.enter_context(process_group(find_world(), self.device, c.comm)))
             opened.callback(release)
-            ranks = Ranks.patient()
             check_agreement(lambda: run_facts(resolved(c, self.device), self.tokenizer, self.device), ranks)
             self.layout = make_layout(c.parallelism, self.device)
-            with leader_first(self.world):
+            with ranks.leader_first(self.world.local_rank):
                 self.loaders = {split: self._open(split) for split in SPLITS if split == "train" or c.validator.enable}
             check_agreement(lambda: text_facts(self.loaders), ranks)
             self.loader = self.loaders["train"]
@@ -227,13 +226,14 @@ class Trainer(Configurable):
             with self.exit:
                 return self.outcome.again()
         began = time.perf_counter()
-        log.info(self.summary())
-        self.keeper.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
-        anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
-        profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank, start=self.keeper.start.step)
-        advice = memory_advice(self.device, self.config, self.layout.degrees)
-        stop = StopRequest(saving=self.config.checkpoint.saving_signal)
         with self.exit:
+            log.info(self.summary())
+            self.keeper.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
+            anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
+            start = self.keeper.start.step
+            profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank, start=start)
+            advice = memory_advice(self.device, self.config, self.layout.degrees)
+            stop = StopRequest(saving=self.config.checkpoint.saving_signal)
             with stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
                 step = self._loop(Exchange(self.layout, self.keeper, self.lock, stop), profiler)
             return self.outcome(step, stop, time.perf_counter() - began, self.report.last)

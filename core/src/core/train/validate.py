@@ -9,6 +9,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.loader import DataLoader
 from core.data.packing import Batch
+from core.runtime.activity import working
 from core.step.objective import Objective, valid_tokens
 from core.step.rows import microbatches
 
@@ -61,6 +62,7 @@ class Validator(Configurable):
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or step % self.config.freq == 0
 
+    @working("validation")
     def measure(self, stop: Callable[[], bool]) -> Validation | None:
         """The loss on all rows, every token weighing the same; None when `stop` asked to give up half-way."""
         total, count, n_bytes = 0.0, 0, 0.0
