@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,6 @@ from core.config.errors import UserError
 from core.runtime import rendezvous
 from core.runtime.launcher import World
 from core.runtime.rendezvous import LAUNCHER, Place, Rendezvous, listen
-
-MUTE: list[socket.socket] = []
-"""What listens and never answers, kept open: torch would print where its thread stood when that ended."""
 
 
 @pytest.fixture
@@ -107,7 +105,10 @@ def test_a_place_that_cannot_be_reached_is_one_line(address):
 
 def test_something_else_that_listens_there_is_no_rank(monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_S", 0.3)
-    MUTE.append(listen(0))
-    place = Place("127.0.0.1", MUTE[0].getsockname()[1], "rank 0")
-    told = meet(place, World(1, 2), timeout_s=0.3)
+    with listen(0) as mute:
+        place = Place("127.0.0.1", mute.getsockname()[1], "rank 0")
+        told = meet(place, World(1, 2), timeout_s=0.3)
+    for thread in threading.enumerate():
+        if thread.name == "connecting":
+            thread.join()
     assert told == f"what listens at {place} is not rank 0: set MASTER_PORT to a free port"

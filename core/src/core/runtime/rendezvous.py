@@ -173,7 +173,7 @@ class Rendezvous:
             with suppress(RuntimeError):
                 found.append(dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout))
 
-        thread = threading.Thread(target=connect, daemon=True)
+        thread = threading.Thread(target=connect, name="connecting", daemon=True)
         thread.start()
         thread.join(max(self._patience.left_s, CONNECT_S))
         if not found:
