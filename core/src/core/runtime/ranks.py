@@ -78,5 +78,6 @@ class Ranks:
             with waiting():
                 dist.all_reduce(torch.zeros(1), group=self.group)
 
+
 ALONE = Ranks()
 """A process that nobody launched."""
