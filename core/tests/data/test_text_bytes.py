@@ -115,7 +115,8 @@ def test_rows_have_the_bytes_of_their_labels(name: str, seq_len: int, n_rows: in
     made = MADE[name](tmp_path)
     tokenizer = Tokenizer.Config(path=made and str(made)).build()
     texts = ["a bad cab", "abba baa", "", "b", "dad had a bag and a cab", "ab " * 40]
-    stream = TokenStream.hold(tokenizer.encode_documents(texts), 0, tokenizer.vocab_size)
+    documents = tokenizer.encode_documents(texts)
+    stream = TokenStream.hold(documents, [True] * len(texts), 0, tokenizer.vocab_size)
     batch = pack(*stream.windows(torch.arange(n_rows).numpy(), seq_len))
     assert TextBytes(tokenizer)(batch) == bytes_by_hand(tokenizer, texts, seq_len, n_rows)
 
