@@ -261,7 +261,11 @@ def torchrun(file: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(HERE / "troubled_run.py")]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "--config", str(file)], env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, "--config", str(file), "--trust", "troubled_run"],
+        env=environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
