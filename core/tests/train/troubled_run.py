@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from toy_run import toy_run
@@ -77,4 +78,4 @@ def say_who_tokenises() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.modules[__name__])
+    main(import_module("troubled_run"))  # where the file of a run finds its class
