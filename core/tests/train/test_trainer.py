@@ -298,7 +298,7 @@ def test_every_mistake_is_told_at_once(tmp_path):
         ("compile", Compile(enable=True, components=[]), "compile.components: .*name model, loss or both"),
         ("compile", Compile(enable=True, backend="nvcc"), "compile.backend: backend nvcc is not known .*inductor"),
         ("debug", Debug(seed=-1), r"debug.seed: seed -1 must be from 0 to 2\^63 - 1"),
-        ("debug", Debug(seed=2**63), "debug.seed: seed 9223372036854775808"),
+        ("debug", Debug(seed=2**63), r"debug.seed: a whole number must be from -2\^63 to 2\^63 - 1"),
         ("debug", Debug(detect_anomaly=True, on_nonfinite="skip"), "debug.on_nonfinite: .*choose one"),
         ("profiling", Profiler.Config(profiler_warmup=-1), "profiling.profiler_warmup: .*at least 0"),
         ("validator", Validator.Config(enable=True), "dataloader.validation_fraction: .*raise it, or --validator.no-"),
