@@ -112,8 +112,8 @@ class Decoder(Module, Configurable, ABC):
                 yield "mtp_loss_weight", message
             if not self.norm_eps >= 0:
                 yield "norm_eps", f"norm_eps {self.norm_eps} must not be negative"
-            if not self.init_std > 0:
-                yield "init_std", f"init_std {self.init_std} must be above 0"
+            if not 0 < self.init_std <= 1000:
+                yield "init_std", f"init_std {self.init_std} must be above 0 and at most 1000"
 
     def __init__(self, config: Config) -> None:
         super().__init__()
