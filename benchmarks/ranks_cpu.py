@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ def rows(first: int, n: int, length: int) -> Batch:
 
 
 def ours(layout: Layout, length: int) -> Step:
-    nothing = ActivationCheckpoint.Config(mode="none").build(folder=None)
+    nothing = ActivationCheckpoint.Config(mode="none").build(folder=Path())
     parts = assemble(
         network(),
         layout,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.config import json_file
+from core.config import text_file
 from core.config.errors import UserError
 from core.data import corpus as corpus_module
 from core.data import integrity, shards
@@ -119,7 +119,7 @@ def test_a_cache_that_may_not_be_read_is_not_prepared_again(config, tokenizer, m
     def forbid(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(json_file, "open", forbid, raising=False)
+    monkeypatch.setattr(text_file, "open", forbid, raising=False)
     monkeypatch.setattr(corpus_module, "_write", forbid)
     with pytest.raises(
         UserError, match=r"cannot read .*manifest\.json cannot be read: Permission denied; choose another place"

@@ -1,5 +1,6 @@
 """The piece of a weight that a rank holds: where it lies in the whole, how it starts, what it adds to the norm."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -65,7 +66,7 @@ def build(spot: Spot, layout: Layout, dtype: torch.dtype) -> Parts:
     return assemble(
         spot.model,
         layout,
-        checkpoint=ActivationCheckpoint.Config(mode="none").build(folder=None).apply,
+        checkpoint=ActivationCheckpoint.Config(mode="none").build(folder=Path()).apply,
         compile_block=None,
         dispatcher=AllToAll,
         dtype=dtype,

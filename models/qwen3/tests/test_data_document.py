@@ -139,7 +139,8 @@ def test_the_lines_name_everything_that_is_read() -> None:
 def test_a_program_prepares(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(PROGRAMS[words[2]].Config(), words[3:])
     if words[2] == "core.data.prepare":
-        name, folder, *splits = capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().out.splitlines()
+        name, folder, *splits = [line for line in lines if "long documents" not in line]
         assert name.startswith("books with SentencePiece, 600 tokens") and Path(folder, "manifest.json").exists()
         assert "--cache-folder" not in words or Path(folder).is_relative_to(Path("shared").absolute())
         assert sum(int(line.split()[1].replace(",", "")) for line in splits) >= N_SECTIONS["books"] - 2

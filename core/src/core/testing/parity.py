@@ -6,6 +6,7 @@ Letters: B rows, L length, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -113,7 +114,7 @@ def parts_of(case: Case, layout: Layout) -> Parts:
     parts = assemble(
         case.model,
         layout,
-        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=None).apply,
+        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=Path()).apply,
         compile_block=None if case.compile is None else partial(compile_block, backend=case.compile),
         dispatcher=dispatchers(case.parallelism.expert_parallel_comm_backend, layout.device),
         dtype=torch.float32,
