@@ -471,10 +471,19 @@ def test_a_part_of_a_name_that_names_nothing_is_a_warning(messages):
     assert "attention.wqq names no module" in messages.text
 
 
-def test_pictures_are_kept_and_a_disk_that_takes_none_ends_nothing(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def budget_settings():
+    """torch's settings of its memory budget, put back after the test; a monkeypatch would delete them instead."""
+    names = ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir")
+    before = {name: getattr(functorch, name) for name in names}
+    yield
+    for name, value in before.items():
+        setattr(functorch, name, value)
+
+
+@pytest.mark.usefixtures("budget_settings")
+def test_pictures_are_kept_and_a_disk_that_takes_none_ends_nothing(tmp_path, capsys):
     """What torch draws in the middle of compiling lies elsewhere until the first step is over."""
-    for name in ("activation_memory_budget", "visualize_memory_budget_pareto", "memory_budget_pareto_dir"):
-        monkeypatch.setattr(functorch, name, getattr(functorch, name))
     start_logging()
     config = ActivationCheckpoint.Config(mode="memory_budget", visualize_memory_budget_pareto=True)
     checkpoint = config.build(folder=tmp_path / "run")
