@@ -129,6 +129,18 @@ def installs(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "core/tests/test_installers.py", "-m", "installs", *session.posargs)
 
 
+@nox.session(default=False, requires=["shared"])
+def stories(session: nox.Session) -> None:
+    """Follow the documents as three newcomers do, each in a fresh environment, and say how long it took (minutes)."""
+    install(session, "qwen3")
+    constraint = Path(session.create_tmp()).resolve() / "constraint.txt"
+    constraint.write_text(f"{TORCH}\n")
+    session.env["PIP_CONSTRAINT"] = str(constraint)
+    session.run(
+        "python", "-m", "pytest", "models/qwen3/tests/test_stories.py", "-m", "stories", "-rP", *session.posargs
+    )
+
+
 def releases(*names: str) -> Callable[[Callable], Callable]:
     """A session for each of these releases of torch, called torch-2.15 and so on."""
     return nox.parametrize("release", [nox.param(name, id=f"torch-{name}") for name in names])
