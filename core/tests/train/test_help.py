@@ -2,6 +2,8 @@
 
 import re
 import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -39,7 +41,8 @@ def told(capsys):
     return ask
 
 
-def test_completion_knows_every_setting(capsys):
+def test_completion_knows_every_setting(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("toy.train", None))
     configs = ModuleType(toy_recipe.__module__)
     configs.toy_recipe = toy_recipe
     cli.main(configs, ["--print-completion", "bash"])
