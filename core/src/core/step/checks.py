@@ -10,7 +10,7 @@ from core.activation_checkpoint.apply import ActivationCheckpoint, check_names, 
 from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
-from core.config.fields import Problem
+from core.config.fields import Problem, walk
 from core.config.validate import problems_of, validate
 from core.nn.attention import Attention
 from core.nn.balance import check_routers
@@ -106,7 +106,7 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
     if degrees.context > 1 and parallelism.context_parallel_rotate_method == "alltoall":
         heads *= degrees.context
         by_heads += f" x context_parallel_degree {degrees.context} (rotate method alltoall)"
-    for path, config in parts(model, "model"):
+    for path, config in walk(model, "model"):
         if isinstance(config, Attention.Config | MLA.Config):
             names = ["n_heads"] if isinstance(config, MLA.Config) else ["n_heads", "n_kv_heads"]
             for name in names:
@@ -196,18 +196,9 @@ def layout_compile_problems(parallelism: Parallelism, degrees: Degrees, checkpoi
         )
 
 
-def parts(config: Configurable.Config, path: str) -> Iterator[tuple[str, Configurable.Config]]:
-    """A configuration and all that are nested in it, by their paths."""
-    yield path, config
-    for name in config.__dataclass_fields__:
-        value = getattr(config, name)
-        if isinstance(value, Configurable.Config):
-            yield from parts(value, f"{path}.{name}")
-
-
 def expert_parts(model: Decoder.Config) -> list[MoE.Config]:
     """The mixtures of experts that a model is configured of; none for a dense one."""
-    return [config for _, config in parts(model, "model") if isinstance(config, MoE.Config)]
+    return [config for _, config in walk(model, "model") if isinstance(config, MoE.Config)]
 
 
 def check_model(model: Decoder, run: Run, device: torch.device) -> None:
