@@ -143,7 +143,9 @@ CHANGES = {kind: change for kind, (change, _) in KINDS.items()} | {"places of it
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> list[dict[str, str]]:
     """What each of two ranks is told, by what they differ in."""
-    return run_ranks(told, 2, tmp_path_factory.mktemp("disagreement"), list(CHANGES))
+    folder = tmp_path_factory.mktemp("disagreement")
+    toy_run(folder)  # the text, before two ranks write it at once
+    return run_ranks(told, 2, folder, list(CHANGES))
 
 
 @pytest.mark.parametrize("kind", KINDS)
