@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from source_tree import FUNCTIONS, Module, Tree, closure, inside
+from source_tree import FOLDERS, FUNCTIONS, Module, Tree, closure, drawn_tree, inside, package_files
 
 FLOORS = [  # from the ground up; a package may import lower floors and itself; some rooms are yet to come
     {"core"},  # the version
@@ -224,6 +224,23 @@ def ci_runs_the_readme(tree: Tree) -> Iterator[str]:
         yield ".ci/run is not executable: chmod +x .ci/run"
 
 
+def readme_draws_the_tree(tree: Tree) -> Iterator[str]:
+    """README's file tree names every folder at the top and every module of a package, and nothing that is not there."""
+    drawn, there = drawn_tree(tree), package_files(tree)
+    for top in FOLDERS:
+        if (tree.root / top).is_dir() and top not in drawn and not top.startswith("."):
+            yield f"README.md's tree has no {top}/"
+    for folder, packages in sorted(there.items()):
+        for file in sorted(set.intersection(*packages) - drawn.get(folder, set())):
+            yield f"README.md's tree does not name {folder}/{file}"
+    for folder, files in sorted(drawn.items()):
+        found = there.get(folder) or [{path.name for path in (tree.root / folder).glob("*.py")}]
+        if "<" not in folder and not (tree.root / folder).is_dir():
+            yield f"README.md's tree names {folder}/, which is not there"
+        for file in sorted(files - set.intersection(*found)):
+            yield f"README.md's tree names {folder}/{file}, which is not there"
+
+
 RULES: list[Callable[[Tree], Iterator[str]]] = [
     imports_run_downwards,
     rooms_have_floors,
@@ -241,4 +258,5 @@ RULES: list[Callable[[Tree], Iterator[str]]] = [
     budgets_hold,
     text_names_no_machine,
     ci_runs_the_readme,
+    readme_draws_the_tree,
 ]

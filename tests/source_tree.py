@@ -1,6 +1,7 @@
 """A repository seen as text: its files, its modules, and what each of them imports. Nothing of it is imported here."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,3 +170,36 @@ def closure(needs: dict[str, set[str]], start: Iterable[str]) -> set[str]:
             seen.add(name)
             todo += needs[name]
     return seen
+
+
+def package_files(tree: Tree) -> dict[str, list[set[str]]]:
+    """folder -> the modules in it, a set for each package: models/<name>/src/<name> stands for those of all models."""
+    found: dict[str, list[set[str]]] = {}
+    for folder, wing in {module.path.parent: module.wing for module in tree.modules.values()}.items():
+        name = tree.short(folder)
+        if wing != "core":
+            package = name.split("/")[1]
+            name = "/".join("<name>" if part == package else part for part in name.split("/"))
+        found.setdefault(name, []).append({path.name for path in folder.glob("*.py")} - {"__init__.py"})
+    return found
+
+
+def drawn_tree(tree: Tree) -> dict[str, set[str]]:
+    """folder -> the Python files that README names in it, below its heading `The tree`.
+
+    A row that begins with a name and `/` is a folder, those indented more are in it; `<anything>` is written <name>.
+    """
+    readme = tree.root / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    block = text.partition("\n## The tree\n")[2].partition("```")[2].partition("```")[0]
+    drawn: dict[str, set[str]] = {}
+    open_folders: list[tuple[int, str]] = []
+    for row in filter(str.strip, block.splitlines()):
+        indent, first = len(row) - len(row.lstrip()), row.split()[0]
+        open_folders = [each for each in open_folders if each[0] < indent]
+        if first.endswith("/"):
+            open_folders.append((indent, re.sub("<.*?>", "<name>", first.rstrip("/"))))
+        folder = "/".join(name for _, name in open_folders)
+        drawn.setdefault(folder.partition("/")[0], set())
+        drawn.setdefault(folder, set()).update(re.findall(r"(?<![\w./])\w+\.py\b", row))
+    return drawn

@@ -23,6 +23,7 @@ from house_rules import (
     one_module_asks_for_devices,
     only_parallel_knows_a_mesh,
     optional_packages_keep_their_room,
+    readme_draws_the_tree,
     rooms_have_floors,
     starting_needs_no_optional_package,
     text_names_no_machine,
@@ -36,7 +37,33 @@ MODEL, RECIPES, START = (f"models/qwen3/src/qwen3/{file}.py" for file in ("model
 ROOF = "experiments/width/src/width/run.py"
 LONG_FUNCTION = "def f() -> None:\n" + "    print()\n" * (MAX_FUNCTION - 1)
 SIZES = "SIZES = {\n" + "    'a': (1, 2),\n" * (MAX_FILE + 1) + "}\n"
-README = "Run this:\n\n    python -m nox\n"
+README = """Run this:
+
+    python -m nox
+
+## The tree
+
+```
+core/                 what models share
+  src/core/
+    config/           WHAT A RUN IS
+      thing.py  reader.py   settings
+    nn/               LAYERS
+      thing.py          a layer    other.py  as in other.txt
+    data/             thing.py
+    runtime/          device.py
+    train/            metrics.py   thing.py
+    comm/             kernels.py
+    parallel/         mesh.py
+models/<model>/       a model each
+  src/<model>/        model.py
+docs/                 pages
+experiments/<name>/   an experiment each
+  src/<name>/         run.py
+```
+
+Then train.py is not in it.
+"""
 SOMEONE = "/".join(["", "home", "someone", "corpus.txt"])
 
 GOOD = {  # a small tree that keeps every rule, by means that come close to breaking one
@@ -166,6 +193,27 @@ WRONG: list[tuple[Rule, dict[str, str], str]] = [  # rule, files changed in the 
     (text_names_no_machine, {"core/src/core/data/default.model": f"\x00\x12{SOMEONE}\x00"}, "default.model:1 names"),
     (ci_runs_the_readme, {"README.md": "pytest\n"}, "no line of README.md"),
     (ci_runs_the_readme, {".ci/run": "python -m nox -s lint\n"}, "no line of README.md"),
+    (readme_draws_the_tree, {"core/src/core/nn/new.py": ""}, "does not name core/src/core/nn/new.py"),
+    (readme_draws_the_tree, {"core/src/core/doctor.py": ""}, "does not name core/src/core/doctor.py"),
+    (readme_draws_the_tree, {"core/src/core/attic/old.py": ""}, "does not name core/src/core/attic/old.py"),
+    (
+        readme_draws_the_tree,
+        {"README.md": README.replace("mesh.py", "gone.py")},
+        "names core/src/core/parallel/gone.py",
+    ),
+    (readme_draws_the_tree, {"README.md": README.replace("docs/ ", "doc/ ")}, "names doc/, which is not there"),
+    (readme_draws_the_tree, {"README.md": README.replace("docs/ ", "doc/ ")}, "has no docs/"),
+    (readme_draws_the_tree, {"benchmarks/speed.py": ""}, "has no benchmarks/"),
+    (
+        readme_draws_the_tree,
+        {"README.md": README.replace("model.py", "hf.py")},
+        "models/<name>/src/<name>/hf.py, which",
+    ),
+    (
+        readme_draws_the_tree,
+        {"README.md": README.replace("model.py", "")},
+        "not name models/<name>/src/<name>/model.py",
+    ),
 ]
 
 

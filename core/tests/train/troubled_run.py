@@ -10,7 +10,7 @@ from pathlib import Path
 from toy_run import toy_run
 
 from core.config.cli import main
-from core.config.configurable import field_names
+from core.config.derive import derive
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.data.corpus import Corpus
@@ -59,7 +59,7 @@ def troubled_run(folder: Path, name: str, **trouble: object) -> Path:
     run.dump_folder = str(folder / name)
     run.training.local_batch_size, run.training.global_batch_size = 2, 4
     run.validator.enable, run.validator.freq = True, 3
-    config = Troubled.Config(**{field: getattr(run, field) for field in field_names(type(run))}, **trouble)
+    config = derive(run, Troubled.Config, **trouble)
     file = folder / f"{name}.json"
     file.write_text(to_json(config))
     return file
