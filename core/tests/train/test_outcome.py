@@ -68,12 +68,12 @@ def test_the_last_record_is_the_last_whole_line(tmp_path: Path) -> None:
     assert last_record(tmp_path) is None
     file = tmp_path / "metrics.jsonl"
     rows = [{**asdict(RECORD), "step": step, "moe/max": 1.5} for step in (1, 2)]
-    lines = [json.dumps({name: value for name, value in row.items() if name != "experts"}) for row in rows]
+    lines = [json.dumps({name: value for name, value in row.items() if name != "numbers"}) for row in rows]
     file.write_text("\n".join([*lines, "[]", "null", '{"step": 3}', lines[0][:-5]]))
-    assert last_record(tmp_path) == replace(RECORD, step=2, experts={"moe/max": 1.5})
-    del rows[1]["validation_bits_per_byte"], rows[1]["experts"]  # an older version's
+    assert last_record(tmp_path) == replace(RECORD, step=2, numbers={"moe/max": 1.5})
+    del rows[1]["validation_bits_per_byte"], rows[1]["numbers"]  # an older version's
     file.write_text(json.dumps(rows[1]) + "\n")
-    assert last_record(tmp_path) == replace(RECORD, step=2, experts={"moe/max": 1.5})
+    assert last_record(tmp_path) == replace(RECORD, step=2, numbers={"moe/max": 1.5})
     file.write_bytes(b"\xff\n")
     assert last_record(tmp_path) is None
 

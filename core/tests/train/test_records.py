@@ -10,7 +10,7 @@ from core.train import records
 from core.train.metrics import Record, last_record
 from core.train.records import carry_on, read_records
 
-FULL = {name: 1.5 for name in Record.__dataclass_fields__ if name != "experts"}
+FULL = {name: 1.5 for name in Record.__dataclass_fields__ if name != "numbers"}
 FOREIGN = {
     "torn": b'{"step": 1',
     "torn in the middle": b'{"st{"step": 3, "loss": 1.0}',
@@ -156,6 +156,6 @@ def test_the_last_record_is_found_behind_damage(tmp_path):
     lines = [json.dumps({**FULL, "step": step, "moe/dead_experts": 2.0}).encode() for step in (1, 2)]
     write(tmp_path, *lines, b'{"step": 3}', b'{"step": 4, "lo')
     record = last_record(tmp_path)
-    assert record is not None and (record.step, record.experts) == (2, {"moe/dead_experts": 2.0})
+    assert record is not None and (record.step, record.numbers) == (2, {"moe/dead_experts": 2.0})
     write(tmp_path, b"nothing else")
     assert last_record(tmp_path) is None

@@ -37,7 +37,7 @@ from core.train.profile import Profiler
 from core.train.step_report import console_fields
 from core.train.validate import Validator
 
-FIELDS = set(Record.__dataclass_fields__) - {"experts"}
+FIELDS = set(Record.__dataclass_fields__) - {"numbers"}
 
 
 def metrics(folder: Path) -> list[dict]:

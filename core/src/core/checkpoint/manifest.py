@@ -59,6 +59,8 @@ class Progress:
     """Fingerprint of the text and of its tokenizer."""
     validation_loss: float | None = None
     """That of the step, if it was measured."""
+    observers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the observers of the run remember."""
 
 
 @dataclass(kw_only=True, slots=True)

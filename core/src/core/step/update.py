@@ -1,5 +1,6 @@
 """One training step: microbatches, forward, backward, clip, update."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -11,15 +12,24 @@ from core.optim.optimizer import Optimizer
 from core.runtime.activity import begin
 from core.step.objective import Objective, valid_tokens
 
+log = logging.getLogger("armature")
+
 
 class StepInfo(NamedTuple):
-    """What one step did: mean loss in nats over its valid tokens, of the next token and with further predictions, the
-    norm before clipping, and whether it counted."""
+    """What one step did, the same on all ranks."""
 
+    step: int
+    """Its number, counted from 1."""
     loss: float
+    """Mean in nats over the step's valid tokens, of the next token."""
     total_loss: float
+    """With the weighted losses of further predictions."""
     grad_norm: float
+    """Before clipping."""
     updated: bool
+    """Whether the step counted; false where it was left out because its numbers were not finite."""
+    validation_loss: float | None = None
+    """The loss on held-out text, where it was measured after the step."""
 
 
 def train_step(
@@ -48,13 +58,14 @@ def train_step(
         start_step(part, n_valid)
     loss, total = layout.sums(*objective.accumulate(batches, n_valid))
     layout.sum_counts([router.tokens_E for part in objective.parts for router in routers(part).values()])
-    info = StepInfo(loss, total, layout.clip(optimizer.gradients(), max_norm), updated=True)
+    info = StepInfo(step, loss, total, layout.clip(optimizer.gradients(), max_norm), updated=True)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
             raise UserError(
                 f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped before the update; "
                 "lower optimizer.lr, or insist with --debug.on_nonfinite skip"
             )
+        log.warning(f"step {step} left out: loss {info.loss}, gradient norm {info.grad_norm}")
         return info._replace(updated=False)
     optimizer.step(lr)
     for part in objective.parts:

@@ -27,6 +27,7 @@ from core.runtime.ranks import Ranks
 from core.step.assemble import Parts
 from core.step.checks import Run
 from core.train.folder import ANOTHER, config_text
+from core.train.observers import Observers
 from core.train.records import carry_on
 from core.train.state import check_same_run, model_tensors, optimizer_tensors, random_tensors, set_random
 
@@ -40,11 +41,20 @@ class Keeper:
     """
 
     def __init__(
-        self, run: Run, layout: Layout, ranks: Ranks, model: Decoder, loader: DataLoader, *, folder: Path, n_rows: int
+        self,
+        run: Run,
+        layout: Layout,
+        model: Decoder,
+        loader: DataLoader,
+        observers: Observers,
+        *,
+        folder: Path,
+        ranks: Ranks,
+        n_rows: int,
     ) -> None:
         """`model` has no memory; a step reads `n_rows` rows over all ranks."""
         self.run, self.layout, self.ranks, self.model, self.loader = run, layout, ranks, model, loader
-        self.settings, self.n_rows, self.folder = run.checkpoint, n_rows, folder
+        self.settings, self.n_rows, self.folder, self.observers = run.checkpoint, n_rows, folder, observers
         text = config_text(run, layout.device)
         self.saver = Saver(self.settings, ranks, run_folder=folder, config=text, export=self._export)
         self.saver.check_writable()
@@ -98,7 +108,7 @@ class Keeper:
         tensors = self._weights | optimizer_tensors(self._optimizer)
         tensors |= random_tensors(self.ranks.rank, self.layout.device)
         progress = self.progress(step, validation_loss)
-        progress.places = self._places()
+        progress.places, progress.observers = self._places(), self.observers.state()
         kind: Kind = "model" if last and c.last_save_model_only else "full"
         self.saver.save(progress, tensors, kind=kind, wait=last or stopping)
         self._last = step
@@ -177,6 +187,7 @@ class Keeper:
             log.info(f"changed since {found}: {line}")
         if "train_state" not in left:
             self.start.step, self.start.tokens = saved.step, saved.tokens
+            self.observers.restore(saved.observers)
         if "dataloader" not in left:
             self.start.rows = saved.rows
             if saved.places:

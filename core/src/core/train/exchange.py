@@ -7,6 +7,7 @@ from core.parallel.layout import Layout
 from core.runtime.signals import StopRequest
 from core.train.checkpoints import Keeper
 from core.train.lock import FolderLock
+from core.train.observers import Observers
 
 log = logging.getLogger("armature")
 
@@ -14,10 +15,14 @@ log = logging.getLogger("armature")
 class Exchange:
     """Makes known to all ranks what one of them was asked for, and what keeps one of them from going on."""
 
-    def __init__(self, layout: Layout, keeper: Keeper, lock: FolderLock, requests: StopRequest) -> None:
-        self.layout, self.keeper, self.lock, self.requests = layout, keeper, lock, requests
+    def __init__(
+        self, layout: Layout, keeper: Keeper, lock: FolderLock, requests: StopRequest, observers: Observers
+    ) -> None:
+        self.layout, self.keeper, self.lock, self.requests, self.observers = layout, keeper, lock, requests, observers
         self.stopping = False
-        """Whether a rank was asked to stop."""
+        """Whether a rank was asked to stop, or an observer on one asked."""
+        self.cause = ""
+        """Who asked, as far as this rank knows."""
         self._saving = False
 
     def __call__(self) -> bool:
@@ -28,17 +33,23 @@ class Exchange:
         told, lost = self.requests.told(), self.lock.lost()
         if told:
             log.info(told)
-        stops, saves, failures, losses = self.layout.sums(
-            float(bool(self.requests)), float(self.requests.take_save()), float(self.keeper.failed), float(bool(lost))
-        )
+        own = (self.requests, self.requests.take_save(), self.keeper.failed, lost, self.observers.cause)
+        signals, saves, failures, losses, asked = self.layout.sums(*(float(bool(each)) for each in own))
         if losses:
             raise UserError(lost or "the first rank lost the folder of the run")
         self.keeper.check(failures > 0)
-        if stops and not self.stopping and not self.requests:
-            log.info("a signal to another rank: stopping after this step")
-        self.stopping = stops > 0
+        if (signals or asked) and not self.stopping:
+            self.cause = self._cause(signals > 0)
+        self.stopping = signals + asked > 0
         self._saving |= saves > 0
         return self.stopping
+
+    def _cause(self, signals: bool) -> str:
+        own = self.requests.signal.name if self.requests.signal else self.observers.cause
+        other = "a signal to another rank" if signals else "an observer on another rank"
+        if not own:
+            log.info(f"{other}: stopping after this step")
+        return own or other
 
     def take_save(self) -> bool:
         """Whether a rank was asked to save since the last call, the same on all. (No collective.)"""

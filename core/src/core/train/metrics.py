@@ -44,8 +44,9 @@ class Record:
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
     """`validation_loss` by bytes of text, which compares between tokenizers."""
-    experts: dict[str, float] = field(default_factory=dict)
-    """How evenly the experts were loaded, as `core.nn.balance.load_metrics` names it; each a key of the line."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Numbers with names of their own, each a key of the line: how evenly the experts were loaded, as
+    `core.nn.balance.load_metrics` names it, and what observers returned."""
 
 
 class Metrics(Configurable):
@@ -113,7 +114,7 @@ class Metrics(Configurable):
     def write(self, record: Record) -> None:
         """Write a record, on the first rank. What cannot be written is a warning."""
         values: dict[str, Any] = asdict(record)
-        values |= values.pop("experts")
+        values |= values.pop("numbers")
         row = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         self._records.append(json.dumps(row).encode() + b"\n")
         known = {name: value for name, value in row.items() if name != "step" and value is not None}
@@ -181,5 +182,5 @@ def last_record(folder: Path) -> Record | None:
     if not rows:
         return None
     names = rows[-1].keys() & fields.keys()
-    experts = {name: value for name, value in rows[-1].items() if name not in names}
-    return Record(**{name: rows[-1][name] for name in names}, experts=experts)
+    numbers = {name: value for name, value in rows[-1].items() if name not in names}
+    return Record(**{name: rows[-1][name] for name in names}, numbers=numbers)

@@ -16,7 +16,6 @@ from core.parallel.layout import Layout
 from core.runtime.device import peak_memory
 from core.runtime.launcher import World
 from core.runtime.log import WIDTH
-from core.runtime.signals import StopRequest
 from core.runtime.units import duration, size
 from core.train.checkpoints import Keeper
 from core.train.metrics import Record, last_record
@@ -53,11 +52,10 @@ class Outcome:
         self.run, self.model, self.world, self.keeper, self.layout = run, model, world, keeper, layout
         self.folder, self.last_step = folder, last_step
 
-    def __call__(self, step: int, stop: StopRequest, seconds: float, record: Record | None) -> Result:
-        """The end of a run that trained up to `step`, and reported `record` last."""
+    def __call__(self, step: int, cause: str, seconds: float, record: Record | None) -> Result:
+        """The end of a run that trained up to `step`, where `cause` stopped it, and reported `record` last."""
         how = f"finished {step:,} steps"
-        if stop or step < self.last_step:
-            cause = stop.signal.name if stop.signal else "a signal to another rank"
+        if cause:
             how = f"stopped by {cause} after step {step} of {self.last_step}"
         memory = size(peak_memory(self.layout.device))
         return self._tell([how, f"took {duration(seconds)}, at most {memory} of memory"], step, record)

@@ -19,6 +19,7 @@ FREE = (
     "tokenizer.path",  # what is in the two is compared as the fingerprint of the text
     "dataloader.dataset",
     "metrics.",
+    "observers",
     "profiling.",
     "parallelism.",
     "comm.",

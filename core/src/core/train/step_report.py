@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.nn.module import Flops
 from core.optim.schedule import Schedule
@@ -14,6 +15,7 @@ from core.step.checks import Run
 from core.step.update import StepInfo
 from core.train.checkpoints import Keeper
 from core.train.metrics import Metrics, Record
+from core.train.observers import Observers
 from core.train.validate import Validation
 
 log = logging.getLogger("armature")
@@ -33,10 +35,11 @@ class StepReport:
         keeper: Keeper,
         schedule: Schedule,
         metrics: Metrics,
+        observers: Observers,
     ) -> None:
         self.run, self.layout, self.keeper, self.schedule = run, layout, keeper, schedule
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
-        self.last_step = last_step
+        self.last_step, self.observers = last_step, observers
         self.last: Record | None = None
         """What was reported last."""
 
@@ -61,13 +64,21 @@ class StepReport:
             else self.flops_per_token.total * tokens_per_second / peak / self.keeper.ranks.size,
             validation_loss=None if validation is None else validation.loss,
             validation_bits_per_byte=None if validation is None else validation.bits_per_byte,
-            experts=expert_loads(self.models, self.layout),
+            numbers=self._numbers(),
         )
         if self.layout.is_first:
             self.metrics.write(record)
         remaining_s = (self.last_step - step) * step_time_s
         fields = console_fields(record, self.last_step, remaining_s, accelerated=device.type != "cpu")
+        fields += [f"{name} {value:.4g}" for name, value in record.numbers.items() if self.observers.on_console(name)]
         log.info("  ".join(fields), extra={"fields": fields})
+
+    def _numbers(self) -> dict[str, float]:
+        """The loads of the experts, and what observers returned."""
+        loads, numbers = expert_loads(self.models, self.layout), self.observers.take()
+        if both := sorted(loads.keys() & numbers.keys()):
+            raise UserError(f"an observer returned the number {both[0]}, which is a load of the experts: rename it")
+        return loads | numbers
 
 
 def console_fields(record: Record, last_step: int, remaining_s: float, *, accelerated: bool) -> list[str]:

@@ -52,6 +52,7 @@ from core.train.identity import run_facts, text_facts
 from core.train.lock import FolderLock
 from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics
+from core.train.observers import Observer, Observers
 from core.train.outcome import Outcome, Result
 from core.train.profile import Profiler
 from core.train.step_report import StepReport
@@ -88,6 +89,8 @@ class Trainer(Configurable):
         """The loss on held-out text."""
         metrics: Metrics.Config = field(default_factory=Metrics.Config)
         """What is reported, and where."""
+        observers: list[Observer.Config] = field(default_factory=list)
+        """What looks at every step: numbers of one's own in the record, reasons to stop."""
         profiling: Profiler.Config = field(default_factory=Profiler.Config)
         """Traces of single steps."""
         parallelism: Parallelism = field(default_factory=Parallelism)
@@ -136,10 +139,11 @@ class Trainer(Configurable):
             self.folder = ranks.first(lambda: make_run_folder(c.dump_folder, c.recipe))
             self.lock = opened.enter_context(FolderLock(self.folder, c.checkpoint, ranks))
             opened.enter_context(rank_files(self.folder, self.world.rank, logs=c.debug.log_every_rank))
-            self.keeper = Keeper(c, self.layout, ranks, whole, self.loader, folder=self.folder, n_rows=n_rows)
+            self.observers = Observers.built(c.observers, folder=self.folder, rank=self.world.rank)
+            live = {"folder": self.folder, "ranks": ranks}
+            self.keeper = Keeper(c, self.layout, whole, self.loader, self.observers, n_rows=n_rows, **live)
             self.last_step = last_step(c.training, self.loader, n_rows, self.keeper.start)
-            start = self.keeper.start.step
-            self.metrics = c.metrics.build(folder=self.folder, settings=to_dict(config), ranks=ranks, start=start)
+            self.metrics = c.metrics.build(settings=to_dict(config), start=self.keeper.start.step, **live)
             self.outcome = Outcome(c, whole, self.world, self.keeper, self.layout, self.folder, self.last_step)
             self.has_run = False
             self.is_over = self.keeper.is_over(self.last_step)
@@ -156,10 +160,8 @@ class Trainer(Configurable):
         return plan(config, world_size=world_size, rank=rank)
 
     def _open(self, split: Split) -> DataLoader:
-        c = self.config
-        return open_text(
-            c.dataloader, self.tokenizer, self.layout, split, seq_len=c.training.seq_len, seed=c.debug.seed
-        )
+        sizes = {"seq_len": self.config.training.seq_len, "seed": self.config.debug.seed}
+        return open_text(self.config.dataloader, self.tokenizer, self.layout, split, **sizes)
 
     def _start_model(self) -> None:
         c = self.config
@@ -183,21 +185,16 @@ class Trainer(Configurable):
         self.optimizer = c.optimizer.build(weights=self.parts.named_parameters())
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
         loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
-        self.objective = Objective(
-            self.parts.models,
-            loss,
-            layout=self.layout,
-            dtype=self.compute_dtype,
-            mask=c.training.mask,
-            pipeline=self.parts.pipeline,
-        )
+        settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask}
+        self.objective = Objective(self.parts.models, loss, pipeline=self.parts.pipeline, **settings)
         self.validator = None
         if c.validator.enable:
             sizes = {"rows_per_step": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
             loader, text_bytes = self.loaders["validation"], TextBytes(self.tokenizer)
             self.validator = c.validator.build(loader=loader, objective=self.objective, text_bytes=text_bytes, **sizes)
-        live = {"layout": self.layout, "keeper": self.keeper, "schedule": self.schedule, "metrics": self.metrics}
-        self.report = StepReport(c, self.parts.models, self.flops_per_token, last_step=self.last_step, **live)
+        names = ("last_step", "layout", "keeper", "schedule", "metrics", "observers")
+        live = {name: getattr(self, name) for name in names}
+        self.report = StepReport(c, self.parts.models, self.flops_per_token, **live)
 
     def summary(self) -> str:
         """The head of a run on the console."""
@@ -235,8 +232,9 @@ class Trainer(Configurable):
             advice = memory_advice(self.device, self.config, self.layout.degrees)
             stop = StopRequest(saving=self.config.checkpoint.saving_signal)
             with stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
-                step = self._loop(Exchange(self.layout, self.keeper, self.lock, stop), profiler)
-            return self.outcome(step, stop, time.perf_counter() - began, self.report.last)
+                exchange = Exchange(self.layout, self.keeper, self.lock, stop, self.observers)
+                step = self._loop(exchange, profiler)
+            return self.outcome(step, exchange.cause, time.perf_counter() - began, self.report.last)
 
     def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
         """Steps until the last or until a request to stop; returns the number of the last one."""
@@ -252,11 +250,12 @@ class Trainer(Configurable):
             if step == start + 1:
                 self.checkpointing.report()
                 lower_timeout(c.comm)
-            exchange()
-            validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
-            reports = self.metrics.due(step, self.last_step) or validator is not None or exchange.stopping
             step_time_s = (time.perf_counter() - mark) / (step - since)
+            validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
             validation = validator.measure(exchange) if validator else None
+            self.observers(info._replace(validation_loss=None if validation is None else validation.loss))
+            exchange()
+            reports = self.metrics.due(step, self.last_step) or validator is not None or exchange.stopping
             if reports:
                 self.report(step, info, step_time_s, validation)
                 mark, since = time.perf_counter(), step
@@ -274,7 +273,7 @@ class Trainer(Configurable):
     def step(self, step: int) -> StepInfo:
         """Train step number `step`, counted from 1."""
         c = self.config
-        info = train_step(
+        return train_step(
             self.objective,
             self.optimizer,
             self.batches(step),
@@ -283,9 +282,6 @@ class Trainer(Configurable):
             max_norm=c.training.max_norm,
             on_nonfinite=c.debug.on_nonfinite,
         )
-        if not info.updated:
-            log.warning(f"step {step} left out: loss {info.loss}, gradient norm {info.grad_norm}")
-        return info
 
     def batches(self, step: int) -> list[Batch]:
         """The microbatches of `step`, counted from 1: rows are numbered over the whole run."""
