@@ -46,6 +46,32 @@ class Voyage(Configurable):
         raise AssertionError("a plan builds nothing")
 
 
+class Longer(Voyage):
+    """Has more settings and methods, and the same run."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Voyage.Config):
+        nights: int = 2
+
+    def supper(self) -> None:
+        pass
+
+
+class Return(Longer):
+    """Runs otherwise."""
+
+    def __init__(self, config: Longer.Config) -> None:
+        pass
+
+
+class Planned(Return):
+    """Runs otherwise, and says what that takes."""
+
+    @staticmethod
+    def plan(config: Voyage.Config, *, world_size: int | None, rank: int) -> Answer:
+        return Answer(config.days * 20)
+
+
 class Walk(Configurable):
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -90,3 +116,16 @@ def test_mistakes_end_with_code_2(options: list[str], message: str, capsys: pyte
         main(recipes(), options)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_subclass_is_planned_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Never silently as its parent, whose methods it overrides."""
+    module = ModuleType("subclasses")
+    for name, owner in {"longer": Longer, "planned": Planned, "returned": Return}.items():
+        exec(f"def {name}():\n    return owner.Config()", {"__name__": module.__name__, "owner": owner}, vars(module))
+    for recipe, cost in (("longer", 30), ("planned", 60)):
+        main(module, ["--config", recipe, "--dry-run"])
+        assert capsys.readouterr().out == f"it costs {cost}\n"
+    with pytest.raises(SystemExit):
+        main(module, ["--config", "returned", "--dry-run"])
+    assert "Return has a __init__ of its own and the plan of its parent" in capsys.readouterr().err

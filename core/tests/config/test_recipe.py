@@ -286,7 +286,7 @@ def test_trust_is_an_option(stranger: str, write, capsys):
     assert f'"class": "{stranger}:Odd"' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(CONFIGS, ["--config", "small", "--trust", "armature_nowhere"])
-    assert "error: --trust armature_nowhere: it cannot be imported: No module named" in capsys.readouterr().err
+    assert "error: --trust: armature_nowhere cannot be imported: No module named" in capsys.readouterr().err
 
 
 def test_finding_a_class_asks_no_module_for_what_it_makes_on_demand(write, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from inspect import isroutine
 from types import ModuleType
 
 from core.config.completion import program_of, script
@@ -86,7 +87,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
             title = f"{name}, the first recipe (with --config NAME another)"
             show(setting_help(title, load([name], configs), own["help"], OWN))
         else:
-            line = "--config NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
+            line = "--config NAME|MODULE:NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
             show("\n".join([usage(line, OWN), SYNTAX, recipe_list(known)]))
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
@@ -143,13 +144,30 @@ def settle_and_run(
 
 
 def planned(config: Config, own: Own) -> str:
-    """What the configured run would take of one rank, as its owner's `plan` says, in words or as JSON."""
-    plan = getattr(owner_of(type(config)), "plan", None)
-    if plan is None:
+    """What the configured run would take of one rank, as its owner's `plan` says, in words or as JSON.
+
+    Raises `UserError` where the plan is a parent's, whose methods the owner overrides: it would be of another run.
+    """
+    owner = owner_of(type(config))
+    plan = getattr(owner, "plan", None)
+    if owner is None or plan is None:
         raise UserError(f"{type(config).__qualname__} makes no plans: leave --dry-run out")
+    if changed := overridden_below("plan", owner):
+        raise UserError(
+            f"{owner.__qualname__} has a {', '.join(changed)} of its own and the plan of its parent, which is of "
+            "another run: leave --dry-run out, or give the class a static plan(config, world_size, rank)"
+        )
     world_size = number("--world-size", *own["world_size"]) if "world_size" in own else None
     found = plan(config, world_size=world_size, rank=number("--rank", *own.get("rank", ["0"])))
     return json.dumps(asdict(found), indent=2) if "json" in own else str(found)
+
+
+def overridden_below(name: str, owner: type) -> list[str]:
+    """The methods that classes below the one that defines `name` override, as far as that one has them."""
+    classes = owner.__mro__
+    place = next(i for i, each in enumerate(classes) if name in vars(each))
+    known = {key for each in classes[place:-1] for key, value in vars(each).items() if isroutine(value)}
+    return sorted({key for each in classes[:place] for key, value in vars(each).items() if isroutine(value)} & known)
 
 
 def number(flag: str, word: str) -> int:

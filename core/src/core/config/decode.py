@@ -25,6 +25,7 @@ from core.config.fields import (
     type_problems,
     typed_parts,
 )
+from core.config.outside import import_outside, refused
 
 Config = Configurable.Config
 OWN = "core"
@@ -119,10 +120,7 @@ class Decoder:
         if not all(part.isidentifier() for part in [*module.split("."), *path.split(".")]):
             raise UserError(f'expected "module:Class", got {short_repr(name)}')
         if module not in sys.modules and not any(inside(module, package) for package in (OWN, *self.trust)):
-            raise UserError(
-                f"{name} is code of the module {module}, and a file alone does not make it run: if you trust it, add "
-                f"--trust {module} or import it before"
-            )
+            raise UserError(refused(name, module))
         try:
             found: Any = import_module(module)
         except ImportError as error:
@@ -138,10 +136,6 @@ def inside(module: str, package: str) -> bool:
 
 
 def trusted(modules: Collection[str]) -> list[str]:
-    """These modules, which are imported now: their code may run. Raises `UserError` for one that is not there."""
-    for module in modules:
-        try:
-            import_module(module)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"--trust {module}: it cannot be imported: {error}") from error
-    return list(modules)
+    """The names of these modules and `.py` files, which are imported now: their code may run. Raises `UserError` for
+    one that is not there."""
+    return [import_outside(module, "--trust").__name__ for module in modules]

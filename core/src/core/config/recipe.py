@@ -1,6 +1,7 @@
 """What --config names: a recipe, a JSON file or a folder with a config.json, and files that change it.
 
-A file is one of three things, which its text tells apart:
+A recipe is a function of the program's own package, or one outside: `package.module:function`, `file.py:function`. A
+file is one of three things, which its text tells apart:
 
     {"class": "core.train.trainer:Trainer", ...}     a whole configuration, as the config.json of a run
     {"class": "qwen3.model:Qwen3", ...}              a part of one, as the config.json that `convert` leaves
@@ -17,11 +18,12 @@ from typing import Any
 
 from core.config.configurable import Configurable, field_names, owner_of
 from core.config.console import tell
-from core.config.decode import Decoder
+from core.config.decode import Decoder, inside
 from core.config.errors import UserError, did_you_mean, joined
 from core.config.fields import alternatives, field_types, is_config, short_repr
 from core.config.json_file import read_json
 from core.config.options import plain
+from core.config.outside import module_name, names_outside, place_and_name, recipe_outside, refused
 from core.config.record import diff, from_dict
 
 Config = Configurable.Config
@@ -51,13 +53,15 @@ def load(sources: Sequence[str], configs: ModuleType, *, trust: Collection[str] 
     of a file that describes a part alone, whose folder is `{folder}`. Raises `UserError` for a source that is not there
     or does not fit, with all that is wrong in it.
     """
-    trust = [configs.__name__.partition(".")[0], *trust]
     first, *others = sources
+    trust = [configs.__name__.partition(".")[0], *trust]
     if is_folder(first, configs):
         first = str(Path(first).expanduser() / "config.json")
     config = from_file(first, configs, trust, of_part) if first.endswith(".json") else from_recipe(first, configs)
+    if names_outside(first) and not first.endswith(".json"):
+        trust = [*trust, module_name(place_and_name(first)[0]).partition(".")[0]]
     for source in others:
-        lay(source, config, trust)
+        lay(source, config, trust, first)
     return config
 
 
@@ -69,12 +73,17 @@ def is_folder(source: str, configs: ModuleType) -> bool:
 def from_recipe(source: str, configs: ModuleType) -> Config:
     """The configuration of a recipe. One with a field `recipe` is told its name."""
     known = recipes(configs)
-    if (name := plain(source)) not in known:
+    if (name := plain(source)) in known:
+        function = known[name]
+    elif names_outside(source):
+        name, function = recipe_outside(source)
+    else:
         hint = did_you_mean(name, known, n=3) or f"the recipes are {', '.join(known)}"
         raise UserError(f"no recipe {source}; {hint}")
-    config = known[name]()
+    config = function()
     if not isinstance(config, Config):
-        raise TypeError(f"{configs.__name__}.{name} gives no Config: let the name of what is no recipe start with _")
+        mistake = UserError if names_outside(source) else TypeError
+        raise mistake(f"{function.__module__}.{name} gives no Config: let the name of what is no recipe start with _")
     if "recipe" in field_names(type(config)):
         setattr(config, "recipe", name)  # noqa: B010 - not every Config has it
     return config
@@ -100,6 +109,8 @@ def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part:
     name = data.pop("recipe")
     if not isinstance(name, str):
         raise UserError(f"{source}: recipe: expected the name of one, got {short_repr(name)}")
+    if names_outside(name) and not any(inside(module_name(place_and_name(name)[0]), package) for package in trust):
+        raise UserError(f"{source}: {refused(f'the recipe {name}', place_and_name(name)[0])}")
     config = from_recipe(name, configs)
     change(source, config, data, trust)
     return config
@@ -112,8 +123,8 @@ def tell_where(source: str, config: Config) -> None:
         tell(f"{source} says dump_folder {folder}, where the run is written; to go on here add --dump_folder {here}")
 
 
-def lay(source: str, config: Config, trust: Collection[str]) -> None:
-    """Change a configuration as a file says that stands behind another source."""
+def lay(source: str, config: Config, trust: Collection[str], first: str) -> None:
+    """Change the configuration of the `first` source as a file behind it says."""
     if not source.endswith(".json"):
         raise UserError(f"--config takes one recipe, in front, and .json files behind it, got {source}")
     data = read_json(source)
@@ -124,7 +135,7 @@ def lay(source: str, config: Config, trust: Collection[str]) -> None:
         setattr(config, place_of(source, part, config), part)
         return
     below, stated = getattr(config, "recipe", None), data.pop("recipe", None)
-    if stated not in (None, below):
+    if stated not in (None, below, first):
         raise UserError(f"{source} changes the recipe {short_repr(stated)}, not {short_repr(below)}")
     change(source, config, data, trust)
 

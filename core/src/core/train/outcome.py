@@ -11,7 +11,10 @@ from typing import NamedTuple
 from core.checkpoint.find import Found
 from core.checkpoint.key_map import HFModel
 from core.checkpoint.storage import seen_from
+from core.config.decode import inside
 from core.config.errors import UserError
+from core.config.fields import walk
+from core.config.outside import NAMED
 from core.parallel.layout import Layout
 from core.runtime.device import peak_memory
 from core.runtime.launcher import World
@@ -119,14 +122,16 @@ def commands(
         return
     place = str(folder)
     if saved.storage.is_local and write:
-        yield "write text", [["python", "-m", write], ["--checkpoint", place], ["--prompt", "def main"]]
+        options = [["--checkpoint", place], ["--prompt", "def main"], *trust_options(model.config, write)]
+        yield "write text", [["python", "-m", write], *options]
     if saved.manifest.kind == "full" and train:
-        yield from goes_on(run, train, world, folder, saved.manifest.progress.step, left)
+        for purpose, words in goes_on(run, train, world, folder, saved.manifest.progress.step, left):
+            yield purpose, words + trust_options(run, train)
     exported = folder / f"hf-{saved.manifest.progress.step}"
     if saved.storage.is_local and convert and expressible(model) and not exported.exists():
         yield (
             "export to a Hugging Face folder",
-            [["python", "-m", convert, "to-hf"], [place], [str(exported)]],
+            [["python", "-m", convert, "to-hf"], [place], [str(exported)], *trust_options(model.config, convert)],
         )
 
 
@@ -151,6 +156,15 @@ def goes_on(
     if settings.load_step != -1:
         options.append(["--checkpoint.load_step", "-1"])
     yield purpose, start + options
+
+
+def trust_options(config: object, command: str) -> list[list[str]]:
+    """--trust with the modules and files that this process was told of by name, where the configuration has a class
+    that is neither core's nor of the command's own package."""
+    modules = [type(node).__module__ for _, node in walk(config)]
+    known = ("core", command.partition(".")[0])
+    foreign = any(not any(inside(module, package) for package in known) for module in modules)
+    return [["--trust", *NAMED.values()]] if foreign and NAMED else []
 
 
 def calling_package() -> str:
