@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.attention import Attention
+from core.nn.backends import SDPA, Flex
 from core.nn.init import Constant, Normal, Scale
-from core.nn.kernel import SDPA, Flex, Where
+from core.nn.kernel import Where
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.rope import RoPE
 
@@ -160,7 +161,10 @@ def test_parameters_by_hand() -> None:
         ({"head_dim": 0}, "head_dim: head_dim 0 must be at least 1"),
         ({"window": 0}, "window: window 0 must be at least 1, or None"),
         ({"window": -1}, "window: window -1 must be at least 1, or None"),
-        ({"backend": "flash"}, "backend: expected 'sdpa' or 'flex', got 'flash'"),
+        (
+            {"backend": "flexx"},
+            "backend: no attention kernel is called 'flexx'; did you mean flex\\? There is",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from core.config.errors import UserError
 from core.config.validate import validate
+from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
-from core.nn.kernel import SDPA, Mask, Where
+from core.nn.kernel import Mask, Where
 from core.nn.layers import RMSNorm
 from core.nn.module import training_flops_per_token
 from core.nn.moe import MoE

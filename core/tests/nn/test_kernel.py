@@ -8,9 +8,12 @@ from attention_by_loops import CAUSAL, PACKED, WHERES, documents, looped, number
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-import core.nn.kernel
+import core.nn.backends
 from core.config.errors import UserError
-from core.nn.kernel import KERNELS, SDPA, Flex, Keys, MaskMod, Where, visible, with_sinks
+from core.nn.attention import Attention
+from core.nn.backends import KERNELS, SDPA, Flex, check_kernels, with_sinks
+from core.nn.init import Scale
+from core.nn.kernel import Keys, MaskMod, Where, visible
 from core.runtime.device import n_gpus
 from core.testing.checkpointing import Dispatched
 
@@ -231,17 +234,20 @@ def test_both_kernels_consume_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v, _ = sides(PACKED, width=8, v_width=8, dtype=torch.float32)
     sdpa, flex = SDPA(), Flex()
     before = sdpa(q, k, v, sdpa.mask(PACKED), scale=1.0)
-    monkeypatch.setattr(core.nn.kernel, "visible", gaps)
+    monkeypatch.setattr(core.nn.backends, "visible", gaps)
     after = sdpa(q, k, v, sdpa.mask(PACKED), scale=1.0)
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(flex(q, k, v, flex.mask(PACKED), scale=1.0), after, rtol=0, atol=1e-5)
 
 
 def test_flex_cannot_train_on_a_cpu() -> None:
-    with pytest.raises(UserError, match='attention.backend "flex" cannot train on a cpu.*backend sdpa'):
-        Flex().check_trains_on(CPU)
-    Flex().check_trains_on(torch.device("cuda"))
-    SDPA().check_trains_on(CPU)
+    flex, sdpa = (Attention.Config(n_heads=4, n_kv_heads=2, head_dim=8, backend=name) for name in ("flex", "sdpa"))
+    flex, sdpa = (each.build(dim=8, norm_eps=1e-6, scale=Scale(0.02, 0.01)) for each in (flex, sdpa))
+    with pytest.raises(UserError, match='attention.backend "flex": it cannot train on a cpu: use .*backend sdpa'):
+        check_kernels([sdpa, flex], device=CPU, trains=True)
+    check_kernels([sdpa, flex], device=torch.device("cuda"), trains=True)
+    check_kernels([flex], device=CPU, cached=True)
+    check_kernels([sdpa], device=CPU, trains=True)
 
 
 @pytest.mark.gpu
@@ -269,7 +275,7 @@ def test_flex_trains_like_sdpa(window: int | None, with_sink: bool) -> None:
 def test_equal_kernels_are_one_key() -> None:
     kernels = [SDPA(), SDPA(None), SDPA(4), SDPA(4), Flex(), Flex(4), Flex(4)]
     assert len(set(kernels)) == 4 and SDPA(4) == SDPA(4) and SDPA(4) != SDPA(5) and SDPA() != Flex()
-    assert KERNELS == {"sdpa": SDPA, "flex": Flex}
+    assert KERNELS["sdpa"] is SDPA and KERNELS["flex"] is Flex
 
 
 def test_keys_are_what_is_given_until_someone_hooks_them() -> None:

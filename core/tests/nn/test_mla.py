@@ -10,8 +10,9 @@ from torch import Tensor
 
 from core.config.errors import UserError
 from core.config.validate import validate
+from core.nn.backends import SDPA, Flex
 from core.nn.init import Constant, Normal, Scale
-from core.nn.kernel import SDPA, Flex, Where
+from core.nn.kernel import Where
 from core.nn.mla import MLA
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.rope import RoPE
@@ -180,7 +181,7 @@ def test_config_chooses_the_kernel() -> None:
         ({"v_head_dim": -1}, "v_head_dim: v_head_dim -1 must be at least 1"),
         ({"qk_rope_head_dim": 5}, "qk_rope_head_dim: qk_rope_head_dim 5 must be even"),
         ({"qk_rope_head_dim": 0}, "qk_rope_head_dim: qk_rope_head_dim 0 must be at least 1"),
-        ({"backend": "math"}, "backend: expected 'sdpa' or 'flex', got 'math'"),
+        ({"backend": "math"}, "backend: no attention kernel is called 'math'. There is sdpa, flex"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> None:

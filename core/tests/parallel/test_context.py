@@ -7,7 +7,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from core.data.packing import Batch
-from core.nn.kernel import SDPA, Where
+from core.nn.backends import SDPA
+from core.nn.kernel import Where
 from core.parallel.context import HeadsForTokens, order, split_rows
 from core.testing.parity import drawn_batch
 from core.testing.ranks import run_ranks

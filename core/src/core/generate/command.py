@@ -3,12 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
+from typing import cast
 
 import torch
 
@@ -29,7 +30,8 @@ from core.generate.folder import check_tokenizer, described, existing, tokenizer
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
 from core.generate.text import Continuation
-from core.nn.decoder import Decoder
+from core.nn.backends import check_kernels
+from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.module import parameter_count
 from core.runtime.device import describe, free_memory, select_device
@@ -197,6 +199,10 @@ class Generation(Configurable):
         """The model with the weights of the checkpoint. Raises `UserError` where they do not fit it or the memory."""
         with torch.device("meta"):
             model: Decoder = self.config.model.build()
+        blocks = cast(Iterable[Block], model.layers.values())
+        ragged = len({len(ids) for ids in self.prompts}) > 1
+        asked = {"device": self.device, "dtype": self.dtype, "documents": ragged, "cached": True}
+        check_kernels((block.attention for block in blocks), **asked)
         n_bytes = sum(weight.numel() for weight in model.parameters()) * self.dtype.itemsize
         free = free_memory(self.device)
         if free is not None and n_bytes > free:

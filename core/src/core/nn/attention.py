@@ -5,20 +5,20 @@ Letters: B rows, L length, M length of the keys, D width, N query heads, K key/v
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from core.config.configurable import Configurable
+from core.nn.backends import KERNELS, backend_problems
 from core.nn.init import Normal, Scale
-from core.nn.kernel import KERNELS, Keys, Mask
+from core.nn.kernel import KernelUse, Keys, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
-from core.nn.module import Flops, Module, size_problems
+from core.nn.module import Flops, size_problems
 from core.nn.rope import Rotation
 
 
-class Attention(Module, Configurable):
+class Attention(SelfAttention, Configurable):
     """Causal self-attention whose key/value heads are each shared by a group of query heads (arXiv:2305.13245)."""
 
     AXES = {
@@ -47,8 +47,9 @@ class Attention(Module, Configurable):
         """One learned logit per head joins the softmax's denominator (arXiv:2309.17453)."""
         window: int | None = None
         """A token sees so many tokens at most, itself included; all before it when None."""
-        backend: Literal["sdpa", "flex"] = "sdpa"
-        """Attention kernel: PyTorch's scaled_dot_product_attention, or flex_attention (training needs a GPU)."""
+        backend: str = "sdpa"
+        """Attention kernel: sdpa (PyTorch's scaled_dot_product_attention), flex (flex_attention; training needs a GPU),
+        or one that a file of yours registers."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             wrong = dict(size_problems(self, "n_heads", "head_dim"))
@@ -60,6 +61,7 @@ class Attention(Module, Configurable):
                 yield "head_dim", f"head_dim {self.head_dim} must be even: rotary embedding turns pairs"
             if self.window is not None and self.window < 1:
                 yield "window", f"window {self.window} must be at least 1, or None"
+            yield from backend_problems(self.backend)
 
     def __init__(self, config: Config, *, dim: int, norm_eps: float, scale: Scale) -> None:
         super().__init__()
@@ -75,6 +77,9 @@ class Attention(Module, Configurable):
         self.start = {"sinks": Normal(scale.std)}
         self.keys = Keys()
         self.kernel = KERNELS[config.backend](config.window)
+        self.asks = KernelUse(
+            config.n_heads, config.n_kv_heads, config.head_dim, config.head_dim, sinks=self.sinks is not None
+        )
 
     def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         q_BLNH, k_BLKH, v_BLKH = (w(x_BLD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))

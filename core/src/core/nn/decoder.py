@@ -15,7 +15,7 @@ from core.config.errors import UserError
 from core.nn.attention import Attention
 from core.nn.feed_forward import FeedForward
 from core.nn.init import Scale
-from core.nn.kernel import Kernel, Mask, Where
+from core.nn.kernel import Kernel, Mask, SelfAttention, Where
 from core.nn.layers import Embedding, Head, RMSNorm
 from core.nn.mla import MLA
 from core.nn.module import Flops, Module, size_problems
@@ -46,7 +46,7 @@ class Block(Module):
         dim: int,
         *,
         norm_eps: float,
-        attention: Attention | MLA,
+        attention: SelfAttention,
         feed_forward: FeedForward | None = None,
         moe: MoE | None = None,
     ) -> None:

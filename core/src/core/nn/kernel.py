@@ -1,22 +1,22 @@
-"""Which keys a query may see, and the kernels that attend to them.
+"""Which keys a query may see, and what an attention kernel must do: its contract, for ours and those of others.
 
-Letters: B rows, L length of the queries, M length of the keys, N query heads, K key/value heads, H head width.
+Letters: B rows, L length of the queries, M length of the keys, N query heads, K key/value heads, H head width, V width
+of a value, D width of the residual stream.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from core.config.errors import UserError
+from core.nn.module import Module
+from core.nn.rope import Rotation
 
 MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 Mask = Any
-"""What an attention kernel takes for a mask: None (causal), a bool tensor (B or 1, 1, L, M), or flex's BlockMask."""
+"""What a kernel made of `Where` for itself: None, a tensor, flex's BlockMask, ..."""
 
 
 class Where(NamedTuple):
@@ -88,124 +88,88 @@ def visible(where: Where, window: int | None = None) -> MaskMod:
     return rule
 
 
-@dataclass(frozen=True)
-class SDPA:
-    """PyTorch's scaled_dot_product_attention: the reference on every device."""
+class KernelUse(NamedTuple):
+    """What a run asks of the kernel of one attention, as one rank calls it. The attention states the first part."""
 
-    window: int | None = None
+    n_heads: int
+    n_kv_heads: int
+    qk_dim: int
+    v_dim: int
+    sinks: bool = False
+    """One learned logit per head joins the softmax's denominator."""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    """Of queries, keys and values."""
+    trains: bool = False
+    """Whether backward is asked for."""
+    documents: bool = False
+    """Whether a row holds several documents, which do not see each other."""
+    cached: bool = False
+    """Whether keys of earlier calls stand in front of the new ones, so that L is less than M."""
+    reordered: bool = False
+    """Whether the tokens of a row stand in another order than 0, 1, 2, ...: those of context parallelism do."""
 
-    def check_trains_on(self, device: torch.device) -> None:
-        """It does everywhere."""
+
+class Kernel(Protocol):
+    """What computes attention: softmax(scale q k^T, over the keys that a query sees) v.
+
+    A kernel is a class in one file, anywhere: `core.nn.backends.register_kernel` names it, the setting
+    `attention.backend` takes the name, and `window` is all that it is built from. Kernels that are equal share a mask,
+    so equality and hash compare what a mask depends on; a frozen dataclass has both.
+
+    * Who sees whom is one rule, `visible(where, window)`: causal, within the document, at most `window` tokens back.
+      A kernel may read it, or `where` itself; `mask` is called once per forward and not in backward.
+    * N is a multiple of K: query head n reads key/value head n // (N / K). Tensor parallelism, and context parallelism
+      by `alltoall`, call with some of the heads; the N sinks are those of the heads.
+    * Generating, and context parallelism by `allgather`, call with more keys than tokens, M > L: `where` says where in
+      the row the tokens (`index_BL`) and the keys (`key_index_BM`) stand. Under context parallelism neither is sorted.
+    * Autograd finds the backward; checkpointing may call forward twice, which must compute the same. A kernel that is
+      one operation of its own is saved by selective checkpointing if `core.activation_checkpoint.ops.save_output` or
+      the setting `save_ops` names it.
+    * What it cannot do of all this, `problem` says in words, and no run that asks for it starts. The plan of a run
+      computes with `sdpa` in place of a kernel that does not train on a CPU.
+    """
+
+    @property
+    def window(self) -> int | None: ...
+
+    def __init__(self, window: int | None = None) -> None: ...
+
+    def problem(self, use: KernelUse) -> str | None:
+        """Why it cannot do what is asked, such as "it has no backward on a cpu"; None if it can."""
+        ...
 
     def mask(self, where: Where) -> Mask:
-        """None where the causal flag of the kernel says it all, else the rule on the grid of rows, queries and keys."""
-        n_rows, n_queries, n_keys = where.grid
-        if where.is_plain and (self.window is None or self.window >= n_queries):
-            return None
-        row, query, key = (torch.arange(n, device=where.position_BL.device) for n in (n_rows, n_queries, n_keys))
-        rule = visible(where, self.window)
-        return rule(row[:, None, None], None, query[None, :, None], key[None, None, :])[:, None]
+        """What calls with tokens and keys at `where` need to know of who sees whom."""
+        ...
 
     def __call__(
         self,
         q_BNLH: Tensor,
         k_BKMH: Tensor,
-        v_BKMH: Tensor,
+        v_BKMV: Tensor,
         mask: Mask,
         *,
         scale: float,
         sinks_N: Tensor | None = None,
     ) -> Tensor:
-        assert mask is not None or q_BNLH.shape[2] == k_BKMH.shape[2], "no mask, and the keys are not the tokens"
-        v_dim = v_BKMH.shape[-1]
-        if sinks_N is not None:
-            q_BNLH, k_BKMH, v_BKMH, mask = with_sinks(q_BNLH, k_BKMH, v_BKMH, mask, sinks_N / scale)
-        if q_BNLH.is_cpu and v_BKMH.shape[-1] < q_BNLH.shape[-1]:  # the fused kernel of a CPU wants one width
-            v_BKMH = F.pad(v_BKMH, (0, q_BNLH.shape[-1] - v_BKMH.shape[-1]))
-        grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
-        o_BNLH = F.scaled_dot_product_attention(
-            q_BNLH, k_BKMH, v_BKMH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scale
-        )
-        return o_BNLH[..., :v_dim]
+        """The result (B, N, L, V), in the type of the queries (B, N, L, H); keys are (B, K, M, H), values (B, K, M, V).
+
+        The three are views with any strides. A sink of head n adds exp(sinks_N[n]) to the denominator.
+        """
+        ...
 
 
-def with_sinks(
-    q_BNLH: Tensor, k_BKMH: Tensor, v_BKMH: Tensor, mask: Mask, logit_N: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Mask]:
-    """Queries, keys, values and mask with one key more, whose product with a query of head n is `logit_N[n]`.
+class SelfAttention(Module, ABC):
+    """What a block needs of its attention."""
 
-    Every query sees it and takes nothing from it, so that the softmax's denominator has one learned term more, and
-    fused kernels compute it:
+    kernel: Kernel
+    asks: KernelUse
+    """What it asks of its kernel, whatever the run."""
 
-        q' = [q, logit, 0...]    k' = [k, 0, 0...], and last [0, 1, 0...]    v' = [v, 0...], and last 0
-
-    The width grows by eight because kernels want rows of whole 16 bytes.
-    """
-    n_queries, n_keys = q_BNLH.shape[2], k_BKMH.shape[2]
-    extra_BNL8 = F.pad(logit_N.to(q_BNLH.dtype).view(1, -1, 1, 1), (0, 7)).expand(*q_BNLH.shape[:3], 8)
-    k_BKMH, v_BKMH = F.pad(k_BKMH, (0, 8, 0, 1)), F.pad(v_BKMH, (0, 8, 0, 1))
-    sink_M8 = torch.zeros(n_keys + 1, 8, dtype=k_BKMH.dtype, device=k_BKMH.device)
-    sink_M8[-1, 0] = 1.0
-    k_BKMH = k_BKMH + F.pad(sink_M8, (k_BKMH.shape[-1] - 8, 0))
-    if mask is None:
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BNLH.device).tril()[None, None]
-    return torch.cat((q_BNLH, extra_BNL8), -1), k_BKMH, v_BKMH, F.pad(mask, (0, 1), value=True)
-
-
-@dataclass(frozen=True)
-class Flex:
-    """PyTorch's flex_attention: skips masked blocks; compiled on an accelerator, no backward on a CPU.
-
-    Inside a compiled block the block's compiler sees the plain function.
-    """
-
-    window: int | None = None
-
-    def check_trains_on(self, device: torch.device) -> None:
-        """Raise `UserError` on a CPU, where PyTorch 2.13 has no backward for it."""
-        if device.type == "cpu":
-            raise UserError('attention.backend "flex" cannot train on a cpu: use --model.attention.backend sdpa')
-
-    def mask(self, where: Where) -> Mask:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        n_rows, n_queries, n_keys = where.grid
-        rows = None if n_rows == 1 else n_rows
-        rule = visible(where, self.window)
-        return create_block_mask(rule, rows, None, n_queries, n_keys, device=where.position_BL.device)
-
-    def __call__(
-        self,
-        q_BNLH: Tensor,
-        k_BKMH: Tensor,
-        v_BKMH: Tensor,
-        mask: Mask,
-        *,
-        scale: float,
-        sinks_N: Tensor | None = None,
-    ) -> Tensor:
-        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
-        plain = q_BNLH.device.type == "cpu" or torch.compiler.is_compiling()
-        attend = flex_attention if plain else _compiled(flex_attention)
-        grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
-        if sinks_N is None:
-            return attend(q_BNLH, k_BKMH, v_BKMH, block_mask=mask, enable_gqa=grouped, scale=scale)
-        o_BNLH, aux = attend(
-            q_BNLH, k_BKMH, v_BKMH, block_mask=mask, enable_gqa=grouped, scale=scale, return_aux=AuxRequest(lse=True)
-        )
-        assert aux.lse is not None
-        # One term e^sink more in the denominator: o e^lse / (e^lse + e^sink).
-        return o_BNLH * torch.sigmoid(aux.lse - sinks_N[:, None]).unsqueeze(-1).to(o_BNLH.dtype)
-
-
-@cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function)
-
-
-Kernel = SDPA | Flex
-KERNELS: dict[str, type[Kernel]] = {"sdpa": SDPA, "flex": Flex}
+    @abstractmethod
+    def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
+        """What it adds to the residual stream (B, L, D); `mask` is the kernel's."""
 
 
 class Keys(torch.nn.Module):

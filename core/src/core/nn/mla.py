@@ -6,23 +6,23 @@ and values' latent, P rotated width of a head, S other width of a head, V width 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from core.config.configurable import Configurable
+from core.nn.backends import KERNELS, backend_problems
 from core.nn.init import Scale
-from core.nn.kernel import KERNELS, Keys, Mask
+from core.nn.kernel import KernelUse, Keys, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
-from core.nn.module import Flops, Module, size_problems
+from core.nn.module import Flops, size_problems
 from core.nn.rope import Rotation
 
 LATENT_NORM_EPS = 1e-6
 """Added to the mean square in the norms of the latents, whatever the model's other norms add (as published)."""
 
 
-class MLA(Module, Configurable):
+class MLA(SelfAttention, Configurable):
     """Causal self-attention whose keys and values are drawn from one narrow latent per token (arXiv:2405.04434, 2.1).
 
     Position enters through a separate part of each head, which all heads share on the key side:
@@ -55,8 +55,9 @@ class MLA(Module, Configurable):
         """Width of the rotated part."""
         v_head_dim: int
         """Width of a value."""
-        backend: Literal["sdpa", "flex"] = "sdpa"
-        """Attention kernel: PyTorch's scaled_dot_product_attention, or flex_attention (training needs a GPU)."""
+        backend: str = "sdpa"
+        """Attention kernel: sdpa (PyTorch's scaled_dot_product_attention), flex (flex_attention; training needs a GPU),
+        or one that a file of yours registers."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             ranks = ("q_lora_rank", "kv_lora_rank")
@@ -67,6 +68,7 @@ class MLA(Module, Configurable):
                     "qk_rope_head_dim",
                     f"qk_rope_head_dim {self.qk_rope_head_dim} must be even: rotary embedding turns pairs",
                 )
+            yield from backend_problems(self.backend)
 
         @property
         def qk_head_dim(self) -> int:
@@ -91,6 +93,7 @@ class MLA(Module, Configurable):
         self.softmax_scale = c.qk_head_dim**-0.5 * temperature**2
         self.keys = Keys()
         self.kernel = KERNELS[c.backend]()
+        self.asks = KernelUse(c.n_heads, c.n_heads, c.qk_head_dim, c.v_head_dim)
 
     def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         c = self.config

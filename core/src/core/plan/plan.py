@@ -8,9 +8,9 @@ import torch
 
 from core.activation_checkpoint.survey import ranges
 from core.config.errors import UserError, check_all
+from core.nn.backends import name_of, trains_on_cpu
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
-from core.nn.kernel import Flex
 from core.nn.module import parameter_count, training_flops_per_token
 from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
 from core.plan.fake_step import rehearse
@@ -191,8 +191,10 @@ def notes(run: Run, model: Decoder, device: torch.device) -> Iterator[str]:
         yield "torch.compile is not rehearsed: it keeps less and computes the same"
     if run.activation_checkpoint.mode == "memory_budget":
         yield "memory_budget is torch.compile's choice: planned is mode none, of which it keeps a part"
-    if any(isinstance(block.attention.kernel, Flex) for block in blocks(model).values()):
-        yield "flex attention is planned as sdpa, with a dense mask"
+    dtype = run.training.compute_dtype(device)
+    attentions = [block.attention for block in blocks(model).values()]
+    for name in sorted({name_of(each.kernel) for each in attentions if not trains_on_cpu(each, dtype)}):
+        yield f"{name} attention is planned as sdpa, with a dense mask"
     if routers(model):
         yield "experts get equally many rows"
     if run.parallelism.expert_parallel_comm_backend != "standard":

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
+from core.nn.backends import SDPA, trains_on_cpu
 from core.nn.decoder import Block, Decoder
 from core.nn.dispatch import Dispatcher
-from core.nn.kernel import SDPA, Flex
 from core.optim.optimizer import Optimizer, own
 from core.parallel.layout import Layout
 from core.step.assemble import cut
@@ -59,7 +59,7 @@ def excerpts(
     found = {}
     for number, model in cut(config, layout):
         for block in blocks(model).values():
-            if isinstance(block.attention.kernel, Flex):  # has no backward on a CPU
+            if not trains_on_cpu(block.attention, compute_dtype):
                 block.attention.kernel = SDPA(block.attention.kernel.window)
         like = {i: i for i in blocks(model)} if piped else alike(model, checkpointing)
         for i in set(like) - set(like.values()):

@@ -13,6 +13,7 @@ from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem, walk
 from core.config.validate import problems_of, validate
 from core.nn.attention import Attention
+from core.nn.backends import check_kernels
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
@@ -101,11 +102,7 @@ def training_problems(training: Training, parallelism: Parallelism, degrees: Deg
 
 def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Degrees) -> Iterator[Problem]:
     """What keeps a model from being cut this way."""
-    heads = degrees.tensor
-    by_heads = f"tensor_parallel_degree {degrees.tensor}"
-    if degrees.context > 1 and parallelism.context_parallel_rotate_method == "alltoall":
-        heads *= degrees.context
-        by_heads += f" x context_parallel_degree {degrees.context} (rotate method alltoall)"
+    heads, by_heads = share_of_heads(parallelism)
     for path, config in walk(model, "model"):
         if isinstance(config, Attention.Config | MLA.Config):
             names = ["n_heads"] if isinstance(config, MLA.Config) else ["n_heads", "n_kv_heads"]
@@ -145,6 +142,15 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
             "multi-token prediction with a pipeline or context parallelism is not supported: set n_mtp_layers 0, or "
             "pipeline_parallel_degree and context_parallel_degree 1",
         )
+
+
+def share_of_heads(parallelism: Parallelism) -> tuple[int, str]:
+    """How many ranks share the heads of a token, and the settings that say so."""
+    tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    words = f"tensor_parallel_degree {tensor}"
+    if context == 1 or parallelism.context_parallel_rotate_method != "alltoall":
+        return tensor, words
+    return tensor * context, f"{words} x context_parallel_degree {context} (rotate method alltoall)"
 
 
 def empty_piece_problem(path: str, size: int, n_ranks: int) -> Iterator[Problem]:
@@ -203,9 +209,8 @@ def expert_parts(model: Decoder.Config) -> list[MoE.Config]:
 
 def check_model(model: Decoder, run: Run, device: torch.device) -> None:
     """Raise one `UserError` with everything that keeps a model, on the meta device still, from being trained so."""
-    kernels = [block.attention.kernel for block in cast(Iterable[Block], model.layers.values())]
     check_all(
-        *(partial(kernel.check_trains_on, device) for kernel in kernels),
+        partial(check_attention, model, run, device),
         partial(check_overlap, run.parallelism, device),
         partial(check_pinned, run.checkpoint, device),
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
@@ -213,6 +218,20 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_parts, run.activation_checkpoint, model),
         partial(check_no_decay, run.optimizer, (name for name, _ in model.named_parameters())),
         model.to_hf_config if run.checkpoint.last_save_in_hf else lambda: None,
+    )
+
+
+def check_attention(model: Decoder, run: Run, device: torch.device) -> None:
+    """Raise `UserError` for an attention kernel that cannot do what a run asks of it."""
+    parallelism = run.parallelism
+    check_kernels(
+        (block.attention for block in cast(Iterable[Block], model.layers.values())),
+        n_shares=share_of_heads(parallelism)[0],
+        device=device,
+        dtype=run.training.compute_dtype(device),
+        trains=True,
+        documents=run.training.mask == "document",
+        reordered=parallelism.context_parallel_degree > 1,
     )
 
 

@@ -1,0 +1,186 @@
+"""The attention kernels by their names, which `attention.backend` takes: sdpa, flex, and those of others.
+
+Letters: B rows, L length of the queries, M length of the keys, N query heads, K key/value heads, H head width, V width
+of a value.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.config.errors import UserError, did_you_mean
+from core.nn.kernel import Kernel, KernelUse, Mask, SelfAttention, Where, visible
+
+KernelClass = TypeVar("KernelClass", bound=type[Kernel])
+KERNELS: dict[str, type[Kernel]] = {}
+"""Every kernel that this process has, by its name."""
+
+
+def register_kernel(name: str) -> Callable[[KernelClass], KernelClass]:
+    """A decorator that lets `attention.backend` take the name of a kernel. Raises `ValueError` for a name that another
+    kernel has."""
+
+    def register(kernel: KernelClass) -> KernelClass:
+        other = KERNELS.setdefault(name, kernel)
+        if (other.__module__, other.__qualname__) != (kernel.__module__, kernel.__qualname__):
+            raise ValueError(f"two attention kernels are called {name}: {other.__module__} has one")
+        KERNELS[name] = kernel
+        return kernel
+
+    return register
+
+
+def name_of(kernel: Kernel) -> str:
+    """The name that a kernel is chosen by."""
+    return next(name for name, known in KERNELS.items() if known is type(kernel))
+
+
+def check_kernels(attentions: Iterable[SelfAttention], *, n_shares: int = 1, **asked: Any) -> None:
+    """Raise `UserError` for a kernel that cannot do what its attention and the run (`asked`, fields of `KernelUse`) ask
+    of it; each rank calls it with one of `n_shares` shares of the heads."""
+    for attention in attentions:
+        use = attention.asks._replace(**asked)
+        use = use._replace(n_heads=use.n_heads // n_shares, n_kv_heads=use.n_kv_heads // n_shares)
+        if problem := attention.kernel.problem(use):
+            name = name_of(attention.kernel)
+            raise UserError(f'attention.backend "{name}": {problem}: use --model.attention.backend sdpa')
+
+
+def trains_on_cpu(attention: SelfAttention, dtype: torch.dtype) -> bool:
+    """Whether the kernel of an attention trains on a CPU in `dtype`, as the plan of a run computes."""
+    use = attention.asks._replace(device=torch.device("cpu"), dtype=dtype, trains=True)
+    return attention.kernel.problem(use) is None
+
+
+def backend_problems(name: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with the setting `backend` of an attention."""
+    if name not in KERNELS:
+        hint = did_you_mean(name, KERNELS)
+        yield (
+            "backend",
+            f"no attention kernel is called {name!r}{f'; {hint}' if hint else '.'} There is {', '.join(KERNELS)}; one "
+            "of your own is known once its file is imported, as by the module of the recipe",
+        )
+
+
+@register_kernel("sdpa")
+@dataclass(frozen=True)
+class SDPA:
+    """PyTorch's scaled_dot_product_attention: the reference on every device."""
+
+    window: int | None = None
+
+    def problem(self, use: KernelUse) -> str | None:
+        """It can do everything."""
+        return None
+
+    def mask(self, where: Where) -> Mask:
+        """None where the causal flag of the kernel says it all, else the rule on the grid of rows, queries and keys."""
+        n_rows, n_queries, n_keys = where.grid
+        if where.is_plain and (self.window is None or self.window >= n_queries):
+            return None
+        row, query, key = (torch.arange(n, device=where.position_BL.device) for n in (n_rows, n_queries, n_keys))
+        rule = visible(where, self.window)
+        return rule(row[:, None, None], None, query[None, :, None], key[None, None, :])[:, None]
+
+    def __call__(
+        self,
+        q_BNLH: Tensor,
+        k_BKMH: Tensor,
+        v_BKMV: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        assert mask is not None or q_BNLH.shape[2] == k_BKMH.shape[2], "no mask, and the keys are not the tokens"
+        v_dim = v_BKMV.shape[-1]
+        if sinks_N is not None:
+            q_BNLH, k_BKMH, v_BKMV, mask = with_sinks(q_BNLH, k_BKMH, v_BKMV, mask, sinks_N / scale)
+        if q_BNLH.is_cpu and v_BKMV.shape[-1] < q_BNLH.shape[-1]:  # the fused kernel of a CPU wants one width
+            v_BKMV = F.pad(v_BKMV, (0, q_BNLH.shape[-1] - v_BKMV.shape[-1]))
+        grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
+        o_BNLH = F.scaled_dot_product_attention(
+            q_BNLH, k_BKMH, v_BKMV, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scale
+        )
+        return o_BNLH[..., :v_dim]
+
+
+def with_sinks(
+    q_BNLH: Tensor, k_BKMH: Tensor, v_BKMV: Tensor, mask: Mask, logit_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Mask]:
+    """Queries, keys, values and mask with one key more, whose product with a query of head n is `logit_N[n]`.
+
+    Every query sees it and takes nothing from it, so that the softmax's denominator has one learned term more, and
+    fused kernels compute it:
+
+        q' = [q, logit, 0...]    k' = [k, 0, 0...], and last [0, 1, 0...]    v' = [v, 0...], and last 0
+
+    The width grows by eight because kernels want rows of whole 16 bytes.
+    """
+    n_queries, n_keys = q_BNLH.shape[2], k_BKMH.shape[2]
+    extra_BNL8 = F.pad(logit_N.to(q_BNLH.dtype).view(1, -1, 1, 1), (0, 7)).expand(*q_BNLH.shape[:3], 8)
+    k_BKMH, v_BKMV = F.pad(k_BKMH, (0, 8, 0, 1)), F.pad(v_BKMV, (0, 8, 0, 1))
+    sink_M8 = torch.zeros(n_keys + 1, 8, dtype=k_BKMH.dtype, device=k_BKMH.device)
+    sink_M8[-1, 0] = 1.0
+    k_BKMH = k_BKMH + F.pad(sink_M8, (k_BKMH.shape[-1] - 8, 0))
+    if mask is None:
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BNLH.device).tril()[None, None]
+    return torch.cat((q_BNLH, extra_BNL8), -1), k_BKMH, v_BKMV, F.pad(mask, (0, 1), value=True)
+
+
+@register_kernel("flex")
+@dataclass(frozen=True)
+class Flex:
+    """PyTorch's flex_attention: skips masked blocks; compiled on an accelerator, no backward on a CPU.
+
+    Inside a compiled block the block's compiler sees the plain function.
+    """
+
+    window: int | None = None
+
+    def problem(self, use: KernelUse) -> str | None:
+        """It has no backward on a CPU in PyTorch 2.11 to 2.15."""
+        return "it cannot train on a cpu" if use.trains and use.device.type == "cpu" else None
+
+    def mask(self, where: Where) -> Mask:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        n_rows, n_queries, n_keys = where.grid
+        rows = None if n_rows == 1 else n_rows
+        rule = visible(where, self.window)
+        return create_block_mask(rule, rows, None, n_queries, n_keys, device=where.position_BL.device)
+
+    def __call__(
+        self,
+        q_BNLH: Tensor,
+        k_BKMH: Tensor,
+        v_BKMV: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+        plain = q_BNLH.device.type == "cpu" or torch.compiler.is_compiling()
+        attend = flex_attention if plain else _compiled(flex_attention)
+        grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
+        if sinks_N is None:
+            return attend(q_BNLH, k_BKMH, v_BKMV, block_mask=mask, enable_gqa=grouped, scale=scale)
+        o_BNLH, aux = attend(
+            q_BNLH, k_BKMH, v_BKMV, block_mask=mask, enable_gqa=grouped, scale=scale, return_aux=AuxRequest(lse=True)
+        )
+        assert aux.lse is not None
+        # One term e^sink more in the denominator: o e^lse / (e^lse + e^sink).
+        return o_BNLH * torch.sigmoid(aux.lse - sinks_N[:, None]).unsqueeze(-1).to(o_BNLH.dtype)
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)
