@@ -21,8 +21,8 @@ from core.comm.deepep import DeepEP
 from core.comm.hybridep import HybridEP
 from core.comm.transport import bind
 from core.nn.dispatch import Dispatcher
-from core.nn.init import Scale
 from core.nn.moe import Experts
+from core.nn.start import Scale
 from core.testing.ranks import run_ranks
 
 F = 6

@@ -36,7 +36,10 @@ class Tiny(Decoder):
     def block(self, i: int) -> Block:
         c = self.config
         live = {"temperature": self.rope.temperature} if isinstance(c.attention, MLA.Config) else {}
-        return self.make_block(c.every_second if i % 2 and c.every_second else c.attention, c.network, **live)
+        attention = c.every_second if i % 2 and c.every_second else c.attention
+        if isinstance(c.network, MoE.Config):
+            return self.make_block(attention, moe=c.network, **live)
+        return self.make_block(attention, feed_forward=c.network, **live)
 
     def rope_dim(self) -> int:
         attention = self.config.attention

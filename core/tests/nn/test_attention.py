@@ -13,10 +13,10 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.attention import Attention
 from core.nn.backends import SDPA, Flex
-from core.nn.init import Constant, Normal, Scale
 from core.nn.kernel import Where
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.rope import RoPE
+from core.nn.start import Constant, Normal, Scale
 
 ROPE = RoPE.Config(theta=100.0)
 

@@ -15,9 +15,9 @@ from core.nn.balance import (
     start_step,
     update_selection_bias,
 )
-from core.nn.init import Scale
 from core.nn.module import Module
 from core.nn.moe import Router
+from core.nn.start import Scale
 from core.testing.toy import Toy, ToyMoE, on_cpu
 
 

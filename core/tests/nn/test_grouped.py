@@ -19,8 +19,8 @@ from core.activation_checkpoint.ops import saved_ops
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
 from core.nn import grouped
 from core.nn.grouped import GROUPED_MM, GROUPED_MM_WEIGHT, GroupedLinear, grouped_mm
-from core.nn.init import Constant, Normal
 from core.nn.module import Module, weights
+from core.nn.start import Constant, Normal
 from core.runtime.device import n_gpus
 from core.testing.checkpointing import Dispatched
 

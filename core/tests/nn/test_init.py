@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from core.nn.decoder import Decoder
-from core.nn.init import Constant, Normal, Piece, Scale, Start, init_weights, materialise
+from core.nn.init import Piece, init_weights, materialise
 from core.nn.module import Module, weights
+from core.nn.start import Constant, Normal, Scale, Start
 from core.testing.toy import Toy, on_cpu, on_meta
 
 

@@ -12,8 +12,8 @@ import core.nn.backends
 from core.config.errors import UserError
 from core.nn.attention import Attention
 from core.nn.backends import KERNELS, SDPA, Flex, check_kernels, with_sinks
-from core.nn.init import Scale
 from core.nn.kernel import Keys, MaskMod, Where, visible
+from core.nn.start import Scale
 from core.runtime.device import n_gpus
 from core.testing.checkpointing import Dispatched
 

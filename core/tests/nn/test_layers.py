@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.feed_forward import FeedForward
-from core.nn.init import Normal, Scale
 from core.nn.layers import Embedding, Head, Linear, RMSNorm
 from core.nn.module import Flops
+from core.nn.start import Normal, Scale
 
 
 def test_linear() -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.backends import SDPA, Flex
-from core.nn.init import Constant, Normal, Scale
 from core.nn.kernel import Where
 from core.nn.mla import MLA
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.rope import RoPE
+from core.nn.start import Constant, Normal, Scale
 
 DIM, N, Q, C, S, P, V = 10, 3, 7, 5, 4, 6, 8  # width, heads, both latents, plain, turned and value width of a head
 ROPE = RoPE.Config(theta=100.0, layout="interleaved")

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.nn.init import Constant, Normal
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, Module, Weight, parameter_count, training_flops_per_token, weights
+from core.nn.start import Constant, Normal
 from core.testing.toy import Toy, on_cpu, on_meta
 
 

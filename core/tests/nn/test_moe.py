@@ -15,9 +15,9 @@ from core.config.validate import validate
 from core.nn.balance import start_step
 from core.nn.dispatch import Local, Rows
 from core.nn.feed_forward import FeedForward
-from core.nn.init import Constant, Normal, Scale
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.moe import Experts, MoE, Router
+from core.nn.start import Constant, Normal, Scale
 from core.testing.checkpointing import checkpoint_blocks, gradients
 from core.testing.oracles import cross_entropy
 from core.testing.toy import ToyMoE, on_cpu, randomise

@@ -2,9 +2,9 @@
 
 import torch
 
-from core.nn.init import Constant, Normal
 from core.nn.module import Flops, training_flops_per_token, weights
 from core.nn.mtp import Merge
+from core.nn.start import Constant, Normal
 
 
 def test_the_next_token_comes_first() -> None:

@@ -6,8 +6,8 @@ from layout_cases import attention, dense, sparse
 from torch import nn
 
 from core.nn.decoder import Block, Decoder
-from core.nn.init import Normal
 from core.nn.module import Module, weights
+from core.nn.start import Normal
 from core.parallel.rules import RULES, check_axes, cut, named_weights
 from core.testing.toy import Toy, on_meta
 

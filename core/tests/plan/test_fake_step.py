@@ -44,7 +44,11 @@ class Mixed(ToyMoE):
 
     def block(self, i: int) -> Block:
         c = self.config
-        block = self.make_block(c.attention, c.feed_forward if i < c.n_dense else c.moe)
+        block = self.make_block(
+            c.attention,
+            feed_forward=c.feed_forward if i < c.n_dense else None,
+            moe=c.moe if i >= c.n_dense else None,
+        )
         block.attention.kernel = type(block.attention.kernel)(None if i % 3 else 4)
         return block
 
@@ -169,7 +173,7 @@ def test_repeats_that_would_get_other_neighbours_are_all_kept():
             pass
 
         def block(self, i: int) -> Block:
-            block = self.make_block(self.config.attention, self.config.feed_forward)
+            block = self.make_block(self.config.attention, feed_forward=self.config.feed_forward)
             block.attention.kernel = type(block.attention.kernel)(3 if i in (3, 11) else None)
             return block
 

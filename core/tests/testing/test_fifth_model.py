@@ -79,7 +79,7 @@ class Mixtral(Decoder):
     config: Config
 
     def block(self, i: int) -> Block:
-        return self.make_block(self.config.attention, self.config.moe)
+        return self.make_block(self.config.attention, moe=self.config.moe)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from core.config.configurable import Configurable
 from core.nn.backends import KERNELS, backend_problems
-from core.nn.init import Normal, Scale
 from core.nn.kernel import KernelUse, Keys, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, size_problems
 from core.nn.rope import Rotation
+from core.nn.start import Normal, Scale
 
 
 class Attention(SelfAttention, Configurable):

@@ -12,16 +12,12 @@ from torch import Tensor, nn
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.nn.attention import Attention
-from core.nn.feed_forward import FeedForward
-from core.nn.init import Scale
 from core.nn.kernel import Kernel, Mask, SelfAttention, Where
 from core.nn.layers import Embedding, Head, RMSNorm
-from core.nn.mla import MLA
 from core.nn.module import Flops, Module, size_problems
-from core.nn.moe import MoE
 from core.nn.mtp import Merge, Predictions
 from core.nn.rope import RoPE, Rotation
+from core.nn.start import Scale
 
 Reader = Callable[[Tensor, Head, int], Tensor]
 """Makes something of the normalised residual stream (B, L, D), the head, and how many tokens further than the next one
@@ -36,7 +32,7 @@ def logits(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
 class Block(Module):
     """One pre-norm residual block: x + attention(norm(x)), then x + network(norm(x)).
 
-    The network is dense (`feed_forward`) or sparse (`moe`).
+    The network is dense (`feed_forward`) or sparse (`moe`): any module that takes and returns (B, L, D).
     """
 
     AXES = {"attention_norm": ("embed",), "ffn_norm": ("embed",)}
@@ -47,8 +43,8 @@ class Block(Module):
         *,
         norm_eps: float,
         attention: SelfAttention,
-        feed_forward: FeedForward | None = None,
-        moe: MoE | None = None,
+        feed_forward: Module | None = None,
+        moe: Module | None = None,
     ) -> None:
         super().__init__()
         assert (feed_forward is None) != (moe is None), "a block has one network"
@@ -139,17 +135,21 @@ class Decoder(Module, Configurable, ABC):
         """Block number `i`, counted from 0; those for multi-token prediction come last."""
 
     def make_block(
-        self, attention: Attention.Config | MLA.Config, network: FeedForward.Config | MoE.Config, **live: float
+        self,
+        attention: Configurable.Config,
+        *,
+        feed_forward: Configurable.Config | None = None,
+        moe: Configurable.Config | None = None,
+        **live: float,
     ) -> Block:
         """A block of these parts in the width and at the scale of this model; `live` goes to the attention."""
         c = self.config
-        built = network.build(dim=c.dim, scale=self.scale)
         return Block(
             c.dim,
             norm_eps=c.norm_eps,
             attention=attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale, **live),
-            feed_forward=None if isinstance(built, MoE) else built,
-            moe=built if isinstance(built, MoE) else None,
+            feed_forward=None if feed_forward is None else feed_forward.build(dim=c.dim, scale=self.scale),
+            moe=None if moe is None else moe.build(dim=c.dim, scale=self.scale),
         )
 
     @abstractmethod

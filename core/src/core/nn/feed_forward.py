@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config.configurable import Configurable
-from core.nn.init import Scale
 from core.nn.layers import Linear
 from core.nn.module import Module, size_problems
+from core.nn.start import Scale
 
 
 class FeedForward(Module, Configurable):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from core.activation_checkpoint.ops import save_output
-from core.nn.init import Constant, Normal
 from core.nn.module import Module
+from core.nn.start import Constant, Normal
 
 LIBRARY = torch.library.Library("armature", "FRAGMENT")  # custom_op would import torch._dynamo at its first call
 LIBRARY.define("grouped_mm(Tensor x, Tensor weight, Tensor counts) -> Tensor")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.nn.init import Constant, Normal
 from core.nn.module import Flops, Module
+from core.nn.start import Constant, Normal
 
 
 class Linear(Module):

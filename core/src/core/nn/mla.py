@@ -12,11 +12,11 @@ from torch import Tensor
 
 from core.config.configurable import Configurable
 from core.nn.backends import KERNELS, backend_problems
-from core.nn.init import Scale
 from core.nn.kernel import KernelUse, Keys, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, size_problems
 from core.nn.rope import Rotation
+from core.nn.start import Scale
 
 LATENT_NORM_EPS = 1e-6
 """Added to the mean square in the norms of the latents, whatever the model's other norms add (as published)."""

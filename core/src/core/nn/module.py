@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 
 from core.config.configurable import Configurable, range_problems
-from core.nn.init import Start
+from core.nn.start import Start
 
 LARGEST = {
     "dim": 2**20,

@@ -17,8 +17,8 @@ from core.config.configurable import Configurable
 from core.nn.dispatch import Dispatcher, Local, count
 from core.nn.feed_forward import FeedForward
 from core.nn.grouped import GroupedLinear, to_autocast
-from core.nn.init import Constant, Normal, Scale
 from core.nn.module import Flops, Module, size_problems
+from core.nn.start import Constant, Normal, Scale
 
 
 class Gate(Module):

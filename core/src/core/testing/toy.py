@@ -68,7 +68,7 @@ class Toy(Decoder):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
 
     def block(self, i: int) -> Block:
-        return self.make_block(self.config.attention, self.config.feed_forward)
+        return self.make_block(self.config.attention, feed_forward=self.config.feed_forward)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
@@ -105,7 +105,9 @@ class ToyMoE(Decoder):
 
     def block(self, i: int) -> Block:
         c = self.config
-        return self.make_block(c.attention, c.feed_forward if i == 0 else c.moe)
+        if i == 0:
+            return self.make_block(c.attention, feed_forward=c.feed_forward)
+        return self.make_block(c.attention, moe=c.moe)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim

@@ -55,8 +55,13 @@ class DeepSeekV3(Decoder):
 
     def block(self, i: int) -> Block:
         c = self.config
-        network = c.feed_forward if i < c.n_dense_layers else c.moe
-        return self.make_block(c.attention, network, temperature=self.rope.temperature)
+        dense = i < c.n_dense_layers
+        return self.make_block(
+            c.attention,
+            feed_forward=c.feed_forward if dense else None,
+            moe=None if dense else c.moe,
+            temperature=self.rope.temperature,
+        )
 
     def rope_dim(self) -> int:
         return self.config.attention.qk_rope_head_dim

@@ -28,7 +28,7 @@ class GptOss(Decoder):
 
     def block(self, i: int) -> Block:
         c = self.config
-        return self.make_block(replace(c.attention, window=None) if i % 2 else c.attention, c.moe)
+        return self.make_block(replace(c.attention, window=None) if i % 2 else c.attention, moe=c.moe)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim

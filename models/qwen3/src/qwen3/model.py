@@ -28,7 +28,7 @@ class Qwen3(Decoder):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
 
     def block(self, i: int) -> Block:
-        return self.make_block(self.config.attention, self.config.feed_forward)
+        return self.make_block(self.config.attention, feed_forward=self.config.feed_forward)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
@@ -64,7 +64,7 @@ class Qwen3MoE(Decoder):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Decoder
 
     def block(self, i: int) -> Block:
-        return self.make_block(self.config.attention, self.config.moe)
+        return self.make_block(self.config.attention, moe=self.config.moe)
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
