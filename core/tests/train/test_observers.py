@@ -168,7 +168,7 @@ def test_the_settings_are_data(tmp_path: Path) -> None:
 
 
 def test_an_abstract_class_is_no_observer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^observers\.0: Observer is abstract: choose a class that derives from it$"):
+    with pytest.raises(UserError, match=r"^observers\.0: Observer is abstract: choose a class that derives from it, "):
         observed(tmp_path, Observer.Config()).build()
 
 

@@ -28,6 +28,7 @@ from core.config.help import (
     show,
     usage,
 )
+from core.config.older import apply_older
 from core.config.options import Option, options, plain
 from core.config.recipe import load, module_of, recipes
 from core.config.record import to_json
@@ -216,6 +217,7 @@ def own_flags(flags: Sequence[Flag], known: Mapping[str, OwnOption]) -> tuple[Ow
 
 def override(config: Config, flags: Sequence[Flag]) -> None:
     """Set the fields of the tree that the options name. Raises one `UserError` for all that cannot be set."""
+    flags = apply_older(config, flags)
     known = {plain(option.path): option for path, node in walk(config) for option in options(node, path)}
     problems = []
     for flag, words in flags:

@@ -48,6 +48,16 @@ class Configurable:
             """
             yield from ()
 
+        @classmethod
+        def upgrade(cls, data: dict[str, Any], now: "Configurable.Config | None" = None) -> dict[str, Any]:
+            """Settings that an older version wrote, as this version writes them; those of this version stay.
+
+            `now` is the configuration that they change, None where they make a new one. A "class" that is added here
+            keeps the other settings of `now`.
+            """
+            del now
+            return data
+
         def places(self) -> dict[str, Any]:
             """The settings that name a place on this machine, so that they name the same one from any directory."""
             return {}
@@ -115,7 +125,7 @@ def check_config(config: type[Configurable.Config]) -> None:
         raise TypeError(
             f"{config.__qualname__} must be a @dataclass(kw_only=True, slots=True) without init=False fields"
         )
-    if taken := sorted({"build", "places", "problems"} & set(field_names(config))):
+    if taken := sorted({"build", "places", "problems", "upgrade"} & set(field_names(config))):
         raise TypeError(f"{config.__qualname__}: {taken} cannot be fields, every Config has methods of that name")
 
 

@@ -15,6 +15,7 @@ from core.config.configurable import Configurable, unknown_field
 from core.config.errors import UserError
 from core.config.fields import (
     Problem,
+    abstract_problem,
     alternatives,
     default_of,
     field_types,
@@ -60,11 +61,14 @@ class Decoder:
 
     def config(self, data: dict[str, Any], annotation: Any, path: str) -> Config | None:
         """The configuration that the data describes; None where it lacks a setting without a default."""
+        for option in filter(is_config, alternatives(annotation)):
+            data = option.upgrade(data)
         try:
             config = self.class_of(data, annotation)
         except UserError as error:
             self.problems.append((join(path, "class"), str(error)))
             return None
+        data = config.upgrade(data)
         types, values = field_types(config), {}
         unknown = [name for name in data if name not in types and name != "class"]
         self.problems += [(join(path, name), unknown_field(config, name)) for name in unknown]
@@ -81,17 +85,30 @@ class Decoder:
 
     def onto(self, config: Config, data: dict[str, Any], path: str = "") -> None:
         """Set what the data states in a configuration that is there already; all else stays as it is."""
-        types = field_types(type(config))
+        data, types = config.upgrade(data, config), field_types(type(config))
         for name, part in data.items():
             place = join(path, name)
             if name not in types and not (path and name == "class"):
                 self.problems.append((place, unknown_field(type(config), name)))
             elif name in types:
                 value = getattr(config, name)
-                if isinstance(value, Config) and isinstance(part, dict) and self._is_of(part, value, types[name]):
-                    self.onto(value, part, place)
+                if isinstance(value, Config) and isinstance(part, dict):
+                    self._onto_part(config, name, part, place)
                 else:
                     setattr(config, name, self.value(part, types[name], place))
+
+    def _onto_part(self, config: Config, name: str, data: dict[str, Any], path: str) -> None:
+        """Set what the data states in a part of a configuration, which becomes a new one where its class changes."""
+        value, annotation = getattr(config, name), field_types(type(config))[name]
+        newer = value.upgrade(data, value)
+        if self._is_of(newer, value, annotation):
+            self.onto(value, newer, path)
+            return
+        made = self.value(newer, annotation, path)
+        if isinstance(made, Config) and "class" not in data:  # an older version had one class with a setting
+            for kept in field_types(type(made)).keys() & field_types(type(value)).keys() - newer.keys():
+                setattr(made, kept, getattr(value, kept))
+        setattr(config, name, made)
 
     def _is_of(self, data: dict[str, Any], value: Config, annotation: Any) -> bool:
         """Whether the data is about the class that this value has."""
@@ -105,13 +122,15 @@ class Decoder:
         choices = [option for option in alternatives(annotation) if is_config(option)]
         expected = type_name(annotation)
         if "class" not in data:
-            if len(choices) == 1 and choices[0] is not Config:
+            if len(choices) == 1 and choices[0] is not Config and not abstract_problem(choices[0]):
                 return choices[0]
             raise UserError(f'missing; expected "module:Class" with a Config that is a {expected}')
         owner = self._find(data["class"])
         fits = isinstance(owner, type) and issubclass(owner, Configurable) and issubclass(owner.Config, tuple(choices))
         if not fits:
             raise UserError(f"{data['class']} is no Configurable with a Config that is a {expected}")
+        if reason := abstract_problem(owner.Config):
+            raise UserError(reason)
         return owner.Config
 
     def _find(self, name: Any) -> Any:

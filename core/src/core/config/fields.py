@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field
 from enum import Enum
 from functools import cache
+from inspect import isabstract
 from reprlib import repr as short_repr
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from core.config.configurable import Configurable, check_config, field_names
+from core.config.configurable import Configurable, check_config, field_names, owner_of
 
 SCALARS = (NoneType, bool, int, float, str)
 MOST, MOST_CHARACTERS = 2**63 - 1, 2**20
@@ -139,3 +140,17 @@ def walk(value: Any, path: str = "") -> Iterator[tuple[str, Configurable.Config]
 def join(path: str, key: object) -> str:
     """`path.key`; the one alone where the other is empty."""
     return f"{path}.{key}" if path and key != "" else path or str(key)
+
+
+def abstract_problem(config: type[Configurable.Config]) -> str:
+    """Why a class of Configs builds nothing, since its owner stands for several classes; empty if it does build."""
+    owner = owner_of(config)
+    if owner is None or not isabstract(owner):
+        return ""
+    finals, todo = set(), [owner]
+    while todo:
+        kinds = todo.pop().__subclasses__()
+        todo += kinds
+        finals |= {f"{kind.__qualname__}.Config" for kind in kinds if not isabstract(kind)}
+    known = f", {' or '.join(sorted(finals))}" if finals else ""
+    return f"{owner.__qualname__} is abstract: choose a class that derives from it{known}"

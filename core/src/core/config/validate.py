@@ -1,10 +1,8 @@
 """One look at the whole tree of a configuration before anything is built."""
 
-from inspect import isabstract
-
-from core.config.configurable import Configurable, owner_of
+from core.config.configurable import Configurable
 from core.config.errors import joined
-from core.config.fields import Problem, field_types, join, type_problems, walk
+from core.config.fields import Problem, abstract_problem, field_types, join, type_problems, walk
 
 
 def validate(config: Configurable.Config) -> None:
@@ -21,10 +19,9 @@ def problems_of(config: Configurable.Config) -> list[Problem]:
     wrong_types = wrong_field_types(config)
     problems = list(wrong_types)
     for path, node in walk(config):
-        owner = owner_of(type(node))
-        if owner is not None and isabstract(owner):
-            problems.append((path, f"{owner.__qualname__} is abstract: choose a class that derives from it"))
-        if not any(inside(wrong, path) for wrong, _ in wrong_types):
+        if reason := abstract_problem(type(node)):
+            problems.append((path, reason))
+        elif not any(inside(wrong, path) for wrong, _ in wrong_types):
             problems += [(join(path, name), message) for name, message in node.problems()]
     return problems
 
