@@ -13,8 +13,8 @@ from core.config.validate import validate
 from core.data import corpus as corpus_module
 from core.data import sections as sections_module
 from core.data import text_files
-from core.data.corpus import SPLITS, Corpus, Progress
-from core.data.sampling import held_out
+from core.data.corpus import Corpus, Progress
+from core.data.sampling import SPLITS, held_out
 from core.data.shards import Extent, Manifest
 from core.data.tokenizer import Tokenizer
 from core.runtime.units import rate

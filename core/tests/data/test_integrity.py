@@ -16,7 +16,8 @@ from core.config import text_file
 from core.config.errors import UserError
 from core.data import corpus as corpus_module
 from core.data import integrity, shards
-from core.data.corpus import SPLITS, Corpus
+from core.data.corpus import Corpus
+from core.data.sampling import SPLITS
 from core.data.shards import MANIFEST, VERIFIED, digest
 
 TEXTS = [f"Document {i} says {'something ' * (i % 7)}and ends.\n" for i in range(60)]

@@ -13,10 +13,10 @@ import pytest
 
 from core.data import sections as sections_module
 from core.data import streaming, text_files
-from core.data.corpus import SPLITS, Corpus
-from core.data.loader import DataLoader
-from core.data.sampling import held_out
+from core.data.corpus import Corpus
+from core.data.sampling import SPLITS, held_out
 from core.data.sections import Section, batches, cut, cut_row, settled
+from core.data.text import IndexedText, StreamedText
 from core.data.tokenizer import Tokenizer
 
 PARAGRAPHS = [f"Paragraph {i} of the book\n  says {'something ' * (i % 5)}and ends.\n" for i in range(60)]
@@ -210,27 +210,26 @@ def test_streamed_samples_are_those_of_the_corpus(tmp_path, tokenizer, short_sec
     """On one rank, with a place that is saved at every sample."""
     data = {"dataset": dataset(tmp_path, "jsonl"), "validation_fraction": 0.2, "shuffle": False}
     live = {"tokenizer": tokenizer, "seq_len": 16, "seed": 0}
-    indexed = DataLoader.Config(**data).build(**live)
-    streamed = DataLoader.Config(**data, mode="streaming").build(**live)
-    assert indexed.windows_per_epoch is not None
-    for i in range(indexed.windows_per_epoch):
+    indexed = IndexedText.Config(**data).build(**live)
+    streamed = StreamedText.Config(**data).build(**live)
+    for i in range(indexed.rows_per_epoch):
         state = streamed.state_dict()
-        streamed = DataLoader.Config(**data, mode="streaming").build(**live)
+        streamed = StreamedText.Config(**data).build(**live)
         streamed.load_state_dict(state)
         for left, right in zip(indexed.read(i, 1), streamed.read(i, 1), strict=True):
             assert left.tolist() == right.tolist()
-    held = DataLoader.Config(**data, mode="streaming").build(**live, split="validation")
-    same = DataLoader.Config(**data).build(**live, split="validation")
-    assert held.n_samples == same.n_samples
+    held = StreamedText.Config(**data).build(**live, split="validation")
+    same = IndexedText.Config(**data).build(**live, split="validation")
+    assert held.n_rows == same.n_rows
     assert held.read(0, 3).tokens_BL.tolist() == same.read(0, 3).tokens_BL.tolist()
     assert held.read(0, 3).documents_BL.tolist() == same.read(0, 3).documents_BL.tolist()
 
 
 def test_ranks_of_a_stream_share_the_sections_of_a_document(tmp_path, tokenizer, short_sections):
-    data = {"dataset": dataset(tmp_path, "txt"), "validation_fraction": 0.0, "shuffle": False, "mode": "streaming"}
+    data = {"dataset": dataset(tmp_path, "txt"), "validation_fraction": 0.0}
     parts = ["short one\n", *(section.text for section in cut([BOOK], 300)), "short two\n"]
     for rank in range(2):
-        loader = DataLoader.Config(**data).build(tokenizer=tokenizer, seq_len=16, seed=0, rank=rank, n_ranks=2)
+        loader = StreamedText.Config(**data).build(tokenizer=tokenizer, seq_len=16, seed=0, rank=rank, n_ranks=2)
         expected = [token for ids in tokenizer.encode_documents(parts[rank::2]) for token in ids]
         n = (len(expected) - 1) // 16
         assert loader.read(0, n).tokens_BL.flatten().tolist() == expected[: 16 * n]
@@ -239,15 +238,15 @@ def test_ranks_of_a_stream_share_the_sections_of_a_document(tmp_path, tokenizer,
 def test_the_head_of_a_stream_ends_in_a_document(tmp_path, tokenizer, short_sections, monkeypatch):
     """What is held out ends where nothing is held out any more, and what is trained on goes on there."""
     monkeypatch.setattr(streaming, "RESERVED", 2)
-    data = {"dataset": dataset(tmp_path, "jsonl"), "validation_fraction": 0.2, "shuffle": False, "mode": "streaming"}
+    data = {"dataset": dataset(tmp_path, "jsonl"), "validation_fraction": 0.2}
     first, *others = cut([BOOK], 300)
     live = {"tokenizer": tokenizer, "seq_len": 16, "seed": 0}
-    held = DataLoader.Config(**data).build(**live, split="validation")
+    held = StreamedText.Config(**data).build(**live, split="validation")
     ids = tokenizer.encode_documents([first.text])[0]
-    assert held.n_samples == (len(ids) - 1) // 16
-    assert held.read(0, held.n_samples).tokens_BL.flatten().tolist() == ids[: 16 * held.n_samples]
+    assert held.n_rows == (len(ids) - 1) // 16
+    assert held.read(0, held.n_rows).tokens_BL.flatten().tolist() == ids[: 16 * held.n_rows]
     expected = tokenizer.encode_documents(["short one\n"])[0] + [tokenizer.bos_id, *tokenizer.encode(others[0].text)]
-    found = DataLoader.Config(**data).build(**live).read(0, len(expected) // 16)
+    found = StreamedText.Config(**data).build(**live).read(0, len(expected) // 16)
     assert found.tokens_BL.flatten().tolist() == expected[: len(expected) // 16 * 16]
 
 

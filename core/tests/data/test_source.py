@@ -142,7 +142,7 @@ def test_no_optional_or_slow_package_is_imported_before_it_is_chosen():
     code = (
         "import sys, core.data.corpus, core.data.prepare, core.data.train_tokenizer\n"
         "print(sorted({'datasets', 'tokenizers', 'sentencepiece', 'torch'} & sys.modules.keys()))\n"
-        "import core.data.loader\n"
+        "import core.data.text\n"
         "print(sorted({'datasets', 'tokenizers', 'sentencepiece'} & sys.modules.keys()))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,24 +6,24 @@ import torch
 
 from core.config.errors import UserError
 from core.data import streaming
-from core.data.loader import DataLoader
 from core.data.packing import IGNORE, Batch
 from core.data.sampling import held_out
+from core.data.text import IndexedText, StreamedText
 
 TEXTS = [f"Document {i} {'says something ' * (i * i % 11)}and ends.\n" for i in range(60)]
 SEQ_LEN = 16
 
 
 @pytest.fixture
-def config(tmp_path) -> DataLoader.Config:
+def config(tmp_path) -> StreamedText.Config:
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return DataLoader.Config(dataset=str(path), mode="streaming", shuffle=False, validation_fraction=0.2)
+    return StreamedText.Config(dataset=str(path), validation_fraction=0.2)
 
 
 @pytest.fixture
 def build(config, tokenizer):
-    def build(split="train", **live) -> DataLoader:
+    def build(split="train", **live) -> StreamedText:
         return config.build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0, split=split, **live)
 
     return build
@@ -45,7 +45,7 @@ def endless(tokenizer, rank=0, n_ranks=1):
 @pytest.mark.parametrize(("rank", "n_ranks"), [(0, 1), (0, 3), (2, 3)])
 def test_documents_in_order_over_several_epochs(build, tokenizer, rank, n_ranks):
     loader = build(rank=rank, n_ranks=n_ranks)
-    assert loader.n_samples is None and loader.windows_per_epoch is None
+    assert loader.n_rows is None and loader.rows_per_epoch is None
     n = 120
     batch = Batch(*(torch.cat(t) for t in zip(*(loader.read(i, 6) for i in range(0, n, 6)), strict=True)))
     expected = list(islice(endless(tokenizer, rank, n_ranks), n * SEQ_LEN + 1))
@@ -88,16 +88,17 @@ def test_only_the_next_sample_can_be_read(build):
     loader.read(4, 1)
 
 
-def test_state_of_other_ranks_or_modes_is_refused(build, config):
+def test_state_of_other_ranks_or_classes_is_refused(build, config, tokenizer):
     state = build(rank=1, n_ranks=2).state_dict()
     for live in ({"rank": 0, "n_ranks": 2}, {"rank": 1, "n_ranks": 4}, {}):
         with pytest.raises(UserError, match=r"saved by rank 1 of 2, this is rank \d of \d: go on with 2 data ranks"):
             build(**live).load_state_dict(state)
-    with pytest.raises(UserError, match=r"the other dataloader\.mode"):
+    with pytest.raises(UserError, match="saved by another class of dataloader"):
         build().load_state_dict({})
-    config.mode = "indexed"
-    with pytest.raises(UserError, match=r"the other dataloader\.mode"):
-        build().load_state_dict(state)
+    with pytest.raises(UserError, match="saved by another class of dataloader"):
+        IndexedText.Config(dataset=config.dataset).build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0).load_state_dict(
+            state
+        )
 
 
 def test_validation_is_what_training_leaves_out(build, tokenizer, monkeypatch):
@@ -105,8 +106,8 @@ def test_validation_is_what_training_leaves_out(build, tokenizer, monkeypatch):
     held = [i for i in range(30) if held_out(0, 30, 0.2)[i]]
     loader = build("validation")
     flat = [token for ids in tokenizer.encode_documents([TEXTS[i] for i in held]) for token in ids]
-    assert loader.n_samples == (len(flat) - 1) // SEQ_LEN
-    assert loader.read(0, loader.n_samples).tokens_BL.flatten().tolist() == flat[: loader.n_samples * SEQ_LEN]
+    assert loader.n_rows == (len(flat) - 1) // SEQ_LEN
+    assert loader.read(0, loader.n_rows).tokens_BL.flatten().tolist() == flat[: loader.n_rows * SEQ_LEN]
     assert same(loader.read(1, 1), loader.read(1, 1)) and loader.state_dict() == {}
     loader.load_state_dict({})
     train = tokenizer.decode(build().read(0, 130).tokens_BL.flatten().tolist())

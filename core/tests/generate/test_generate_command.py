@@ -22,7 +22,7 @@ from core.checkpoint.weights import save_weights
 from core.config.configurable import field_names
 from core.config.options import field_docs
 from core.config.record import to_json
-from core.data.loader import DataLoader
+from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer
 from core.generate import command
 from core.generate.command import main
@@ -203,7 +203,7 @@ def test_weights_of_a_run(write, text, tmp_path) -> None:
     config = toy_recipes.toy()
     (tmp_path / "text.txt").write_text("one two three four five\n" * 200)
     config.dump_folder = str(tmp_path / "run")
-    config.dataloader = DataLoader.Config(
+    config.dataloader = IndexedText.Config(
         dataset=str(tmp_path / "text.txt"), cache_folder=str(tmp_path / "cache"), validation_fraction=0.0
     )
     config.training = Training(steps=2, seq_len=16, local_batch_size=2, device="cpu")

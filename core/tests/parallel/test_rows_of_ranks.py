@@ -7,19 +7,18 @@ import pytest
 import torch
 
 from core.data.packing import IGNORE, Batch
-from core.step.rows import microbatches, open_text, padded
+from core.step.rows import microbatches, open_samples, padded
 
 
 class Rows:
     """A text whose row i has the token i alone, and no row from `n` on. A stream must be read in order."""
 
     def __init__(self, n: int | None, *, stream: bool = False) -> None:
-        self.n, self.windows_per_epoch, self.read_so_far = n, None if stream else 1000, 0
-        self.stream = stream
+        self.n, self.in_order, self.read_so_far = n, stream, 0
 
     def read(self, first: int, count: int) -> Batch:
         assert self.n is None or 0 <= first and first + count <= self.n, "behind the last row"
-        assert not self.stream or first == self.read_so_far
+        assert not self.in_order or first == self.read_so_far
         self.read_so_far += count
         row_BL = torch.arange(first, first + count)[:, None].expand(-1, 3)
         return Batch(*(row_BL.clone() for _ in range(4)))
@@ -93,5 +92,5 @@ def test_the_first_rank_of_every_machine_verifies_the_text(monkeypatch, number, 
     for name, value in places.items():
         monkeypatch.setenv(name, str(value))
     config: Any = SimpleNamespace(build=lambda **live: live)
-    opened: Any = open_text(config, None, rank(number, 4), "train", seq_len=8, seed=0)
+    opened: Any = open_samples(config, None, rank(number, 4), "train", seq_len=8, seed=0)
     assert opened["verify"] is verifies and (opened["rank"], opened["n_ranks"]) == (number, 4)

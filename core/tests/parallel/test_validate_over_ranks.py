@@ -31,7 +31,7 @@ HELD_OUT = 13
 class Rows:
     """The held-out text."""
 
-    windows_per_epoch = HELD_OUT
+    n_rows, in_order = HELD_OUT, False
 
     def __init__(self, model: Decoder.Config) -> None:
         self.all = drawn_batch(model, HELD_OUT, 16, empty_rows=2)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from core.checkpoint.storage import Storage, steps_in
 from core.checkpoint.weights import save_weights
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
+from core.data.text import StreamedText
 from core.parallel.settings import Parallelism
 from core.runtime.ranks import Ranks
 from core.step.settings import Training
@@ -117,16 +117,19 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path, degrees, mode):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def streamed(folder: Path) -> StreamedText.Config:
+    return StreamedText.Config(dataset=str(folder / "whole/text"), validation_fraction=0.1)
+
+
 def test_a_stream_goes_on_where_it_stood(tmp_path):
     for folder, leaves in ((tmp_path / "whole", [0]), (tmp_path / "again", [3, 0])):
         for leaves_at in leaves:
             run = a_run(folder)
-            run.dataloader = replace(run.dataloader, mode="streaming", shuffle=False)
-            run.dataloader.dataset = str(tmp_path / "whole/text")
+            run.dataloader = streamed(tmp_path)
             go(to_json(run), leaves_at)
     assert measured(tmp_path / "whole/run") == measured(tmp_path / "again/run")
     run = a_run(tmp_path / "again", steps=6, allow_config_change=True)
-    run.dataloader = replace(run.dataloader, mode="streaming", shuffle=False, dataset=str(tmp_path / "whole/text"))
+    run.dataloader = streamed(tmp_path)
     run.training.local_batch_size = 2
     with pytest.raises(AssertionError, match="saved by 1 data ranks that read a stream, and here are 2: take as many"):
         run_ranks(go, 2, to_json(run))

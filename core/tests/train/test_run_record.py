@@ -19,9 +19,12 @@ from core.config.cli import main
 from core.config.errors import UserError
 from core.config.recipe import load
 from core.config.record import from_json, located, to_json
+from core.data.samples import MODES
+from core.data.text import StreamedText
 from core.data.tokenizer import Tokenizer
 from core.generate.command import Generation
 from core.parallel.settings import Parallelism
+from core.testing.resume_suite import measured
 from core.testing.toy import Toy, on_cpu
 from core.train import debug_run
 from core.train import trainer as trainer_module
@@ -154,6 +157,29 @@ def test_settings_that_a_checkpoint_does_not_know_are_no_change(tmp_path: Path) 
         config.build()
     assert "\n  lr_scheduler.decay_type linear -> cosine\n  debug.seed 0 -> 5\n" in str(caught.value)
     assert "metrics" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["indexed", "streaming"])
+def test_a_checkpoint_from_before_data_had_classes_goes_on_bit_for_bit(tmp_path: Path, mode: str) -> None:
+    config = toy_run(tmp_path, steps=4)
+    config.checkpoint = Checkpoint(enable=True, interval=2)
+    indexed: Any = config.dataloader
+    streamed = StreamedText.Config(dataset=indexed.dataset, validation_fraction=indexed.validation_fraction)
+    config.dataloader, other = (indexed, streamed) if mode == "indexed" else (streamed, indexed)
+    run(config)
+    expected = measured(tmp_path / "run")
+
+    def make_older(stated: dict[str, Any]) -> None:
+        assert stated["dataloader"].pop("class") == MODES[mode]
+        stated["dataloader"]["mode"] = mode
+
+    of_another_version(tmp_path, make_older)
+    config.checkpoint.load_step = 2
+    run(config)
+    assert measured(tmp_path / "run") == expected and len(expected) == 4
+    config.dataloader = other
+    with pytest.raises(UserError, match="dataloader.class core.data.text:.*Text -> core.data.text:.*Text"):
+        config.build()
 
 
 def test_a_setting_that_is_no_more_is_told(tmp_path: Path) -> None:

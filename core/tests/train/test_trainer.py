@@ -20,9 +20,9 @@ from core.activation_checkpoint.region import is_recomputing
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.config.validate import validate
-from core.data.loader import DataLoader
 from core.data.packing import IGNORE
 from core.data.sampling import held_out
+from core.data.text import IndexedText, StreamedText
 from core.nn.balance import routers
 from core.nn.kernel import Where
 from core.step.assemble import expert_loads
@@ -113,7 +113,7 @@ def test_validation_weighs_every_token_alike(tmp_path):
     assert [r["step"] for r in records] == [1, 2, 3]
     assert [r["validation_loss"] is None for r in records] == [True, False, False]
     loader, total, count = run_._open("validation"), 0.0, 0
-    for row in range(loader.windows_per_epoch):
+    for row in range(loader.rows_per_epoch):
         batch = loader.read(row, 1)
         with torch.no_grad():
             logits = run_.parts.models[0](batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))[0].double()
@@ -122,7 +122,7 @@ def test_validation_weighs_every_token_alike(tmp_path):
                 total -= logits[position].log_softmax(-1)[label].item()
                 count += 1
     assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-6)
-    left, n_bytes = loader.windows_per_epoch * 16 + 1, 0
+    left, n_bytes = loader.rows_per_epoch * 16 + 1, 0
     for verse, held in zip(VERSES, held_out(0, len(VERSES), 0.1), strict=True):
         if held:
             ids = run_.tokenizer.encode_documents([verse])[0]
@@ -147,7 +147,7 @@ def test_data_bound_the_run(tmp_path, capsys):
     config = toy_run(tmp_path, steps=10_000)
     config.dataloader.epochs = 1
     run_ = config.build()
-    rows = run_.loader.n_samples
+    rows = run_.loader.n_rows
     assert run_.last_step == rows // 4 < 10_000
     run_.run()
     said = " ".join(capsys.readouterr().out.split())
@@ -563,7 +563,7 @@ def test_names_for_checkpointing_are_checked_before_anything_is_read(tmp_path):
 
 def test_a_streamed_run_reads_its_rows_in_order(tmp_path):
     config = toy_run(tmp_path, steps=3)
-    config.dataloader.mode, config.dataloader.shuffle = "streaming", False
+    config.dataloader = StreamedText.Config(dataset="/nowhere")
     config.validator = Validator.Config(enable=True, freq=3)
     records = run(config)
     assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["validation_loss"] is not None
@@ -694,5 +694,5 @@ def test_laptop_run_is_a_short_run_of_the_model_given():
     config = laptop_run(model)
     validate(config)
     assert config.model is model and config.validator.enable and config.training.steps <= 1000
-    assert config.training.seq_len <= 256 and config.dataloader == DataLoader.Config()
+    assert config.training.seq_len <= 256 and config.dataloader == IndexedText.Config()
     assert from_json(to_json(config)) == config

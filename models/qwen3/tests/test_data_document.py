@@ -18,6 +18,7 @@ from core.config.recipe import load
 from core.config.validate import validate
 from core.data.corpus import Corpus
 from core.data.prepare import Preparation
+from core.data.text import IndexedText
 from core.data.train_tokenizer import TokenizerTraining
 from core.testing.document import commands
 from core.train.data_checks import check_vocabulary
@@ -123,8 +124,8 @@ def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if run.dataloader.dataset == "stdlib":
         return
     assert "whale" in tokenizer.decode(tokens_BL[0].tolist())
-    assert train.n_samples is None or train.n_samples >= run.training.steps * run.training.local_batch_size
-    if run.dataloader.mode == "indexed":
+    assert train.n_rows is None or train.n_rows >= run.training.steps * run.training.local_batch_size
+    if isinstance(run.dataloader, IndexedText.Config):
         extents = Corpus(run.dataloader, tokenizer=tokenizer).manifest.splits
         assert sum(extent.sections for extent in extents.values()) == N_SECTIONS[run.dataloader.dataset]
 

@@ -89,6 +89,11 @@ def located(config: ConfigT) -> ConfigT:
     return copy
 
 
+def place_paths(config: Config) -> list[str]:
+    """The paths of the settings that name a place on this machine."""
+    return [join(path, name) for path, node in walk(config) for name in node.places()]
+
+
 def absolute(path: str | None) -> str | None:
     """A path that names the same place from any directory; what does so already (~/..., a URI) stays as it is."""
     return os.path.abspath(path) if path and "://" not in path and not path.startswith("~") else path

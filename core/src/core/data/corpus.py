@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
 from core.data import integrity, shards
-from core.data.sampling import held_out
+from core.data.sampling import SPLITS, Split, held_out
 from core.data.sections import batches, settled
 from core.data.shards import DamagedError, Manifest, SplitWriter, TokenStream, digest
 from core.data.source import Source, absolute_dataset, open_source
@@ -30,8 +30,6 @@ from core.runtime.disk import flush
 from core.runtime.log import LOGGER
 from core.runtime.units import rate
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
 _ANOTHER_PLACE = "choose another place with cache_folder"
 _LOG_INTERVAL_S = 10.0
 _LIVE_INTERVAL_S = 0.2

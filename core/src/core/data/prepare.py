@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.validate import validate
-from core.data.corpus import SPLITS, Corpus
+from core.data.corpus import Corpus
+from core.data.sampling import SPLITS
 from core.data.tokenizer import Tokenizer
 from core.runtime.log import start_logging
 

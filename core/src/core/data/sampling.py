@@ -1,7 +1,11 @@
 """Which document is held out and which window is sample i: choices by hash, equal in every process, no list needed."""
 
+from typing import Literal
+
 import numpy as np
 
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 _ROUNDS = 6
 _WORD = 2**64 - 1
 

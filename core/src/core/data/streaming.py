@@ -1,4 +1,4 @@
-"""Samples of a source that is too large to index: tokenised while training, in order, with a saved place."""
+"""Rows of a source that is too large to index: tokenised while training, in order, with a saved place."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
@@ -54,7 +54,7 @@ class _Document(NamedTuple):
     opens: bool = True
 
 
-class StreamedSamples:
+class TextStream:
     """The training samples of one rank, which reads the documents whose number is `rank` modulo `n_ranks`.
 
     Sections of long documents count as documents. Samples overlap by one token, as windows of an indexed corpus do. The

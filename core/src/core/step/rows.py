@@ -1,10 +1,10 @@
-"""Which rows of the text a rank reads for a step."""
+"""Which rows of the data a rank reads for a step."""
 
 import torch
 
-from core.data.corpus import Split
-from core.data.loader import DataLoader
 from core.data.packing import IGNORE, Batch
+from core.data.samples import Samples
+from core.data.sampling import Split
 from core.data.tokenizer import Tokenizer
 from core.parallel.layout import Layout
 from core.runtime.activity import working
@@ -12,17 +12,17 @@ from core.runtime.launcher import World, find_world
 
 
 @working("preparing text")
-def open_text(
-    config: DataLoader.Config, tokenizer: Tokenizer, layout: Layout, split: Split, *, seq_len: int, seed: int
-) -> DataLoader:
-    """The text of a run, as this rank reads it; the first rank of a machine verifies what is in the cache."""
+def open_samples(
+    config: Samples.Config, tokenizer: Tokenizer, layout: Layout, split: Split, *, seq_len: int, seed: int
+) -> Samples:
+    """The rows of a run, as this rank reads them; the first rank of a machine verifies what is in the cache."""
     place = {"rank": layout.data_rank, "n_ranks": layout.degrees.data}
     leads = (find_world() or World()).local_rank == 0
     return config.build(tokenizer=tokenizer, seq_len=seq_len, seed=seed, split=split, verify=leads, **place)
 
 
 def microbatches(
-    loader: DataLoader, layout: Layout, *, first: int, n_rows: int, local_batch_size: int, end: int | None = None
+    loader: Samples, layout: Layout, *, first: int, n_rows: int, local_batch_size: int, end: int | None = None
 ) -> list[Batch]:
     """This rank's part of the rows first, ..., first + n_rows - 1, `local_batch_size` rows at a time.
 
@@ -35,7 +35,7 @@ def microbatches(
     n_data = layout.degrees.data
     batches = []
     for start in range(first, first + n_rows, local_batch_size * n_data):
-        if loader.windows_per_epoch is None:  # a stream is dealt out already
+        if loader.in_order:  # dealt out already
             batches.append(loader.read(start // n_data, local_batch_size))
             continue
         own = start + layout.data_rank * local_batch_size

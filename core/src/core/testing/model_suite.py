@@ -23,8 +23,8 @@ from core.config.golden import golden_texts
 from core.config.recipe import recipes
 from core.config.record import from_json, to_json
 from core.config.validate import validate
-from core.data.loader import DataLoader
 from core.data.packing import Batch
+from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.nn.kernel import Where
@@ -217,7 +217,7 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
 
     def test_recipe_runs_offline(self, recipe: str) -> None:
         config = self.run_config(recipe)
-        assert (config.dataloader, config.tokenizer) == (DataLoader.Config(), Tokenizer.Config())
+        assert (config.dataloader, config.tokenizer) == (IndexedText.Config(), Tokenizer.Config())
         assert config.tokenizer.build().vocab_size <= config.model.vocab_size
 
     def test_recipe_can_be_planned(self, recipe: str) -> None:

@@ -17,8 +17,8 @@ from core.checkpoint.source import Source
 from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.record import absolute, completed, to_dict
-from core.data.loader import DataLoader
+from core.config.record import absolute, completed, place_paths, to_dict
+from core.data.samples import Samples
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import Layout
@@ -41,6 +41,7 @@ class Keeper:
     """
 
     def __init__(
+<<<<<<< HEAD
         self,
         run: Run,
         layout: Layout,
@@ -51,6 +52,9 @@ class Keeper:
         folder: Path,
         ranks: Ranks,
         n_rows: int,
+=======
+        self, run: Run, layout: Layout, ranks: Ranks, model: Decoder, loader: Samples, *, folder: Path, n_rows: int
+>>>>>>> 797bb9d (Data are a door: Samples, an abstract class whose finals read indexed and streamed text; one's own is a file outside core)
     ) -> None:
         """`model` has no memory; a step reads `n_rows` rows over all ranks."""
         self.run, self.layout, self.ranks, self.model, self.loader = run, layout, ranks, model, loader
@@ -181,6 +185,7 @@ class Keeper:
             step=saved.step,
             rows_per_step=(saved.rows_per_step, self.n_rows),
             text=(saved.text, self.loader.fingerprint),
+            places=place_paths(cast(Configurable.Config, self.run)),
             insist=self.settings.allow_config_change,
         )
         for line in lines:
@@ -194,7 +199,7 @@ class Keeper:
                 if len(saved.places) != self.layout.degrees.data:
                     raise UserError(
                         f"{found} was saved by {len(saved.places)} data ranks that read a stream, and here are "
-                        f"{self.layout.degrees.data}: take as many, or use dataloader.mode indexed"
+                        f"{self.layout.degrees.data}: take as many"
                     )
                 self.loader.load_state_dict(saved.places[self.layout.data_rank])
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from core.checkpoint.manifest import Progress
 from core.config.errors import UserError
 from core.config.fields import Problem
-from core.data.loader import DataLoader
+from core.data.samples import Samples
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.step.settings import Training
@@ -13,20 +13,17 @@ from core.train.validate import Validator
 
 
 def data_problems(
-    training: Training, model: Decoder.Config, dataloader: DataLoader.Config, validator: Validator.Config
+    training: Training, model: Decoder.Config, dataloader: Samples.Config, validator: Validator.Config
 ) -> Iterator[Problem]:
-    """Rows longer than the model allows, and a validator without text."""
+    """Rows longer than the model allows, and a validator without rows."""
     if training.seq_len > model.max_seq_len:
         yield (
             "training.seq_len",
             f"seq_len {training.seq_len} exceeds model.max_seq_len {model.max_seq_len}: "
             "shorten the rows or raise the model's limit",
         )
-    if validator.enable and dataloader.validation_fraction == 0:
-        yield (
-            "dataloader.validation_fraction",
-            "validation_fraction 0 holds nothing out for the validator: raise it, or --validator.no-enable",
-        )
+    if validator.enable:
+        yield from ((f"dataloader.{name}", message) for name, message in dataloader.validation_problems())
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -38,14 +35,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def last_step(training: Training, loader: DataLoader, rows_per_step: int, start: Progress) -> int:
+def last_step(training: Training, loader: Samples, rows_per_step: int, start: Progress) -> int:
     """The last step that a run has data for, which goes on from `start`; at most `training.steps`."""
-    if loader.n_samples is None:
+    if loader.n_rows is None:
         return training.steps
-    last = min(training.steps, start.step + (loader.n_samples - start.rows) // rows_per_step)
+    last = min(training.steps, start.step + (loader.n_rows - start.rows) // rows_per_step)
     if last == 0:
         raise UserError(
-            f"the data have {loader.n_samples} rows of {training.seq_len} tokens, one step takes {rows_per_step}: "
+            f"the data have {loader.n_rows} rows of {training.seq_len} tokens, one step takes {rows_per_step}: "
             "lower the batch size or training.seq_len, or give more text or epochs"
         )
     return last

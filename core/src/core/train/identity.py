@@ -12,23 +12,23 @@ import torch
 from core.config.configurable import Configurable
 from core.config.fields import walk
 from core.config.record import flatten
-from core.data.corpus import Split
-from core.data.loader import DataLoader
+from core.data.samples import Samples
+from core.data.sampling import Split
 from core.data.tokenizer import Tokenizer
 
 MAY_DIFFER = {
     "dump_folder": "the first rank chooses the folder for all",
-    "dataloader.cache_folder": "a machine may keep its tokens where it likes: the tokens are compared",
+    "cache_folder": "a machine may keep its tokens where it likes: the tokens are compared",
     "tokenizer.path": "a machine may have a copy of its own: the content is compared",
 }
-"""Settings that ranks may have of their own, and why."""
+"""Settings that ranks may have of their own, by the ends of their paths, and why."""
 WITH_VERSIONS = ("torch", "numpy", "sentencepiece", "tokenizers")
 """Packages that numbers and text pass through; one that this process did not load does not matter."""
 
 
 def run_facts(config: Configurable.Config, tokenizer: Tokenizer, device: torch.device) -> dict[str, str]:
     """What is known before the text is opened, by name: a few hundred short texts."""
-    settings = {path: repr(value) for path, value in flatten(config).items() if path not in MAY_DIFFER}
+    settings = {path: repr(value) for path, value in flatten(config).items() if not path.endswith(tuple(MAY_DIFFER))}
     packages = {"core", *(type(node).__module__.partition(".")[0] for _, node in walk(config))}
     modules = {name: sys.modules[name] for name in sorted(packages)}
     return {
@@ -40,9 +40,9 @@ def run_facts(config: Configurable.Config, tokenizer: Tokenizer, device: torch.d
     }
 
 
-def text_facts(loaders: Mapping[Split, DataLoader]) -> dict[str, str]:
+def text_facts(loaders: Mapping[Split, Samples]) -> dict[str, str]:
     """What is known of the text when it is open, by its splits."""
-    rows = {split: loader.windows_per_epoch or "streamed" for split, loader in loaders.items()}
+    rows = {split: loader.rows_per_epoch or "endless" for split, loader in loaders.items()}
     return {f"text ({split})": f"{rows[split]} rows, {loader.fingerprint[:16]}" for split, loader in loaders.items()}
 
 

@@ -1,6 +1,6 @@
 """What a run goes on from: every tensor that a step changes, by name, and how far it has come."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ CPU = torch.device("cpu")
 
 FREE = (
     "recipe",
-    "tokenizer.path",  # what is in the two is compared as the fingerprint of the text
-    "dataloader.dataset",
     "metrics.",
     "observers",
     "profiling.",
@@ -31,13 +29,13 @@ FREE = (
     "training.gc_freq",
     "training.local_batch_size",
     "training.global_batch_size",
-    "dataloader.cache_folder",
     "debug.detect_anomaly",
     "debug.deterministic",
     "debug.log_every_rank",
     "debug.on_nonfinite",
 )
-"""Settings, or beginnings of their paths, that may change when a run goes on: what it learns stays the same."""
+"""Settings, or beginnings of their paths, that may change when a run goes on: what it learns stays the same. So may
+those that name a place: what lies there is compared as the fingerprint of the text."""
 
 
 def model_tensors(models: list[Decoder]) -> dict[str, Tensor]:
@@ -81,17 +79,20 @@ def check_same_run(
     step: int,
     rows_per_step: tuple[int, int],
     text: tuple[str, str],
+    places: Iterable[str],
     insist: bool,
 ) -> list[str]:
     """What differs from the configuration, the batch (before, now) and the text (before, now) of a checkpoint of
     `step`.
 
-    `before` is complete: a setting that is newer than the checkpoint stands there at its default. A run that was
+    `before` is complete: a setting that is newer than the checkpoint stands there at its default. `places` are the
+    settings that name a place. A run that was
     finished may have more steps now: what it learned is as it was, and the schedule goes on as that of the longer run.
     Raises `UserError` when a difference makes another run of it and nobody insists.
     """
     steps = before["training"]["steps"]
-    free = (*FREE, "training.steps") if step >= steps < now["training"]["steps"] else FREE
+    longer = ["training.steps"] if step >= steps < now["training"]["steps"] else []
+    free = (*FREE, *places, *longer)
     changes = [change for change in differences(now, before) if change[0] != "dump_folder"]  # one that is found there
     found = [(path, f"{path} {shown(old)} -> {shown(new)}") for path, old, new in changes]
     other = [line for path, line in found if not path.startswith(free)]

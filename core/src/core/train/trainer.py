@@ -17,9 +17,10 @@ from core.comm.transport import release
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import to_dict
-from core.data.corpus import SPLITS, Split
-from core.data.loader import DataLoader
 from core.data.packing import Batch
+from core.data.samples import Samples
+from core.data.sampling import SPLITS, Split
+from core.data.text import IndexedText
 from core.data.text_bytes import TextBytes
 from core.data.tokenizer import Tokenizer
 from core.nn.balance import force_balance
@@ -41,7 +42,7 @@ from core.step.assemble import assemble, compile_block, make_dispatcher, make_la
 from core.step.checks import check_model, check_run, compile_problems
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
-from core.step.rows import microbatches, open_text
+from core.step.rows import microbatches, open_samples
 from core.step.settings import Compile, Debug, Training
 from core.step.update import StepInfo, train_step
 from core.train.checkpoints import Keeper
@@ -75,7 +76,7 @@ class Trainer(Configurable):
         """The model and its sizes."""
         tokenizer: Tokenizer.Config = field(default_factory=Tokenizer.Config)
         """How text becomes token ids."""
-        dataloader: DataLoader.Config = field(default_factory=DataLoader.Config)
+        dataloader: Samples.Config = field(default_factory=IndexedText.Config)
         """What is read, and in which order."""
         training: Training = field(default_factory=Training)
         """How long, how much at once, in which precision."""
@@ -159,9 +160,17 @@ class Trainer(Configurable):
 
         return plan(config, world_size=world_size, rank=rank)
 
+<<<<<<< HEAD
     def _open(self, split: Split) -> DataLoader:
         sizes = {"seq_len": self.config.training.seq_len, "seed": self.config.debug.seed}
         return open_text(self.config.dataloader, self.tokenizer, self.layout, split, **sizes)
+=======
+    def _open(self, split: Split) -> Samples:
+        c = self.config
+        return open_samples(
+            c.dataloader, self.tokenizer, self.layout, split, seq_len=c.training.seq_len, seed=c.debug.seed
+        )
+>>>>>>> 797bb9d (Data are a door: Samples, an abstract class whose finals read indexed and streamed text; one's own is a file outside core)
 
     def _start_model(self) -> None:
         c = self.config

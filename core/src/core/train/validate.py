@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.data.loader import DataLoader
 from core.data.packing import Batch
+from core.data.samples import Samples
 from core.runtime.activity import working
 from core.step.objective import Objective, valid_tokens
 from core.step.rows import microbatches
@@ -46,7 +46,7 @@ class Validator(Configurable):
         self,
         config: Config,
         *,
-        loader: DataLoader,
+        loader: Samples,
         objective: Objective,
         text_bytes: Callable[[Batch], float],
         rows_per_step: int,
@@ -55,8 +55,11 @@ class Validator(Configurable):
         """`text_bytes` says how many bytes of text the labels of a batch stand for."""
         self.config, self.loader, self.objective, self.text_bytes = config, loader, objective, text_bytes
         self.rows_per_step, self.local_batch_size = rows_per_step, local_batch_size
-        available = loader.windows_per_epoch
-        assert available is not None, "held-out text is indexed in every mode"
+        available = loader.n_rows
+        if available is None or loader.in_order:
+            raise UserError(
+                f"{loader.description}: held-out rows must have an end, and be had in any order, on any rank"
+            )
         self.rows = available if config.steps == -1 else min(config.steps * rows_per_step, available)
 
     def due(self, step: int, last_step: int) -> bool:

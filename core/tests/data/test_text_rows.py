@@ -8,9 +8,9 @@ import torch
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.data import shards
-from core.data.loader import DataLoader
 from core.data.packing import IGNORE, Batch
 from core.data.sampling import held_out
+from core.data.text import IndexedText, StreamedText
 
 TEXTS = [f"Document {i} {'says something ' * (i * i % 11)}and ends.\n" for i in range(90)]
 SEQ_LEN = 16
@@ -25,8 +25,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def build(dataset, tokenizer):
-    def build(split="train", seq_len=SEQ_LEN, seed=5, **settings) -> DataLoader:
-        config = DataLoader.Config(dataset=dataset, validation_fraction=0.2, **settings)
+    def build(split="train", seq_len=SEQ_LEN, seed=5, **settings) -> IndexedText:
+        config = IndexedText.Config(dataset=dataset, validation_fraction=0.2, **settings)
         return config.build(tokenizer=tokenizer, seq_len=seq_len, seed=seed, split=split)
 
     return build
@@ -54,7 +54,7 @@ def test_windows_in_order(build, tokenizer, split, shard_tokens, monkeypatch):
     loader = build(split, shuffle=False, epochs=1)
     flat, starts = stream(tokenizer, split)
     n = (len(flat) - 1) // SEQ_LEN
-    assert loader.n_samples == loader.windows_per_epoch == n
+    assert loader.n_rows == loader.rows_per_epoch == n
     batch = loader.read(0, n)
     assert batch.tokens_BL.shape == batch.labels_BL.shape == (n, SEQ_LEN)
     assert batch.tokens_BL.flatten().tolist() == flat[: n * SEQ_LEN]
@@ -68,8 +68,8 @@ def test_windows_in_order(build, tokenizer, split, shard_tokens, monkeypatch):
 def test_each_epoch_has_every_window_once_in_another_order(build):
     plain = build(shuffle=False, epochs=1)
     loader = build(epochs=3)
-    n = plain.n_samples
-    assert loader.n_samples == 3 * n
+    n = plain.n_rows
+    assert loader.n_rows == 3 * n
     rows = sorted(plain.read(0, n).tokens_BL.tolist())
     orders = [loader.read(epoch * n, n).tokens_BL.tolist() for epoch in range(3)]
     assert all(sorted(order) == rows for order in orders)
@@ -79,7 +79,7 @@ def test_each_epoch_has_every_window_once_in_another_order(build):
 
 def test_reading_is_pure_and_resuming_is_arithmetic(build):
     first, second = build(), build()
-    n = 2 * first.windows_per_epoch + 5
+    n = 2 * first.rows_per_epoch + 5
     whole = first.read(0, n)
     for count in (1, 4, 7):
         parts = [second.read(i, min(count, n - i)) for i in reversed(range(0, n, count))]
@@ -108,10 +108,10 @@ def test_a_changed_number_of_ranks_reads_the_same_samples(build):
 
 
 def test_the_last_sample_is_known(build):
-    assert build().n_samples is None
+    assert build().n_rows is None
     loader = build(epochs=2)
-    n = loader.n_samples
-    assert n == 2 * loader.windows_per_epoch
+    n = loader.n_rows
+    assert n == 2 * loader.rows_per_epoch
     assert loader.read(n - 1, 1).tokens_BL.shape == (1, SEQ_LEN)
     assert loader.read(n, 0).tokens_BL.shape == (0, SEQ_LEN)
     for first, count in ((n, 1), (n - 1, 2), (-1, 1)):
@@ -121,14 +121,14 @@ def test_the_last_sample_is_known(build):
 
 def test_validation_passes_once_in_order_whatever_the_settings(build):
     loader = build("validation", epochs=7)
-    assert loader.n_samples == loader.windows_per_epoch
+    assert loader.n_rows == loader.rows_per_epoch
     plain = build("validation", shuffle=False)
-    assert same(loader.read(0, loader.n_samples), plain.read(0, plain.n_samples))
+    assert same(loader.read(0, loader.n_rows), plain.read(0, plain.n_rows))
 
 
 def test_splits_share_no_document(build, tokenizer):
     train, validation = (build(split, shuffle=False, epochs=1) for split in ("train", "validation"))
-    streams = [loader.read(0, loader.n_samples).tokens_BL.flatten().tolist() for loader in (train, validation)]
+    streams = [loader.read(0, loader.n_rows).tokens_BL.flatten().tolist() for loader in (train, validation)]
     texts = [tokenizer.decode(stream) for stream in streams]
     names = [{f"Document {i} " for i in range(90) if f"Document {i} " in text} for text in texts]
     assert names[0] and names[1] and not names[0] & names[1]
@@ -137,7 +137,7 @@ def test_splits_share_no_document(build, tokenizer):
 
 def test_corpus_smaller_than_one_window(build, tokenizer):
     flat, _ = stream(tokenizer, "validation")
-    assert build("validation", seq_len=len(flat) - 1).n_samples == 1
+    assert build("validation", seq_len=len(flat) - 1).n_rows == 1
     needs = rf"validation split has {len(flat)} tokens in \d+ documents, one sample needs {len(flat) + 1}: add text"
     with pytest.raises(UserError, match=f"{needs}.*validation_fraction"):
         build("validation", seq_len=len(flat))
@@ -148,8 +148,8 @@ def test_corpus_smaller_than_one_window(build, tokenizer):
 def test_one_document_has_no_validation(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("some words " * 100)
-    config = DataLoader.Config(dataset=str(path))
-    assert config.build(tokenizer=tokenizer, seq_len=8, seed=0).windows_per_epoch > 1
+    config = IndexedText.Config(dataset=str(path))
+    assert config.build(tokenizer=tokenizer, seq_len=8, seed=0).rows_per_epoch > 1
     with pytest.raises(UserError, match="the validation split has 0 tokens in 0 documents, one sample needs 9"):
         config.build(tokenizer=tokenizer, seq_len=8, seed=0, split="validation")
 
@@ -166,16 +166,16 @@ def test_standard_library_is_the_default(tokenizer, monkeypatch, tmp_path):
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lib" / name).write_text("def function():\n    return 1\n" * 9)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
-    loader = DataLoader.Config().build(tokenizer=tokenizer, seq_len=32, seed=0)
+    loader = IndexedText.Config().build(tokenizer=tokenizer, seq_len=32, seed=0)
     assert loader.description.startswith("stdlib: ")
-    assert loader.windows_per_epoch > 100
+    assert loader.rows_per_epoch > 100
 
 
 def test_settings_are_checked():
     with pytest.raises(UserError) as error:
-        validate(DataLoader.Config(mode="streaming", epochs=0, validation_fraction=2.0))
+        validate(StreamedText.Config(shuffle=True, epochs=0, validation_fraction=2.0))
     lines = str(error.value).split("\n")
     assert [line.split(":")[0] for line in lines] == ["validation_fraction", "epochs", "shuffle", "epochs"]
     assert "set shuffle to false" in lines[2] and "set epochs to None" in lines[3]
-    validate(DataLoader.Config(mode="streaming", shuffle=False))
-    validate(DataLoader.Config(epochs=1))
+    validate(StreamedText.Config())
+    validate(IndexedText.Config(epochs=1))

@@ -1,0 +1,170 @@
+"""The rows of a run, whatever they are read from. docs/add-a-data-source.md makes a kind of one's own.
+
+Letters: B rows, L tokens of a row (the sequence length).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config.configurable import Configurable, field_names
+from core.config.errors import UserError
+from core.data.packing import IGNORE, Batch
+from core.data.sampling import Split, shuffled
+from core.data.tokenizer import Tokenizer
+
+MODES = {"indexed": "core.data.text:IndexedText", "streaming": "core.data.text:StreamedText"}
+"""The classes that `mode` chose before there was a choice of classes."""
+
+
+class Samples(Configurable, ABC):
+    """The rows of one split of the data, `seq_len` tokens each, numbered from 0 over the whole run.
+
+    Row i is a pure function of the settings, the seed and i, equal on every rank: resuming, sharing a step among ranks
+    and changing their number is arithmetic on numbers, and there is no state. Where that cannot be had (`in_order`),
+    each rank has rows of its own, which it reads one after another, and its place is a state to save.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        def validation_problems(self) -> Iterator[tuple[str, str]]:
+            """What leaves a validator without rows: pairs as of `problems`, asked for where one is enabled."""
+            yield from ()
+
+        @classmethod
+        def upgrade(cls, data: dict[str, Any], now: Configurable.Config | None = None) -> dict[str, Any]:
+            """Text was all that there was, in one of two modes: data without a class is about that."""
+            stated = "mode" in data and "mode" not in field_names(cls)
+            if "class" in data or (now is not None and not stated):
+                return data
+            mode = data.get("mode", "indexed") if stated else "indexed"
+            if mode not in MODES:
+                raise UserError(f"dataloader.mode: expected {' or '.join(MODES)}, got {mode}")
+            return {"class": MODES[mode], **{name: value for name, value in data.items() if name != "mode"}}
+
+    in_order: bool = False
+    """Whether a rank has rows of its own, which are read one after another: `first` is how many it has read so far."""
+    n_rows: int | None = None
+    """Rows in the whole run; None where they never end."""
+    rows_per_epoch: int | None = None
+    """Rows in one pass over the data; None where that is not known, or where nothing is passed over."""
+    description: str
+    """One line for the head of a run: what is read, and how much of it."""
+    fingerprint: str
+    """Differs wherever the rows may; equal on all ranks and machines."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        split: Split = "train",
+        rank: int = 0,
+        n_ranks: int = 1,
+        verify: bool = True,
+    ) -> None:
+        """`rank` of `n_ranks` that read different rows; `verify` is false on ranks that follow another one of their
+        machine, which has compared what lies in a cache with what was written there."""
+        self.config, self.tokenizer, self.seq_len, self.seed, self.split = config, tokenizer, seq_len, seed, split
+        self.rank, self.n_ranks, self.verify = rank, n_ranks, verify
+        self.open()
+
+    @abstractmethod
+    def open(self) -> None:
+        """State `description`, `fingerprint` and the lengths of `self.split`; called once, when this is built.
+
+        Raises `UserError` for data that cannot be read. `self.config`, `tokenizer`, `seq_len`, `seed`, `split`, `rank`,
+        `n_ranks` and `verify` are there.
+        """
+
+    @abstractmethod
+    def rows(self, first: int, count: int) -> Batch:
+        """The rows first, ..., first + count - 1, all of them below `n_rows`."""
+
+    def read(self, first: int, count: int) -> Batch:
+        """The rows first, ..., first + count - 1, checked.
+
+        Raises `IndexError` beyond `n_rows`, and `UserError` for ids that the tokenizer does not have.
+        """
+        if first < 0 or (self.n_rows is not None and first + count > self.n_rows):
+            raise IndexError(f"rows {first} to {first + count - 1} of {self.n_rows}: the run ends before")
+        batch = self.rows(first, count)
+        for name, part_BL in batch._asdict().items():
+            if part_BL.shape != (count, self.seq_len) or part_BL.dtype != torch.int64:
+                raise TypeError(
+                    f"{type(self).__qualname__}.rows returned {name} of {tuple(part_BL.shape)} {part_BL.dtype}, "
+                    f"expected {(count, self.seq_len)} torch.int64"
+                )
+        if batch.tokens_BL.numel():
+            labels_BL = batch.labels_BL.where(batch.labels_BL != IGNORE, 0)
+            for ids_BL in (batch.tokens_BL, labels_BL):
+                least, most = ids_BL.aminmax()
+                self._check_ids(int(least), int(most), first, count)
+        return batch
+
+    def _check_ids(self, least: int, most: int, first: int, count: int) -> None:
+        if least < 0 or most >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"{self.description}: rows {first} to {first + count - 1} hold the id "
+                f"{least if least < 0 else most:,}, and the tokenizer has {self.tokenizer.vocab_size:,}: give the "
+                "tokenizer that made these tokens"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """The place of this rank where rows are read `in_order`: integers that JSON can hold; otherwise nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved place. Raises `UserError` when it is one of another kind of data, or of other ranks."""
+        if state or self.in_order:
+            raise UserError("the place in the data was saved by another class of dataloader: go on with that one")
+
+
+class IndexedSamples(Samples):
+    """Rows of a finite set. An epoch has each of them once, in an order drawn anew or in their own; a validation split
+    passes once, in their own.
+
+    `open` states `rows_per_epoch`, too.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(Samples.Config):
+        __slots__ = ()  # those of the fields come with the class that derives from it, which may have another parent
+        shuffle: bool = True
+        """Read the rows of the training split in an order drawn anew for every epoch."""
+        epochs: int | None = None
+        """Passes over the training split; None repeats it without end."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            """Empty runs."""
+            yield from super().problems()
+            if self.epochs is not None and self.epochs < 1:
+                yield "epochs", f"must be at least 1, or None to repeat without end, not {self.epochs}"
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Samples
+    rows_per_epoch: int  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by `open`
+
+    def __init__(self, config: Config, **live: Any) -> None:
+        super().__init__(config, **live)
+        if self.rows_per_epoch < 1:
+            raise UserError(f"{self.description}: the {self.split} split has no row of {self.seq_len:,} tokens")
+        passes = 1 if self.split == "validation" else config.epochs
+        self.n_rows = None if passes is None else passes * self.rows_per_epoch
+
+    @abstractmethod
+    def rows_at(self, numbers: np.ndarray) -> Batch:
+        """The rows of these numbers (int64, each below `rows_per_epoch`, in any order) as they lie in the data."""
+
+    def rows(self, first: int, count: int) -> Batch:
+        epochs, numbers = np.divmod(np.arange(first, first + count), self.rows_per_epoch)
+        if self.config.shuffle and self.split == "train":
+            for epoch in np.unique(epochs).tolist():
+                inside = epochs == epoch
+                numbers[inside] = shuffled(numbers[inside], self.rows_per_epoch, seed=self.seed, epoch=epoch)
+        return self.rows_at(numbers)
