@@ -41,20 +41,16 @@ class Keeper:
     """
 
     def __init__(
-<<<<<<< HEAD
         self,
         run: Run,
         layout: Layout,
         model: Decoder,
-        loader: DataLoader,
+        loader: Samples,
         observers: Observers,
         *,
         folder: Path,
         ranks: Ranks,
         n_rows: int,
-=======
-        self, run: Run, layout: Layout, ranks: Ranks, model: Decoder, loader: Samples, *, folder: Path, n_rows: int
->>>>>>> 797bb9d (Data are a door: Samples, an abstract class whose finals read indexed and streamed text; one's own is a file outside core)
     ) -> None:
         """`model` has no memory; a step reads `n_rows` rows over all ranks."""
         self.run, self.layout, self.ranks, self.model, self.loader = run, layout, ranks, model, loader

@@ -160,17 +160,9 @@ class Trainer(Configurable):
 
         return plan(config, world_size=world_size, rank=rank)
 
-<<<<<<< HEAD
-    def _open(self, split: Split) -> DataLoader:
-        sizes = {"seq_len": self.config.training.seq_len, "seed": self.config.debug.seed}
-        return open_text(self.config.dataloader, self.tokenizer, self.layout, split, **sizes)
-=======
     def _open(self, split: Split) -> Samples:
-        c = self.config
-        return open_samples(
-            c.dataloader, self.tokenizer, self.layout, split, seq_len=c.training.seq_len, seed=c.debug.seed
-        )
->>>>>>> 797bb9d (Data are a door: Samples, an abstract class whose finals read indexed and streamed text; one's own is a file outside core)
+        sizes = {"seq_len": self.config.training.seq_len, "seed": self.config.debug.seed}
+        return open_samples(self.config.dataloader, self.tokenizer, self.layout, split, **sizes)
 
     def _start_model(self) -> None:
         c = self.config
