@@ -46,7 +46,7 @@ def third_party() -> list[str]:
 
 
 def see_shared(session: nox.Session) -> Path:
-    """Let the session's environment see the shared one; gives the shared site-packages."""
+    """Let the session's environment see the shared one; returns the shared site-packages."""
     environment = Path(session.virtualenv.location).resolve()
     own = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
     inner = Path(own.strip()).resolve().relative_to(environment)

@@ -171,8 +171,8 @@ def compare(folder: Path, mib: int, rounds: int) -> None:
 
 def stall(folder: Path, rounds: int) -> None:
     trainer = make_trainer(folder / "trainer", argparse.Namespace(rows=4, length=256), mode="none")
-    saver = trainer.keeper.saver
-    tensors = model_tensors(trainer.parts.models) | optimizer_tensors(trainer.optimizer)
+    saver = trainer.checkpoints.saver
+    tensors = model_tensors(trainer.built.models) | optimizer_tensors(trainer.optimizer)
     waits: dict[str, list[float]] = {}
     walls: dict[str, list[float]] = {}
     step = 0
@@ -185,7 +185,7 @@ def stall(folder: Path, rounds: int) -> None:
                 trainer.step(step)
                 if number == 0 and mode != "nothing":
                     saver.settings.async_mode = mode
-                    progress = trainer.keeper.progress(step)
+                    progress = trainer.checkpoints.progress(step)
                     waited += seconds(lambda p=progress: saver.save(p, tensors, kind="full", wait=False))[0]
             waited += seconds(saver.wait)[0]
             walls.setdefault(mode, []).append(time.perf_counter() - began)

@@ -34,7 +34,7 @@ def contenders(recipe: Callable[[], Trainer.Config], folder: Path) -> tuple[Trai
     config.validator.enable = False
     config.activation_checkpoint.mode = "none"  # as transformers does
     trainer = config.build()
-    save_hf(trainer.parts.models[0], folder / "hf")
+    save_hf(trainer.built.models[0], folder / "hf")
     reference = AutoModelForCausalLM.from_pretrained(folder / "hf").train()
     theirs = plain_loop(reference, lambda tokens: reference(tokens, use_cache=False).logits, trainer)
     return trainer, {"armature": lambda number: trainer.step(number).loss, "transformers": theirs}

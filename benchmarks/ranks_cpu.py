@@ -27,9 +27,9 @@ from core.nn.decoder import Decoder
 from core.nn.init import init_weights, materialise
 from core.nn.module import weights
 from core.optim.optimizer import Optimizer
-from core.parallel.apply import own_piece
-from core.parallel.layout import Alone, Layout
-from core.parallel.many_ranks import Spread
+from core.parallel.apply import dtensor_slice
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.step.assemble import assemble
 from core.step.loss import CrossEntropy
@@ -56,7 +56,7 @@ def rows(first: int, n: int, length: int) -> Batch:
     return Batch(tokens_BL, tokens_BL.roll(-1, 1), zeros_BL + torch.arange(length), zeros_BL)
 
 
-def ours(layout: Layout, length: int) -> Step:
+def ours(layout: RankView, length: int) -> Step:
     nothing = ActivationCheckpoint.Config(mode="none").build(folder=Path())
     parts = assemble(
         network(),
@@ -91,7 +91,7 @@ def by_hand(length: int) -> Step:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     materialise(model, CPU, torch.float32)
-    init_weights(((w.name, w.value, w.start) for w in weights(model)), 0, own_piece)
+    init_weights(((w.name, w.value, w.start) for w in weights(model)), 0, dtensor_slice)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batch = rows(dist.get_rank() * 4, 4, length)
 
@@ -112,9 +112,9 @@ def times(rounds: int, length: int) -> dict[str, list[float]]:
     """Seconds of every contender's steps after the first, taken in turns."""
     contenders = {
         "FSDP by hand": by_hand(length),
-        "armature, FSDP 2": ours(Spread(Parallelism(), CPU), length),
-        "armature, tensor 2": ours(Spread(Parallelism(tensor_parallel_degree=2), CPU), length),
-        "armature, one rank": ours(Alone(CPU), length),
+        "armature, FSDP 2": ours(ManyRanks(Parallelism(), CPU), length),
+        "armature, tensor 2": ours(ManyRanks(Parallelism(tensor_parallel_degree=2), CPU), length),
+        "armature, one rank": ours(SingleRank(CPU), length),
     }
     first = {name: step() for name, step in contenders.items()}
     assert max(first.values()) - min(first.values()) < 1e-4, f"not the same step: {first}"

@@ -38,7 +38,7 @@ def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
 
 
 def peers(trainer: Trainer, folder: Path) -> dict[str, Step]:
-    (model,) = trainer.parts.models
+    (model,) = trainer.built.models
     save_hf(model, folder / "hf")
     minimal = Minimal(model.to_hf_config(), trainer.config.training.seq_len)
     copy_weights(minimal, model.state_dict())

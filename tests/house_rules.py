@@ -3,7 +3,7 @@
 import ast
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 from source_tree import FOLDERS, FUNCTIONS, Module, Tree, closure, drawn_tree, inside, package_files
@@ -47,7 +47,12 @@ DEVICE_QUESTIONS = ["torch.accelerator"] + [
 ]
 POLICY_WORDS = ["policy", "save_list", "op_list"]
 VAGUE_WORDS = {"base", "common", "helper", "helpers", "manager", "misc", "util", "utils"}
-MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2500  # lines; the last one: of ours behind `import <m>.model`
+SHARED_NAMES = {  # public names that may be defined in two rooms of core, and why
+    "log": "the logger, under one name in every module",
+    "main": "the entry of a program",
+    "meta_model": "the same model without memory, by what the room knows of it",
+}
+MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2500  # lines; the last one: first-party behind `import <m>.model`
 MACHINE_PATH = re.compile(rb"(?<![\w.-])/(?:home|root|work|Users)/")
 
 
@@ -59,7 +64,7 @@ def package(tree: Tree, name: str) -> str:
 
 
 def floor(tree: Tree, name: str) -> int | None:
-    """The height of a name of ours; None for a third party's, and for ours without a floor."""
+    """The height of a first-party name; None for a third party's, and for one without a floor."""
     place = package(tree, name)
     place = place if inside(place, "core") else tree.wings.get(place)
     return next((height for height, places in enumerate(FLOORS) if place in places), None)
@@ -180,6 +185,29 @@ def names_are_plain(tree: Tree) -> Iterator[str]:
             yield f"{tree.short(path)}: '{word}' does not say what is in it"
 
 
+def names_mean_one_thing(tree: Tree) -> Iterator[str]:
+    """A public name at the top of a module of core is defined in one room; the exceptions have their reasons."""
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for name, module in tree.modules.items():
+        if module.wing == "core":
+            for defined in public_names(module.syntax):
+                rooms[defined].add(package(tree, name))
+    for defined, places in sorted(rooms.items()):
+        if len(places) > 1 and defined not in SHARED_NAMES:
+            yield f"{defined} is defined in {', '.join(sorted(places))}: one word for one thing"
+
+
+def public_names(syntax: ast.Module) -> Iterator[str]:
+    """What the statements of a module define, the names with an underscore in front left out."""
+    for node in syntax.body:
+        if isinstance(node, ast.ClassDef | FUNCTIONS):
+            names = [node.name]
+        else:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [part.id for target in targets if target for part in ast.walk(target) if isinstance(part, ast.Name)]
+        yield from (name for name in names if not name.startswith("_"))
+
+
 def names_of_tests_are_unique(tree: Tree) -> Iterator[str]:
     """pytest takes a test file by its bare name: no two alike, and no package among them."""
     tests = [path for path in tree.files if path.suffix == ".py" and "tests" in path.relative_to(tree.root).parts]
@@ -202,7 +230,7 @@ def budgets_hold(tree: Tree) -> Iterator[str]:
         if module.wing == "models" and name.endswith(".model"):
             total = sum(tree.modules[behind].n_lines for behind in closure(tree.needs, [name]))
             if total > MAX_MODEL:
-                yield f"{name} takes {total} lines of ours to read, {MAX_MODEL} is the limit"
+                yield f"{name} takes {total} first-party lines to read, {MAX_MODEL} is the limit"
 
 
 def text_names_no_machine(tree: Tree) -> Iterator[str]:
@@ -254,6 +282,7 @@ RULES: list[Callable[[Tree], Iterator[str]]] = [
     one_module_asks_for_devices,
     models_hold_no_policy,
     names_are_plain,
+    names_mean_one_thing,
     names_of_tests_are_unique,
     budgets_hold,
     text_names_no_machine,

@@ -141,23 +141,23 @@ class Tree:
         return path.relative_to(self.root).as_posix()
 
     def resolve(self, name: str) -> str | None:
-        """The module of ours that an imported name lives in; the name may be of a class or a function."""
+        """The first-party module that an imported name lives in; the name may be of a class or a function."""
         while name and name not in self.modules:
             name = name.rpartition(".")[0]
         return name or None
 
     @cached_property
     def needs(self) -> dict[str, set[str]]:
-        """module -> the modules of ours that it imports anywhere."""
+        """module -> the first-party modules that it imports anywhere."""
         return {name: self.own(module.imports) for name, module in self.modules.items()}
 
     @cached_property
     def start_needs(self) -> dict[str, set[str]]:
-        """module -> the modules of ours that are imported as soon as it is."""
+        """module -> the first-party modules that are imported as soon as it is."""
         return {name: self.own(module.start_imports) for name, module in self.modules.items()}
 
     def own(self, names: set[str]) -> set[str]:
-        """The modules of ours among imported names."""
+        """The first-party modules among imported names."""
         return {module for name in names if (module := self.resolve(name))}
 
 

@@ -36,7 +36,7 @@ class Part(NamedTuple):
     purpose: str
 
 
-def parts() -> Iterator[Part]:
+def optional_parts() -> Iterator[Part]:
     """Every optional part."""
     found = accelerator()
     here = f"{found.count} x {device_name(torch.device(str(found.type)))}, {found.platform}" if found.count else None
@@ -49,14 +49,14 @@ def parts() -> Iterator[Part]:
         reason = probe.missing(build)
         here = None if reason else f"{probe.CLASSES[build]} of deep_ep {probe.version()}"
         yield Part(f"deep_ep {build}", here, reason or "", purpose)
-    for package, (mend, purpose) in PACKAGES.items():
+    for package, (fix, purpose) in PACKAGES.items():
         try:
             yield Part(package, version(package), "", purpose)
         except PackageNotFoundError:
-            yield Part(package, None, f"not installed: {mend}", purpose)
+            yield Part(package, None, f"not installed: {fix}", purpose)
 
 
-def table(found: list[Part], width: int = 118) -> str:
+def parts_table(found: list[Part], width: int = 118) -> str:
     """The parts as lines: name, yes or no, what there is or is missing, what for."""
     name_width = max(len(part.name) for part in found)
     indent = " " * (name_width + 7)
@@ -71,7 +71,7 @@ def table(found: list[Part], width: int = 118) -> str:
 def main() -> None:
     """Print the table; nothing that is missing is an error until a setting asks for it."""
     with exit_plainly():
-        show(table(list(parts())))
+        show(parts_table(list(optional_parts())))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from core.activation_checkpoint.region import is_recomputing
 from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.nn.module import weights
 from core.runtime.log import LOGGER, start_logging
-from core.testing.checkpointing import (
+from core.testing.activation_checkpoint import (
     Dispatched,
     assert_equal_gradients,
     autograd_bytes,
@@ -60,8 +60,8 @@ def toy_training(mask="causal", n_layers=2, **settings):
     tokens_BL = torch.randint(64, (3, 20), generator=torch.Generator().manual_seed(0))
     index_L = torch.arange(20)
     document_BL = (index_L >= torch.tensor([[3], [10], [17]])).long()
-    where = Where(index_L.expand(3, 20), document_BL) if mask == "document" else None
-    return model, lambda: cross_entropy(model(tokens_BL, where), tokens_BL.roll(-1, dims=1))
+    positions = Positions(index_L.expand(3, 20), document_BL) if mask == "document" else None
+    return model, lambda: cross_entropy(model(tokens_BL, positions), tokens_BL.roll(-1, dims=1))
 
 
 @pytest.fixture(autouse=True)
@@ -387,11 +387,11 @@ def test_one_time_work_in_a_block_is_named(mode):
 
 def report(model_settings, step=True):
     model = on_cpu(Toy.Config())
-    checkpointing = ActivationCheckpoint.Config(**model_settings).build(folder=Path())
-    checkpointing.apply(model)
+    activation_checkpoint = ActivationCheckpoint.Config(**model_settings).build(folder=Path())
+    activation_checkpoint.apply(model)
     if step:
         model(torch.arange(24).view(2, 12)).sum().backward()
-    checkpointing.report()
+    activation_checkpoint.report()
 
 
 def test_debug_reports_what_was_saved(messages, monkeypatch):
@@ -426,12 +426,12 @@ def test_debug_of_a_compiled_model(messages):
     counters.clear()
     model = on_cpu(Toy.Config(n_layers=10))
     settings = {"debug": True, "save_ops": ["aten.silu.default"], "force_recompute": ["attention.wv"]}
-    checkpointing = ActivationCheckpoint.Config(**settings).build(folder=Path())
-    checkpointing.apply(model)
+    activation_checkpoint = ActivationCheckpoint.Config(**settings).build(folder=Path())
+    activation_checkpoint.apply(model)
     compile_blocks(model)
     model(torch.arange(24).view(2, 12)).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1
-    checkpointing.report()
+    activation_checkpoint.report()
     assert "aten.mm.default saved" in messages.text and "aten.silu.default saved" in messages.text
     assert not [record for record in messages.records if record.levelno == logging.WARNING]
 

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from core.activation_checkpoint.meter import Meter
-from core.testing.checkpointing import checkpoint_blocks
+from core.testing.activation_checkpoint import checkpoint_blocks
 from core.testing.toy import Toy, on_cpu
 
 MATRIX = 8 * 8 * 4

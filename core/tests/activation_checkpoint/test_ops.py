@@ -9,7 +9,7 @@ from core.activation_checkpoint import ops
 from core.activation_checkpoint.ops import absent_ops, check_op, find_op, save_output, saved_ops, user_op
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
 from core.config.errors import UserError
-from core.testing.checkpointing import checkpoint_blocks, heavy_ops
+from core.testing.activation_checkpoint import checkpoint_blocks, heavy_ops
 from core.testing.toy import Toy, on_cpu
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ def test_unknown_name_is_an_error(monkeypatch):
     with pytest.raises(UserError, match="has no operation aten.mm.nonsense"):
         user_op("aten.mm.nonsense")
     monkeypatch.setattr(ops, "SELECTION", ("aten.topk_of_old.default",))
-    with pytest.raises(AssertionError, match="has no aten.topk_of_old.default: mend the list in core.activation_check"):
+    with pytest.raises(AssertionError, match="has no aten.topk_of_old.default: fix the list in core.activation_check"):
         ops._pytorch_ops.__wrapped__()
     with pytest.raises(TypeError, match="packet|Packet"):
         monkeypatch.setattr(ops, "SELECTION", ("aten.topk",))
@@ -102,7 +102,7 @@ def test_extra_names_join_for_one_policy():
 
 @pytest.fixture
 def twice():
-    """An operation of ours, with the number of times that its kernel ran."""
+    """A first-party operation, with the number of times that its kernel ran."""
     library = torch.library.Library("armature_test", "FRAGMENT")
     library.define("twice(Tensor x) -> Tensor")
     ran = []

@@ -18,9 +18,9 @@ from core.checkpoint import files
 from core.checkpoint.convert import PROGRAM, main
 from core.checkpoint.hf import save_hf
 from core.checkpoint.hf_config import checked_hf_config
-from core.checkpoint.keys import Keys, Stacked, below
+from core.checkpoint.keys import KeyTable, Stacked, below
 from core.checkpoint.quantised import mxfp4, scaled
-from core.checkpoint.weights import load, save_weights
+from core.checkpoint.weights import load_folder, save_weights
 from core.config.configurable import Configurable
 from core.config.record import from_json
 from core.testing.toy import Toy, on_cpu, randomise
@@ -43,7 +43,7 @@ class Dense(Toy):
         return {"model_type": "dense", "layers": self.config.n_layers, "tied": self.config.tie_embeddings}
 
 
-EXPERTS: Keys = {
+EXPERTS: KeyTable = {
     "router.bias": "mlp.router.bias",
     "count": None,
     "w1.weight": ("mlp.experts.{e}.gate.weight", Stacked("mlp.experts.gate_up_proj", "even", transposed=True)),
@@ -133,7 +133,7 @@ def test_there_and_back_is_the_same(tmp_path: Path, tied: bool, dtype: torch.dty
     weights = {name: value for name, value in model.state_dict().items() if not (tied and name == "output.weight")}
     assert_equal(stored(here), weights)
     other = on_cpu(Dense.Config(n_layers=3, tie_embeddings=tied), dtype=dtype)
-    load(other, here)
+    load_folder(other, here)
     assert_equal(other.state_dict(), model.state_dict())
     convert("to-hf", here, back)
     assert listing(back) == listing(there)
@@ -186,7 +186,7 @@ def test_a_tokenizer_goes_along(dense: Path, tmp_path: Path) -> None:
 
 
 def quantised(sparse: Path) -> dict[str, Tensor]:
-    """Put drawn tensors of few bits into the folder; gives our weights as they must be read."""
+    """Put drawn tensors of few bits into the folder; returns our weights as they must be read."""
     generator = torch.Generator().manual_seed(3)
     tensors, expected = load_file(sparse / SINGLE), {}
     for key in [key for key in tensors if key.startswith("model.layers.0.mlp.experts.")]:

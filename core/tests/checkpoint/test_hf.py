@@ -15,7 +15,7 @@ from core.checkpoint.hf_config import HFConfig, checked_hf_config
 from core.checkpoint.key_map import pattern_of
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
-from core.testing.toy import Toy, on_cpu, on_meta, randomise
+from core.testing.toy import Toy, meta_model, on_cpu, randomise
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -58,7 +58,10 @@ def refused(folder: Path, *messages: str, tied: bool = False) -> None:
     """The folder is refused with all messages, on memory and on the meta device, and no weight is changed."""
     model = toy(tied=tied, seed=9)
     before = values(model)
-    for action in (lambda: load_hf(model, folder), lambda: check_hf(on_meta(Toy.Config(tie_embeddings=tied)), folder)):
+    for action in (
+        lambda: load_hf(model, folder),
+        lambda: check_hf(meta_model(Toy.Config(tie_embeddings=tied)), folder),
+    ):
         with pytest.raises(UserError) as caught:
             action()
         for message in messages:
@@ -89,7 +92,7 @@ def test_one_file(single: Path) -> None:
     expected = {key_of(name): value for name, value in values(toy()).items()}
     assert stored(single).keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in stored(single).items())
-    stated = {**on_meta(Toy.Config()).to_hf_config(), "dtype": "float32"}
+    stated = {**meta_model(Toy.Config()).to_hf_config(), "dtype": "float32"}
     assert json.loads((single / "config.json").read_text()) == stated
     model = toy(seed=9)
     load_hf(model, single)
@@ -265,7 +268,7 @@ def test_export_casts(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_a_model_on_meta_is_checked_but_not_loaded(sharded: Path) -> None:
-    model = on_meta(Toy.Config())
+    model = meta_model(Toy.Config())
     files = check_hf(model, sharded)
     assert files == {key: file for file in sharded.glob("*.safetensors") for key in load_file(file)}
     with pytest.raises(AssertionError, match="materialise the model first"):

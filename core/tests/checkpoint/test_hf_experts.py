@@ -20,16 +20,16 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from weight_trees import N_LAYERS, Weights
 
 from core.checkpoint.hf import check_hf, load_hf, save_hf
-from core.checkpoint.keys import Keys, Stacked, below
+from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
 
 SINGLE = "model.safetensors"
-EXPERTS: Keys = {
+EXPERTS: KeyTable = {
     "moe.experts.w1.weight": ("mlp.experts.{e}.gate_proj.weight", Stacked("mlp.experts.gate_up_proj", "first")),
     "moe.experts.w3.weight": ("mlp.experts.{e}.up_proj.weight", Stacked("mlp.experts.gate_up_proj", "second")),
     "moe.experts.w2.weight": ("mlp.experts.{e}.down_proj.weight", Stacked("mlp.experts.down_proj")),
 }
-FUSED: Keys = {
+FUSED: KeyTable = {
     "moe.experts.w1.weight": Stacked("mlp.experts.gate_up_proj", "even", transposed=True),
     "moe.experts.w1.bias": Stacked("mlp.experts.gate_up_proj_bias", "even"),
     "moe.experts.w3.weight": Stacked("mlp.experts.gate_up_proj", "odd", transposed=True),
@@ -70,8 +70,8 @@ def library(family: str, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / SINGLE)
 
 
-def ours(family: str, tensors: dict[str, Tensor]) -> tuple[Keys, dict[str, Tensor]]:
-    """A key table, and the weights of ours, for these tensors: the experts by hand, all else under the same name."""
+def ours(family: str, tensors: dict[str, Tensor]) -> tuple[KeyTable, dict[str, Tensor]]:
+    """A key table, and the our weights, for these tensors: the experts by hand, all else under the same name."""
     rest = [key for key in tensors if ".experts." not in key]
     table: dict[str, Any] = {key: key for key in rest}
     expected = {key: tensors[key] for key in rest}

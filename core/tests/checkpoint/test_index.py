@@ -15,7 +15,7 @@ import torch
 
 from core.checkpoint.find import Found, inspect
 from core.checkpoint.index import tiles
-from core.checkpoint.manifest import Damaged, Progress, digest
+from core.checkpoint.manifest import Damaged, Progress, manifest_digest
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage
@@ -46,7 +46,7 @@ def vouch(checkpoint: Path) -> None:
     del said["digest"]
     for name in said["files"]:
         said["files"][name] = {"n_bytes": storage.size(name), "sha256": storage.digest(name)}
-    (checkpoint / "manifest.json").write_text(json.dumps({**said, "digest": digest(said)}))
+    (checkpoint / "manifest.json").write_text(json.dumps({**said, "digest": manifest_digest(said)}))
 
 
 def forge(checkpoint: Path, change: Callable[[Any], object]) -> None:

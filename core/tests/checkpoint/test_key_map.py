@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from weight_trees import Weights
 
 from core.checkpoint.hf import load_hf, save_hf
-from core.checkpoint.key_map import Piece, hf_layout, own_layout, pattern_of
-from core.checkpoint.keys import Keys, Stacked, below
+from core.checkpoint.key_map import KeyPart, hf_key_map, own_key_map, pattern_of
+from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -36,16 +36,16 @@ class Ahead(Weights):
 def test_names_by_the_table() -> None:
     assert pattern_of("norm.weight") == ("norm.weight", "")
     assert pattern_of("layers.12.w.weight") == ("layers.{i}.w.weight", "12")
-    keys: Keys = {"norm.weight": "n", "layers.{i}.w.weight": "blocks.{i}.w"}
-    layout = hf_layout(Weights(keys, {"norm.weight": (2,), "layers.12.w.weight": (2, 2)}))
-    assert layout.places == {"norm.weight": [[Piece("n")]], "layers.12.w.weight": [[Piece("blocks.12.w")]]}
+    keys: KeyTable = {"norm.weight": "n", "layers.{i}.w.weight": "blocks.{i}.w"}
+    key_map = hf_key_map(Weights(keys, {"norm.weight": (2,), "layers.12.w.weight": (2, 2)}))
+    assert key_map.places == {"norm.weight": [[KeyPart("n")]], "layers.12.w.weight": [[KeyPart("blocks.12.w")]]}
     for name in ("other.weight", "layers.0.v.weight"):
         with pytest.raises(KeyError):
-            hf_layout(Weights(keys, {name: (2,)}))
+            hf_key_map(Weights(keys, {name: (2,)}))
 
 
 def test_below_moves_both_sides() -> None:
-    table: Keys = {"a": "x", "b": ("x.{e}", Stacked("y", "odd", transposed=True)), "c": None}
+    table: KeyTable = {"a": "x", "b": ("x.{e}", Stacked("y", "odd", transposed=True)), "c": None}
     assert below("ours.{i}", "theirs", table) == {
         "ours.{i}.a": ("theirs.x",),
         "ours.{i}.b": ("theirs.x.{e}", Stacked("theirs.y", "odd", transposed=True)),
@@ -54,25 +54,29 @@ def test_below_moves_both_sides() -> None:
 
 
 def test_pieces_of_each_place() -> None:
-    keys: Keys = {"a": ("x.{e}", Stacked("y", "even")), "b": Stacked("y", "odd"), "c": Stacked("z", transposed=True)}
-    layout = hf_layout(Weights(keys, {"a": (2, 3), "b": (2, 3), "c": (2, 3, 4)}))
-    assert layout.places["a"] == [
-        [Piece("x.0", 0), Piece("x.1", 1)],
-        [Piece("y", 0, 0, "even"), Piece("y", 1, 1, "even")],
+    keys: KeyTable = {
+        "a": ("x.{e}", Stacked("y", "even")),
+        "b": Stacked("y", "odd"),
+        "c": Stacked("z", transposed=True),
+    }
+    key_map = hf_key_map(Weights(keys, {"a": (2, 3), "b": (2, 3), "c": (2, 3, 4)}))
+    assert key_map.places["a"] == [
+        [KeyPart("x.0", 0), KeyPart("x.1", 1)],
+        [KeyPart("y", 0, 0, "even"), KeyPart("y", 1, 1, "even")],
     ]
-    assert layout.keys() == {"x.0", "x.1", "y", "z"}
-    [[first, _]] = layout.places["b"]
+    assert key_map.keys() == {"x.0", "x.1", "y", "z"}
+    [[first, _]] = key_map.places["b"]
     assert first.stored_shape((2, 3)) == [2, 6]
     assert first.view(torch.arange(6)).tolist() == [1, 3, 5]
-    [[first, _]] = layout.places["c"]
+    [[first, _]] = key_map.places["c"]
     assert first.stored_shape((2, 3, 4)) == [2, 4, 3]
 
 
 @pytest.mark.parametrize(("half", "rows"), [("first", [0, 1]), ("second", [2, 3]), ("even", [0, 2]), ("odd", [1, 3])])
 def test_halves_of_the_rows(half: str, rows: list[int]) -> None:
     stored = torch.arange(20.0).view(4, 5)
-    assert torch.equal(Piece("x", 0, 0, half).view(stored), stored[rows])  # pyrefly: ignore[bad-argument-type]
-    turned = Piece("x", 0, 0, half, transposed=True)  # pyrefly: ignore[bad-argument-type]
+    assert torch.equal(KeyPart("x", 0, 0, half).view(stored), stored[rows])  # pyrefly: ignore[bad-argument-type]
+    turned = KeyPart("x", 0, 0, half, transposed=True)  # pyrefly: ignore[bad-argument-type]
     assert torch.equal(turned.view(stored.T), stored[rows])
     assert turned.stored_shape((7, 2, 5)) == [7, 5, 4]
 
@@ -158,11 +162,11 @@ def test_no_key_of_a_block_that_the_model_has_is_passed_over(tmp_path: Path) -> 
 
 
 def test_what_hugging_face_does_not_know(tmp_path: Path) -> None:
-    """It is neither written nor wanted, and stays as it is; a folder of ours has it, or not."""
-    keys: Keys = {"w": "x", "bias": None}
+    """It is neither written nor wanted, and stays as it is; a folder in our format has it, or not."""
+    keys: KeyTable = {"w": "x", "bias": None}
     model = Weights(keys, {"w": (2,), "bias": (3,)}, ("bias",))
     before = model.values()
-    assert own_layout(model).optional == {"bias"}
+    assert own_key_map(model).optional == {"bias"}
     save_hf(Weights(keys, {"w": (2,), "bias": (3,)}, ("bias",), seed=1), tmp_path)
     assert load_file(tmp_path / SINGLE).keys() == {"x"}
     load_hf(model, tmp_path)

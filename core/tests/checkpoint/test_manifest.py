@@ -8,15 +8,15 @@ import re
 import pytest
 
 from core.checkpoint.manifest import (
-    CONFIG,
+    CONFIG_FILE,
     LAYOUT,
     TENSORS,
     Damaged,
     Manifest,
     Progress,
     Written,
-    digest,
-    problems,
+    file_problems,
+    manifest_digest,
     read_manifest,
     write_manifest,
 )
@@ -33,7 +33,7 @@ def storage(tmp_path):
 
 def manifest(files=None):
     progress = Progress(step=3, tokens=96, rows=6, rows_per_step=2, places=[{"position": 1}], text="abc")
-    files = {name: Written(0, "0" * 64) for name in (CONFIG, TENSORS)} | (files or {})
+    files = {name: Written(0, "0" * 64) for name in (CONFIG_FILE, TENSORS)} | (files or {})
     return Manifest(progress=progress, kind="full", world_size=2, versions={"torch": "2"}, files=files)
 
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_read(storage):
     said = manifest({"a": file(storage, "a")})
     write_manifest(storage, "step-3", said)
     assert read_manifest(storage, "step-3") == said
-    assert problems(storage, "step-3", {"a": said.files["a"]}) == []
+    assert file_problems(storage, "step-3", {"a": said.files["a"]}) == []
 
 
 def test_every_file_is_read_once(storage, monkeypatch):
@@ -55,7 +55,7 @@ def test_every_file_is_read_once(storage, monkeypatch):
     opened = []
     digest = Storage.digest
     monkeypatch.setattr(Storage, "digest", lambda self, name: (opened.append(name), digest(self, name))[1])
-    assert problems(storage, "step-3", files) == []
+    assert file_problems(storage, "step-3", files) == []
     assert opened == ["step-3/a", "step-3/b", "step-3/c"]
 
 
@@ -64,7 +64,7 @@ def test_what_is_wrong_with_files_is_said(storage, tmp_path):
     (tmp_path / "step-3/short").write_bytes(b"conten")
     (tmp_path / "step-3/flipped").write_bytes(b"cOntent")
     (tmp_path / "step-3/gone").unlink()
-    assert problems(storage, "step-3", files) == [
+    assert file_problems(storage, "step-3", files) == [
         "short has 6 bytes, not 7",
         "flipped has other bytes than were written",
         "gone is missing",
@@ -128,7 +128,7 @@ def test_a_manifest_that_vouches_for_nonsense(storage, tmp_path, where, value, w
     for name in outer:
         part = part[name]
     part[last] = value
-    path.write_text(json.dumps({**said, "digest": digest(said)}))
+    path.write_text(json.dumps({**said, "digest": manifest_digest(said)}))
     with pytest.raises(Damaged, match=f"^manifest.json:? {words}"):
         read_manifest(storage, "step-3")
 

@@ -15,11 +15,11 @@ import torch
 from core.checkpoint.find import find_in
 from core.checkpoint.hf import save_hf
 from core.checkpoint.index import read_tensor
-from core.checkpoint.manifest import Progress, digest
+from core.checkpoint.manifest import Progress, manifest_digest
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage
-from core.checkpoint.weights import load, load_weights, save_weights
+from core.checkpoint.weights import load_folder, load_weights, save_weights
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.parallel.schedule_file import read_schedule
@@ -85,7 +85,7 @@ def vouch(checkpoint: Path) -> None:
             data = (checkpoint / name).read_bytes()
             said["files"][name] = {"n_bytes": len(data), "sha256": Storage(checkpoint).digest(name)}
         said.pop("digest", None)
-        text = json.dumps({**said, "digest": digest(said)})
+        text = json.dumps({**said, "digest": manifest_digest(said)})
     except Exception:  # it is no manifest any more: nothing can vouch
         return
     (checkpoint / "manifest.json").write_text(text)
@@ -96,7 +96,7 @@ def sign(checkpoint: Path) -> None:
     try:
         said = json.loads((checkpoint / "manifest.json").read_bytes())
         said.pop("digest", None)
-        text = json.dumps({**said, "digest": digest(said)})
+        text = json.dumps({**said, "digest": manifest_digest(said)})
     except Exception:
         return
     (checkpoint / "manifest.json").write_text(text)
@@ -122,11 +122,11 @@ def read_run(folder: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[bytes, Random], bytes], Read]] = {
     "step-3/manifest.json": ("signed", mutated_json, read_checkpoint),
     "step-3/tensors.json": ("vouched", mutated_json, read_checkpoint),
-    "step-3/config.json": ("vouched", mutated_json, lambda folder: load(other(), folder)),
+    "step-3/config.json": ("vouched", mutated_json, lambda folder: load_folder(other(), folder)),
     "step-3/rank-00000.safetensors": ("", mutated_bytes, read_checkpoint),
-    "theirs/config.json": ("", mutated_json, lambda folder: load(other(), folder)),
-    "theirs/model.safetensors.index.json": ("", mutated_json, lambda folder: load(other(), folder)),
-    "theirs/model-00002-of-00004.safetensors": ("header", mutated_json, lambda folder: load(other(), folder)),
+    "theirs/config.json": ("", mutated_json, lambda folder: load_folder(other(), folder)),
+    "theirs/model.safetensors.index.json": ("", mutated_json, lambda folder: load_folder(other(), folder)),
+    "theirs/model-00002-of-00004.safetensors": ("header", mutated_json, lambda folder: load_folder(other(), folder)),
     "ours/config.json": ("", mutated_json, lambda folder: load_weights(other(), folder)),
     "ours/model-00002-of-00004.safetensors": ("", mutated_bytes, lambda folder: load_weights(other(), folder)),
     "run/torchrun-id": ("", mutated_bytes, read_run),

@@ -15,7 +15,7 @@ from core.checkpoint.find import find_in
 from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import load, load_weights
+from core.checkpoint.weights import load_folder, load_weights
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.runtime.ranks import Ranks
@@ -75,7 +75,7 @@ def read_to_export(folder: Path, scratch: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "load": lambda folder, _: load(toy(2), folder),
+    "load": lambda folder, _: load_folder(toy(2), folder),
     "load_weights": lambda folder, _: load_weights(toy(2), folder),
     "begin": lambda folder, _: find_in(str(folder), Ranks()),
 }
@@ -86,7 +86,7 @@ def test_a_whole_one_is_read_under_any_name(step_3: Path, place: Callable[[Path]
     monkeypatch.chdir(step_3.parent)
     folder = place(step_3)
     model = toy(2)
-    load(model, folder)
+    load_folder(model, folder)
     for name, weight in toy(1).state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     read_to_export(folder, step_3.parents[1])
@@ -120,7 +120,7 @@ def test_a_flipped_bit_is_found_under_any_name(
 
 def load_refused(model: Toy, folder: Path) -> None:
     with pytest.raises(UserError):
-        load(model, folder)
+        load_folder(model, folder)
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, os.rename, lambda old, new: new.symlink_to(old)])

@@ -7,7 +7,7 @@ import uuid
 import fsspec
 import pytest
 
-from core.checkpoint.storage import CHUNK, Storage, steps_in
+from core.checkpoint.storage import CHUNK_BYTES, Storage, steps_in
 from core.config.errors import UserError
 
 
@@ -17,7 +17,7 @@ def storage(request, tmp_path):
 
 
 def test_what_is_written_is_read(storage):
-    content = os.urandom(CHUNK + 70)
+    content = os.urandom(CHUNK_BYTES + 70)
     storage.make("a/b")
     with storage.create("a/b/file") as file:
         file.write(content[:5])
@@ -25,10 +25,10 @@ def test_what_is_written_is_read(storage):
     assert storage.read("a/b/file") == content and storage.size("a/b/file") == file.n_bytes == len(content)
     assert storage.digest("a/b/file") == file.hex() == hashlib.sha256(content).hexdigest()
     part = bytearray(100)
-    storage.read_into(memoryview(part), "a/b/file", CHUNK - 50)
-    assert part == content[CHUNK - 50 : CHUNK + 50]
+    storage.read_into(memoryview(part), "a/b/file", CHUNK_BYTES - 50)
+    assert part == content[CHUNK_BYTES - 50 : CHUNK_BYTES + 50]
     with pytest.raises(OSError, match="30 bytes are missing at its end"):
-        storage.read_into(memoryview(part), "a/b/file", CHUNK)
+        storage.read_into(memoryview(part), "a/b/file", CHUNK_BYTES)
 
 
 def test_folders(storage):

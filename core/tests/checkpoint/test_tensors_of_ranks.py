@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from core.checkpoint.index import NAMES, Stored, header_problems, read_index, read_tensor
+from core.checkpoint.index import NAMES, StoredTensor, header_problems, read_index, read_tensor
 from core.checkpoint.manifest import Written
 from core.checkpoint.pieces import load_tensors, save_tensors
 from core.checkpoint.storage import Storage
@@ -27,7 +27,7 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def index_of(storage: Storage) -> dict[str, Stored]:
+def index_of(storage: Storage) -> dict[str, StoredTensor]:
     """What the index of folder `a` says, where its files are as they should be."""
     files = {name: Written(storage.size(f"a/{name}"), "") for name in storage.names("a")}
     index = read_index(storage, "a", files)

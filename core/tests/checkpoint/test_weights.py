@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.checkpoint.hf import save_hf
-from core.checkpoint.weights import load, load_weights, save_weights
+from core.checkpoint.weights import load_folder, load_weights, save_weights
 from core.config.errors import UserError
 from core.config.record import from_json
 from core.nn.decoder import Decoder
@@ -45,7 +45,7 @@ def test_what_is_written_can_be_read(tmp_path: Path, tied: bool, shard_gib: floa
     assert (tmp_path / INDEX).exists() == (len(files) > 1) == (shard_gib < 1)
     stored = {name: value for file in files for name, value in load_file(file).items()}
     assert stored.keys() == model.state_dict().keys() - ({"output.weight"} if tied else set())
-    for read in (load_weights, load):
+    for read in (load_weights, load_folder):
         other = drawn(Toy.Config(tie_embeddings=tied), seed=9)
         read(other, tmp_path)
         assert_same(other, model)
@@ -61,7 +61,7 @@ def test_weights_are_cast(tmp_path: Path) -> None:
 def test_either_kind_of_folder_is_recognised(tmp_path: Path) -> None:
     model, other = drawn(Toy.Config()), drawn(Toy.Config(), seed=9)
     save_hf(model, tmp_path)
-    load(other, tmp_path)
+    load_folder(other, tmp_path)
     assert_same(other, model)
 
 
@@ -69,7 +69,7 @@ def test_settings_that_differ_are_told(tmp_path: Path, caplog: pytest.LogCapture
     save_hf(drawn(Toy.Config()), tmp_path / "theirs")
     save_weights(drawn(Toy.Config()), tmp_path / "ours")
     for folder in (tmp_path / "theirs", tmp_path / "ours"):
-        load(drawn(Toy.Config(norm_eps=1e-3)), folder)
+        load_folder(drawn(Toy.Config(norm_eps=1e-3)), folder)
         assert caplog.messages == [f"{folder}: the weights are of a model with norm_eps 1e-06, not 0.001"]
         caplog.clear()
 
@@ -83,12 +83,12 @@ def test_a_hugging_face_folder_of_another_family(tmp_path: Path) -> None:
         ({"hidden_size": None}, "this config.json does not state hidden_size"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**stated, **changes}))
-        refused(tmp_path, f"^{tmp_path / 'config.json'}: {message}$", load)
+        refused(tmp_path, f"^{tmp_path / 'config.json'}: {message}$", load_folder)
 
 
 def refused(folder: Path, message: str, *ways: Callable[[Decoder, Path], None]) -> None:
     model, before = drawn(Toy.Config(), seed=9), drawn(Toy.Config(), seed=9)
-    for read in ways or (load, load_weights):
+    for read in ways or (load_folder, load_weights):
         with pytest.raises(UserError, match=message):
             read(model, folder)
         assert_same(model, before)
@@ -129,6 +129,6 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save_weights(model, tmp_path)
     with pytest.raises(UserError, match="already holds safetensors files: choose another folder"):
         save_weights(drawn(Toy.Config(), seed=9), tmp_path)
-    load(model, tmp_path)
+    load_folder(model, tmp_path)
     assert_same(model, drawn(Toy.Config()))
     assert json.loads((tmp_path / "config.json").read_text())["class"] == "core.testing.toy:Toy"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint.keys import Keys
+from core.checkpoint.keys import KeyTable
 
 N_LAYERS = 2
 
@@ -21,7 +21,7 @@ class Weights(nn.Module):
 
     def __init__(
         self,
-        keys: Keys,
+        keys: KeyTable,
         shapes: dict[str, tuple[int, ...]],
         buffers: tuple[str, ...] = (),
         *,

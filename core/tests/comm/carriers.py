@@ -66,7 +66,7 @@ def dispatcher_over(name: str, group: ProcessGroup, *, dim: int = D, n_tokens: i
 
 
 def carry(name: str, group: ProcessGroup, **sizes: int) -> Any:
-    """Let a carrier run the operations of a group; gives its transport."""
+    """Let a carrier run the operations of a group; returns its transport."""
     dispatcher_over(name, group, **sizes)
     return bound(CARRIERS[name].namespace, group.group_name)
 

@@ -47,7 +47,7 @@ def alive() -> int:
 
 
 def noted(*things: Any) -> Any:
-    """Remembers what is handed out; gives it back."""
+    """Remembers what is handed out; returns it back."""
     for thing in things:
         if isinstance(thing, tuple):
             noted(*thing)

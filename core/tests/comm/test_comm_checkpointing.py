@@ -21,7 +21,7 @@ from core.comm.hybridep import HybridEP
 from core.comm.transport import bind, release
 from core.nn.balance import start_step
 from core.nn.moe import MoE
-from core.testing.checkpointing import checkpoint_blocks
+from core.testing.activation_checkpoint import checkpoint_blocks
 from core.testing.ranks import run_ranks
 from core.testing.toy import ToyMoE, on_cpu, randomise
 
@@ -143,7 +143,7 @@ def in_order() -> list[dict[str, Tensor]]:
 
 
 def changed_rows() -> dict[str, str]:
-    """Blocks that change, in place, what an operation of ours gave out."""
+    """Blocks that change, in place, what a first-party operation gave out."""
     group, found = dist.group.WORLD.group_name, {}
     x, ids, weight = torch.randn(4, 3, requires_grad=True), torch.tensor([[0, 1]] * 4), torch.rand(4, 2)
 

@@ -16,7 +16,7 @@ from torch.utils import deterministic as determinism
 from core.comm import backend, packing, probe
 from core.comm.transport import Sizes, bound, release
 from core.config.errors import UserError
-from core.doctor import parts, table
+from core.doctor import optional_parts, parts_table
 from core.testing.ranks import run_ranks
 
 GPU = torch.device("cuda")
@@ -116,13 +116,13 @@ def test_gpt_oss_is_carried_as_it_is_by_the_others() -> None:
 
 def test_the_doctor_lists_all_that_is_optional(capsys: pytest.CaptureFixture[str]) -> None:
     fake_deep_ep.install("v2.1")
-    found = {part.name: part for part in parts()}
+    found = {part.name: part for part in optional_parts()}
     assert list(found)[:6] == ["GPU", "NCCL", "flex attention", *(f"deep_ep {build}" for build in probe.CLASSES)]
     assert list(found)[6:] == ["tokenizers", "datasets", "tensorboard", "wandb", "torchao"]
     assert found["deep_ep deepep_v2"].here == "ElasticBuffer of deep_ep 2.1.0"
     assert found["deep_ep hybridep"].here is None and "git checkout 94a9f8f" in found["deep_ep hybridep"].missing
     assert all(part.purpose and (part.here or part.missing) for part in found.values())
-    lines = table(list(found.values())).splitlines()
+    lines = parts_table(list(found.values())).splitlines()
     assert max(map(len, lines)) <= 118 and "deep_ep deepep_v2  yes  ElasticBuffer of deep_ep 2.1.0" in lines
 
 
@@ -144,9 +144,9 @@ MEMBERS = [
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_handle_comes_out_as_it_went_in(device: str) -> None:
     """On a device that is not theirs, tensors of the host stay on the host."""
-    here, there, layout = packed = packing.pack(MEMBERS, torch.device(device))
+    here, there, layout = packed = packing.pack_handle(MEMBERS, torch.device(device))
     assert (len(here) == 0) == (device == "meta") and (len(there) == 0) == (device == "cpu")
-    for before, after in zip(MEMBERS, packing.unpack(packed), strict=True):
+    for before, after in zip(MEMBERS, packing.unpack_handle(packed), strict=True):
         if isinstance(before, torch.Tensor):
             assert torch.equal(before, after) and before.dtype == after.dtype
             assert (
@@ -155,10 +155,12 @@ def test_a_handle_comes_out_as_it_went_in(device: str) -> None:
         else:
             assert before == after and type(before) is type(after)
     if device == "cpu":
-        packing.unpack(packed)[6].fill_(9)
-        assert torch.equal(packing.unpack(packed)[6], MEMBERS[6]), "what a library writes must not change the handle"
+        packing.unpack_handle(packed)[6].fill_(9)
+        assert torch.equal(packing.unpack_handle(packed)[6], MEMBERS[6]), (
+            "what a library writes must not change the handle"
+        )
     with pytest.raises(TypeError, match="a handle has a str"):
-        packing.pack(["what"], torch.device("cpu"))
+        packing.pack_handle(["what"], torch.device("cpu"))
 
 
 def unwaited(name: str) -> list[bool]:

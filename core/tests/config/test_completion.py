@@ -16,7 +16,7 @@ from typing import Literal
 
 import pytest
 
-from core.config.cli import OWN, main
+from core.config.cli import RUN_OPTIONS, main
 from core.config.completion import SHELLS, program_of, script
 from core.config.configurable import Configurable
 from core.config.errors import UserError
@@ -127,7 +127,7 @@ def test_bash_completes(line: str, completed: dict[str, str]) -> None:
 
 
 def test_after_a_whole_value_come_the_options(scripts: dict[str, Path]) -> None:
-    program = program_of(OWN, ["toy_debug", "toy_moe"], {"toy_debug": toy_debug(), "toy_moe": toy_moe()})
+    program = program_of(RUN_OPTIONS, ["toy_debug", "toy_moe"], {"toy_debug": toy_debug(), "toy_moe": toy_moe()})
     line = "python -m toy.train --config toy_moe".split()
     ask = f"COMP_WORDS=({shlex.join(line)} '') COMP_CWORD={len(line)}; _armature python; echo ${{COMPREPLY[*]}}"
     done = subprocess.run(["bash", "--norc", "-c", f". {scripts['bash']}; {ask}"], capture_output=True, text=True)
@@ -187,7 +187,7 @@ def test_the_tab_key(shell: str, scripts: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    program = program_of(OWN, [], {})
+    program = program_of(RUN_OPTIONS, [], {})
     with pytest.raises(UserError, match="--print-completion knows bash and zsh, got fish"):
         script("fish", program)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)

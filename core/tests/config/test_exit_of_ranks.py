@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from core.config import exit
 from core.config.errors import LostRank, UserError
-from core.config.exit import PATIENCE_S, exit_plainly
+from core.config.exit import LAUNCHER_PATIENCE_S, exit_plainly
 
 LAUNCHERS = {
     "torchrun": {"RANK": "{}", "WORLD_SIZE": "4", "LOCAL_RANK": "{}"},
@@ -47,7 +47,7 @@ def test_the_first_rank_of_a_machine_tells_a_mistake_at_once(monkeypatch, capsys
     become(monkeypatch, launcher, rank, local)
     with pytest.raises(SystemExit) as end, exit_plainly():
         raise UserError("too little:\nmore is better")
-    assert end.value.code == 2 and naps == [PATIENCE_S] * (local > 0)
+    assert end.value.code == 2 and naps == [LAUNCHER_PATIENCE_S] * (local > 0)
     assert capsys.readouterr().err == f"error (rank {rank} of 4): too little:\n       more is better\n"
 
 
@@ -63,7 +63,7 @@ def test_a_rank_that_another_one_ended_lets_that_one_speak_first(monkeypatch, ca
     become(monkeypatch, "torchrun", 0, 0)
     with pytest.raises(SystemExit) as end, exit_plainly():
         raise LostRank("rank 1 of 4 ended in step 3: too little") from RuntimeError("Connection closed by peer")
-    assert (end.value.code, naps) == (1, [PATIENCE_S])
+    assert (end.value.code, naps) == (1, [LAUNCHER_PATIENCE_S])
     assert capsys.readouterr().err == "error (rank 0 of 4): rank 1 of 4 ended in step 3: too little\n"
 
 

@@ -12,7 +12,7 @@ from core.config.cli import main
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.outside import NAMED, import_outside
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.config.record import to_dict, to_json
 
 RECIPES = """
@@ -95,15 +95,15 @@ def forget() -> None:
 
 def refusal(*sources: str, trust: tuple[str, ...] = ()) -> str:
     with pytest.raises(UserError) as caught:
-        load(sources, CONFIGS, trust=trust)
+        load_config(sources, CONFIGS, trust=trust)
     return str(caught.value)
 
 
 def test_a_function_in_a_file_is_a_recipe(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = "../files/armature_recipes.py:small"
-    config = load([source], CONFIGS)
+    config = load_config([source], CONFIGS)
     assert to_dict(config) == {"class": "armature_recipes:Run", "recipe": "small", "steps": 7}
-    assert load([f"{files}/armature_recipes.py:large-one"], CONFIGS).steps == 1000  # type: ignore[attr-defined]
+    assert load_config([f"{files}/armature_recipes.py:large-one"], CONFIGS).steps == 1000  # type: ignore[attr-defined]
     main(CONFIGS, ["--config", source, "--steps", "8"])
     assert json.loads(capsys.readouterr().out)["steps"] == 8
     assert NAMED == {"armature_recipes": "../files/armature_recipes.py"}
@@ -111,7 +111,7 @@ def test_a_function_in_a_file_is_a_recipe(files: Path, capsys: pytest.CaptureFix
 
 def test_a_function_in_a_module_is_a_recipe(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(files)
-    config = load(["armature_package.recipes:small"], CONFIGS)
+    config = load_config(["armature_package.recipes:small"], CONFIGS)
     assert to_dict(config) == {"class": "armature_recipes:Run", "recipe": "small", "steps": 7}
 
 
@@ -120,11 +120,11 @@ def test_files_change_it_and_may_name_it(files: Path, tmp_path: Path, monkeypatc
     source = "../files/armature_recipes.py:small"
     for data in ({"steps": 3}, {"recipe": "small", "steps": 3}, {"recipe": source, "steps": 3}):
         (tmp_path / "change.json").write_text(json.dumps(data))
-        assert load([source, "../change.json"], CONFIGS).steps == 3  # type: ignore[attr-defined]
+        assert load_config([source, "../change.json"], CONFIGS).steps == 3  # type: ignore[attr-defined]
     (tmp_path / "change.json").write_text(json.dumps({"recipe": "large_one"}))
     assert "changes the recipe 'large_one', not 'small'" in refusal(source, "../change.json")
     forget()
-    load(["armature_package.recipes:small"], CONFIGS)
+    load_config(["armature_package.recipes:small"], CONFIGS)
     (tmp_path / "whole.json").write_text(json.dumps({"class": "armature_package.parts:Other", "steps": 1}))
     assert "armature_package.parts:Other is code of the module armature_package.parts" in refusal("../whole.json")
 
@@ -156,7 +156,7 @@ def test_a_file_that_does_not_import_says_why(files: Path) -> None:
     )
     (files / "armature_wrong.py").write_text("def small():\n    return undefined\n")
     with pytest.raises(NameError, match="undefined"):  # a fault in the recipe's code has its traceback
-        load([f"{files}/armature_wrong.py:small"], CONFIGS)
+        load_config([f"{files}/armature_wrong.py:small"], CONFIGS)
 
 
 def test_a_file_takes_no_other_modules_name(files: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_file_takes_no_other_modules_name(files: Path, tmp_path: Path) -> None
     assert "token is the name of another module" in refusal(f"{files}/token.py:small")
     assert "'tests-of-mine' is no name of a module" in refusal(f"{files}/tests-of-mine.py:small")
     (tmp_path / "elsewhere/armature_recipes.py").write_text(RECIPES)
-    load([f"{files}/armature_recipes.py:small"], CONFIGS)
+    load_config([f"{files}/armature_recipes.py:small"], CONFIGS)
     assert "armature_recipes is the name of another module" in refusal("armature_recipes.py:small")
 
 
@@ -190,7 +190,7 @@ def test_a_trusted_file_is_named_by_files(files: Path, tmp_path: Path, capsys: p
 def test_what_a_run_writes_is_read_when_its_file_is_trusted(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load(["../files/armature_recipes.py:small"], CONFIGS)
+    config = load_config(["../files/armature_recipes.py:small"], CONFIGS)
     (tmp_path / "config.json").write_text(to_json(config))
     forget()
     sys.path.remove(str(files))
@@ -205,5 +205,5 @@ def test_what_a_run_writes_is_read_when_its_file_is_trusted(
 
 def test_a_file_in_the_working_directory_needs_no_folder(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
-    assert load(["armature_recipes.py:small"], CONFIGS).steps == 7  # type: ignore[attr-defined]
+    assert load_config(["armature_recipes.py:small"], CONFIGS).steps == 7  # type: ignore[attr-defined]
     assert import_outside("armature_recipes", "--trust") is sys.modules["armature_recipes"]

@@ -13,7 +13,7 @@ import pytest
 from core.config.cli import main
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.config.record import completed, differences, from_dict, to_dict, to_json
 
 
@@ -96,7 +96,7 @@ def write(tmp_path: Path):
 
 
 def loaded(*sources: str) -> Any:
-    return load(sources, CONFIGS)
+    return load_config(sources, CONFIGS)
 
 
 def refusal(*sources: str) -> str:
@@ -180,7 +180,7 @@ def test_a_file_is_told_from_a_whole_configuration(write):
 
 def test_a_part_alone_stands_in_the_recipe_that_is_most_like_it(write, capsys):
     file = write(to_dict(Deep.Config(dim=1024, depth=30)))
-    config = load([file], CONFIGS, of_part="; see {folder}")
+    config = load_config([file], CONFIGS, of_part="; see {folder}")
     assert config.net == Deep.Config(dim=1024, depth=30) and config.optimizer == Muon.Config()
     assert config.recipe == "large"
     said = capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_a_file_alone_runs_nobodys_code(stranger: str, write):
     with pytest.raises(UserError, match="does not make it run"):
         from_dict(data)
     assert stranger not in sys.modules and not Path("it-ran").exists()
-    assert load([write(data)], CONFIGS, trust=[stranger]).net.dim == 1
+    assert load_config([write(data)], CONFIGS, trust=[stranger]).net.dim == 1
     assert Path("it-ran").exists()
 
 

@@ -13,9 +13,9 @@ from core.config.validate import validate
 from core.data import corpus as corpus_module
 from core.data import sections as sections_module
 from core.data import text_files
-from core.data.corpus import Corpus, Progress
+from core.data.corpus import Corpus, ProgressLine
 from core.data.sampling import SPLITS, held_out
-from core.data.shards import Extent, Manifest
+from core.data.shards import Extent, TokenManifest
 from core.data.tokenizer import Tokenizer
 from core.runtime.units import rate
 
@@ -122,7 +122,7 @@ def test_exception_while_preparing_leaves_nothing(config, tokenizer, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(Tokenizer, where, stop) if where == "encode_sections" else (Manifest, "write", stop))
+        patch.setattr(*(Tokenizer, where, stop) if where == "encode_sections" else (TokenManifest, "write", stop))
         with pytest.raises(KeyboardInterrupt):
             config.build(tokenizer=tokenizer)
     assert list((tmp_path / "kept" / "corpora").iterdir()) == []
@@ -289,19 +289,19 @@ def test_preparation_needs_no_more_memory_for_more_text(tmp_path, tokenizer, mon
 def test_progress_is_a_live_line_on_a_terminal_only(monkeypatch, capsys, logged):
     monkeypatch.setattr(corpus_module, "_LIVE_INTERVAL_S", 1e-9)
     monkeypatch.setattr(corpus_module, "_LOG_INTERVAL_S", 1e-9)
-    with Progress("set") as progress:
+    with ProgressLine("set") as progress:
         progress.add(2000, 3_000_000)
     assert capsys.readouterr().err == ""
     assert len(logged) == 1 and logged[0].startswith("INFO: tokenising set: 2,000 documents, 3.0 MB, ")
     assert logged[0].endswith(" MB/s")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress("set") as progress:
+    with ProgressLine("set") as progress:
         progress.add(1, 1)
     shown = capsys.readouterr().err
     assert shown.startswith("\rtokenising set: 1 documents, 0.0 MB, ") and shown.endswith("\r\033[K")
     assert "\n" not in shown
     assert len(logged) == 1
     monkeypatch.setattr(corpus_module, "_LIVE_INTERVAL_S", 100.0)
-    with Progress("set") as progress:
+    with ProgressLine("set") as progress:
         progress.add(1, 1)
     assert capsys.readouterr().err == "\r\033[K"

@@ -18,7 +18,7 @@ from core.data import corpus as corpus_module
 from core.data import integrity, shards
 from core.data.corpus import Corpus
 from core.data.sampling import SPLITS
-from core.data.shards import MANIFEST, VERIFIED, digest
+from core.data.shards import TOKEN_MANIFEST, VERIFIED, json_digest
 
 TEXTS = [f"Document {i} says {'something ' * (i % 7)}and ends.\n" for i in range(60)]
 
@@ -103,13 +103,13 @@ def test_ranks_that_follow_another_read_no_file_whole(config, tokenizer, monkeyp
 
 
 def test_a_disk_that_keeps_other_bytes_is_found_out(config, tokenizer, monkeypatch):
-    write = shards.Manifest.write
+    write = shards.TokenManifest.write
 
-    def damage(manifest: shards.Manifest, folder: Path) -> None:
+    def damage(manifest: shards.TokenManifest, folder: Path) -> None:
         write(manifest, folder)
         flip(folder / "train.starts", random.Random(0))
 
-    monkeypatch.setattr(shards.Manifest, "write", damage)
+    monkeypatch.setattr(shards.TokenManifest, "write", damage)
     with pytest.raises(UserError, match=r"was prepared, and other bytes are read there .*train\.starts .*cache_folder"):
         config.build(tokenizer=tokenizer)
 
@@ -203,7 +203,7 @@ def no_folder(file: Path, draw: random.Random) -> None:
 
 def edit_manifest(file: Path, draw: random.Random) -> None:
     """Another number, in a manifest that is signed again or not."""
-    manifest = json.loads((file.parent / MANIFEST).read_text())
+    manifest = json.loads((file.parent / TOKEN_MANIFEST).read_text())
     signed = draw.random() < 0.7
     places = [(manifest, key) for key in ("vocab_size", "shard_tokens", "splits", "files", "made_from")]
     for split in manifest["splits"].values():
@@ -216,8 +216,8 @@ def edit_manifest(file: Path, draw: random.Random) -> None:
     place[key] = draw.choice([value for value in values if value != before or type(value) is not type(before)])
     if signed:
         del manifest["digest"]
-        manifest["digest"] = digest(manifest)
-    (file.parent / MANIFEST).write_text(json.dumps(manifest))
+        manifest["digest"] = json_digest(manifest)
+    (file.parent / TOKEN_MANIFEST).write_text(json.dumps(manifest))
 
 
 def forge(file: Path, draw: random.Random) -> None:
@@ -230,10 +230,10 @@ def forge(file: Path, draw: random.Random) -> None:
     else:
         data[place] = draw.choice([-1, -(2**63), 2**62, 2**63 - 1])
     data.tofile(file.parent / name)
-    manifest = json.loads((file.parent / MANIFEST).read_text())
+    manifest = json.loads((file.parent / TOKEN_MANIFEST).read_text())
     manifest["files"][name] = sha256(data.tobytes()).hexdigest()
     del manifest["digest"]
-    (file.parent / MANIFEST).write_text(json.dumps({**manifest, "digest": digest(manifest)}))
+    (file.parent / TOKEN_MANIFEST).write_text(json.dumps({**manifest, "digest": json_digest(manifest)}))
 
 
 KINDS: list[Callable[[Path, random.Random], None]] = [

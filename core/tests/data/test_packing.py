@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from core.data.packing import IGNORE, pack
+from core.data.packing import IGNORE, pack_rows
 
 
 def packed_by_loop(windows, starts):
@@ -27,14 +27,14 @@ def test_pack_equals_the_plain_loop():
         for density in (0.0, 0.05, 0.5, 1.0):
             windows = random.integers(0, 2**17, (9, length + 1))
             starts = random.random(windows.shape) < density
-            for found, expected in zip(pack(windows, starts), packed_by_loop(windows, starts), strict=True):
+            for found, expected in zip(pack_rows(windows, starts), packed_by_loop(windows, starts), strict=True):
                 assert found.dtype == torch.int64
                 assert torch.equal(found, expected)
 
 
 def test_pack_as_in_the_picture():
     a, b, c, d, e, f = range(6)
-    batch = pack(np.array([[a, b, c, d, e, f]], dtype=np.uint16), np.array([[1, 0, 1, 0, 0, 1]], dtype=bool))
+    batch = pack_rows(np.array([[a, b, c, d, e, f]], dtype=np.uint16), np.array([[1, 0, 1, 0, 0, 1]], dtype=bool))
     assert batch.labels_BL.tolist() == [[b, IGNORE, d, e, IGNORE]]
     assert batch.positions_BL.tolist() == [[0, 1, 0, 1, 2]]
     assert batch.documents_BL.tolist() == [[0, 0, 1, 1, 1]]
@@ -42,6 +42,6 @@ def test_pack_as_in_the_picture():
 
 def test_pack_leaves_its_input_as_it_was():
     windows, starts = np.arange(6).reshape(1, 6), np.ones((1, 6), dtype=bool)
-    batch = pack(windows, starts)
+    batch = pack_rows(windows, starts)
     batch.tokens_BL.zero_()
     assert windows.tolist() == [[0, 1, 2, 3, 4, 5]] and starts.all()

@@ -15,7 +15,7 @@ from core.data import sections as sections_module
 from core.data import streaming, text_files
 from core.data.corpus import Corpus
 from core.data.sampling import SPLITS, held_out
-from core.data.sections import Section, batches, cut, cut_row, settled
+from core.data.sections import Section, batches, cut_row, settled, split_sections
 from core.data.text import IndexedText, StreamedText
 from core.data.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ BOOK = "\n".join(PARAGRAPHS)
     "text", [BOOK, BOOK.replace("\n", " "), "x" * 999, "\n" * 300, " " * 300, "\n\n" + "y" * 99, ""]
 )
 def test_sections_make_up_the_text(text, limit, part):
-    found = list(cut((text[i : i + part] for i in range(0, len(text), part)), limit))
+    found = list(split_sections((text[i : i + part] for i in range(0, len(text), part)), limit))
     assert "".join(section.text for section in found) == text
     assert all(len(section.text) <= limit for section in found)
     assert all(found[i].text for i in range(len(found))) or found == [Section("")]
@@ -40,10 +40,10 @@ def test_sections_make_up_the_text(text, limit, part):
 
 def test_cuts_lie_at_blank_lines_else_lines_else_words():
     for text, begins in ((BOOK, "Paragraph"), (BOOK.replace("\n\n", "\n"), ("Paragraph", "  says"))):
-        assert all(section.text.startswith(begins) for section in cut([text], 300))
-    for first, second in zip(words := list(cut([BOOK.replace("\n", " ")], 300)), words[1:], strict=False):
+        assert all(section.text.startswith(begins) for section in split_sections([text], 300))
+    for first, second in zip(words := list(split_sections([BOOK.replace("\n", " ")], 300)), words[1:], strict=False):
         assert second.text[0] == " " != first.text[-1]
-    assert [section.text for section in cut(["one two    three"], 10)] == ["one two", "    three"]
+    assert [section.text for section in split_sections(["one two    three"], 10)] == ["one two", "    three"]
 
 
 def test_a_long_row_is_cut_in_time_that_grows_with_it(monkeypatch):
@@ -117,7 +117,7 @@ def prefixed(tmp_path_factory) -> Tokenizer:
 def test_sections_are_encoded_as_the_whole_is(request, tokenizer, name, text):
     chosen = tokenizer if name == "bundled" else request.getfixturevalue(name)
     [whole] = chosen.encode_documents([text])
-    parts = list(cut([text], 300))
+    parts = list(split_sections([text], 300))
     ids = [token for part in chosen.encode_sections(parts) for token in part]
     assert len(parts) > 10 and ids == whole
 
@@ -127,7 +127,7 @@ def test_any_sections_of_a_text_give_it_back(tokenizer):
     letters = ["\n", " ", "  ", "\n\n\n", "\u2581", "é", "日本", "word", "👩", "\r\n", "\t"]
     for _ in range(100):
         text = "".join(draw.choice(letters) for _ in range(60))
-        encoded = tokenizer.encode_sections(list(cut([text], draw.randrange(3, 30))))
+        encoded = tokenizer.encode_sections(list(split_sections([text], draw.randrange(3, 30))))
         assert tokenizer.decode([token for ids in encoded for token in ids]) == text
         assert [encoded[0][0], encoded[-1][-1]] == [tokenizer.bos_id, tokenizer.eos_id]
         assert not any({tokenizer.bos_id, tokenizer.eos_id} & set(ids) for ids in (encoded[0][1:], *encoded[1:-1]))
@@ -157,7 +157,7 @@ def dataset(folder: Path, name: str) -> str:
 
 def expected_documents(tokenizer, fraction: float) -> dict[str, list[list[int]]]:
     """The documents of both splits: what stands between two sections of the other split is one."""
-    parts = [Section("short one\n"), *cut([BOOK], 300), Section("short two\n")]
+    parts = [Section("short one\n"), *split_sections([BOOK], 300), Section("short two\n")]
     held = held_out(0, len(parts), fraction)
     found: dict[str, list[list[int]]] = {"train": [], "validation": []}
     for i, part in enumerate(parts):
@@ -227,7 +227,7 @@ def test_streamed_samples_are_those_of_the_corpus(tmp_path, tokenizer, short_sec
 
 def test_ranks_of_a_stream_share_the_sections_of_a_document(tmp_path, tokenizer, short_sections):
     data = {"dataset": dataset(tmp_path, "txt"), "validation_fraction": 0.0}
-    parts = ["short one\n", *(section.text for section in cut([BOOK], 300)), "short two\n"]
+    parts = ["short one\n", *(section.text for section in split_sections([BOOK], 300)), "short two\n"]
     for rank in range(2):
         loader = StreamedText.Config(**data).build(tokenizer=tokenizer, seq_len=16, seed=0, rank=rank, n_ranks=2)
         expected = [token for ids in tokenizer.encode_documents(parts[rank::2]) for token in ids]
@@ -239,7 +239,7 @@ def test_the_head_of_a_stream_ends_in_a_document(tmp_path, tokenizer, short_sect
     """What is held out ends where nothing is held out any more, and what is trained on goes on there."""
     monkeypatch.setattr(streaming, "RESERVED", 2)
     data = {"dataset": dataset(tmp_path, "jsonl"), "validation_fraction": 0.2}
-    first, *others = cut([BOOK], 300)
+    first, *others = split_sections([BOOK], 300)
     live = {"tokenizer": tokenizer, "seq_len": 16, "seed": 0}
     held = StreamedText.Config(**data).build(**live, split="validation")
     ids = tokenizer.encode_documents([first.text])[0]

@@ -7,15 +7,15 @@ import pytest
 
 from core.config.errors import UserError
 from core.data.shards import (
-    MANIFEST,
+    TOKEN_MANIFEST,
     VERIFIED,
     DamagedError,
     Extent,
-    Manifest,
     SplitWriter,
+    TokenManifest,
     TokenStream,
-    digest,
-    read_manifest,
+    json_digest,
+    read_token_manifest,
 )
 
 
@@ -29,7 +29,7 @@ def written(folder, documents, vocab_size, shard_tokens, batch=7):
     for i in range(0, len(documents), batch):
         writer.write(documents[i : i + batch], [True] * len(documents[i : i + batch]), n_bytes=3)
     writer.close()
-    manifest = Manifest(
+    manifest = TokenManifest(
         made_from={},
         vocab_size=vocab_size,
         splits={"train": writer.extent},
@@ -59,7 +59,7 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize, shard_tokens):
     documents = [*random_documents(100, vocab_size), [vocab_size - 1] * 333]
     manifest = written(tmp_path, documents, vocab_size, shard_tokens)
     n_tokens = sum(map(len, documents))
-    assert read_manifest(tmp_path) == manifest
+    assert read_token_manifest(tmp_path) == manifest
     assert manifest.splits["train"] == Extent(documents=101, tokens=n_tokens, bytes=3 * 15, sections=101)
     files = sorted(tmp_path.glob("*.tokens"))
     assert len(files) == -(-n_tokens // shard_tokens)
@@ -91,7 +91,9 @@ def test_sections_that_go_on_are_one_document(tmp_path):
     writer.close()
     extent = Extent(documents=len(whole), tokens=sum(map(len, whole)), bytes=6, sections=40)
     assert writer.extent == extent
-    manifest = Manifest(made_from={}, vocab_size=1000, splits={"train": extent}, shard_tokens=64, files=writer.files)
+    manifest = TokenManifest(
+        made_from={}, vocab_size=1000, splits={"train": extent}, shard_tokens=64, files=writer.files
+    )
     check_windows(TokenStream.map(tmp_path, manifest, "train"), whole, 8)
     held = TokenStream.hold(documents, opens, 6, 1000)
     assert held.extent == extent
@@ -100,7 +102,7 @@ def test_sections_that_go_on_are_one_document(tmp_path):
 
 def test_empty_split(tmp_path):
     manifest = written(tmp_path, [], 100, 16)
-    assert read_manifest(tmp_path).splits["train"] == Extent()
+    assert read_token_manifest(tmp_path).splits["train"] == Extent()
     assert TokenStream.map(tmp_path, manifest, "train").extent.tokens == 0
     assert TokenStream.hold([], [], 0, 10).extent.tokens == 0
 
@@ -120,7 +122,7 @@ def sha256(file) -> str:
 def test_the_manifest_has_the_hash_of_every_file(tmp_path):
     documents = random_documents(30, 100)
     manifest = written(tmp_path, documents, 100, 64)
-    files = [file for file in tmp_path.iterdir() if file.name != MANIFEST]
+    files = [file for file in tmp_path.iterdir() if file.name != TOKEN_MANIFEST]
     assert manifest.files == {file.name: sha256(file) for file in files} and len(files) > 5
     batches = [documents[i : i + 7] for i in range(0, 30, 7)]
     firsts = np.cumsum([0, *map(len, documents)])
@@ -133,20 +135,20 @@ def test_the_manifest_has_the_hash_of_every_file(tmp_path):
 
 def signed(folder, content) -> None:
     content = {key: value for key, value in content.items() if key != "digest"}
-    (folder / MANIFEST).write_text(json.dumps({**content, "digest": digest(content)}))
+    (folder / TOKEN_MANIFEST).write_text(json.dumps({**content, "digest": json_digest(content)}))
 
 
 def test_a_manifest_that_is_none_is_refused(tmp_path):
     written(tmp_path, random_documents(20, 100), 100, 64)
-    text = (tmp_path / MANIFEST).read_text()
+    text = (tmp_path / TOKEN_MANIFEST).read_text()
     content = json.loads(text)
     for wrong in ("", "{", "[]", "3", "null", "[" * 100_000, text[:-2], "\xff"):
-        (tmp_path / MANIFEST).write_bytes(wrong.encode("latin-1"))
+        (tmp_path / TOKEN_MANIFEST).write_bytes(wrong.encode("latin-1"))
         with pytest.raises(DamagedError, match=r"manifest\.json (is|has)"):
-            read_manifest(tmp_path)
-    (tmp_path / MANIFEST).write_text(text.replace('"tokens": ', '"tokens": 1'))
+            read_token_manifest(tmp_path)
+    (tmp_path / TOKEN_MANIFEST).write_text(text.replace('"tokens": ', '"tokens": 1'))
     with pytest.raises(DamagedError, match="manifest.json was changed after it was written"):
-        read_manifest(tmp_path)
+        read_token_manifest(tmp_path)
     extent = content["splits"]["train"]
     lies = [{"unknown": 1}, {"splits": {"train": 3}}, {"splits": []}, {"files": 3}, {"files": {}}, {"shard_tokens": 0}]
     lies += [{"shard_tokens": 1}, {"shard_tokens": 2**70}, {"vocab_size": "100"}, {"vocab_size": 1.5}]
@@ -155,12 +157,12 @@ def test_a_manifest_that_is_none_is_refused(tmp_path):
     for lie in lies:
         signed(tmp_path, {**content, **lie})
         with pytest.raises(DamagedError, match="manifest.json cannot be read"):
-            read_manifest(tmp_path)
+            read_token_manifest(tmp_path)
     signed(tmp_path, content)
-    read_manifest(tmp_path)
-    (tmp_path / MANIFEST).unlink()
+    read_token_manifest(tmp_path)
+    (tmp_path / TOKEN_MANIFEST).unlink()
     with pytest.raises(DamagedError, match="manifest.json cannot be read: No such file"):
-        read_manifest(tmp_path)
+        read_token_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("place", [0, 40, 63])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.data.packing import IGNORE, Batch, pack
+from core.data.packing import IGNORE, Batch, pack_rows
 from core.data.shards import TokenStream
 from core.data.text_bytes import TextBytes
 from core.data.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def test_rows_have_the_bytes_of_their_labels(name: str, seq_len: int, n_rows: in
     texts = ["a bad cab", "abba baa", "", "b", "dad had a bag and a cab", "ab " * 40]
     documents = tokenizer.encode_documents(texts)
     stream = TokenStream.hold(documents, [True] * len(texts), 0, tokenizer.vocab_size)
-    batch = pack(*stream.windows(torch.arange(n_rows).numpy(), seq_len))
+    batch = pack_rows(*stream.windows(torch.arange(n_rows).numpy(), seq_len))
     assert TextBytes(tokenizer)(batch) == bytes_by_hand(tokenizer, texts, seq_len, n_rows)
 
 

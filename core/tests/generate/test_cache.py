@@ -9,7 +9,7 @@ from core.generate.cache import CachedDecoder
 from core.nn.attention import Attention
 from core.nn.backends import SDPA, Flex
 from core.nn.decoder import Decoder
-from core.nn.kernel import Keys
+from core.nn.kernel import KeyValues
 from core.runtime.device import n_gpus
 from core.testing.toy import Toy, on_cpu, randomise
 
@@ -163,16 +163,16 @@ def test_head_computes_the_last_token_alone() -> None:
 
 def test_equal_prompts_need_no_mask_in_the_first_forward() -> None:
     cached = CachedDecoder(tiny("tied"), n_pads=[0, 0], capacity=9)
-    assert SDPA().mask(cached.where(8)) is None
+    assert SDPA().mask(cached.positions(8)) is None
 
 
 def test_positions_count_from_the_text() -> None:
     cached = CachedDecoder(tiny("tied"), n_pads=[2, 0], capacity=9)
-    where = cached.where(4)
+    where = cached.positions(4)
     assert where.position_BL.tolist() == [[-2, -1, 0, 1], [0, 1, 2, 3]]
     assert where.document_BL is not None and where.document_BL.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     cached.length = 4
-    after = cached.where(1)
+    after = cached.positions(1)
     assert after.position_BL.tolist() == [[2], [4]] and after.grid == (2, 1, 5)
     documents, index, keys, of_keys = (tensor.tolist() for tensor in after[1:] if tensor is not None)
     assert (documents, index, keys) == ([[0], [0]], [[4]], [[0, 1, 2, 3, 4]])
@@ -181,7 +181,7 @@ def test_positions_count_from_the_text() -> None:
 
 def test_hooks_are_gone_after_an_exception() -> None:
     model = tiny("tied")
-    n_keys = sum(isinstance(module, Keys) for module in model.modules())
+    n_keys = sum(isinstance(module, KeyValues) for module in model.modules())
     with pytest.raises(KeyboardInterrupt), CachedDecoder(model, n_pads=[0], capacity=4) as cached:
         assert hooks(model) == n_keys + 1
         raise KeyboardInterrupt

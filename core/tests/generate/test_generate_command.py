@@ -84,7 +84,7 @@ def text(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def fails(weights: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Calls the command with these words, which must be a mistake; gives the message."""
+    """Calls the command with these words, which must be a mistake; returns the message."""
 
     def call(*words: str, checkpoint: Path | None = weights, config: str = "toy") -> str:
         own = ["--config", config] + ([] if checkpoint is None else ["--checkpoint", str(checkpoint)])

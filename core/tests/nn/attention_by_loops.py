@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -18,8 +18,8 @@ def documents(*lengths: int) -> list[int]:
     return [number for number, length in enumerate(lengths) for _ in range(length)]
 
 
-CAUSAL = Where(torch.arange(12)[None])
-PACKED = Where(
+CAUSAL = Positions(torch.arange(12)[None])
+PACKED = Positions(
     torch.tensor([positions(3, 1, 8), positions(7, 5)]),
     torch.tensor([documents(3, 1, 8), documents(7, 5)]),
 )
@@ -29,21 +29,21 @@ PADDED = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0] * 12])
 WHERES = {
     "causal": CAUSAL,
     "documents": PACKED,
-    "rows alike": Where(PACKED.position_BL[:1], PACKED.document_BL[:1]),
-    "another order": Where(ORDER, index_BL=ORDER),
-    "another order of documents": Where(
+    "rows alike": Positions(PACKED.position_BL[:1], PACKED.document_BL[:1]),
+    "another order": Positions(ORDER, index_BL=ORDER),
+    "another order of documents": Positions(
         PACKED.position_BL.gather(1, ORDER.expand(2, -1)), PACKED.document_BL.gather(1, ORDER.expand(2, -1)), ORDER
     ),
-    "earlier keys": Where(torch.tensor([[9, 10, 11]]), None, torch.tensor([[9, 10, 11]]), torch.arange(12)[None]),
-    "earlier keys and pads": Where(
+    "earlier keys": Positions(torch.tensor([[9, 10, 11]]), None, torch.tensor([[9, 10, 11]]), torch.arange(12)[None]),
+    "earlier keys and pads": Positions(
         torch.tensor([[8, 9], [10, 11]]),
         PADDED[:, 10:],
         torch.tensor([[10, 11]]),
         torch.arange(12)[None],
         PADDED,
     ),
-    "keys from elsewhere": Where(LATER, None, LATER, ORDER),
-    "keys of documents from elsewhere": Where(
+    "keys from elsewhere": Positions(LATER, None, LATER, ORDER),
+    "keys of documents from elsewhere": Positions(
         PACKED.position_BL[:, 3:7],
         PACKED.document_BL[:, 3:7],
         LATER,
@@ -54,27 +54,27 @@ WHERES = {
 """Two rows, or one that stands for all, of up to 12 tokens."""
 
 
-def may_look(where: Where, window: int | None, row: int, query: int, key: int) -> bool:
+def may_look(positions: Positions, window: int | None, row: int, query: int, key: int) -> bool:
     """Whether a key stands at or before the query, in its document, and among the last `window`."""
 
     def at(tensor: Tensor | None, place: int) -> int | None:
         return None if tensor is None else int(tensor[row if len(tensor) > 1 else 0, place])
 
-    own_keys = where.key_index_BM is not None
-    query_index = query if where.index_BL is None else at(where.index_BL, query)
+    own_keys = positions.key_index_BM is not None
+    query_index = query if positions.index_BL is None else at(positions.index_BL, query)
     if own_keys:
-        key_index = at(where.key_index_BM, key)
+        key_index = at(positions.key_index_BM, key)
     else:
-        key_index = key if where.index_BL is None else at(where.index_BL, key)
-    key_document = at(where.key_document_BM if own_keys else where.document_BL, key)
+        key_index = key if positions.index_BL is None else at(positions.index_BL, key)
+    key_document = at(positions.key_document_BM if own_keys else positions.document_BL, key)
     behind = query_index - key_index
-    return behind >= 0 and (window is None or behind < window) and at(where.document_BL, query) == key_document
+    return behind >= 0 and (window is None or behind < window) and at(positions.document_BL, query) == key_document
 
 
-def seen_by(where: Where, window: int | None, n_rows: int, n_queries: int, n_keys: int) -> Tensor:
+def seen_by(positions: Positions, window: int | None, n_rows: int, n_queries: int, n_keys: int) -> Tensor:
     """`may_look` as a table (rows, 1, queries, keys)."""
     grid = [
-        [[may_look(where, window, row, query, key) for key in range(n_keys)] for query in range(n_queries)]
+        [[may_look(positions, window, row, query, key) for key in range(n_keys)] for query in range(n_queries)]
         for row in range(n_rows)
     ]
     return torch.tensor(grid)[:, None]
@@ -84,7 +84,7 @@ def looped(
     q_BNLH: Tensor,
     k_BKMH: Tensor,
     v_BKMH: Tensor,
-    where: Where,
+    positions: Positions,
     *,
     scale: float,
     window: int | None = None,
@@ -98,7 +98,7 @@ def looped(
         for head in range(n_heads):
             keys_MH, values_MH = k_BKMH[row, head // group_size], v_BKMH[row, head // group_size]
             for query in range(n_queries):
-                seen = [key for key in range(len(keys_MH)) if may_look(where, window, row, query, key)]
+                seen = [key for key in range(len(keys_MH)) if may_look(positions, window, row, query, key)]
                 logits = [scale * (q_BNLH[row, head, query] * keys_MH[key]).sum() for key in seen]
                 if sinks_N is not None:
                     logits.append(sinks_N[head])

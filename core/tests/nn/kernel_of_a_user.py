@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from core.nn.backends import register_kernel
-from core.nn.kernel import KernelUse, Where, visible
+from core.nn.kernel import KernelUse, Positions, visible
 
 TILE = 8
 
@@ -21,9 +21,9 @@ class Tiled:
     def problem(self, use: KernelUse) -> str | None:
         return "it has no sinks" if use.sinks else None
 
-    def mask(self, where: Where) -> Tensor:
-        row, query, key = (torch.arange(n, device=where.position_BL.device) for n in where.grid)
-        return visible(where, self.window)(row[:, None, None, None], None, query[:, None], key)
+    def mask(self, positions: Positions) -> Tensor:
+        row, query, key = (torch.arange(n, device=positions.position_BL.device) for n in positions.grid)
+        return visible(positions, self.window)(row[:, None, None, None], None, query[:, None], key)
 
     def __call__(
         self,

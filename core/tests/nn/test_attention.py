@@ -13,7 +13,7 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.attention import Attention
 from core.nn.backends import SDPA, Flex
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.rope import RoPE
 from core.nn.start import Constant, Normal, Scale
@@ -30,10 +30,10 @@ def build(**changes: Any) -> Attention:
     return layer
 
 
-def by_loops(layer: Attention, x_BLD: Tensor, where: Where, w: dict[str, Tensor], window: int | None) -> Tensor:
+def by_loops(layer: Attention, x_BLD: Tensor, positions: Positions, w: dict[str, Tensor], window: int | None) -> Tensor:
     """The layer in double precision from its weights `w`; heads lie side by side in the rows of a projection."""
     pair_of = torch.tensor([100.0 ** (-2 * i / 6) for i in range(3)], dtype=torch.float64)
-    turn_BL3 = torch.polar(torch.ones(()).double(), where.position_BL[..., None] * pair_of)
+    turn_BL3 = torch.polar(torch.ones(()).double(), positions.position_BL[..., None] * pair_of)
 
     def heads(name: str, norm: str | None, turned: bool) -> Tensor:
         y_BLNH = F.linear(x_BLD, w[f"{name}.weight"], w.get(f"{name}.bias")).unflatten(-1, (-1, 6))
@@ -45,23 +45,23 @@ def by_loops(layer: Attention, x_BLD: Tensor, where: Where, w: dict[str, Tensor]
         return y_BLNH.transpose(1, 2)
 
     q, k = heads("wq", "q_norm.weight", True), heads("wk", "k_norm.weight", True)
-    o = looped(q, k, heads("wv", None, False), where, scale=6**-0.5, window=window, sinks_N=w.get("sinks"))
+    o = looped(q, k, heads("wv", None, False), positions, scale=6**-0.5, window=window, sinks_N=w.get("sinks"))
     return F.linear(o.transpose(1, 2).flatten(-2), w["wo.weight"], w.get("wo.bias"))
 
 
-@pytest.mark.parametrize("where", [CAUSAL, PACKED], ids=["causal", "document"])
+@pytest.mark.parametrize("positions", [CAUSAL, PACKED], ids=["causal", "document"])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"qk_norm": True}, {"bias": True}, {"sinks": True}, {"window": 3}]
     + [{"bias": True, "sinks": True, "window": 5, "qk_norm": True, "n_kv_heads": 1}],
     ids=lambda changes: " ".join(changes) or "plain",
 )
-def test_layer_and_its_gradients_equal_loops(where: Where, changes: dict[str, Any]) -> None:
+def test_layer_and_its_gradients_equal_loops(positions: Positions, changes: dict[str, Any]) -> None:
     layer, x_BLD, grad_BLD = build(**changes), numbers(2, 12, 10), numbers(2, 12, 10, seed=1)
     doubles = {name: weight.detach().double().requires_grad_() for name, weight in layer.named_parameters()}
-    expected = by_loops(layer, x_BLD, where, doubles, changes.get("window"))
+    expected = by_loops(layer, x_BLD, positions, doubles, changes.get("window"))
     (expected * grad_BLD).sum().backward()
-    out = layer(x_BLD.float(), ROPE.build(head_dim=6)(where.position_BL), layer.kernel.mask(where))
+    out = layer(x_BLD.float(), ROPE.build(head_dim=6)(positions.position_BL), layer.kernel.mask(positions))
     (out * grad_BLD.float()).sum().backward()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
     for name, weight in layer.named_parameters():
@@ -99,7 +99,7 @@ def test_keys_from_earlier_can_be_added_by_a_hook() -> None:
     whole = layer(x_BLD, rope(CAUSAL.position_BL), layer.kernel.mask(CAUSAL))
     seen: list[tuple[Tensor, ...]] = []
     handle = layer.keys.register_forward_hook(lambda module, given, out: seen.append(out))
-    first = Where(torch.arange(9)[None])
+    first = Positions(torch.arange(9)[None])
     layer(x_BLD[:, :9], rope(first.position_BL), layer.kernel.mask(first))
     handle.remove()
     assert [side.shape for side in seen[0]] == [(2, 9, 2, 6), (2, 9, 2, 6)]
@@ -107,7 +107,7 @@ def test_keys_from_earlier_can_be_added_by_a_hook() -> None:
         lambda module, given, out: tuple(torch.cat(pair, dim=1) for pair in zip(seen[0], out, strict=True))
     )
     last_L = torch.arange(9, 12)[None]
-    last = Where(last_L, None, last_L, torch.arange(12)[None])
+    last = Positions(last_L, None, last_L, torch.arange(12)[None])
     out = layer(x_BLD[:, 9:], rope(last_L), layer.kernel.mask(last))
     torch.testing.assert_close(out, whole[:, 9:], rtol=0, atol=1e-5)
 

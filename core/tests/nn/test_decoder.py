@@ -11,13 +11,13 @@ from core.config.validate import validate
 from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
-from core.nn.kernel import Mask, Where
+from core.nn.kernel import Mask, Positions
 from core.nn.layers import RMSNorm
 from core.nn.module import training_flops_per_token
 from core.nn.moe import MoE
 from core.nn.mtp import Predictions
 from core.nn.rope import RoPE
-from core.testing.toy import Toy, ToyMoE, on_cpu, on_meta, randomise
+from core.testing.toy import Toy, ToyMoE, meta_model, on_cpu, randomise
 
 
 def tokens(n_rows: int, length: int) -> Tensor:
@@ -105,9 +105,9 @@ class Counting(SDPA):
 
     made = 0
 
-    def mask(self, where: Where) -> Mask:
+    def mask(self, positions: Positions) -> Mask:
         self.made += 1
-        return super().mask(where)
+        return super().mask(positions)
 
 
 def test_a_mask_is_made_once_for_all_blocks() -> None:
@@ -123,9 +123,9 @@ def test_blocks_with_windows_of_their_own_share_masks() -> None:
     made: list[int | None] = []
 
     class Noting(SDPA):
-        def mask(self, where: Where) -> Mask:
+        def mask(self, positions: Positions) -> Mask:
             made.append(self.window)
-            return super().mask(where)
+            return super().mask(positions)
 
     for i, block in enumerate(model.layers.values()):
         block.attention.kernel = Noting(3 if i % 2 else None)
@@ -159,8 +159,8 @@ def ahead_by_hand(model: Decoder, tokens_BL: Tensor) -> list[Tensor]:
     def normed(x: Tensor, norm: RMSNorm) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
 
-    where = Where.rows(tokens_BL)
-    rotation, mask = model.rope(where.position_BL), SDPA().mask(where)
+    positions = Positions.rows(tokens_BL)
+    rotation, mask = model.rope(positions.position_BL), SDPA().mask(positions)
     blocks = list(model.layers.values())
     h_BLD = model.tok_embeddings.weight[tokens_BL]
     for block in blocks[: model.config.n_layers]:
@@ -201,20 +201,20 @@ def test_further_predictions_see_one_token_more_each() -> None:
 
 
 def test_blocks_behind_the_last_one_cost_a_head_each() -> None:
-    plain, ahead = (training_flops_per_token(on_meta(Toy.Config(n_mtp_layers=n)), 8) for n in (0, 2))
+    plain, ahead = (training_flops_per_token(meta_model(Toy.Config(n_mtp_layers=n)), 8) for n in (0, 2))
     block, merge, head = 16 * (32 + 16 + 16 + 32 + 3 * 24), 2 * 16 * 16, 16 * 64
     assert ahead.matmul - plain.matmul == 2 * 6 * (block + merge + head)
     assert ahead.attention == 2 * plain.attention
 
 
 def test_building_on_meta_takes_no_memory() -> None:
-    model = on_meta(Toy.Config(dim=65_536, vocab_size=1_000_000))
+    model = meta_model(Toy.Config(dim=65_536, vocab_size=1_000_000))
     assert all(weight.is_meta for weight in model.parameters())
     assert not model.rope.inverse_frequency.is_meta
 
 
 def test_state_dict_holds_weights_alone() -> None:
-    model = on_meta(Toy.Config())
+    model = meta_model(Toy.Config())
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
 
 

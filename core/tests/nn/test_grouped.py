@@ -22,7 +22,7 @@ from core.nn.grouped import GROUPED_MM, GROUPED_MM_WEIGHT, GroupedLinear, groupe
 from core.nn.module import Module, weights
 from core.nn.start import Constant, Normal
 from core.runtime.device import n_gpus
-from core.testing.checkpointing import Dispatched
+from core.testing.activation_checkpoint import Dispatched
 
 I, O = 5, 7  # noqa: E741 - the letters of the file under test
 COUNTS = {

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from core.nn.decoder import Decoder
-from core.nn.init import Piece, init_weights, materialise
+from core.nn.init import LocalSlice, init_weights, materialise
 from core.nn.module import Module, weights
 from core.nn.start import Constant, Normal, Scale, Start
-from core.testing.toy import Toy, on_cpu, on_meta
+from core.testing.toy import Toy, meta_model, on_cpu
 
 
 def drawn(name: str, start: Start, seed: int = 0, shape: tuple[int, ...] = (64, 32)) -> Tensor:
@@ -45,7 +45,7 @@ def test_depth_matters_to_residual_writers_alone() -> None:
 def test_residual_writers_are_drawn_smaller_and_nothing_else_is() -> None:
     config = Toy.Config(n_layers=3, init_std=0.05)
     residual = 0.05 / (2 * 3) ** 0.5
-    for weight in weights(on_meta(config)):
+    for weight in weights(meta_model(config)):
         if weight.value.dim() == 1:
             assert weight.start == Constant(1.0), weight.name
         elif weight.name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
@@ -88,7 +88,7 @@ def test_bf16_weights_are_the_fp32_draw_cast() -> None:
 
 
 def test_materialise_keeps_ties_flags_and_buffers() -> None:
-    model = on_meta(Toy.Config(tie_embeddings=True))
+    model = meta_model(Toy.Config(tie_embeddings=True))
     model.norm.weight.requires_grad_(False)
     frequencies = model.rope.inverse_frequency.clone()
     materialise(model, torch.device("cpu"), torch.bfloat16)
@@ -125,7 +125,7 @@ def test_a_piece_gets_the_numbers_that_the_whole_has_there(shape: tuple[int, ...
     full, cut = torch.empty(shape), tuple(slice(1, 3) for _ in shape)
     init_weights([("w", full, Normal(1.0))], seed=3)
     holder, part = torch.empty(shape, device="meta"), torch.empty(2, *[2 for _ in shape[1:]])
-    init_weights([("w", holder, Normal(1.0))], seed=3, own=lambda _: Piece(part, tuple(1 for _ in shape)))
+    init_weights([("w", holder, Normal(1.0))], seed=3, local_slice=lambda _: LocalSlice(part, tuple(1 for _ in shape)))
     assert torch.equal(part, full[cut])
 
 

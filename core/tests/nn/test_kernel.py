@@ -12,24 +12,30 @@ import core.nn.backends
 from core.config.errors import UserError
 from core.nn.attention import Attention
 from core.nn.backends import KERNELS, SDPA, Flex, check_kernels, with_sinks
-from core.nn.kernel import Keys, MaskMod, Where, visible
+from core.nn.kernel import KeyValues, MaskMod, Positions, visible
 from core.nn.start import Scale
 from core.runtime.device import n_gpus
-from core.testing.checkpointing import Dispatched
+from core.testing.activation_checkpoint import Dispatched
 
 CPU = torch.device("cpu")
 WINDOWS = [None, 1, 3, 12, 100]
 eager_flex = pytest.mark.filterwarnings(  # compiling takes half a minute, and only speed is lost without it
     "ignore:flex_attention called without torch.compile:UserWarning"
 )
-every_where = pytest.mark.parametrize("where", WHERES.values(), ids=WHERES.keys())
+every_where = pytest.mark.parametrize("positions", WHERES.values(), ids=WHERES.keys())
 
 
 def sides(
-    where: Where, *, n_heads: int = 4, n_kv_heads: int = 2, width: int = 6, v_width: int = 6, dtype=torch.float64
+    positions: Positions,
+    *,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    width: int = 6,
+    v_width: int = 6,
+    dtype=torch.float64,
 ) -> list[Tensor]:
-    """Queries, keys, values and sinks that fit `where`."""
-    _, n_queries, n_keys = where.grid
+    """Queries, keys, values and sinks that fit `positions`."""
+    _, n_queries, n_keys = positions.grid
     keys = 2, n_kv_heads, n_keys
     shapes = (2, n_heads, n_queries, width), (*keys, width), (*keys, v_width), (n_heads,)
     return [numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
@@ -47,9 +53,9 @@ def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> lis
 
 
 def test_rows_start_at_position_0() -> None:
-    where = Where.rows(torch.zeros(3, 5, dtype=torch.long))
-    assert where.position_BL.tolist() == [[0, 1, 2, 3, 4]] and where[1:] == (None,) * 4
-    assert where.is_plain and where.grid == (1, 5, 5)
+    positions = Positions.rows(torch.zeros(3, 5, dtype=torch.long))
+    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions[1:] == (None,) * 4
+    assert positions.is_plain and positions.grid == (1, 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -69,18 +75,18 @@ def test_grid_counts_rows_queries_and_keys(name: str, grid: tuple[int, int, int]
 
 def test_positions_that_differ_make_no_rows_differ() -> None:
     """Positions turn queries and keys, they hide none: rows of single documents need one mask."""
-    where = Where(torch.tensor([[0, 1, 2], [5, 6, 7]]))
-    assert where.grid == (1, 3, 3) and SDPA().mask(where) is None
+    positions = Positions(torch.tensor([[0, 1, 2], [5, 6, 7]]))
+    assert positions.grid == (1, 3, 3) and SDPA().mask(positions) is None
 
 
 @every_where
 @pytest.mark.parametrize("window", WINDOWS)
-def test_masks_are_the_rule(where: Where, window: int | None) -> None:
-    n_rows, n_queries, n_keys = where.grid
-    seen = seen_by(where, window, n_rows, n_queries, n_keys)
-    found = create_mask(visible(where, window), n_rows, None, n_queries, n_keys, device="cpu")
+def test_masks_are_the_rule(positions: Positions, window: int | None) -> None:
+    n_rows, n_queries, n_keys = positions.grid
+    seen = seen_by(positions, window, n_rows, n_queries, n_keys)
+    found = create_mask(visible(positions, window), n_rows, None, n_queries, n_keys, device="cpu")
     assert torch.equal(found, seen)
-    mask = SDPA(window).mask(where)
+    mask = SDPA(window).mask(positions)
     if mask is None:
         assert torch.equal(seen[0, 0], torch.ones(12, 12).tril().bool())
     else:
@@ -93,7 +99,7 @@ def test_no_mask_is_built_where_the_causal_flag_says_it_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "where",
+    "positions",
     [
         PACKED._replace(key_index_BM=torch.arange(12)[None]),
         CAUSAL._replace(key_index_BM=torch.arange(12)[None], key_document_BM=PACKED.document_BL),
@@ -101,9 +107,9 @@ def test_no_mask_is_built_where_the_causal_flag_says_it_all() -> None:
     ],
     ids=["keys without documents", "queries without documents", "keys without places"],
 )
-def test_half_a_statement_about_keys_is_caught(where: Where) -> None:
+def test_half_a_statement_about_keys_is_caught(positions: Positions) -> None:
     with pytest.raises(AssertionError, match="key_document goes with key_index and document"):
-        visible(where)
+        visible(positions)
 
 
 def test_keys_that_are_not_the_tokens_need_a_mask() -> None:
@@ -118,14 +124,14 @@ def test_keys_that_are_not_the_tokens_need_a_mask() -> None:
 @every_where
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
-def test_sdpa_equals_loops(where: Where, window: int | None, with_sink: bool) -> None:
-    kernel, leaves = SDPA(window), sides(where)[: 4 if with_sink else 3]
+def test_sdpa_equals_loops(positions: Positions, window: int | None, with_sink: bool) -> None:
+    kernel, leaves = SDPA(window), sides(positions)[: 4 if with_sink else 3]
 
     def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return kernel(q, k, v, kernel.mask(where), scale=0.3, sinks_N=sinks)
+        return kernel(q, k, v, kernel.mask(positions), scale=0.3, sinks_N=sinks)
 
     def expected(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return looped(q, k, v, where, scale=0.3, window=window, sinks_N=sinks)
+        return looped(q, k, v, positions, scale=0.3, window=window, sinks_N=sinks)
 
     found = with_gradients(ours, leaves)
     torch.testing.assert_close(found, with_gradients(expected, leaves), rtol=0, atol=1e-12)
@@ -169,13 +175,13 @@ def test_a_sink_is_one_key_more() -> None:
     assert torch.equal(mask[0, 0, :, :12], torch.ones(12, 12).tril().bool())
 
 
-@pytest.mark.parametrize("where", [CAUSAL, PACKED], ids=["causal", "document"])
-def test_bfloat16_stays_near(where: Where) -> None:
-    leaves = sides(where, width=16, v_width=8)
-    mask = SDPA(5).mask(where)
+@pytest.mark.parametrize("positions", [CAUSAL, PACKED], ids=["causal", "document"])
+def test_bfloat16_stays_near(positions: Positions) -> None:
+    leaves = sides(positions, width=16, v_width=8)
+    mask = SDPA(5).mask(positions)
     half = [leaf.to(torch.bfloat16) for leaf in leaves[:3]]
     found = with_gradients(lambda q, k, v, s: SDPA(5)(q, k, v, mask, scale=0.25, sinks_N=s), [*half, leaves[3].float()])
-    expected = with_gradients(lambda q, k, v, s: looped(q, k, v, where, scale=0.25, window=5, sinks_N=s), leaves)
+    expected = with_gradients(lambda q, k, v, s: looped(q, k, v, positions, scale=0.25, window=5, sinks_N=s), leaves)
     assert found[0].dtype == torch.bfloat16 and found[4].dtype == torch.float32
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.isfinite().all()
@@ -187,13 +193,13 @@ def test_bfloat16_stays_near(where: Where) -> None:
 @pytest.mark.parametrize("case", ["causal", "mask", "window", "sinks", "narrow values", "all"])
 def test_the_fused_kernel_runs(case: str, n_kv_heads: int) -> None:
     """The plain path would keep a table of queries by keys for backward."""
-    where = PACKED if case in ("mask", "all") else CAUSAL
+    positions = PACKED if case in ("mask", "all") else CAUSAL
     v_width = 4 if case in ("narrow values", "all") else 6
-    q, k, v, sinks = sides(where, n_kv_heads=n_kv_heads, v_width=v_width, dtype=torch.float32)
+    q, k, v, sinks = sides(positions, n_kv_heads=n_kv_heads, v_width=v_width, dtype=torch.float32)
     kernel = SDPA(5 if case in ("window", "all") else None)
     leaves = [leaf.requires_grad_() for leaf in (q, k, v, sinks)]
     with Dispatched() as dispatched:
-        kernel(*leaves[:3], kernel.mask(where), scale=1.0, sinks_N=leaves[3] if case in ("sinks", "all") else None)
+        kernel(*leaves[:3], kernel.mask(positions), scale=1.0, sinks_N=leaves[3] if case in ("sinks", "all") else None)
     names = {str(op) for op, _ in dispatched.calls}
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in names
     assert not names & {"aten._safe_softmax.default", "aten._softmax.default"}
@@ -206,11 +212,11 @@ def test_the_fused_kernel_runs(case: str, n_kv_heads: int) -> None:
 @every_where
 @pytest.mark.parametrize(("window", "with_sink"), [(None, False), (3, True)], ids=["plain", "window and sinks"])
 @torch.no_grad()
-def test_flex_equals_loops(where: Where, window: int | None, with_sink: bool) -> None:
-    q, k, v, sinks = sides(where, width=8, v_width=4, dtype=torch.float32)
+def test_flex_equals_loops(positions: Positions, window: int | None, with_sink: bool) -> None:
+    q, k, v, sinks = sides(positions, width=8, v_width=4, dtype=torch.float32)
     kernel, sinks_N = Flex(window), sinks if with_sink else None
-    out = kernel(q, k, v, kernel.mask(where), scale=0.3, sinks_N=sinks_N)
-    expected = looped(*(t.double() for t in (q, k, v)), where, scale=0.3, window=window, sinks_N=sinks_N)
+    out = kernel(q, k, v, kernel.mask(positions), scale=0.3, sinks_N=sinks_N)
+    expected = looped(*(t.double() for t in (q, k, v)), positions, scale=0.3, window=window, sinks_N=sinks_N)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -228,7 +234,7 @@ def test_flex_shares_keys(n_kv_heads: int) -> None:
 def test_both_kernels_consume_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rule in the one place changes both alike: here every third token is hidden."""
 
-    def gaps(where: Where, window: int | None = None) -> MaskMod:
+    def gaps(positions: Positions, window: int | None = None) -> MaskMod:
         return lambda row, head, query, key: (key <= query) & ((key % 3 != 1) | (key == query))
 
     q, k, v, _ = sides(PACKED, width=8, v_width=8, dtype=torch.float32)
@@ -255,12 +261,14 @@ def test_flex_cannot_train_on_a_cpu() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
 def test_flex_trains_like_sdpa(window: int | None, with_sink: bool) -> None:
-    where = Where(*(None if t is None else t.cuda() for t in PACKED))
-    leaves = [leaf.cuda() for leaf in sides(where, width=16, v_width=16, dtype=torch.float32)[: 4 if with_sink else 3]]
+    positions = Positions(*(None if t is None else t.cuda() for t in PACKED))
+    leaves = [
+        leaf.cuda() for leaf in sides(positions, width=16, v_width=16, dtype=torch.float32)[: 4 if with_sink else 3]
+    ]
     found = [
         with_gradients(
             lambda q, k, v, *s, kernel=kernel: kernel(
-                q, k, v, kernel.mask(where), scale=0.25, sinks_N=s[0] if s else None
+                q, k, v, kernel.mask(positions), scale=0.25, sinks_N=s[0] if s else None
             ),
             leaves,
         )
@@ -279,7 +287,7 @@ def test_equal_kernels_are_one_key() -> None:
 
 
 def test_keys_are_what_is_given_until_someone_hooks_them() -> None:
-    keys, k, v = Keys(), numbers(1, 2, 3), numbers(1, 2, 4)
+    keys, k, v = KeyValues(), numbers(1, 2, 3), numbers(1, 2, 4)
     found = keys(k, v)
     assert found[0] is k and found[1] is v and not list(keys.parameters())
     keys.register_forward_hook(lambda module, given, out: tuple(torch.cat((side, side), 1) for side in out))
@@ -288,6 +296,6 @@ def test_keys_are_what_is_given_until_someone_hooks_them() -> None:
 
 def test_documents_are_told_apart_by_number_alone() -> None:
     """Numbers need not grow: a text behind pads may have the lower one."""
-    where = Where(torch.arange(5)[None], torch.tensor([[7, 7, 2, 2, 2]]))
-    same = Where(torch.arange(5)[None], torch.tensor([documents(2, 3)]))
-    assert torch.equal(SDPA().mask(where), SDPA().mask(same))
+    positions = Positions(torch.arange(5)[None], torch.tensor([[7, 7, 2, 2, 2]]))
+    same = Positions(torch.arange(5)[None], torch.tensor([documents(2, 3)]))
+    assert torch.equal(SDPA().mask(positions), SDPA().mask(same))

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.backends import SDPA, Flex
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.nn.mla import MLA
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.nn.rope import RoPE
@@ -51,12 +51,12 @@ def turned(x_P: Tensor, position: int) -> Tensor:
     return torch.stack(parts)
 
 
-def by_loops(w: dict[str, Tensor], x_BLD: Tensor, where: Where, temperature: float) -> Tensor:
+def by_loops(w: dict[str, Tensor], x_BLD: Tensor, positions: Positions, temperature: float) -> Tensor:
     """Section 2.1 of arXiv:2405.04434, token by token and head by head."""
     v_dim = w["wo.weight"].shape[1] // N
     rows = []
     for row, x_LD in enumerate(x_BLD):
-        position_L = where.position_BL[row if len(where.position_BL) > 1 else 0].tolist()
+        position_L = positions.position_BL[row if len(positions.position_BL) > 1 else 0].tolist()
         queries, keys, values = [], [], []
         for x_D, position in zip(x_LD, position_L, strict=True):
             if "wq.weight" in w:
@@ -72,7 +72,7 @@ def by_loops(w: dict[str, Tensor], x_BLD: Tensor, where: Where, temperature: flo
             keys.append([torch.cat((head[:S], shared)) for head in up_heads])
             values.append([head[S:] for head in up_heads])
         for query in range(len(x_LD)):
-            seen = [key for key in range(len(x_LD)) if may_look(where, None, row, query, key)]
+            seen = [key for key in range(len(x_LD)) if may_look(positions, None, row, query, key)]
             heads = []
             for n in range(N):
                 logits = torch.stack([queries[query][n] @ keys[key][n] for key in seen])
@@ -82,21 +82,21 @@ def by_loops(w: dict[str, Tensor], x_BLD: Tensor, where: Where, temperature: flo
     return torch.stack(rows).view_as(x_BLD)
 
 
-@pytest.mark.parametrize("where", [CAUSAL, PACKED], ids=["causal", "document"])
+@pytest.mark.parametrize("positions", [CAUSAL, PACKED], ids=["causal", "document"])
 @pytest.mark.parametrize(
     ("q_lora_rank", "temperature", "v_head_dim"),
     [(None, 1.0, V), (Q, 1.0, V), (Q, 1.3, 2), (None, 0.7, S + P), (Q, 1.0, 14)],
 )
 def test_layer_and_its_gradients_equal_loops(
-    where: Where, q_lora_rank: int | None, temperature: float, v_head_dim: int
+    positions: Positions, q_lora_rank: int | None, temperature: float, v_head_dim: int
 ) -> None:
     layer = build(q_lora_rank, temperature=temperature, v_head_dim=v_head_dim)
     x_BLD, grad_BLD = numbers(2, 12, DIM), numbers(2, 12, DIM, seed=1)
     doubles = {name: weight.detach().double().requires_grad_() for name, weight in layer.named_parameters()}
     x_leaf, x_float = x_BLD.clone().requires_grad_(), x_BLD.float().requires_grad_()
-    expected = by_loops(doubles, x_leaf, where, temperature)
+    expected = by_loops(doubles, x_leaf, positions, temperature)
     (expected * grad_BLD).sum().backward()
-    out = layer(x_float, ROPE.build(head_dim=P)(where.position_BL), layer.kernel.mask(where))
+    out = layer(x_float, ROPE.build(head_dim=P)(positions.position_BL), layer.kernel.mask(positions))
     (out * grad_BLD.float()).sum().backward()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
     pairs = {name: (weight.grad, doubles[name].grad) for name, weight in layer.named_parameters()}
@@ -120,7 +120,7 @@ def test_keys_from_earlier_are_latents() -> None:
         lambda module, given, out: tuple(torch.cat(pair, dim=1) for pair in zip(seen[0], out, strict=True))
     )
     last_L = torch.arange(9, 12)[None]
-    mask = layer.kernel.mask(Where(last_L, None, last_L, torch.arange(12)[None]))
+    mask = layer.kernel.mask(Positions(last_L, None, last_L, torch.arange(12)[None]))
     out = layer(x_BLD[:, 9:], rope(last_L), mask)
     torch.testing.assert_close(out, whole[:, 9:], rtol=0, atol=1e-5)
 

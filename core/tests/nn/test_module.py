@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, Module, Weight, parameter_count, training_flops_per_token, weights
 from core.nn.start import Constant, Normal
-from core.testing.toy import Toy, on_cpu, on_meta
+from core.testing.toy import Toy, meta_model, on_cpu
 
 
 class Parts(Module):
@@ -36,7 +36,7 @@ def test_weights_come_with_axes_and_start() -> None:
 
 
 def test_axes_of_a_decoder() -> None:
-    named = {weight.name: weight.axes for weight in weights(on_meta(Toy.Config()))}
+    named = {weight.name: weight.axes for weight in weights(meta_model(Toy.Config()))}
     expected = {
         "tok_embeddings.weight": ("vocab", "embed"),
         "layers.1.attention_norm.weight": ("embed",),
@@ -58,7 +58,7 @@ def test_axes_of_a_decoder() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_weight_counts_once(tied: bool) -> None:
-    model = on_meta(Toy.Config(tie_embeddings=tied))
+    model = meta_model(Toy.Config(tie_embeddings=tied))
     names = [weight.name for weight in weights(model)]
     assert ("output.weight" in names) is not tied
     # per block: q 4*8, k and v 2*8, o 4*8, three matrices of 24, two norms of 16, two of 8

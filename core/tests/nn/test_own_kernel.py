@@ -16,12 +16,12 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.generate.cache import CachedDecoder
 from core.nn.backends import register_kernel
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.parallel.settings import Parallelism
 from core.step.checks import check_model
 from core.step.settings import Training
-from core.testing.parity import Case, Result, compare, result_of
-from core.testing.toy import Toy, on_cpu, on_meta, randomise, toy_attention
+from core.testing.parity import Case, StepResult, compare, result_of
+from core.testing.toy import Toy, meta_model, on_cpu, randomise, toy_attention
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -38,19 +38,19 @@ def toy(**changes: Any) -> Toy.Config:
     return Toy.Config(attention=replace(toy_attention(), **{"backend": "tiled", "window": 11, **changes}))
 
 
-def step(case: Case) -> Result:
+def step(case: Case) -> StepResult:
     """In a process that has imported this file, and so knows the kernel."""
     return result_of(case)
 
 
 @pytest.mark.parametrize("where", WHERES.values(), ids=WHERES.keys())
 @pytest.mark.parametrize("window", [None, 3])
-def test_it_computes_attention(where: Where, window: int | None) -> None:
-    _, n_queries, n_keys = where.grid
+def test_it_computes_attention(positions: Positions, window: int | None) -> None:
+    _, n_queries, n_keys = positions.grid
     q, k, v = numbers(2, 4, n_queries, 6), numbers(2, 2, n_keys, 6, seed=1), numbers(2, 2, n_keys, 5, seed=2)
     kernel = Tiled(window)
-    found = kernel(q, k, v, kernel.mask(where), scale=0.4)
-    torch.testing.assert_close(found, looped(q, k, v, where, scale=0.4, window=window))
+    found = kernel(q, k, v, kernel.mask(positions), scale=0.4)
+    torch.testing.assert_close(found, looped(q, k, v, positions, scale=0.4, window=window))
 
 
 @pytest.mark.layout
@@ -83,9 +83,9 @@ def test_what_it_cannot_do_is_refused_before_anything_is_built() -> None:
     with pytest.raises(
         UserError, match='attention.backend "tiled": it has no sinks: use --model.attention.backend sdp'
     ):
-        check_model(on_meta(run.model), run, CPU)
+        check_model(meta_model(run.model), run, CPU)
     run.model = toy()
-    check_model(on_meta(run.model), run, CPU)
+    check_model(meta_model(run.model), run, CPU)
 
 
 def test_a_kernel_is_asked_for_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +93,9 @@ def test_a_kernel_is_asked_for_what_a_run_does(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Tiled, "problem", lambda _, use: asked.append(use))
     parallelism = Parallelism(tensor_parallel_degree=2, context_parallel_degree=2)
     run = Trainer.Config(model=toy(), training=Training(mask="document"), parallelism=parallelism)
-    check_model(on_meta(run.model), run, CPU)
+    check_model(meta_model(run.model), run, CPU)
     run.training.mask, parallelism.context_parallel_degree, run.training.mixed_precision_param = "causal", 1, "bfloat16"
-    check_model(on_meta(run.model), run, CPU)
+    check_model(meta_model(run.model), run, CPU)
     first, last = asked[0], asked[-1]
     assert (first.n_heads, first.n_kv_heads, first.qk_dim, first.v_dim) == (2, 1, 8, 8)
     assert first.trains and first.documents and first.reordered and not first.cached and not first.sinks

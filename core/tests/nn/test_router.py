@@ -16,7 +16,7 @@ from core.nn.balance import routers, start_step
 from core.nn.module import Flops, training_flops_per_token, weights
 from core.nn.moe import Choice, Router
 from core.nn.start import Constant, Normal, Scale
-from core.testing.checkpointing import checkpoint_blocks, gradients
+from core.testing.activation_checkpoint import checkpoint_blocks, gradients
 from core.testing.oracles import cross_entropy
 from core.testing.toy import ToyMoE, on_cpu, randomise
 

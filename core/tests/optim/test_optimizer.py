@@ -11,7 +11,7 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import weights as weights_of
 from core.optim.optimizer import Optimizer, check_no_decay
-from core.testing.toy import Toy, ToyMoE, on_meta
+from core.testing.toy import Toy, ToyMoE, meta_model
 
 SHAPES = {
     "embed.weight": (7, 5),
@@ -112,7 +112,7 @@ def test_norms_and_biases_are_not_shrunk_by_default() -> None:
 
 def test_default_globs_on_a_decoder() -> None:
     """Every vector of the model is a norm here, and no matrix is exempt."""
-    named = [(weight.name, weight.value) for weight in weights_of(on_meta(Toy.Config()))]
+    named = [(weight.name, weight.value) for weight in weights_of(meta_model(Toy.Config()))]
     (_, decayed), (none, exempt) = Optimizer.Config().build(weights=named).groups
     assert none == 0.0
     assert decayed == [name for name, value in named if value.dim() == 2]
@@ -124,7 +124,7 @@ def test_default_globs_on_experts_sinks_and_biases() -> None:
     config = ToyMoE.Config()
     config.attention.bias = config.attention.sinks = True
     config.moe.router.bias = config.moe.experts.bias = True
-    named = [(weight.name, weight.value) for weight in weights_of(on_meta(config))]
+    named = [(weight.name, weight.value) for weight in weights_of(meta_model(config))]
     (_, decayed), (_, exempt) = Optimizer.Config().build(weights=named).groups
     vectors = {"layers.1.attention.sinks", "layers.1.moe.router.gate.bias", "layers.1.moe.experts.w1.bias"}
     assert vectors | {"layers.1.attention.wq.bias", "layers.1.attention.q_norm.weight"} <= set(exempt)

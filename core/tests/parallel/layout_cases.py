@@ -6,7 +6,7 @@ from typing import Any
 from core.nn.attention import Attention
 from core.nn.feed_forward import FeedForward
 from core.nn.moe import Experts, MoE, Router
-from core.testing.layout_suite import Ranks, degrees
+from core.testing.layout_suite import LayoutCase, degrees
 from core.testing.parity import Case
 from core.testing.toy import Toy, ToyMoE
 
@@ -34,21 +34,29 @@ def sparse(n_experts: int = 8, *, hidden_dim: int = 12, router: dict[str, Any] |
     return ToyMoE.Config(**{"vocab_size": 62, "attention": attention(), "moe": moe, **changes})
 
 
-FSDP2, FSDP4, HSDP4 = Ranks(2, degrees()), Ranks(4, degrees()), Ranks(4, degrees(replicate=2))
-TP2, TP4, FSDP2_TP2 = Ranks(2, degrees(tensor=2)), Ranks(4, degrees(tensor=4)), Ranks(4, degrees(tensor=2))
-EP2, EP4, EP2_TP2 = Ranks(2, degrees(expert=2)), Ranks(4, degrees(expert=4)), Ranks(2, degrees(expert=2, tensor=2))
+FSDP2, FSDP4, HSDP4 = LayoutCase(2, degrees()), LayoutCase(4, degrees()), LayoutCase(4, degrees(replicate=2))
+TP2, TP4, FSDP2_TP2 = (
+    LayoutCase(2, degrees(tensor=2)),
+    LayoutCase(4, degrees(tensor=4)),
+    LayoutCase(4, degrees(tensor=2)),
+)
+EP2, EP4, EP2_TP2 = (
+    LayoutCase(2, degrees(expert=2)),
+    LayoutCase(4, degrees(expert=4)),
+    LayoutCase(2, degrees(expert=2, tensor=2)),
+)
 CP = {
-    "cp2": Ranks(2, degrees(context=2)),
-    "cp2-alltoall": Ranks(2, degrees(context=2, context_parallel_rotate_method="alltoall")),
-    "cp2-tp2": Ranks(4, degrees(context=2, tensor=2)),
-    "cp2-alltoall-tp2": Ranks(4, degrees(context=2, tensor=2, context_parallel_rotate_method="alltoall")),
-    "cp4": Ranks(4, degrees(context=4)),
-    "cp4-alltoall": Ranks(4, degrees(context=4, context_parallel_rotate_method="alltoall")),
+    "cp2": LayoutCase(2, degrees(context=2)),
+    "cp2-alltoall": LayoutCase(2, degrees(context=2, context_parallel_rotate_method="alltoall")),
+    "cp2-tp2": LayoutCase(4, degrees(context=2, tensor=2)),
+    "cp2-alltoall-tp2": LayoutCase(4, degrees(context=2, tensor=2, context_parallel_rotate_method="alltoall")),
+    "cp4": LayoutCase(4, degrees(context=4)),
+    "cp4-alltoall": LayoutCase(4, degrees(context=4, context_parallel_rotate_method="alltoall")),
 }
 
 
-def piped(n: int, schedule: str, **more: Any) -> Ranks:
-    return Ranks(n, degrees(pipeline=2, schedule=schedule, **more))
+def piped(n: int, schedule: str, **more: Any) -> LayoutCase:
+    return LayoutCase(n, degrees(pipeline=2, schedule=schedule, **more))
 
 
 def attention_cases() -> dict[str, Case]:
@@ -83,7 +91,7 @@ def expert_cases() -> dict[str, Case]:
         "few-experts-fsdp4": FSDP4.case(sparse(2, router={"top_k": 1}), "none"),
         "few-experts-odd-width-fsdp4": FSDP4.case(sparse(2, hidden_dim=10), "none"),
         "fewer-experts-than-ranks-fsdp4": FSDP4.case(sparse(6, hidden_dim=10), "none"),
-        "fewer-experts-than-ranks-ep2-fsdp2": Ranks(4, degrees(expert=2)).case(sparse(2, hidden_dim=10), "none"),
+        "fewer-experts-than-ranks-ep2-fsdp2": LayoutCase(4, degrees(expert=2)).case(sparse(2, hidden_dim=10), "none"),
         "odd-ep2": EP2.case(sparse(), "none", length=7, n_rows=6),
         "odd-ep4": EP4.case(sparse(), "selective", length=3, n_rows=4),
         "two-tokens-ep2": EP2.case(sparse(), "full", length=2, n_rows=2, empty_rows=0, mask="causal"),
@@ -115,7 +123,7 @@ def ahead_cases() -> dict[str, Case]:
         "ahead-odd-tp2": TP2.case(ahead, "none", length=14, n_rows=6),
         "ahead-causal-tp2": TP2.case(ahead, "none", mask="causal"),
         "ahead-dense-tp4": TP4.case(dense(n_mtp_layers=1), "full"),
-        "ahead-never-reshard-fsdp2": Ranks(2, degrees(fsdp_reshard_after_forward="never")).case(ahead, "none"),
+        "ahead-never-reshard-fsdp2": LayoutCase(2, degrees(fsdp_reshard_after_forward="never")).case(ahead, "none"),
     }
 
 
@@ -124,11 +132,11 @@ def cut_cases() -> dict[str, Case]:
     narrow = dense(vocab_size=7, feed_forward=FeedForward.Config(hidden_dim=4), tie_embeddings=True)
     return {
         "uneven-tp4": TP4.case(dense(), "none"),
-        "uneven-fsdp2-tp4": Ranks(8, degrees(tensor=4)).case(dense(), "none"),
-        "uneven-fsdp4-tp2": Ranks(8, degrees(tensor=2)).case(dense(vocab_size=61), "none"),
+        "uneven-fsdp2-tp4": LayoutCase(8, degrees(tensor=4)).case(dense(), "none"),
+        "uneven-fsdp4-tp2": LayoutCase(8, degrees(tensor=2)).case(dense(vocab_size=61), "none"),
         "narrow-fsdp4": FSDP4.case(dense(vocab_size=3), "none"),
         "narrow-tp4": TP4.case(narrow, "full"),
-        "narrow-fsdp2-tp4": Ranks(8, degrees(tensor=4)).case(narrow, "none"),
+        "narrow-fsdp2-tp4": LayoutCase(8, degrees(tensor=4)).case(narrow, "none"),
         "tied-fsdp2-tp2": FSDP2_TP2.case(dense(tie_embeddings=True), "selective"),
         "tied-cp2": CP["cp2"].case(dense(tie_embeddings=True), "none"),
         "odd-tp2": TP2.case(dense(), "none", length=14, n_rows=6),
@@ -147,8 +155,8 @@ def empty_cases() -> dict[str, Case]:
         "no-label-ep4": EP4.case(sparse(), "selective", empty_rows=6),
         "no-label-pp2": piped(2, "1F1B").case(dense(), "none", **half),
         "no-label-pp2-zbv": piped(2, "ZBVZeroBubble").case(dense(n_layers=4), "none", **half),
-        "no-label-fsdp2-cp2": Ranks(4, degrees(context=2)).case(dense(), "none", **half),
-        "no-label-fsdp2-ep4-tp2": Ranks(4, degrees(expert=4, tensor=2)).case(sparse(), "full", **half),
+        "no-label-fsdp2-cp2": LayoutCase(4, degrees(context=2)).case(dense(), "none", **half),
+        "no-label-fsdp2-ep4-tp2": LayoutCase(4, degrees(expert=4, tensor=2)).case(sparse(), "full", **half),
         "no-label-ahead-fsdp2-tp2": FSDP2_TP2.case(sparse(n_mtp_layers=1), "none", **half),
     }
 
@@ -160,12 +168,12 @@ def split_cases() -> dict[str, Case]:
         "accumulate-hsdp2x2": HSDP4.case(dense(), "selective", local_batch_size=1),
         "accumulate-tp2": TP2.case(dense(), "full", local_batch_size=2),
         "accumulate-cp2": CP["cp2"].case(dense(), "none", local_batch_size=4),
-        "accumulate-offload": Ranks(2, degrees(cpu_offload=True)).case(dense(), "none", local_batch_size=2),
+        "accumulate-offload": LayoutCase(2, degrees(cpu_offload=True)).case(dense(), "none", local_batch_size=2),
         "accumulate-pp2": piped(2, "1F1B").case(dense(), "none", local_batch_size=4),
         "accumulate-fsdp2-pp2": piped(4, "Interleaved1F1B").case(dense(), "none", local_batch_size=2),
-        "offload-ep2-tp2": Ranks(2, degrees(expert=2, tensor=2, cpu_offload=True)).case(sparse(), "none"),
-        "offload-fsdp2-tp2": Ranks(4, degrees(tensor=2, cpu_offload=True)).case(dense(), "none"),
-        "never-reshard-fsdp2": Ranks(2, degrees(fsdp_reshard_after_forward="never")).case(dense(), "selective"),
+        "offload-ep2-tp2": LayoutCase(2, degrees(expert=2, tensor=2, cpu_offload=True)).case(sparse(), "none"),
+        "offload-fsdp2-tp2": LayoutCase(4, degrees(tensor=2, cpu_offload=True)).case(dense(), "none"),
+        "never-reshard-fsdp2": LayoutCase(2, degrees(fsdp_reshard_after_forward="never")).case(dense(), "selective"),
         "always-reshard-fsdp2-pp2": piped(4, "1F1B", fsdp_reshard_after_forward="always").case(dense(), "full"),
         "empty-ends-pp2": piped(2, "Interleaved1F1B").case(dense(), "none"),
         "two-rows-pp2": piped(2, "GPipe", pipeline_parallel_microbatch_size=2).case(four, "selective"),
@@ -173,12 +181,12 @@ def split_cases() -> dict[str, Case]:
         "split-pp2": piped(2, "1F1B", pipeline_parallel_split=[1]).case(four, "full"),
         "split-all-first-pp2": piped(2, "1F1B", pipeline_parallel_split=[4]).case(four, "none"),
         "split-loop-pp2": piped(2, "Interleaved1F1B", pipeline_parallel_split=[0, 3, 4]).case(four, "none"),
-        "hsdp2-pp2": Ranks(4, degrees(pipeline=2, replicate=2)).case(four, "none"),
-        "pp4": Ranks(4, degrees(pipeline=4)).case(four, "none"),
-        "pp4-interleaved": Ranks(4, degrees(pipeline=4, schedule="Interleaved1F1B")).case(
+        "hsdp2-pp2": LayoutCase(4, degrees(pipeline=2, replicate=2)).case(four, "none"),
+        "pp4": LayoutCase(4, degrees(pipeline=4)).case(four, "none"),
+        "pp4-interleaved": LayoutCase(4, degrees(pipeline=4, schedule="Interleaved1F1B")).case(
             dense(n_layers=6), "selective"
         ),
-        "pp4-zbv": Ranks(4, degrees(pipeline=4, schedule="ZBVZeroBubble")).case(dense(n_layers=6), "full"),
+        "pp4-zbv": LayoutCase(4, degrees(pipeline=4, schedule="ZBVZeroBubble")).case(dense(n_layers=6), "full"),
     }
 
 

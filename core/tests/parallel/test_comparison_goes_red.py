@@ -16,11 +16,11 @@ import core.parallel.data
 import core.parallel.many_ranks
 import core.parallel.tensor
 from core.nn import moe
-from core.nn.init import Piece
-from core.parallel.many_ranks import Spread
+from core.nn.init import LocalSlice
+from core.parallel.many_ranks import ManyRanks
 from core.testing import parity
 from core.testing.layout_suite import TOLERANCE
-from core.testing.parity import Case, Result, compare, result_of
+from core.testing.parity import Case, StepResult, compare, result_of
 
 
 def plain(weight: Any) -> torch.Tensor:
@@ -32,9 +32,9 @@ def local_positions(*args: Any, **kwargs: Any) -> Any:
     return tokens_BL, labels_BL, where._replace(position_BL=torch.arange(tokens_BL.shape[1])[None])
 
 
-def from_the_first(weight: torch.Tensor) -> Piece:
-    piece = core.parallel.apply.own_piece(weight)
-    return Piece(piece.value, (0,) * weight.dim())
+def from_the_first(weight: torch.Tensor) -> LocalSlice:
+    piece = core.parallel.apply.dtensor_slice(weight)
+    return LocalSlice(piece.value, (0,) * weight.dim())
 
 
 def scaled_parts(*args: Any) -> Any:
@@ -43,14 +43,14 @@ def scaled_parts(*args: Any) -> Any:
     return parts
 
 
-parity_parts = parity.parts_of
+parity_parts = parity.build_case
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def own_alone(self: Spread, value: float) -> float:
+def own_alone(self: ManyRanks, value: float) -> float:
     return value
 
 
@@ -60,16 +60,16 @@ BREAKS: dict[str, Callable[[], Any]] = {
     "gradients are averaged": lambda: patch.multiple(
         FSDPModule, set_gradient_divide_factor=nothing, set_force_sum_reduction_for_comms=nothing
     ),
-    "gradients of a pipeline are averaged": lambda: patch.object(parity, "parts_of", scaled_parts),
+    "gradients of a pipeline are averaged": lambda: patch.object(parity, "build_case", scaled_parts),
     "tokens are counted when they are computed again": lambda: patch.object(moe, "is_recomputing", lambda: False),
-    "counts stay on their ranks": lambda: patch.object(Spread, "sum_counts", nothing),
+    "counts stay on their ranks": lambda: patch.object(ManyRanks, "sum_counts", nothing),
     "positions are those in the piece": lambda: patch.object(core.parallel.many_ranks, "split_rows", local_positions),
     "choices are counted in parts of rows": lambda: patch.object(core.parallel.apply, "sum_over_rows", nothing),
-    "pieces start as the first one": lambda: patch.object(core.parallel.many_ranks, "own_piece", from_the_first),
-    "the denominator is a rank's": lambda: patch.object(Spread, "sum_of_data", own_alone),
-    "the norm counts copies twice": lambda: patch.object(core.parallel.data, "pieces", lambda gradient: 1),
+    "pieces start as the first one": lambda: patch.object(core.parallel.many_ranks, "dtensor_slice", from_the_first),
+    "the denominator is a rank's": lambda: patch.object(ManyRanks, "sum_of_data", own_alone),
+    "the norm counts copies twice": lambda: patch.object(core.parallel.data, "count_pieces", lambda gradient: 1),
     "only the first microbatch is summed": lambda: patch.object(
-        Spread,
+        ManyRanks,
         "sum_gradients",
         lambda self, parts, *, now: [part.set_requires_gradient_sync(not now) for part in parts],
     ),
@@ -92,7 +92,7 @@ RED: dict[str, tuple[Case, set[str], set[str]]] = {  # break -> case, what must 
 }
 
 
-def broken(name: str, case: Case) -> Result:
+def broken(name: str, case: Case) -> StepResult:
     with BREAKS[name]():
         return result_of(case)
 

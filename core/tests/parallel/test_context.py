@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from core.data.packing import Batch
 from core.nn.backends import SDPA
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.parallel.context import HeadsForTokens, order, split_rows
 from core.testing.parity import drawn_batch
 from core.testing.ranks import run_ranks
@@ -35,7 +35,7 @@ def test_balanced_ranks_see_equally_many_keys(n_ranks: int) -> None:
     assert len(set(seen.tolist())) == 1
 
 
-Part = tuple[torch.Tensor, torch.Tensor, Where]
+Part = tuple[torch.Tensor, torch.Tensor, Positions]
 
 
 def parts_of_rows(documents: bool, balanced: bool, n_ranks: int) -> Part:
@@ -60,22 +60,22 @@ def test_tokens_take_everything_along(documents: bool, n_ranks: int, balanced: b
         {
             "tokens": tokens_BL,
             "labels": labels_BL,
-            "position": where.position_BL.expand(3, -1),
-            "index": where.index_BL.expand(3, -1),
-            "document": where.document_BL if documents else torch.zeros_like(tokens_BL),
+            "position": positions.position_BL.expand(3, -1),
+            "index": positions.index_BL.expand(3, -1),
+            "document": positions.document_BL if documents else torch.zeros_like(tokens_BL),
         }
-        for tokens_BL, labels_BL, where in parts
+        for tokens_BL, labels_BL, positions in parts
     ]
     joined = {name: torch.cat([part[name] for part in own], 1) for name in expected}
     back_L = joined["index"][0].argsort()
     for name, whole in expected.items():
         assert torch.equal(joined[name][:, back_L], whole), name
-    for _, _, where in parts:
-        assert torch.equal(where.key_index_BM.expand(3, -1), joined["index"])
+    for _, _, positions in parts:
+        assert torch.equal(positions.key_index_BM.expand(3, -1), joined["index"])
         if documents:
-            assert torch.equal(where.key_document_BM, joined["document"])
+            assert torch.equal(positions.key_document_BM, joined["document"])
         else:
-            assert where.document_BL is where.key_document_BM is None
+            assert positions.document_BL is positions.key_document_BM is None
 
 
 def kernel(window: int | None) -> Any:
@@ -96,7 +96,7 @@ def heads_for_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_ranks:
     mine = [side[:, :, own_L].clone().requires_grad_() for side in (q, k, v)]
     sinks_N = torch.linspace(-1, 1, q.shape[1]).requires_grad_()
     wide = HeadsForTokens(SDPA(4), mesh)
-    mask = wide.mask(Where(own_L[None], None, own_L[None], all_M[None], None))
+    mask = wide.mask(Positions(own_L[None], None, own_L[None], all_M[None], None))
     out = wide(*mine, mask, scale=0.3, sinks_N=sinks_N)
     (out * torch.arange(out.numel() * n_ranks).view(*out.shape[:2], -1, out.shape[-1])[:, :, own_L]).sum().backward()
     return {"index": own_L, "out": out, "sinks": sinks_N.grad, **dict(zip("qkv", (x.grad for x in mine), strict=True))}
@@ -111,7 +111,7 @@ def test_heads_are_given_for_tokens(n_ranks: int) -> None:
     whole = [side.clone().requires_grad_() for side in (q, k, v)]
     sinks_N = torch.linspace(-1, 1, 8).requires_grad_()
     plain = SDPA(4)
-    out = plain(*whole, plain.mask(Where(torch.arange(8)[None])), scale=0.3, sinks_N=sinks_N)
+    out = plain(*whole, plain.mask(Positions(torch.arange(8)[None])), scale=0.3, sinks_N=sinks_N)
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
     back_L = torch.cat([part["index"] for part in found]).argsort()
     expected = {"out": out, **dict(zip("qkv", (x.grad for x in whole), strict=True))}

@@ -8,8 +8,8 @@ import torch
 from layout_cases import CP, EP2, FEW, FSDP2, FSDP2_TP2, GROUPS, TP2, attention, dense, sparse
 
 from core.nn.decoder import Decoder
-from core.testing.layout_suite import Ranks, assert_equal
-from core.testing.parity import Case, Result, alone, compare, result_of
+from core.testing.layout_suite import LayoutCase, assert_equal
+from core.testing.parity import Case, StepResult, alone, compare, result_of
 from core.testing.ranks import run_ranks
 
 NAMES = [
@@ -63,7 +63,7 @@ def test_compiled_case_equals_one_rank(name: str, mode: str) -> None:
     assert_equal(compare(ranks.case(model, mode, compile="aot_eager")))
 
 
-def apart(found: Result, expected: Result) -> float:
+def apart(found: StepResult, expected: StepResult) -> float:
     """The 2-norm of the difference of all gradients, as a share of that of the gradient."""
     pairs = [(found.gradients[name], gradient) for name, gradient in expected.gradients.items()]
     difference = torch.cat([(ours - theirs).flatten() for ours, theirs in pairs]).norm()
@@ -80,7 +80,7 @@ def apart(found: Result, expected: Result) -> float:
         pytest.param(sparse(), EP2, 0.05, id="ep2", marks=pytest.mark.matrix),
     ],
 )
-def test_computed_in_bf16(model: Decoder.Config, ranks: Ranks, limit: float) -> None:
+def test_computed_in_bf16(model: Decoder.Config, ranks: LayoutCase, limit: float) -> None:
     """Weights in fp32, products in bf16: as near to fp32 as one rank that computes so.
 
     A number of bf16 is off by up to 2^-9 = 0.2 %. Here gradients are off by 0.6 % together, on one rank by 0.5 %; a

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.parallel.many_ranks import Spread
+from core.parallel.many_ranks import ManyRanks
 from core.parallel.mesh import views
 from core.parallel.settings import Degrees
 from core.testing.layout_suite import degrees
@@ -66,7 +66,7 @@ def test_every_rank_has_its_place_in_three_grids(given: Degrees) -> None:
 def numbers() -> tuple[int, int, bool, list[float], float]:
     """What a layout tells of a rank, and its sums."""
     settings = degrees(replicate=2, pipeline=2, tensor=2)
-    layout = Spread(settings, torch.device("cpu"))
+    layout = ManyRanks(settings, torch.device("cpu"))
     rank = dist.get_rank()
     mine = layout.sums(1.0, 2.0**-30 * rank)
     return layout.data_rank, layout.pipeline_rank, layout.is_first, mine, layout.sum_of_data(10.0 + layout.data_rank)
@@ -82,7 +82,7 @@ def test_a_layout_numbers_readers_and_stages() -> None:
 
 
 def data_numbers() -> int:
-    return Spread(degrees(replicate=2, context=2, data_parallel_shard_degree=2), torch.device("cpu")).data_rank
+    return ManyRanks(degrees(replicate=2, context=2, data_parallel_shard_degree=2), torch.device("cpu")).data_rank
 
 
 def test_context_ranks_read_the_same_rows_and_others_different_ones() -> None:

@@ -14,12 +14,12 @@ from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.comm.all_to_all import AllToAll
 from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
-from core.parallel.apply import own_piece
-from core.parallel.data import pieces
-from core.parallel.layout import Alone, Layout
-from core.parallel.many_ranks import Spread
+from core.parallel.apply import dtensor_slice
+from core.parallel.data import count_pieces
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
-from core.step.assemble import Parts, assemble
+from core.step.assemble import BuiltModel, assemble
 from core.testing.layout_suite import degrees
 from core.testing.ranks import run_ranks
 from core.testing.toy import on_cpu
@@ -62,7 +62,7 @@ WIDE_SPOTS = {
 }
 
 
-def build(spot: Spot, layout: Layout, dtype: torch.dtype) -> Parts:
+def build(spot: Spot, layout: RankView, dtype: torch.dtype) -> BuiltModel:
     return assemble(
         spot.model,
         layout,
@@ -90,21 +90,21 @@ class Kept(NamedTuple):
 
 
 def kept(spot: Spot, dtype: torch.dtype, max_norms: list[float]) -> Kept:
-    """Also checks that PyTorch puts pieces together where `own_piece` says that they lie."""
-    layout = Spread(spot.parallelism, CPU)
+    """Also checks that PyTorch puts pieces together where `dtensor_slice` says that they lie."""
+    layout = ManyRanks(spot.parallelism, CPU)
     named = dict(build(spot, layout, dtype).named_parameters())
-    starts = {name: own_piece(weight).value.clone() for name, weight in named.items()}
+    starts = {name: dtensor_slice(weight).value.clone() for name, weight in named.items()}
     gradients: dict[str, Any] = {}
     for name, weight in named.items():
         gradients[name] = torch.empty_like(weight, dtype=torch.float32)
-        piece = own_piece(gradients[name])
+        piece = dtensor_slice(gradients[name])
         whole = drawn(name, weight.shape)
         piece.value.copy_(whole[cut(piece.start, piece.value.shape)])
         assert torch.equal(gradients[name].full_tensor(), whole), name
     norms = [layout.clip(gradients.values(), max_norm) for max_norm in max_norms]
     return Kept(
         {
-            name: (own_piece(value).start, starts[name], own_piece(value).value, pieces(value))
+            name: (dtensor_slice(value).start, starts[name], dtensor_slice(value).value, count_pieces(value))
             for name, value in gradients.items()
         },
         norms,
@@ -143,7 +143,7 @@ def test_the_start_is_rounded_once() -> None:
     """Stored in bf16, weights are the same drawn numbers, rounded."""
     spot = SPOTS["ep2-hsdp2-tp2"]
     whole = dict(on_cpu(spot.model, seed=5).named_parameters())
-    alone = dict(build(spot, Alone(CPU), torch.bfloat16).named_parameters())
+    alone = dict(build(spot, SingleRank(CPU), torch.bfloat16).named_parameters())
     for part in run_ranks(kept, spot.n, spot, torch.bfloat16, [1.0]):
         for name, (start, own, *_) in part.weights.items():
             expected = whole[name][cut(start, own.shape)].bfloat16()
@@ -152,7 +152,7 @@ def test_the_start_is_rounded_once() -> None:
 
 def first_products(spots: list[Spot]) -> list[tuple[Any, ...]]:
     """How the experts' first products are cut."""
-    models = [dict(build(spot, Spread(spot.parallelism, CPU), torch.float32).named_parameters()) for spot in spots]
+    models = [dict(build(spot, ManyRanks(spot.parallelism, CPU), torch.float32).named_parameters()) for spot in spots]
     return [named["layers.1.moe.experts.w1.weight"].placements for named in models]
 
 
@@ -169,9 +169,9 @@ def partial() -> str:
     mesh = init_device_mesh("cpu", (2,))
     parts = {"whole": Replicate(), "cut": Shard(0), "partial": Partial()}
     labelled = {name: DTensor.from_local(torch.ones(2), mesh, [how]) for name, how in parts.items()}
-    assert pieces(torch.ones(2)) == pieces(labelled["whole"]) == 1 and pieces(labelled["cut"]) == 2
+    assert count_pieces(torch.ones(2)) == count_pieces(labelled["whole"]) == 1 and count_pieces(labelled["cut"]) == 2
     with pytest.raises(AssertionError, match="still partial"):
-        pieces(labelled["partial"])
+        count_pieces(labelled["partial"])
     return "seen"
 
 

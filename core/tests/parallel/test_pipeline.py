@@ -14,14 +14,14 @@ from core.parallel.pipeline import (
     cut_stage,
     n_stages,
     pipeline_problems,
-    split,
+    split_layers,
     stages_of,
 )
 from core.parallel.schedule_file import read_schedule
 from core.parallel.settings import SINGLE_STAGE, Parallelism
 from core.testing.layout_suite import SCHEDULES, assert_equal, degrees
 from core.testing.parity import Case, compare
-from core.testing.toy import Toy, on_cpu, on_meta
+from core.testing.toy import Toy, meta_model, on_cpu
 
 
 def piped(degree: int, schedule: str = "1F1B", **more: Any) -> Parallelism:
@@ -29,7 +29,7 @@ def piped(degree: int, schedule: str = "1F1B", **more: Any) -> Parallelism:
 
 
 def sizes(settings: Parallelism, n_layers: int) -> list[int]:
-    return [len(blocks) for blocks in split(settings, n_layers)]
+    return [len(blocks) for blocks in split_layers(settings, n_layers)]
 
 
 def problems(settings: Parallelism, n_layers: int = 8, n_microbatches: int = 8) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ def problems(settings: Parallelism, n_layers: int = 8, n_microbatches: int = 8) 
 @pytest.mark.parametrize("n_layers", [6, 7, 8, 9, 61])
 def test_every_block_has_one_stage_and_every_stage_one_rank(schedule: str, degree: int, n_layers: int) -> None:
     settings = piped(degree, schedule)
-    stages = split(settings, n_layers)
+    stages = split_layers(settings, n_layers)
     assert [i for blocks in stages for i in blocks] == list(range(n_layers))
     held = [stages_of(rank, settings, n_layers) for rank in range(degree)]
     assert sorted(number for numbers in held for number in numbers) == list(range(len(stages)))
@@ -54,7 +54,7 @@ def test_every_block_has_one_stage_and_every_stage_one_rank(schedule: str, degre
 
 
 def test_even_stages_count_the_ends_as_blocks() -> None:
-    assert split(piped(2), 8) == [range(4), range(4, 8)]
+    assert split_layers(piped(2), 8) == [range(4), range(4, 8)]
     assert sizes(piped(2), 7) == [4, 3]
     assert sizes(piped(4), 8) == [2, 3, 2, 1]
     assert sizes(piped(2, "Interleaved1F1B"), 2) == [0, 1, 1, 0]
@@ -62,8 +62,8 @@ def test_even_stages_count_the_ends_as_blocks() -> None:
 
 
 def test_stages_that_are_said() -> None:
-    assert split(piped(2, split=[3]), 8) == [range(3), range(3, 8)]
-    assert split(piped(2, "LoopedBFS", split=[0, 5, 8]), 8) == [range(0), range(5), range(5, 8), range(8, 8)]
+    assert split_layers(piped(2, split=[3]), 8) == [range(3), range(3, 8)]
+    assert split_layers(piped(2, "LoopedBFS", split=[0, 5, 8]), 8) == [range(0), range(5), range(5, 8), range(8, 8)]
 
 
 def test_stages_lie_in_a_loop_or_in_a_v() -> None:
@@ -147,7 +147,7 @@ class Named:
         self.is_first, self.is_last = number == 0, number == n - 1
         self.stage_index_to_group_rank: dict[int, int] = {}
         self.has_backward = True
-        self.submod = on_meta(Toy.Config())
+        self.submod = meta_model(Toy.Config())
         self.device = torch.device("cpu")
 
 

@@ -8,15 +8,15 @@ from torch import nn
 from core.nn.decoder import Block, Decoder
 from core.nn.module import Module, weights
 from core.nn.start import Normal
-from core.parallel.rules import RULES, check_axes, cut, named_weights
-from core.testing.toy import Toy, on_meta
+from core.parallel.rules import RULES, check_axes, cut_dim, named_weights
+from core.testing.toy import Toy, meta_model
 
 TOYS = {"dense": dense(attention=attention(sinks=True)), "sparse": sparse(n_mtp_layers=1)}
 
 
 @pytest.mark.parametrize("config", TOYS.values(), ids=TOYS)
 def test_every_axis_of_every_weight_is_in_the_table(config: Decoder.Config) -> None:
-    model = on_meta(config)
+    model = meta_model(config)
     check_axes(model)
     assert {axis for weight in weights(model) for axis in weight.axes} <= RULES.keys()
 
@@ -24,7 +24,7 @@ def test_every_axis_of_every_weight_is_in_the_table(config: Decoder.Config) -> N
 @pytest.mark.parametrize("config", TOYS.values(), ids=TOYS)
 def test_every_weight_is_named_by_one_module(config: Decoder.Config) -> None:
     """`named_weights` of all modules together are all weights, with the axes that the model states."""
-    model = on_meta(config)
+    model = meta_model(config)
     found = [named for module in model.modules() for named in named_weights(module)]
     places = {id(named.owner._parameters[named.leaf]): named for named in found}
     assert len(places) == len(found)
@@ -35,8 +35,8 @@ def test_every_weight_is_named_by_one_module(config: Decoder.Config) -> None:
 
 def test_what_is_cut() -> None:
     """By hand: outputs of the first products, inputs of the last ones, and what belongs to a head."""
-    model = on_meta(TOYS["dense"])
-    dims = {weight.name: cut(weight.axes, "tensor") for weight in weights(model) if ".1." not in weight.name}
+    model = meta_model(TOYS["dense"])
+    dims = {weight.name: cut_dim(weight.axes, "tensor") for weight in weights(model) if ".1." not in weight.name}
     block, attention_ = "layers.0.", "layers.0.attention."
     assert dims == {
         "tok_embeddings.weight": 0,
@@ -54,16 +54,16 @@ def test_what_is_cut() -> None:
         attention_ + "k_norm.weight": None,
         attention_ + "sinks": 0,
     }
-    model = on_meta(TOYS["sparse"])
+    model = meta_model(TOYS["sparse"])
     for weight in weights(model):
         inside = ".experts." in weight.name
-        assert cut(weight.axes, "expert") == (0 if inside else None), weight.name
-        assert not inside or cut(weight.axes, "tensor") is None, weight.name
-        assert ".router." not in weight.name or cut(weight.axes, "tensor") is None, weight.name
+        assert cut_dim(weight.axes, "expert") == (0 if inside else None), weight.name
+        assert not inside or cut_dim(weight.axes, "tensor") is None, weight.name
+        assert ".router." not in weight.name or cut_dim(weight.axes, "tensor") is None, weight.name
 
 
 def test_a_bias_joins_a_sum_where_the_last_axis_of_its_weight_is_cut() -> None:
-    model = on_meta(TOYS["sparse"])
+    model = meta_model(TOYS["sparse"])
     names = {id(value): name for name, value in model.named_parameters()}
     summands = {
         names[id(named.owner._parameters[named.leaf])]
@@ -105,4 +105,4 @@ def test_an_unknown_axis_names_the_weight() -> None:
 
 def test_two_axes_on_one_mesh_axis_are_our_mistake() -> None:
     with pytest.raises(AssertionError, match="lie on tensor"):
-        cut(("heads", "ffn"), "tensor")
+        cut_dim(("heads", "ffn"), "tensor")

@@ -18,17 +18,17 @@ from core.nn.layers import Embedding
 from core.parallel.tensor import (
     CutVocabulary,
     apply_tensor,
-    gather,
+    gather_tokens,
     local,
     look_up_own_rows,
     own_vocabulary,
-    place,
     read,
     scatter_sum,
+    store_as_dtensor,
 )
 from core.testing.oracles import cross_entropy
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, on_meta
+from core.testing.toy import Toy, meta_model
 
 
 def line(n: int) -> DeviceMesh:
@@ -86,7 +86,7 @@ def lookup(vocab_size: int, n: int) -> dict[str, Tensor]:
     embedding = Embedding(vocab_size, 4, std=1.0)
     weight = torch.arange(vocab_size * 4.0).view(vocab_size, 4)
     embedding.weight.data.copy_(weight)
-    place(embedding, "weight", mesh, Shard(0), {})
+    store_as_dtensor(embedding, "weight", mesh, Shard(0), {})
     read(embedding, "weight", local)
     look_up_own_rows(embedding, mesh)
     tokens_BL = torch.arange(16).view(2, 8) % vocab_size
@@ -115,7 +115,7 @@ def both_ways(n: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rank)
     x, y = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3 * n, 5, generator=generator)
     found = {"x": x, "y": y}
-    for name, function, given, other in (("gather", gather, x, y), ("scatter_sum", scatter_sum, y, x)):
+    for name, function, given, other in (("gather", gather_tokens, x, y), ("scatter_sum", scatter_sum, y, x)):
         given = given.clone().requires_grad_()
         out = function(given, mesh)
         (out * other).sum().backward()
@@ -138,7 +138,7 @@ def test_each_collective_is_the_transpose_of_the_other(n: int) -> None:
 
 def seen_by_modules() -> dict[str, Any]:
     """What stands in the modules of a cut model, and what their forward is told."""
-    model = on_meta(dense(tie_embeddings=True))
+    model = meta_model(dense(tie_embeddings=True))
     names = list(model.state_dict())
     apply_tensor(model, line(2))
     kinds = {name: type(value).__name__ for name, value in model.named_parameters()}

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from core.data.packing import IGNORE, Batch
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.optim.optimizer import Optimizer
-from core.parallel.layout import Alone, Layout
-from core.parallel.many_ranks import Spread
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.many_ranks import ManyRanks
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.update import train_step
-from core.testing.layout_suite import SCHEDULES, Ranks, degrees
-from core.testing.parity import Case, batches_of, drawn_batch, parts_of
+from core.testing.layout_suite import SCHEDULES, LayoutCase, degrees
+from core.testing.parity import Case, batches_of, build_case, drawn_batch
 from core.testing.ranks import run_ranks
 from core.train.validate import Validator
 
@@ -43,10 +43,10 @@ class Rows:
 
 def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     """Validate, if so `first`; train; validate; train again."""
-    layout: Layout = (
-        Alone(torch.device("cpu")) if case.world_size == 1 else Spread(case.parallelism, torch.device("cpu"))
+    layout: RankView = (
+        SingleRank(torch.device("cpu")) if case.world_size == 1 else ManyRanks(case.parallelism, torch.device("cpu"))
     )
-    parts = parts_of(case, layout)
+    parts = build_case(case, layout)
     objective = Objective(
         parts.models,
         CrossEntropy.Config().build(),
@@ -93,9 +93,9 @@ def bytes_of(batch: Batch) -> float:
 
 def loss_of_all(case: Case, n_rows: int) -> float:
     """Nats per valid token at the start, by the plainest means."""
-    (model,) = parts_of(case, Alone(CPU)).models
+    (model,) = build_case(case, SingleRank(CPU)).models
     batch = Rows(case.model).read(0, n_rows)
-    logits_BLV = model.eval()(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))
+    logits_BLV = model.eval()(batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))
     return F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE).item()
 
 
@@ -107,9 +107,9 @@ LAYOUTS = {
     "fsdp2-tp2": FSDP2_TP2.case(dense(), "none"),
     "cp2": CP["cp2"].case(dense(), "none"),
     "ep2": EP2.case(sparse(), "full"),
-    "fsdp2-pp2": Ranks(4, degrees(pipeline=2)).case(dense(n_layers=4), "none"),
+    "fsdp2-pp2": LayoutCase(4, degrees(pipeline=2)).case(dense(n_layers=4), "none"),
     **{
-        f"pp2-{schedule}": Ranks(2, degrees(pipeline=2, schedule=schedule)).case(sparse(n_layers=4), "none")
+        f"pp2-{schedule}": LayoutCase(2, degrees(pipeline=2, schedule=schedule)).case(sparse(n_layers=4), "none")
         for schedule in SCHEDULES
     },
     "fsdp4": FSDP4.case(dense(), "none"),

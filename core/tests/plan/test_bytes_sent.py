@@ -17,9 +17,9 @@ from core.comm.all_to_all import AllToAll
 from core.data.packing import Batch
 from core.nn.balance import force_balance, routers
 from core.nn.decoder import Decoder
-from core.parallel.many_ranks import Spread
+from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
-from core.plan.fake_step import group_axes, rehearse
+from core.plan.fake_step import group_axes, run_fake_step
 from core.plan.segments import total
 from core.plan.traffic import message
 from core.step.assemble import assemble
@@ -28,7 +28,7 @@ from core.step.objective import Objective
 from core.step.settings import Training
 from core.step.update import train_step
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, ToyMoE, on_meta
+from core.testing.toy import Toy, ToyMoE, meta_model
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ Sent = dict[tuple[str, str], float]
 
 def weights(model: Decoder.Config, part: str = "") -> int:
     """W of the weights whose names have `part` in them."""
-    return FLOAT * sum(w.numel() for name, w in on_meta(model).named_parameters() if part in name)
+    return FLOAT * sum(w.numel() for name, w in meta_model(model).named_parameters() if part in name)
 
 
 def ends(model: Decoder.Config) -> int:
@@ -207,7 +207,7 @@ def counted(names: list[str]) -> list[Counter[tuple[str, str]]]:
 
 
 def step_of(run: Trainer.Config) -> Counter[tuple[str, str]]:
-    layout = Spread(run.parallelism, CPU)
+    layout = ManyRanks(run.parallelism, CPU)
     parts = assemble(
         run.model,
         layout,
@@ -258,5 +258,5 @@ def test_a_step_sends_the_least_that_its_layout_needs(on_ranks: Any, name: str):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_plan_says_what_is_sent(name: str):
-    found = rehearse(run_of(LAYOUTS[name]), world_size=LAYOUTS[name].n, rank=0, device=CPU)
+    found = run_fake_step(run_of(LAYOUTS[name]), world_size=LAYOUTS[name].n, rank=0, device=CPU)
     assert total(found.segments).sent == LAYOUTS[name].expected

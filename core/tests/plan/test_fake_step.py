@@ -17,8 +17,8 @@ from core.nn.decoder import Block, Decoder
 from core.nn.module import training_flops_per_token
 from core.parallel.settings import Parallelism
 from core.plan import fake_step
-from core.plan.fake_step import rehearse
-from core.plan.sample_blocks import Stored, alike, n_bytes
+from core.plan.fake_step import run_fake_step
+from core.plan.sample_blocks import RestingBytes, n_bytes, stand_ins
 from core.plan.segments import total
 from core.step.assemble import assemble, make_layout
 from core.step.loss import CrossEntropy
@@ -26,7 +26,7 @@ from core.step.objective import Objective
 from core.step.settings import Training
 from core.step.update import train_step
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, ToyMoE, on_meta
+from core.testing.toy import Toy, ToyMoE, meta_model
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def run_of(
     )
 
 
-def measured(run: Trainer.Config) -> tuple[int, Stored]:
+def measured(run: Trainer.Config) -> tuple[int, RestingBytes]:
     """What a rank has, and the most that its third step adds at once."""
     layout, training = make_layout(run.parallelism, CPU), run.training
     n_rows = training.rows_per_step(layout.degrees.data) // layout.degrees.data
@@ -107,7 +107,7 @@ def measured(run: Trainer.Config) -> tuple[int, Stored]:
         train_step(objective, optimizer, batches, step=3, **settings)
         peak = meter.peak
     weights = dict(parts.named_parameters())
-    return peak, Stored(
+    return peak, RestingBytes(
         n_weights=sum(n_bytes(weight) // 4 for weight in weights.values()),
         weights=sum(map(n_bytes, weights.values())),
         gradients=sum(n_bytes(weight.grad) for weight in weights.values()),
@@ -140,7 +140,7 @@ def test_equals_a_real_run_on_four_ranks(case: str):
     real = run_ranks(measured, 4, run, timeout_s=120)
     for rank in (0, 3):
         peak, has = real[rank]
-        found = rehearse(run, world_size=4, rank=rank, device=CPU)
+        found = run_fake_step(run, world_size=4, rank=rank, device=CPU)
         assert found.stored == has
         assert total(found.segments).peak == pytest.approx(peak, rel=0.1)
 
@@ -149,21 +149,30 @@ def test_equals_a_real_run_on_four_ranks(case: str):
 def test_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch, model: Decoder.Config, microbatches: int):
     degree = 2 if isinstance(model, Mixed.Config) else 1
     run = run_of(model, Parallelism(expert_parallel_degree=degree), microbatches=microbatches)
-    few = rehearse(run, world_size=4, rank=3, device=CPU)
-    assert set(alike(on_meta(model), run.activation_checkpoint).values()) < set(range(model.n_layers))
-    monkeypatch.setattr("core.plan.sample_blocks.alike", lambda model, _: {int(i): int(i) for i in model.layers})
+    few = run_fake_step(run, world_size=4, rank=3, device=CPU)
+    assert set(stand_ins(meta_model(model), run.activation_checkpoint).values()) < set(range(model.n_layers))
+    monkeypatch.setattr("core.plan.sample_blocks.stand_ins", lambda model, _: {int(i): int(i) for i in model.layers})
     monkeypatch.setattr(fake_step, "microbatches_of_interest", lambda order: {action.microbatch for action in order})
-    every = rehearse(run, world_size=4, rank=3, device=CPU)
+    every = run_fake_step(run, world_size=4, rank=3, device=CPU)
     assert few.stored == every.stored
     assert total(few.segments) == total(every.segments)
     assert len(few.segments) == len(every.segments)
 
 
 def test_blocks_are_alike_where_they_and_their_neighbours_are():
-    checkpointing = ActivationCheckpoint.Config()
-    assert alike(on_meta(Toy.Config(n_layers=8)), checkpointing) == {0: 0, 1: 1, 2: 2, 3: 2, 4: 2, 5: 2, 6: 6, 7: 7}
+    activation_checkpoint = ActivationCheckpoint.Config()
+    assert stand_ins(meta_model(Toy.Config(n_layers=8)), activation_checkpoint) == {
+        0: 0,
+        1: 1,
+        2: 2,
+        3: 2,
+        4: 2,
+        5: 2,
+        6: 6,
+        7: 7,
+    }
     one = ActivationCheckpoint.Config(per_op_sac_force_recompute_mm_shapes_by_fqns=["layers.5.attention.wq"])
-    assert set(alike(on_meta(Toy.Config(n_layers=16)), one).values()) == {0, 1, 2, 3, 4, 5, 6, 7, 14, 15}
+    assert set(stand_ins(meta_model(Toy.Config(n_layers=16)), one).values()) == {0, 1, 2, 3, 4, 5, 6, 7, 14, 15}
 
 
 def test_repeats_that_would_get_other_neighbours_are_all_kept():
@@ -177,15 +186,15 @@ def test_repeats_that_would_get_other_neighbours_are_all_kept():
             block.attention.kernel = type(block.attention.kernel)(3 if i in (3, 11) else None)
             return block
 
-    like = alike(on_meta(Odd.Config(n_layers=20)), ActivationCheckpoint.Config())
-    assert like == {i: i for i in range(20)}
+    stand_in = stand_ins(meta_model(Odd.Config(n_layers=20)), ActivationCheckpoint.Config())
+    assert stand_in == {i: i for i in range(20)}
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_flops_are_those_worked_out_by_hand(mode: str):
     run = run_of(Toy.Config(n_layers=6), mode=mode)
-    found = total(rehearse(run, world_size=1, rank=0, device=CPU).segments)
-    once = training_flops_per_token(on_meta(run.model), run.training.seq_len)
+    found = total(run_fake_step(run, world_size=1, rank=0, device=CPU).segments)
+    once = training_flops_per_token(meta_model(run.model), run.training.seq_len)
     head = 2 * run.model.dim * run.model.vocab_size
     again = (once.matmul // 3 - head + once.attention // 3) if mode == "full" else 0
     scores = once.attention // 6  # which the backward of attention computes once more
@@ -195,7 +204,7 @@ def test_flops_are_those_worked_out_by_hand(mode: str):
 
 def test_modes_keep_less_and_less():
     peaks = [
-        total(rehearse(run_of(Toy.Config(n_layers=9), mode=mode), world_size=1, rank=0, device=CPU).segments).peak
+        total(run_fake_step(run_of(Toy.Config(n_layers=9), mode=mode), world_size=1, rank=0, device=CPU).segments).peak
         for mode in ("none", "selective", "full")
     ]
     assert peaks[0] > peaks[1] > peaks[2]
@@ -203,7 +212,7 @@ def test_modes_keep_less_and_less():
 
 def test_gradients_and_activations_are_told_apart():
     run = run_of(Toy.Config(n_layers=9), mode="full")
-    found = rehearse(run, world_size=1, rank=0, device=CPU)
+    found = run_fake_step(run, world_size=1, rank=0, device=CPU)
     step = total(found.segments)
     assert sum(segment.gradients for segment in found.segments) == found.stored.gradients == found.stored.weights
     assert step.peak_activations < step.peak <= step.peak_activations + found.stored.gradients
@@ -215,7 +224,7 @@ def test_the_update_of_all_weights_is_counted():
     for implementation in ("fused", "foreach"):
         run = run_of(Toy.Config(n_layers=9))
         run.optimizer.implementation = implementation
-        found = rehearse(run, world_size=1, rank=0, device=CPU)
+        found = run_fake_step(run, world_size=1, rank=0, device=CPU)
         (update,) = (segment for segment in found.segments if segment.what == "update")
         risen[implementation] = update.rise
     assert risen["foreach"] > found.stored.weights * 0.9 > 10 * risen["fused"]
@@ -225,6 +234,6 @@ def test_pipeline_with_tokens_that_travel():
     """Bytes that a first and a last stage send: the residual stream of each row, in the type of products."""
     run = run_of(Toy.Config(n_layers=6), Parallelism(pipeline_parallel_degree=2), local_batch_size=8)
     for rank in (0, 1):
-        found = total(rehearse(run, world_size=2, rank=rank, device=torch.device("cuda")).segments)
+        found = total(run_fake_step(run, world_size=2, rank=rank, device=torch.device("cuda")).segments)
         assert found.sent["pipeline", "send"] == 8 * 32 * 16 * 2
         assert found.calls["pipeline", "send"] == 8

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from core.parallel.fake import fake_ranks
-from core.parallel.many_ranks import Spread
-from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
+from core.parallel.many_ranks import ManyRanks
+from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
 from core.plan import pipeline_passes
 from core.plan.fake_step import PASSES
 from core.plan.pipeline_passes import RELEASES, Action, actions
-from core.testing.toy import Toy, on_meta
+from core.testing.toy import Toy, meta_model
 
 SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 N_LAYERS, N_MICROBATCHES = 8, 8
@@ -21,12 +21,12 @@ N_LAYERS, N_MICROBATCHES = 8, 8
 
 def order_of(schedule: Any, rank: int) -> list[Action]:
     settings = Parallelism(pipeline_parallel_degree=4, pipeline_parallel_schedule=schedule)
-    stages = split(settings, N_LAYERS)
+    stages = split_layers(settings, N_LAYERS)
     with fake_ranks(4, rank):
-        layout = Spread(settings, torch.device("cpu"))
+        layout = ManyRanks(settings, torch.device("cpu"))
         models = {}
         for number in stages_of(rank, settings, N_LAYERS):
-            models[number] = on_meta(Toy.Config(n_layers=N_LAYERS))
+            models[number] = meta_model(Toy.Config(n_layers=N_LAYERS))
             cut_stage(models[number], stages, number)
         pipeline = layout.pipeline(models, N_MICROBATCHES)
         assert isinstance(pipeline, Pipeline)

@@ -14,7 +14,7 @@ from core.optim.optimizer import Optimizer
 from core.parallel.settings import Parallelism
 from core.plan.plan import Plan, plan
 from core.step.settings import Compile, Debug, Training
-from core.testing.toy import Toy, ToyMoE, on_meta
+from core.testing.toy import Toy, ToyMoE, meta_model
 from core.train.trainer import Trainer
 
 BUDGET = ActivationCheckpoint.Config(mode="memory_budget")
@@ -37,7 +37,9 @@ def test_says_what_was_asked():
     assert lines["mesh"] == "8 (shard 4 x tensor 2)".split()
     assert lines["step"] == "8 rows of 32 tokens; here 1 microbatch of 2".split()
     assert lines["types"] == "weights float32, compute bfloat16".split()
-    assert lines["model"][0] == f"{found.model_parameters:,}" == f"{parameter_count(on_meta(Toy.Config(n_layers=4))):,}"
+    assert (
+        lines["model"][0] == f"{found.model_parameters:,}" == f"{parameter_count(meta_model(Toy.Config(n_layers=4))):,}"
+    )
     assert lines["weights"] == [f"{found.weights_bytes / 2**20:.3f}"]
     assert found.weights_bytes == found.gradients_bytes == 4 * found.parameters
     assert found.optimizer_bytes >= 2 * found.weights_bytes

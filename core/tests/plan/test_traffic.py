@@ -9,7 +9,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.parallel.fake import fake_ranks
-from core.parallel.many_ranks import Spread
+from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.plan.traffic import axes, message
 
@@ -85,5 +85,5 @@ def test_a_collective_that_nobody_counts_is_noticed():
 )
 def test_axes_of_groups(settings: Parallelism, world_size: int, names: set[str]):
     with fake_ranks(world_size, 1):
-        found = axes(Spread(settings, CPU).views, experts=True)
+        found = axes(ManyRanks(settings, CPU).views, experts=True)
     assert set(found.values()) - {"", "batch"} == names

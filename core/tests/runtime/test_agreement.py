@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from core.config.errors import UserError
 from core.runtime import agreement
-from core.runtime.agreement import MOST_LINES, check_agreement, differing
+from core.runtime.agreement import MOST_DIFFERING_LINES, check_agreement, differing
 from core.runtime.ranks import Ranks
-from core.runtime.span import MOST, span
+from core.runtime.span import MOST_SHOWN, span
 from core.testing.ranks import run_ranks
 
 
@@ -22,7 +22,7 @@ def test_ranks_are_named_in_runs(numbers, words):
 
 
 def test_of_many_ranks_without_order_some_are_named():
-    assert span(range(0, 4000, 2)).endswith(f", {2 * MOST - 2}, and {2000 - MOST} more")
+    assert span(range(0, 4000, 2)).endswith(f", {2 * MOST_SHOWN - 2}, and {2000 - MOST_SHOWN} more")
 
 
 def test_only_what_differs_is_listed_with_every_value():
@@ -38,7 +38,7 @@ def test_only_what_differs_is_listed_with_every_value():
         f"new: missing (ranks 0, 2-4), {'y' * 117}... (rank 1)",
     ]
     many = [([rank], {f"fact {i}": str(rank) for i in range(100)}) for rank in (0, 1)]
-    assert differing(many)[-1] == f"and {100 - MOST_LINES} more"
+    assert differing(many)[-1] == f"and {100 - MOST_DIFFERING_LINES} more"
 
 
 def test_a_process_alone_agrees_with_itself_and_learns_nothing():

@@ -104,7 +104,7 @@ def test_without_a_device_auto_is_the_cpu(
     ) as e:
         select_device("cuda")
     assert said in str(e.value)
-    gpu, nccl, flex = list(doctor.parts())[:3]
+    gpu, nccl, flex = list(doctor.optional_parts())[:3]
     assert (gpu.here, nccl.here, flex.here) == (None, None, None)
     assert said in gpu.missing and gpu.missing.endswith("runs are on the CPU")
 
@@ -143,7 +143,7 @@ def test_each_rank_has_a_device_of_its_own(
         select_device(f"{kind}:2")
     with pytest.raises(UserError, match='^device "xla" asked for, but this machine has '):
         select_device("xla")
-    assert next(iter(doctor.parts())).here == here
+    assert next(iter(doctor.optional_parts())).here == here
     assert n_gpus() == (2 if kind == "cuda" else 0)
     assert backends(torch.device(kind, 1)) == carried_by and backends(CPU) == "gloo"
 

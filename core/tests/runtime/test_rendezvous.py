@@ -13,7 +13,7 @@ import torch.distributed as dist
 from core.config.errors import UserError
 from core.runtime import rendezvous
 from core.runtime.launcher import World
-from core.runtime.rendezvous import LAUNCHER, Place, Rendezvous, listen
+from core.runtime.rendezvous import LAUNCHER, Address, Rendezvous, listen
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def store() -> Iterator[dist.TCPStore]:
     yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def place_of(store: dist.TCPStore) -> Place:
-    return Place("127.0.0.1", store.port, LAUNCHER)
+def place_of(store: dist.TCPStore) -> Address:
+    return Address("127.0.0.1", store.port, LAUNCHER)
 
 
-def meet(place: Place, world: World, pause_s: float = 0.0, timeout_s: float = 30.0) -> dist.Store | str:
+def meet(place: Address, world: World, pause_s: float = 0.0, timeout_s: float = 30.0) -> dist.Store | str:
     """The store that a rank finds, or what it is told."""
     time.sleep(pause_s)
     try:
@@ -37,7 +37,7 @@ def meet(place: Place, world: World, pause_s: float = 0.0, timeout_s: float = 30
         return str(error)
 
 
-def attempt(place: Place, worlds: list[World], **more: float) -> list[dist.Store | str]:
+def attempt(place: Address, worlds: list[World], **more: float) -> list[dist.Store | str]:
     """What all ranks find, the first coming a little later than the others."""
     with ThreadPoolExecutor(len(worlds)) as pool:
         futures = [pool.submit(meet, place, world, 0.1 * (world.rank == 0), **more) for world in worlds]
@@ -56,7 +56,7 @@ def test_every_attempt_finds_a_part_of_the_launchers_store_that_is_empty(store):
 def test_rank_0_makes_the_store_where_no_launcher_does():
     with listen(0) as free:
         port = free.getsockname()[1]
-    parts = attempt(Place("127.0.0.1", port, "rank 0"), [World(rank, 3) for rank in range(3)])
+    parts = attempt(Address("127.0.0.1", port, "rank 0"), [World(rank, 3) for rank in range(3)])
     parts[2].set("greeting", "of rank 2")
     assert parts[0].get("greeting") == b"of rank 2"
 
@@ -87,7 +87,7 @@ def test_a_rank_that_is_started_twice_is_told(store):
 def test_a_port_that_is_taken_is_one_line():
     with listen(0) as taken:
         port = taken.getsockname()[1]
-        told = meet(Place("127.0.0.1", port, "rank 0"), World(0, 2))
+        told = meet(Address("127.0.0.1", port, "rank 0"), World(0, 2))
     assert told.startswith(
         f"rank 0 cannot listen on port {port} of {socket.gethostname()} (Address already in use): end"
     )
@@ -98,7 +98,7 @@ def test_a_port_that_is_taken_is_one_line():
 def test_a_place_that_cannot_be_reached_is_one_line(address):
     with listen(0) as free:
         port = free.getsockname()[1]
-    told = meet(Place(address, port, "rank 0"), World(1, 2), timeout_s=0.2)
+    told = meet(Address(address, port, "rank 0"), World(1, 2), timeout_s=0.2)
     assert told.startswith(f"rank 0 was not reached at {address}:{port} within 0.2 s (comm.init_timeout_seconds; ")
     assert "\n" not in told and told.endswith("MASTER_ADDR and MASTER_PORT are wrong")
 
@@ -106,7 +106,7 @@ def test_a_place_that_cannot_be_reached_is_one_line(address):
 def test_something_else_that_listens_there_is_no_rank(monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_S", 0.3)
     with listen(0) as mute:
-        place = Place("127.0.0.1", mute.getsockname()[1], "rank 0")
+        place = Address("127.0.0.1", mute.getsockname()[1], "rank 0")
         told = meet(place, World(1, 2), timeout_s=0.3)
     for thread in threading.enumerate():
         if thread.name == "connecting":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.runtime.units import clock, duration, rate, size
+from core.runtime.units import clock, duration, rate, size_text
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_clocks(seconds, text):
     ],
 )
 def test_sizes(n_bytes, text):
-    assert size(n_bytes) == text
+    assert size_text(n_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from core.runtime.board import Board
 from core.runtime.launcher import World
 from core.runtime.log import start_logging
 from core.runtime.ranks import Ranks
-from core.runtime.rendezvous import LAUNCHER, Place, Rendezvous, listen
+from core.runtime.rendezvous import LAUNCHER, Address, Rendezvous, listen
 from core.runtime.watch import watched, words
 from core.testing.ranks import RankError, run_ranks
 
@@ -155,8 +155,8 @@ def live(trouble: str, troubled: int, port: int | None, timeout_s: float) -> str
     """The life of a rank in which all wait for one another, and one comes to trouble; prints what it is told."""
     watch.PATIENCE_S, watch.GRACE_S, watch.ANSWER_S = 0.5, 1.0, 1.5
     world = World(dist.get_rank(), dist.get_world_size())
-    master = Place(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), LAUNCHER)
-    place = Place("127.0.0.1", port, "rank 0") if port else master
+    master = Address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), LAUNCHER)
+    place = Address("127.0.0.1", port, "rank 0") if port else master
     start_logging(aloud=world.rank == 0)
     ranks = Ranks.patient(timedelta(days=1))
     try:
@@ -175,7 +175,7 @@ def live(trouble: str, troubled: int, port: int | None, timeout_s: float) -> str
 @pytest.fixture
 def told(monkeypatch):
     """A function: what each rank of three is told when one comes to trouble, by itself or by its watch."""
-    monkeypatch.setattr("core.testing.ranks.PATIENCE_S", 8.0)  # ranks end by themselves, however busy the machine
+    monkeypatch.setattr("core.testing.ranks.EXIT_GRACE_S", 8.0)  # ranks end by themselves, however busy the machine
 
     def get(trouble: str, troubled: int = 1, *, port: int | None = None, timeout_s: float = 60.0) -> dict[int, str]:
         with pytest.raises(RankError) as error:
@@ -243,7 +243,7 @@ def test_no_wait_is_without_end(told, trouble, reason):
 def live_and_hear(timeout_s: float) -> tuple[str, list[str]]:
     """As `live`, with what this rank tells of whom it waits for."""
     heard: list[str] = []
-    watch.tell = lambda text, rank: heard.append(text)
+    watch.warn_everywhere = lambda text, rank: heard.append(text)
     return live("slow", 1, None, timeout_s), heard
 
 

@@ -11,10 +11,10 @@ from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
 from core.nn.balance import balance_loss, layer_loads, load_metrics, routers
 from core.nn.decoder import Decoder
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.nn.mtp import Predictions
 from core.optim.optimizer import Optimizer
-from core.parallel.layout import Alone
+from core.parallel.layout import SingleRank
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, labels_ahead, valid_tokens
 from core.step.update import train_step
@@ -29,7 +29,7 @@ def build() -> Decoder:
 
 
 def objective(model, *, mask="causal", dtype=torch.float32) -> Objective:
-    return Objective([model], CrossEntropy.Config().build(), layout=Alone(CPU), dtype=dtype, mask=mask)
+    return Objective([model], CrossEntropy.Config().build(), layout=SingleRank(CPU), dtype=dtype, mask=mask)
 
 
 def rows(n: int, *, length: int = 12, seed: int = 0) -> Batch:
@@ -60,8 +60,8 @@ def step(model, batches, *, mask="causal", max_norm=math.inf, lr=0.0, on_nonfini
 def test_gradient_does_not_depend_on_the_split(sizes, mask):
     batch = rows(6)
     model, oracle = build(), build()
-    where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
-    logits = oracle(batch.tokens_BL, where).double()
+    positions = Positions(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+    logits = oracle(batch.tokens_BL, positions).double()
     valid = batch.labels_BL != IGNORE
     mean = -logits.log_softmax(-1)[valid].gather(-1, batch.labels_BL[valid][:, None]).mean()
     mean.backward()
@@ -171,9 +171,9 @@ def ahead_by_loops(labels: list[list[int]], documents: list[list[int]] | None, k
 def test_labels_further_on_stay_in_row_and_document(k, mask):
     batch = rows(4)
     labels, documents = batch.labels_BL.tolist(), batch.documents_BL.tolist()
-    where = Where(batch.positions_BL, batch.documents_BL if mask == "document" else None)
+    positions = Positions(batch.positions_BL, batch.documents_BL if mask == "document" else None)
     expected = ahead_by_loops(labels, documents if mask == "document" else None, k)
-    assert labels_ahead(batch.labels_BL, k, where).tolist() == expected
+    assert labels_ahead(batch.labels_BL, k, positions).tolist() == expected
     assert batch.labels_BL.tolist() == labels, "the labels of the next token are read again"
     assert k > 1 or any(label != IGNORE for row in expected for label in row)
 
@@ -187,7 +187,7 @@ def test_loss_of_further_predictions_equals_loops(mask, n_ahead):
     batch = rows(4)
     documents = batch.documents_BL if mask == "document" else None
     found = objective(model, mask=mask)(batch)
-    logits = model(batch.tokens_BL, Where(batch.positions_BL, documents) if mask == "document" else None)
+    logits = model(batch.tokens_BL, Positions(batch.positions_BL, documents) if mask == "document" else None)
     assert isinstance(logits, Predictions)
 
     def nats(logits_BLV: Tensor, labels: list[list[int]]) -> float:
@@ -324,8 +324,8 @@ def explicit_total(model: ToyMoE, batch: Batch, coeff: float, mask: str) -> tupl
         router.gate.register_forward_hook(lambda module, given, out, name=name: logits_of.update({name: out}))
         for name, router in routers(model).items()
     ]
-    where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
-    main = cross_entropy(model(batch.tokens_BL, where), batch.labels_BL)
+    positions = Positions(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+    main = cross_entropy(model(batch.tokens_BL, positions), batch.labels_BL)
     for handle in handles:
         handle.remove()
     balance = torch.zeros(())

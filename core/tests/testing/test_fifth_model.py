@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 
 from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
-from core.checkpoint.keys import Keys, Stacked, below
+from core.checkpoint.keys import KeyTable, Stacked, below
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.module import Flops
@@ -25,7 +25,7 @@ from core.train.debug_run import laptop_run
 from core.train.trainer import Trainer
 
 EXPERT = "block_sparse_moe.experts.{e}"
-BLOCK: Keys = {
+BLOCK: KeyTable = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
@@ -38,7 +38,7 @@ BLOCK: Keys = {
     "moe.experts.w3.weight": (f"{EXPERT}.w3.weight", Stacked("mlp.experts.gate_up_proj", "second")),
     "moe.experts.w2.weight": (f"{EXPERT}.w2.weight", Stacked("mlp.experts.down_proj")),
 }
-KEYS: Keys = {
+KEYS: KeyTable = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",

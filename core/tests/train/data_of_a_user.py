@@ -9,7 +9,7 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.config.record import absolute
-from core.data.packing import IGNORE, Batch, pack
+from core.data.packing import IGNORE, Batch, pack_rows
 from core.data.samples import IndexedSamples, Samples
 
 
@@ -47,7 +47,7 @@ class NpyRows(IndexedSamples):
 
     def rows_at(self, numbers: np.ndarray) -> Batch:
         windows = self.array[numbers]
-        return pack(windows, starts=np.zeros(windows.shape, np.bool_))
+        return pack_rows(windows, starts=np.zeros(windows.shape, np.bool_))
 
 
 class Sums(Samples):
@@ -62,7 +62,7 @@ class Sums(Samples):
     def rows(self, first: int, count: int) -> Batch:
         made = [np.random.default_rng([self.seed, row]).integers(100, size=2) for row in range(first, first + count)]
         texts = [self.tokenizer.encode(f"{a} + {b} = {a + b}\n" * self.seq_len)[: self.seq_len + 1] for a, b in made]
-        batch = pack(np.array(texts), starts=np.zeros((count, self.seq_len + 1), np.bool_))
+        batch = pack_rows(np.array(texts), starts=np.zeros((count, self.seq_len + 1), np.bool_))
         batch.labels_BL[:, : self.seq_len // 2] = IGNORE
         return batch
 
@@ -80,7 +80,7 @@ class Counting(Samples):
         assert first == self.place
         self.place += count
         numbers = np.arange(first, first + count)[:, None] + np.arange(self.seq_len + 1) + 1000 * self.rank
-        return pack(numbers % self.tokenizer.vocab_size, starts=np.zeros(numbers.shape, np.bool_))
+        return pack_rows(numbers % self.tokenizer.vocab_size, starts=np.zeros(numbers.shape, np.bool_))
 
     def state_dict(self) -> dict[str, int]:
         return {"place": self.place}
@@ -105,7 +105,7 @@ class Faulty(IndexedSamples):
         length = self.seq_len + (self.config.fault != "short")
         token = {"negative": -1, "large": self.tokenizer.vocab_size}.get(self.config.fault, 0)
         tokens = np.full((len(numbers), length), token)
-        batch = pack(tokens, np.zeros(tokens.shape, np.bool_))
+        batch = pack_rows(tokens, np.zeros(tokens.shape, np.bool_))
         if self.config.fault == "labels":
             batch.labels_BL[0, 3] = self.tokenizer.vocab_size
         return Batch(*(part.float() for part in batch)) if self.config.fault == "floats" else batch

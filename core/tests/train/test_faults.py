@@ -22,9 +22,9 @@ import pytest
 import torch
 from faulty_run import LIMIT_S, N_STEPS, Fault, Launched, kill_at, saved_run
 
-from core.checkpoint.find import find, inspect
+from core.checkpoint.find import find_checkpoint, inspect
 from core.checkpoint.index import read_tensor
-from core.checkpoint.manifest import LAYOUT, Damaged, Progress, digest, read_manifest
+from core.checkpoint.manifest import LAYOUT, Damaged, Progress, manifest_digest, read_manifest
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, steps_in
@@ -60,7 +60,7 @@ def refusal(run: Trainer.Config, **changes: object) -> str:
 def whole_step(run: Trainer.Config) -> int:
     """The step of the checkpoint that a run goes on from."""
     assert run.dump_folder is not None
-    found = find(run.checkpoint, run.checkpoint.storage(run.dump_folder), Ranks())
+    found = find_checkpoint(run.checkpoint, run.checkpoint.storage(run.dump_folder), Ranks())
     return found.manifest.progress.step if found else 0
 
 
@@ -129,7 +129,7 @@ def save(folder: Path, step: int) -> None:
 
 
 def killed(moment: int, folder: Path) -> bool:
-    """Save step 2 in a process that is killed at that moment; gives whether it lived so long."""
+    """Save step 2 in a process that is killed at that moment; returns whether it lived so long."""
     if (pid := os.fork()) == 0:
         kill_at(moment)
         save(folder, 2)
@@ -470,7 +470,7 @@ def signed(checkpoint: Path, **changes: object) -> None:
     """Change what a manifest says, and have it vouch for that."""
     said = {**json.loads((checkpoint / "manifest.json").read_text()), **changes}
     del said["digest"]
-    (checkpoint / "manifest.json").write_text(json.dumps({**said, "digest": digest(said)}))
+    (checkpoint / "manifest.json").write_text(json.dumps({**said, "digest": manifest_digest(said)}))
 
 
 def test_a_checkpoint_of_a_newer_layout_is_refused(saved):

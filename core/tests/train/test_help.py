@@ -48,7 +48,7 @@ def test_completion_knows_every_setting(capsys, monkeypatch):
     cli.main(configs, ["--print-completion", "bash"])
     script = capsys.readouterr().out
     offered = re.search(r"offered='(.*)'", script)[1].split()
-    assert [option for option in offered if option.lstrip("-").replace("-", "_") not in cli.OWN] == [
+    assert [option for option in offered if option.lstrip("-").replace("-", "_") not in cli.RUN_OPTIONS] == [
         f"--{name}" for name in names()
     ]
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
@@ -152,7 +152,7 @@ def test_without_a_recipe_the_first_is_asked(told):
 
 @pytest.mark.parametrize("word", SYNONYMS)
 def test_every_synonym_leads_to_a_setting_or_option(word):
-    entries = [*names(), *cli.OWN]
+    entries = [*names(), *cli.RUN_OPTIONS]
     texts = [option.text() for path, node in walk(toy_recipe()) for option in options(node, path)]
     for term in SYNONYMS[word].split():
         assert any(pattern(term).search(text) for text in [*entries, *texts]), f"{term} is nowhere"

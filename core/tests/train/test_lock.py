@@ -143,7 +143,7 @@ def test_a_run_whose_folder_is_gone_ends_and_makes_no_new_one(run, tmp_path, mon
 
 def test_a_folder_that_goes_after_the_last_save_is_told(run, tmp_path, monkeypatch, capsys):
     trainer = run.build()
-    monkeypatch.setattr(trainer.keeper, "finish", lambda: rename(tmp_path / "run"))
+    monkeypatch.setattr(trainer.checkpoints, "finish", lambda: rename(tmp_path / "run"))
     with pytest.raises(UserError, match="was renamed to"):
         trainer.run()
     assert "kept in" not in capsys.readouterr().out

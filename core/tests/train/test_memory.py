@@ -8,7 +8,7 @@ from core.parallel.settings import Parallelism
 from core.runtime.launcher import World
 from core.step.checks import check_layout
 from core.step.settings import Training
-from core.testing.toy import Toy, on_meta
+from core.testing.toy import Toy, meta_model
 from core.train import memory
 from core.train.trainer import Trainer
 
@@ -21,7 +21,7 @@ def test_advice_keeps_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch, glo
     training = Training(local_batch_size=3, seq_len=32, global_batch_size=global_batch_size)
     parallelism = Parallelism(data_parallel_replicate_degree=2, tensor_parallel_degree=2)  # four data ranks of two each
     run = Trainer.Config(model=Toy.Config(), training=training, parallelism=parallelism)
-    degrees, model = parallelism.degrees(8), on_meta(run.model)
+    degrees, model = parallelism.degrees(8), meta_model(run.model)
     need = memory.estimate(model, run.model.vocab_size, training, degrees).total
     advice = f"--training.local_batch_size 1 --training.global_batch_size {rows} "
     monkeypatch.setattr(memory, "free_memory", lambda device: need)

@@ -12,14 +12,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from core.config.cli import override, split
+from core.config.cli import override, split_flags
 from core.config.errors import UserError
 from core.config.fields import alternatives, walk
 from core.config.options import options
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.config.record import from_dict, located, to_dict, to_json
 from core.runtime.launcher import World
-from core.step.assemble import without_memory
+from core.step.assemble import meta_model
 from core.step.checks import check_model, check_run
 from core.step.settings import Training
 from core.testing.mutations import NUMBERS, TEXTS, mutated_json
@@ -64,7 +64,7 @@ def examine(config: Trainer.Config) -> None:
     """What a run does with its configuration before anything is allocated, and what it writes."""
     assert from_dict(to_dict(config)) == config or "nan" in repr(config)
     check_run(config, 1)
-    model = without_memory(config.model)
+    model = meta_model(config.model)
     check_model(model, config, CPU)
     check_memory(model, config, CPU, World())
     to_json(located(config))
@@ -87,7 +87,7 @@ def read_mutated(name: str, folder: Path, n: int, seed: int) -> str:
         behind = [] if name.startswith("whole") or draw.random() < 0.5 else [draw.choice(["toy", "toy_moe"])]
         sources = [*behind, str(file)]
         try:
-            config = load(sources, CONFIGS)
+            config = load_config(sources, CONFIGS)
             assert isinstance(config, Trainer.Config)
             examine(config)
         except UserError as error:
@@ -125,7 +125,7 @@ def set_options(n: int, seed: int) -> str:
             words = [str(draw.choice(NUMBERS))] if numeric else draw.choices(WORDS, k=draw.choice([0, 1, 1, 2]))
             argv += [f"--{option.path}", *words]
         try:
-            override(config, split(argv))
+            override(config, split_flags(argv))
             examine(config)
         except UserError as error:
             n_refused += refused(str(argv), error)

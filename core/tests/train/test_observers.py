@@ -18,7 +18,7 @@ from core.step.update import StepInfo
 from core.testing.ranks import run_ranks
 from core.train.metrics import Record
 from core.train.observers import Observer
-from core.train.outcome import Result
+from core.train.outcome import RunResult
 from core.train.trainer import Trainer
 from core.train.validate import Validator
 
@@ -162,7 +162,7 @@ def test_the_document_has_the_observer_that_is_tested() -> None:
 
 def test_the_settings_are_data(tmp_path: Path) -> None:
     config = observed(tmp_path, Perplexity.Config(enough=3.0), Scripted.Config())
-    cli.override(config, cli.split(["--observers.0.enough", "2.5"]))
+    cli.override(config, cli.split_flags(["--observers.0.enough", "2.5"]))
     assert config.observers[0].enough == 2.5  # type: ignore[attr-defined]
     assert from_json(to_json(config)) == config
 
@@ -177,7 +177,7 @@ def run_on_ranks(folder: str, rank: int, step: int) -> tuple[int, Record | None]
     config = toy_run(Path(folder), steps=6)
     config.training.local_batch_size = 2
     config.observers = [Scripted.Config(stop_on=(rank, step))]
-    result: Result = config.build().run()
+    result: RunResult = config.build().run()
     return len((result.folder / "seen-0").read_text().splitlines()), result.record
 
 

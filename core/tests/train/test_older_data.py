@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from toy_run import toy_run
 
-from core.config.cli import override, split
-from core.config.decode import Decoder
+from core.config.cli import override, split_flags
+from core.config.decode import ConfigDecoder
 from core.config.errors import UserError
 from core.config.record import from_dict, to_dict
 from core.config.validate import validate
@@ -34,7 +34,7 @@ def data_of(words: str, folder: Path) -> Samples.Config:
     """The data of a run with this command line."""
     run = toy_run(folder)
     run.dataloader = IndexedText.Config(dataset="books", text_field="body")
-    override(run, split(shlex.split(words)))
+    override(run, split_flags(shlex.split(words)))
     validate(run)
     return run.dataloader
 
@@ -86,6 +86,6 @@ def test_files(tmp_path: Path) -> None:
         ({"dataset": "b"}, IndexedText.Config(**{**SAME, "dataset": "b"})),
     ]:
         run = from_dict({**whole, "dataloader": OLD})
-        decoder = Decoder()
+        decoder = ConfigDecoder()
         decoder.onto(run, {"dataloader": change})
         assert (run.dataloader, decoder.problems) == (expected, [])

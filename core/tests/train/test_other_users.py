@@ -13,7 +13,7 @@ from toy_run import toy_run
 from core.checkpoint.convert import main as convert
 from core.checkpoint.hf import save_hf
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import load
+from core.checkpoint.weights import load_folder
 from core.config.errors import UserError
 from core.generate.command import tokenizer_in
 from core.testing.toy import Toy, on_cpu
@@ -101,7 +101,7 @@ def test_weights_in_a_folder_of_another_user(
         line = refusal(capsys, "from-hf", theirs / "model", tmp_path / "mine")
         assert line.endswith("theirs/model/config.json cannot be read: Permission denied")
         with pytest.raises(UserError, match="Permission denied"):
-            load(on_cpu(Toy.Config()), theirs / "model")
+            load_folder(on_cpu(Toy.Config()), theirs / "model")
     else:
         convert(FAMILIES, ["from-hf", str(theirs / "model"), str(tmp_path / "mine")])
 
@@ -136,7 +136,7 @@ def test_no_weights_are_read_through_a_link_that_leads_out(tmp_path: Path, name:
     (tmp_path / "theirs" / name).symlink_to("../secret")
     (tmp_path / "secret").write_text("{}")
     with pytest.raises(UserError, match=f"{name} is a link that leads out of its folder"):
-        load(on_cpu(Toy.Config()), tmp_path / "theirs")
+        load_folder(on_cpu(Toy.Config()), tmp_path / "theirs")
 
 
 def test_a_snapshot_of_hugging_faces_cache_is_read_and_converted(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_snapshot_of_hugging_faces_cache_is_read_and_converted(tmp_path: Path)
     for number, file in enumerate(sorted(snapshot.iterdir())):
         file.rename(blobs / str(number))
         file.symlink_to(f"../../blobs/{number}")
-    load(on_cpu(Toy.Config()), snapshot)
+    load_folder(on_cpu(Toy.Config()), snapshot)
     convert(FAMILIES, ["from-hf", str(snapshot), str(tmp_path / "mine")])
     copy = tmp_path / "mine/generation_config.json"
     assert copy.read_text() == "{}" and not copy.is_symlink()

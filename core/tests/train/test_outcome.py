@@ -16,7 +16,7 @@ from core.runtime.launcher import World
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
 from core.train.metrics import Record, last_record
-from core.train.outcome import Result, calling_package, command, goes_on, module_of
+from core.train.outcome import RunResult, calling_package, command, command_module, goes_on
 from core.train.trainer import Trainer
 
 RECORD = Record(
@@ -93,7 +93,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert "\nfinished 4 steps\n" in capsys.readouterr().out
     before = files(tmp_path / "run")
     trainer = saved_run(tmp_path, **settings).build()
-    assert not hasattr(trainer, "parts"), "no model is needed to say so"
+    assert not hasattr(trainer, "built"), "no model is needed to say so"
     assert trainer.run() == first
     assert files(tmp_path / "run") == before
     said = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
         assert "a larger --training.steps goes on\n" in said
 
 
-def result_of(run: str) -> Result:
+def result_of(run: str) -> RunResult:
     return from_json(run).build().run()
 
 
@@ -188,7 +188,7 @@ def test_the_commands_are_of_the_package_that_was_called(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("mine_a.train", None))
     packages = [calling_package(), "theirs_a"]
-    found = [module_of(name, packages) for name in ("generate", "train", "convert", "evaluate")]
+    found = [command_module(name, packages) for name in ("generate", "train", "convert", "evaluate")]
     assert found == ["mine_a.generate", "mine_a.train", "theirs_a.convert", ""]
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("pytest.__main__", None))
-    assert calling_package() == "" and module_of("train", [calling_package(), ""]) == ""
+    assert calling_package() == "" and command_module("train", [calling_package(), ""]) == ""

@@ -11,7 +11,7 @@ from toy_run import toy_run
 from core.config import cli
 from core.config.errors import UserError
 from core.config.outside import NAMED
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.generate import command
 from core.testing.ranks import run_ranks
 from core.train.outcome import trust_options
@@ -42,7 +42,7 @@ HERE = ModuleType("toy_recipes_of_nobody")
 def train(file: str, *words: str) -> tuple[int, list[list[str]]]:
     """Run the command of training on this rank; how many steps the record has, and what a later process is told."""
     cli.main(HERE, ["--config", f"{file}:tiny", *words])
-    config = load([f"{file}:tiny"], HERE)
+    config = load_config([f"{file}:tiny"], HERE)
     lines = (Path(file).parent / "run/metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["twice"] == 2 * json.loads(line)["loss"] for line in lines)
     return len(lines), trust_options(config, "qwen3.train")
@@ -51,7 +51,7 @@ def train(file: str, *words: str) -> tuple[int, list[list[str]]]:
 def go_on(folder: str, trust: list[str]) -> int:
     """As the command does that the end of a run prints, in another process; how many steps the record has."""
     with pytest.raises(UserError, match="is code of the module own_recipes, and a file alone"):
-        load([folder], HERE)
+        load_config([folder], HERE)
     cli.main(HERE, ["--config", folder, "--dump_folder", folder, "--training.steps", "4", *trust])
     return len((Path(folder) / "metrics.jsonl").read_text().splitlines())
 

@@ -40,7 +40,7 @@ def a_run(folder: Path, *, moe: bool = False, steps: int = 4, place: str = "chec
 
 
 def go(run: str, leaves_at: int = 0) -> int:
-    """Train the run of this JSON, asked to stop in step `leaves_at`; gives the step that it began after."""
+    """Train the run of this JSON, asked to stop in step `leaves_at`; returns the step that it began after."""
     trainer = from_json(run).build()
     step = trainer.step
 
@@ -51,7 +51,7 @@ def go(run: str, leaves_at: int = 0) -> int:
 
     trainer.step = leaving
     trainer.run()
-    return trainer.keeper.start.step
+    return trainer.checkpoints.start.step
 
 
 def begun(run: Trainer.Config) -> Trainer:
@@ -167,7 +167,7 @@ def test_another_run_is_refused_unless_one_insists(tmp_path, change, said):
     assert text.splitlines()[0].endswith("step-4 is of another run:") and said in text
     assert "--checkpoint.allow_config_change" in text.splitlines()[-1]
     run.checkpoint.allow_config_change = True
-    assert begun(run).keeper.start.step == 4
+    assert begun(run).checkpoints.start.step == 4
 
 
 def test_what_does_not_change_a_run_may_change(tmp_path):
@@ -175,7 +175,7 @@ def test_what_does_not_change_a_run_may_change(tmp_path):
     run = a_run(tmp_path)
     run.training.local_batch_size, run.metrics.log_freq, run.checkpoint.interval = 8, 3, 7
     run.activation_checkpoint.mode = "none"
-    assert begun(run).keeper.start.step == 4
+    assert begun(run).checkpoints.start.step == 4
 
 
 def test_a_changed_text_is_another_run(tmp_path):
@@ -190,7 +190,7 @@ def test_a_text_that_moved_is_the_same(tmp_path):
     run = a_run(tmp_path, allow_config_change=True)
     run.dataloader.dataset = str(tmp_path / "moved")
     trainer = begun(run)
-    assert trainer.keeper.start.text == trainer.keeper.found.manifest.progress.text
+    assert trainer.checkpoints.start.text == trainer.checkpoints.found.manifest.progress.text
 
 
 def test_an_earlier_step_is_asked_for(tmp_path):
@@ -210,7 +210,7 @@ def test_resume_never_and_must(tmp_path):
     assert "already holds a run" in refusal(a_run(tmp_path / "x", resume="never"))
     (folder / "metrics.jsonl").unlink()
     assert "checkpoint.resume never, and " in refusal(a_run(tmp_path / "x", resume="never"))
-    assert begun(a_run(tmp_path / "x", resume="must")).keeper.start.step == 4
+    assert begun(a_run(tmp_path / "x", resume="must")).checkpoints.start.step == 4
 
 
 def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path):
@@ -218,12 +218,12 @@ def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path):
     whole = weights(tmp_path, 4)
     for left, start in (("train_state", (0, 0, 32)), ("dataloader", (4, 512, 0)), ("optimizer", (4, 512, 32))):
         trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=[left], load_only=True))
-        begin = trainer.keeper.start
+        begin = trainer.checkpoints.start
         assert (begin.step, begin.tokens, begin.rows) == start
         moment = trainer.optimizer.full_state()["norm.weight"]["exp_avg"]
         assert torch.equal(moment, whole["optimizer.norm.weight.exp_avg"]) == (left != "optimizer")
     trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=["model"], load_only=True))
-    assert not torch.equal(trainer.parts.models[0].norm.weight, whole["model.norm.weight"])
+    assert not torch.equal(trainer.built.models[0].norm.weight, whole["model.norm.weight"])
 
 
 def test_load_only_saves_nothing(tmp_path):
@@ -240,9 +240,9 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, path: Callable[[Path
     first = trained(tmp_path / "first")
     second = a_run(tmp_path / "second", initial_load_path=str(path(first)))
     trainer = begun(second)
-    assert trainer.keeper.start.step == 0
+    assert trainer.checkpoints.start.step == 0
     whole = weights(tmp_path / "first", 4)
-    for name, weight in trainer.parts.named_parameters():
+    for name, weight in trainer.built.named_parameters():
         assert torch.equal(weight, whole[f"model.{name}"])
     assert not trainer.optimizer.full_state()["norm.weight"]["exp_avg"].any()
 
@@ -276,7 +276,7 @@ def test_of_weights_alone_no_run_goes_on(tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     text = refusal(a_run(tmp_path, steps=6))
     assert "holds weights alone" in text and f"--checkpoint.initial_load_path {folder}/checkpoint/step-4" in text
-    assert begun(a_run(tmp_path, load_step=2)).keeper.start.step == 2
+    assert begun(a_run(tmp_path, load_step=2)).checkpoints.start.step == 2
 
 
 def test_retention(tmp_path):
@@ -308,7 +308,7 @@ def test_a_run_does_not_begin_with_the_weights_of_another_class(tmp_path):
     """Names and shapes alone would let them in."""
     folder = tmp_path / "weights"
     save_weights(on_cpu(Toy.Config(vocab_size=2048)), folder)
-    assert begun(a_run(tmp_path / "a", initial_load_path=str(folder))).keeper.start.step == 0
+    assert begun(a_run(tmp_path / "a", initial_load_path=str(folder))).checkpoints.start.step == 0
     stated = (folder / "config.json").read_text()
     (folder / "config.json").write_text(stated.replace("core.testing.toy:Toy", "core.testing.toy:ToyMoE"))
     text = refusal(a_run(tmp_path / "b", initial_load_path=str(folder)))

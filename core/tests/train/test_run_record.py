@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from toy_run import toy_run
 
-from core.checkpoint.manifest import digest
+from core.checkpoint.manifest import manifest_digest
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.weights import save_weights
 from core.config.cli import main
 from core.config.errors import UserError
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.config.record import from_json, located, to_json
 from core.data.samples import MODES
 from core.data.text import StreamedText
@@ -101,10 +101,10 @@ def test_weights_to_begin_with_must_be_there(tmp_path: Path) -> None:
 def test_a_moved_run_is_told_where_it_would_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = toy_run(tmp_path, steps=1)
     run(config)
-    assert load([str(tmp_path / "run/config.json")], debug_run) == config
+    assert load_config([str(tmp_path / "run/config.json")], debug_run) == config
     assert "dump_folder" not in capsys.readouterr().err
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    load([str(tmp_path / "moved/config.json")], debug_run)
+    load_config([str(tmp_path / "moved/config.json")], debug_run)
     said = capsys.readouterr().err
     assert f"says dump_folder {tmp_path}/run, where the run is written" in said
     assert f"add --dump_folder {tmp_path}/moved\n" in said
@@ -131,14 +131,14 @@ def of_another_version(folder: Path, change: Callable[[dict[str, Any]], object])
     said = json.loads((place / "manifest.json").read_text())
     said["files"]["config.json"] = {"n_bytes": len(data), "sha256": sha256(data).hexdigest()}
     del said["digest"]
-    (place / "manifest.json").write_text(json.dumps({**said, "digest": digest(said)}))
+    (place / "manifest.json").write_text(json.dumps({**said, "digest": manifest_digest(said)}))
 
 
 def goes_on(config: Trainer.Config) -> int:
     """The step that a run goes on from."""
     trainer = config.build()
     trainer.exit.close()
-    return trainer.keeper.start.step
+    return trainer.checkpoints.start.step
 
 
 def test_settings_that_a_checkpoint_does_not_know_are_no_change(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ BROKEN = [
 
 def test_a_run_is_validated_by_whoever_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "process_group", lambda *_: pytest.fail("a process group was made"))
-    monkeypatch.setattr(trainer_module, "without_memory", lambda _: pytest.fail("a model was made"))
+    monkeypatch.setattr(trainer_module, "meta_model", lambda _: pytest.fail("a model was made"))
     for build in (lambda c: c.build(), Trainer, lambda c: Trainer.plan(c, world_size=1, rank=0)):
         with pytest.raises(UserError) as caught:
             build(broken(tmp_path))

@@ -55,7 +55,7 @@ def a_run(folder: Path, data: Samples.Config) -> Trainer.Config:
 
 
 def go(text: str, leaves_at: int = 0) -> str:
-    """Train the run of this JSON, asked to stop in step `leaves_at`; gives the head that it printed."""
+    """Train the run of this JSON, asked to stop in step `leaves_at`; returns the head that it printed."""
     trainer: Trainer = from_json(text, Trainer.Config, trust=["data_of_a_user"]).build()
     step = trainer.step
 
@@ -159,7 +159,7 @@ def test_rows_that_changed_are_another_run_and_rows_that_moved_are_not(tmp_path:
     run.dataloader.path = str(moved)
     trainer = run.build()
     trainer.exit.close()
-    assert trainer.keeper.start.step == 2 and trainer.keeper.start.rows == 16
+    assert trainer.checkpoints.start.step == 2 and trainer.checkpoints.start.rows == 16
     stored(moved, N_ROWS, seed=7)
     with pytest.raises(UserError, match="the text or the tokenizer has changed since"):
         run.build()

@@ -48,7 +48,7 @@ def soak(run: str) -> list[Sample]:
 
     def step(number: int) -> StepInfo:
         info = train_step(number)
-        saving = trainer.keeper.saver._running
+        saving = trainer.checkpoints.saver._running
         if number % EVERY == EVERY - 1 and (saving is None or saving.done()):
             samples.append(sample(number))
         return info

@@ -24,10 +24,10 @@ from core.data.packing import IGNORE
 from core.data.sampling import held_out
 from core.data.text import IndexedText, StreamedText
 from core.nn.balance import routers
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.step.assemble import expert_loads
 from core.step.settings import Compile, Debug, Training
-from core.testing.checkpointing import autograd_bytes
+from core.testing.activation_checkpoint import autograd_bytes
 from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
 from core.train.debug_run import laptop_run
@@ -116,7 +116,9 @@ def test_validation_weighs_every_token_alike(tmp_path):
     for row in range(loader.rows_per_epoch):
         batch = loader.read(row, 1)
         with torch.no_grad():
-            logits = run_.parts.models[0](batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))[0].double()
+            logits = run_.parts.models[0](batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))[
+                0
+            ].double()
         for position, label in enumerate(batch.labels_BL[0].tolist()):
             if label != IGNORE:
                 total -= logits[position].log_softmax(-1)[label].item()
@@ -616,8 +618,8 @@ def test_load_of_experts_is_reported(tmp_path):
     assert all(set(r) == FIELDS | EXPERTS | {"moe/balance_loss"} for r in records)
     config.dump_folder = str(tmp_path / "again")
     again = config.build()
-    seen = {name: [] for name in routers(again.parts.models[0])}
-    for name, router in routers(again.parts.models[0]).items():
+    seen = {name: [] for name in routers(again.built.models[0])}
+    for name, router in routers(again.built.models[0]).items():
         router.register_forward_hook(
             lambda module, given, out, name=name: None if is_recomputing() else seen[name].append(out.ids_TK)
         )
@@ -639,7 +641,7 @@ def test_load_of_experts_is_reported(tmp_path):
         assert record["moe/max_over_mean_load"] == pytest.approx(max(worst))
         assert record["moe/dead_experts"] == sum(dead)
         assert record["moe/balance_loss"] == pytest.approx(
-            expert_loads(again.parts.models, again.layout)["moe/balance_loss"]
+            expert_loads(again.built.models, again.layout)["moe/balance_loss"]
         )
 
 

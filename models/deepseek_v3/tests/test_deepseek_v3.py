@@ -18,7 +18,7 @@ from core.nn.mla import MLA
 from core.nn.module import Flops
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 from deepseek_v3 import configs
 from deepseek_v3.model import SIZES, DeepSeekV3, size
 
@@ -141,7 +141,7 @@ def test_yarn_is_active(name: str, temperature: float) -> None:
     config = getattr(configs, f"deepseek_v3_{name.lower()}")()
     config.training.seq_len = 1024
     validate(config)
-    model = on_meta(config.model)
+    model = meta_model(config.model)
     assert model.config.max_seq_len == 163_840
     assert model.rope.amplitude == 1.0
     attention = model.layers["0"].attention
@@ -271,7 +271,7 @@ def test_balance_and_look_ahead_are_those_of_the_paper() -> None:
 
 def test_writes_the_published_settings() -> None:
     for stated in (PUBLISHED, V2_LITE, V2):
-        written = on_meta(DeepSeekV3.from_hf_config(stated)).to_hf_config()
+        written = meta_model(DeepSeekV3.from_hf_config(stated)).to_hf_config()
         skipped = {
             "rope_scaling",
             "ep_size",
@@ -360,7 +360,7 @@ def test_what_hugging_face_cannot_express_is_an_error(name: str, path: str, valu
         owner = getattr(owner, part)
     setattr(owner, last, value)
     with pytest.raises(UserError, match=message):
-        on_meta(config).to_hf_config()
+        meta_model(config).to_hf_config()
 
 
 @pytest.mark.parametrize("n_dense_layers", [-1, 5])

@@ -22,17 +22,17 @@ from core.config.cli import main
 from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
 from core.nn.decoder import Block, Decoder
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.nn.module import parameter_count, training_flops_per_token
 from core.nn.mtp import Merge, Predictions
 from core.optim.optimizer import Optimizer
-from core.parallel.layout import Alone
+from core.parallel.layout import SingleRank
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, valid_tokens
 from core.step.update import train_step
-from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients
+from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
 
@@ -47,8 +47,8 @@ def build(n_mtp_layers: int = 2, **changes: Any) -> Decoder:
     return model
 
 
-def predict(model: Decoder, tokens_BL: Tensor, where: Where | None = None) -> Predictions:
-    predictions = model.train()(tokens_BL, where)
+def predict(model: Decoder, tokens_BL: Tensor, positions: Positions | None = None) -> Predictions:
+    predictions = model.train()(tokens_BL, positions)
     assert isinstance(predictions, Predictions)
     return predictions
 
@@ -63,7 +63,7 @@ def labelled(model: Decoder) -> Batch:
 
 
 def objective(model: Decoder, mask: Any) -> Objective:
-    return Objective([model], CrossEntropy.Config().build(), layout=Alone(CPU), dtype=torch.float32, mask=mask)
+    return Objective([model], CrossEntropy.Config().build(), layout=SingleRank(CPU), dtype=torch.float32, mask=mask)
 
 
 @torch.no_grad()
@@ -146,8 +146,8 @@ def test_only_training_predicts_further() -> None:
 def test_loss_equals_a_plain_loop(n_mtp_layers: int, mask: str) -> None:
     model = build(n_mtp_layers)
     batch = labelled(model)
-    where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
-    predictions = predict(model, batch.tokens_BL, where)
+    positions = Positions(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+    predictions = predict(model, batch.tokens_BL, positions)
     documents = batch.documents_BL.tolist()
     sums, counts = [], []
     for ahead, logits_BLV in enumerate((predictions.main, *predictions.further)):
@@ -186,7 +186,7 @@ def test_a_step_reports_both_losses() -> None:
 def test_packed_documents_equal_single_ones() -> None:
     model = build()
     batch = two_documents(random_tokens(model.config))
-    packed = predict(model, batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))
+    packed = predict(model, batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))
     for row, (tokens_L, documents_L) in enumerate(zip(batch.tokens_BL, batch.documents_BL, strict=True)):
         for number in (0, 1):
             of_one = documents_L == number
@@ -280,7 +280,7 @@ def test_missing_blocks_ahead_are_an_error(tmp_path: Path) -> None:
 def test_published_size() -> None:
     """DeepSeek counts 14 billion weights behind block 60, embedding and head, 0.9 billion each, among them."""
     config = configs.deepseek_v3_671b_mtp().model
-    plain, model = on_meta(size("671B")), on_meta(config)
+    plain, model = meta_model(size("671B")), meta_model(config)
     own = parameter_count(model) - parameter_count(plain)
     experts, attention = (
         256 * 3 * 7168 * 2048,

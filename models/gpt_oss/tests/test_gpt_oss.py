@@ -22,7 +22,7 @@ from core.nn.module import Flops
 from core.nn.rope import inverse_frequencies
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 from gpt_oss import configs
 from gpt_oss.model import SIZES, GptOss, size
 
@@ -149,7 +149,7 @@ def test_clamped_activations_equal_transformers(tmp_path: Path) -> None:
 
 def test_published_frequencies_equal_transformers() -> None:
     expected = GptOssRotaryEmbedding(GptOssConfig())
-    rope = on_meta(size("debug")).rope
+    rope = meta_model(size("debug")).rope
     assert rope.amplitude == pytest.approx(expected.attention_scaling, rel=1e-12)
     found = torch.tensor(inverse_frequencies(size("20b").rope, head_dim=64))
     torch.testing.assert_close(found, expected.inv_freq, rtol=1e-5, atol=0)
@@ -349,11 +349,11 @@ def test_what_hugging_face_has_no_name_for_is_not_exported(tmp_path: Path) -> No
     assert not (tmp_path / "hf").exists()
     config.attention = replace(config.attention, sinks=False, qk_norm=True)
     with pytest.raises(UserError, match="qk_norm is True, there always False; attention.sinks is False.*load_balance"):
-        on_meta(config).to_hf_config()
+        meta_model(config).to_hf_config()
 
 
 def test_a_model_without_a_window_is_not_exported() -> None:
     config = GptOss.from_hf_config(tiny().to_dict())
     config.attention.window = None
     with pytest.raises(UserError, match="attention.window is None"):
-        on_meta(config).to_hf_config()
+        meta_model(config).to_hf_config()

@@ -13,7 +13,7 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
 from core.testing.model_suite import ModelSuite, random_tokens
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 from llama3 import configs
 from llama3.model import SIZES, Llama3, size
 
@@ -191,7 +191,7 @@ def test_what_hugging_face_has_no_name_for_is_not_exported(path: str, value: Any
     owner, _, field = path.rpartition(".")
     setattr(getattr(config, owner) if owner else config, field, value)
     with pytest.raises(UserError, match=f"llama of Hugging Face cannot be this model: {path} is {value!r}"):
-        on_meta(config).to_hf_config()
+        meta_model(config).to_hf_config()
 
 
 @torch.no_grad()

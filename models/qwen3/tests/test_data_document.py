@@ -14,7 +14,7 @@ import tokenizers
 
 from core.config import cli
 from core.config.errors import UserError
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.config.validate import validate
 from core.data.corpus import Corpus
 from core.data.prepare import Preparation
@@ -105,8 +105,8 @@ def name_of(words: list[str]) -> str:
 @pytest.mark.parametrize("words", [words for words in COMMANDS if words[2] == "qwen3.train"], ids=name_of)
 def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[:2] == ["python", "-m"]
-    own, settings = cli.own_flags(cli.split(words[3:]), cli.OWN)
-    run: Any = load(own["config"], configs)
+    own, settings = cli.own_flags(cli.split_flags(words[3:]), cli.RUN_OPTIONS)
+    run: Any = load_config(own["config"], configs)
     cli.override(run, settings)
     if run.dataloader.dataset == "stdlib":
         monkeypatch.delenv("XDG_CACHE_HOME")  # all that train on it share one
@@ -159,8 +159,8 @@ def test_a_program_prepares(words: list[str], capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_what_the_document_says_is_refused(words: str, message: str) -> None:
-    run: Any = load(["qwen3_debug"], configs)
-    cli.override(run, cli.split(words.split()))
+    run: Any = load_config(["qwen3_debug"], configs)
+    cli.override(run, cli.split_flags(words.split()))
     with pytest.raises(UserError, match=re.escape(message)):
         tokenizer = run.tokenizer.build()
         check_vocabulary(tokenizer, run.model.vocab_size)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core.config import cli
-from core.config.recipe import load
+from core.config.recipe import load_config
 from core.generate.command import main as generate
 from core.testing.document import commands, shown_files
 
@@ -36,8 +36,8 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
 
 
 def run_of(configs: ModuleType, recipe: str, *words: str) -> Any:
-    run = load([recipe], configs)
-    cli.override(run, cli.split([*SHORT, *WARM, *words]))
+    run = load_config([recipe], configs)
+    cli.override(run, cli.split_flags([*SHORT, *WARM, *words]))
     return run
 
 
@@ -45,7 +45,7 @@ def weights(configs: ModuleType, *words: str) -> dict[str, torch.Tensor]:
     """The weights at the end of a run with the package's optimizer."""
     trainer = run_of(configs, "mine_qwen3", *words).build()
     trainer.run()
-    return {name: weight.detach().clone() for name, weight in trainer.parts.named_parameters()}
+    return {name: weight.detach().clone() for name, weight in trainer.built.named_parameters()}
 
 
 def test_the_optimizer_is_lion(configs: ModuleType) -> None:
@@ -79,7 +79,7 @@ def test_the_metric_is_in_every_record(configs: ModuleType) -> None:
 def test_the_model_trains_and_writes(configs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = run_of(configs, "mine_debug", "--training.steps", "3", "--dump_folder", "run").build()
     x_BLD = torch.randn(2, 3, 128)
-    network = trainer.parts.models[0].layers["0"].feed_forward
+    network = trainer.built.models[0].layers["0"].feed_forward
     by_hand = (x_BLD @ network.w1.weight.T).clamp(min=0) ** 2 @ network.w2.weight.T
     torch.testing.assert_close(network(x_BLD), by_hand)
     trainer.run()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from core.checkpoint.hf import save_hf
-from core.checkpoint.weights import load
+from core.checkpoint.weights import load_folder
 from core.testing.toy import on_cpu, randomise
 from qwen3.model import size
 
@@ -25,7 +25,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and lines[0].startswith("model-00001-of-00002.safetensors: "), lines
-    load(read, tmp_path / "here")
+    load_folder(read, tmp_path / "here")
     for name, value in model.state_dict().items():
         assert torch.equal(read.state_dict()[name], value.bfloat16().float()), name
     again = command("from-hf", tmp_path / "there", tmp_path / "here")

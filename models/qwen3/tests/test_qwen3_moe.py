@@ -15,7 +15,7 @@ from core.config.validate import validate
 from core.nn.module import Flops
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 from qwen3 import configs
 from qwen3.model import MOE_SIZES, Qwen3, Qwen3MoE, size
 
@@ -174,7 +174,7 @@ def test_without_a_stated_balance_loss_there_is_none() -> None:
 
 def test_both_versions_read_ours(tmp_path: Path) -> None:
     """Version 4 knows the number of experts as num_experts alone, version 5 by both names."""
-    stated = on_meta(size("moe_debug")).to_hf_config()
+    stated = meta_model(size("moe_debug")).to_hf_config()
     assert stated["num_experts"] == 16
     assert Qwen3MoeConfig(**stated).num_local_experts == 16
 
@@ -210,7 +210,7 @@ def test_what_hugging_face_has_no_name_for_is_not_exported(tmp_path: Path) -> No
     dense = size("debug")
     dense.attention.bias, dense.attention.window = True, 64
     with pytest.raises(UserError, match="qwen3 .*: attention.bias is True, there always False; attention.window is 64"):
-        on_meta(dense).to_hf_config()
+        meta_model(dense).to_hf_config()
 
 
 @torch.no_grad()

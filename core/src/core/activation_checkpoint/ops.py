@@ -1,6 +1,6 @@
-"""The one list of operations whose outputs are dear: selective checkpointing saves them for backward.
+"""The one list of operations whose outputs are expensive: selective checkpointing saves them for backward.
 
-An operation of ours is added by `save_output` on the line where it is defined; no model has a list.
+A first-party operation is added by `save_output` on the line where it is defined; no model has a list.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ OURS: set[Op] = set()
 
 
 def save_output(op: OpT) -> OpT:
-    """Add an operation of ours to the list; gives it back, so that it stands on the line of the definition."""
+    """Add a first-party operation to the list; returns it back, so that it stands on the line of the definition."""
     check_op(op)
     OURS.add(op)
     _resolved.cache_clear()
@@ -109,7 +109,7 @@ def _pytorch_ops() -> frozenset[Op]:
     ops = {packet.default for packet in packets}
     for name in ATTENTION + MATRIX_PRODUCTS + SELECTION + COMMUNICATION:
         op = find_op(name)
-        assert op is not None, f"torch {torch.__version__} has no {name}: mend the list in {__name__}"
+        assert op is not None, f"torch {torch.__version__} has no {name}: fix the list in {__name__}"
         ops.add(op)
     for op in ops:
         check_op(op)

@@ -68,11 +68,11 @@ class Trace:
         Raises `CheckpointError` when `op` is not the operation that the forward did at this point.
         """
         if index >= len(self.ops):
-            raise CheckpointError(f"a block's recomputation does {op} after the end of its forward. {MEND}")
+            raise CheckpointError(f"a block's recomputation does {op} after the end of its forward. {FIX}")
         if self.ops[index] is not op:
             raise CheckpointError(
                 f"operation {index + 1} of a block was {self.ops[index]} in forward{self.place(index)}, "
-                f"and is {op} in its recomputation. {MEND}"
+                f"and is {op} in its recomputation. {FIX}"
             )
         output = self.outputs[index]
         if output is USED:
@@ -89,7 +89,7 @@ class Trace:
         if n_done < len(self.ops):
             raise CheckpointError(
                 f"the recomputation of a block ended before operation {n_done + 1}, {self.ops[n_done]}, "
-                f"which its forward had{self.place(n_done)}. {MEND}"
+                f"which its forward had{self.place(n_done)}. {FIX}"
             )
 
     def place(self, index: int) -> str:
@@ -199,7 +199,7 @@ def given_back(kept: _VersionWrapper) -> Any:
     return detached(kept.get_val(allow_cache_entry_mutation=False))
 
 
-MEND = (
+FIX = (
     "A checkpointed block must do the same both times: put one-time work (a cache, a counter, a log) inside "
     "core.activation_checkpoint.region.off_the_record(), and there under `if not is_recomputing()` if it adds up."
 )

@@ -17,31 +17,30 @@ from typing import Any
 import torch
 
 from core.activation_checkpoint.survey import Survey, survey
-from core.config.cli import override, own_flags, split
+from core.config.cli import override, own_flags, split_flags
 from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.help import CONFIG, TRUST, OwnOption, show
-from core.config.recipe import load
+from core.config.help import CONFIG_OPTION, TRUST, OwnOption, show
+from core.config.recipe import load_config
 from core.config.validate import validate
-from core.runtime.device import GIB, select_device
-from core.runtime.units import size
+from core.runtime.device import GIB, MIB, select_device
+from core.runtime.units import size_text
 
-OWN = {
+REPORT_OPTIONS = {
     "model": OwnOption("PACKAGE", "the package of the recipes"),
-    "config": CONFIG,
+    "config": CONFIG_OPTION,
     "trust": TRUST,
     "output": OwnOption("FOLDER", "where the numbers and the picture are written"),
     "help": OwnOption("", "this text", 0),
 }
 MODES = ("none", "selective", "full")
-MIB = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the report that the command line asks for."""
     with exit_plainly():
-        own, settings = own_flags(split(argv), OWN)
+        own, settings = own_flags(split_flags(argv), REPORT_OPTIONS)
         if "help" in own or not {"model", "config"} <= own.keys():
             show(__doc__ or "")
             if "help" in own:
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             configs = import_module(f"{package}.configs")
         except ModuleNotFoundError as error:
             raise UserError(f"no package {package} with recipes: {error}") from error
-        config: Any = load(own["config"], configs, trust=trusted(own.get("trust", [])))
+        config: Any = load_config(own["config"], configs, trust=trusted(own.get("trust", [])))
         override(config, settings)
         validate(config)
         surveys = {mode: survey_mode(config, mode) for mode in MODES}
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         show(text(title, surveys))
         if "output" in own:
-            write(Path(*own["output"]), title, surveys)
+            write_report(Path(*own["output"]), title, surveys)
 
 
 def dtype_of(training: Any) -> torch.dtype:
@@ -88,8 +87,8 @@ def text(title: str, surveys: dict[str, Survey]) -> str:
     lines = [title, "", f"{'mode':12}{'saved per block':>18}{'saved in blocks':>18}{'recomputed FLOPs':>20}"]
     for mode, s in surveys.items():
         per_block = " / ".join(f"{kind.saved / MIB:,.1f}" for kind in s.kinds)
-        lines.append(f"{mode:12}{per_block + ' MiB':>18}{size(s.saved):>18}{s.recomputed_share:>20.1%}")
-    lines.append(f"{'':12}outside the blocks, in every mode: {size(surveys['none'].outside)} (logits included)")
+        lines.append(f"{mode:12}{per_block + ' MiB':>18}{size_text(s.saved):>18}{s.recomputed_share:>20.1%}")
+    lines.append(f"{'':12}outside the blocks, in every mode: {size_text(surveys['none'].outside)} (logits included)")
     lines.append(
         f"{'':12}memory_budget: decided by torch.compile, see activation_checkpoint.visualize_memory_budget_pareto"
     )
@@ -109,7 +108,7 @@ def text(title: str, surveys: dict[str, Survey]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, title: str, surveys: dict[str, Survey]) -> None:
+def write_report(folder: Path, title: str, surveys: dict[str, Survey]) -> None:
     """report.json with every number, report.svg with a point for each mode."""
     folder.mkdir(parents=True, exist_ok=True)
     data = {"title": title, "modes": {mode: asdict(s) for mode, s in surveys.items()}}

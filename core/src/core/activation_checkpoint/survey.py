@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclass(kw_only=True, slots=True)
-class Kind:
+class BlockGroup:
     """Blocks that behave alike."""
 
     blocks: str
@@ -59,7 +59,7 @@ class Survey:
     """Bytes kept elsewhere: rotation, mask, embedding, norm and logits."""
     recomputed_share: float
     """FLOPs of the blocks that backward does again, as a share of their forward."""
-    kinds: list[Kind]
+    kinds: list[BlockGroup]
 
 
 def survey(
@@ -78,7 +78,7 @@ def survey(
         precision = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype, cache_enabled=False)
         with Meter() as meter, precision:
             for block in model.layers.values():
-                listen(block, meter, blocks)
+                watch_block(block, meter, blocks)
             logits = model(tokens)
             alive = meter.alive
     assert logits.requires_grad
@@ -89,21 +89,21 @@ def survey(
     return Survey(saved=saved, outside=alive - saved, recomputed_share=again / forward, kinds=kinds)
 
 
-def listen(block: nn.Module, meter: Meter, blocks: list[tuple[list[Row], int]]) -> None:
+def watch_block(block: nn.Module, meter: Meter, blocks: list[tuple[list[Row], int]]) -> None:
     """Append to `blocks`, when the block has run, its operations and the bytes it keeps."""
     forward = block.forward
 
     def heard(*args: Any) -> Any:
         rows: dict[tuple[str, Fate], Row] = {}
         before = meter.alive
-        out = run(forward, args, rows)
+        out = run_noted(forward, args, rows)
         blocks.append((list(rows.values()), meter.alive - before))
         return out
 
     block.forward = heard
 
 
-def run(forward: Callable, args: tuple, rows: dict[tuple[str, Fate], Row]) -> Any:
+def run_noted(forward: Callable, args: tuple, rows: dict[tuple[str, Fate], Row]) -> Any:
     """A block's forward, its operations noted: as the policy decides them, or all as saved where there is none."""
     if isinstance(forward, partial):
         inner, settings = forward.args
@@ -163,7 +163,7 @@ def flops(op: Any, args: tuple, kwargs: dict, out: Any) -> int:
     return count(*args, **kwargs, out_val=out) if count else 0
 
 
-def group(blocks: list[tuple[list[Row], int]]) -> list[Kind]:
+def group(blocks: list[tuple[list[Row], int]]) -> list[BlockGroup]:
     """Blocks with equal operations and bytes as one kind, in the order of their first."""
     kinds: list[tuple[list[int], list[Row], int]] = []
     for number, (rows, saved) in enumerate(blocks):
@@ -173,7 +173,8 @@ def group(blocks: list[tuple[list[Row], int]]) -> list[Kind]:
         else:
             same[0].append(number)
     return [
-        Kind(blocks=ranges(numbers), n_blocks=len(numbers), saved=saved, rows=rows) for numbers, rows, saved in kinds
+        BlockGroup(blocks=ranges(numbers), n_blocks=len(numbers), saved=saved, rows=rows)
+        for numbers, rows, saved in kinds
     ]
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 from core.config.errors import UserError
 from core.runtime.disk import flush
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+CLEANUP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process at once, unless it listens."""
 
 
@@ -74,9 +74,11 @@ def _ended_by_exit() -> Iterator[None]:
         yield
         return
     before = {
-        number: handler for number in (*SIGNALS, signal.SIGINT) if (handler := signal.getsignal(number)) is not None
+        number: handler
+        for number in (*CLEANUP_SIGNALS, signal.SIGINT)
+        if (handler := signal.getsignal(number)) is not None
     }
-    for number in SIGNALS:
+    for number in CLEANUP_SIGNALS:
         if before.get(number) is signal.SIG_DFL:
             signal.signal(number, _exit)
     try:
@@ -93,5 +95,5 @@ def _exit(number: int, frame: FrameType | None) -> None:
 def _ignore_signals() -> None:
     """From here on nothing interrupts cleaning up."""
     if threading.current_thread() is threading.main_thread():
-        for number in (*SIGNALS, signal.SIGINT):
+        for number in (*CLEANUP_SIGNALS, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)

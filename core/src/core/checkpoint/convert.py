@@ -14,12 +14,12 @@ import torch
 
 from core.checkpoint.atomic_folder import atomic_folder, vacant
 from core.checkpoint.export import dtypes, outputs
-from core.checkpoint.files import Output, write
+from core.checkpoint.files import Output, write_files
 from core.checkpoint.find import Found
 from core.checkpoint.hf import write_hf_config
-from core.checkpoint.key_map import HFModel, hf_layout, own_layout
+from core.checkpoint.key_map import HFModel, hf_key_map, own_key_map
 from core.checkpoint.saved import newest
-from core.checkpoint.source import Source
+from core.checkpoint.source import WeightSource
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config
 from core.config.completion import SHELLS, Program, Taken, script
 from core.config.decode import trusted
@@ -29,10 +29,10 @@ from core.config.help import PRINT_COMPLETION, VERSION, show
 from core.config.links import file_in
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
-from core.config.version import versions
+from core.config.version import version_lines
 
 WAYS = ("from-hf", "to-hf")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,7 +45,7 @@ COMPANIONS = (
 PROGRAM = Program(
     Taken(WAYS, most=3, files=True),
     {
-        "--dtype": Taken(tuple(DTYPES)),
+        "--dtype": Taken(tuple(CAST_DTYPES)),
         "--shard-gib": Taken(),
         "--trust": Taken(),
         "--version": Taken(most=0),
@@ -66,7 +66,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
     parser.add_argument("src", type=Path, help="the folder to read")
     parser.add_argument("dst", type=Path, help="the folder to write; it must be empty or not exist")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="cast the weights (default: as stored; bfloat16 for fewer bits)"
+        "--dtype", choices=CAST_DTYPES, help="cast the weights (default: as stored; bfloat16 for fewer bits)"
     )
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
     parser.add_argument(
@@ -77,7 +77,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
         help="let a config.json name classes of this module, which is imported",
     )
     package = next(iter(families.values())).__module__.partition(".")[0]
-    parser.add_argument("--version", action=Answer, nargs=0, const=lambda _: versions(package), help=VERSION.doc)
+    parser.add_argument("--version", action=Answer, nargs=0, const=lambda _: version_lines(package), help=VERSION.doc)
     completion, shells = partial(script, program=PROGRAM), PRINT_COMPLETION.metavar
     parser.add_argument(
         "--print-completion", action=Answer, metavar=shells, const=completion, help=PRINT_COMPLETION.doc
@@ -88,7 +88,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
             raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
         dst = vacant(asked.dst)
         convert = from_hf if asked.way == "from-hf" else partial(to_hf, trust=trusted(asked.trust))
-        convert(families, asked.src, dst, dtype=DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
+        convert(families, asked.src, dst, dtype=CAST_DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
 
 
 class Answer(argparse.Action):
@@ -102,7 +102,7 @@ class Answer(argparse.Action):
 def from_hf(
     families: Mapping[str, type[HFModel]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
 ) -> None:
-    """Write the weights of a Hugging Face folder as a folder of ours."""
+    """Write the weights of a Hugging Face folder as a folder in our format."""
     stated = read_config(src)
     family = families.get(str(stated.get("model_type")))
     if family is None:
@@ -110,15 +110,15 @@ def from_hf(
         raise UserError(f"{src}/config.json states {found}, not {' or '.join(families)}")
     config = hf_config(family, src)
     validate(config)
-    model = on_meta(config)
-    source, layout = Source(hf_layout(model), src), own_layout(model)
-    types = dtypes(model, layout, {name: source.dtype(name) for name in source.pieces}, dtype)
+    model = meta_model(config)
+    source, key_map = WeightSource(hf_key_map(model), src), own_key_map(model)
+    types = dtypes(model, key_map, {name: source.dtype(name) for name in source.pieces}, dtype)
     made = []
     for name, kind in types.items():
-        shape = list(layout.weights[name].shape)
+        shape = list(key_map.weights[name].shape)
         made.append(Output(name, shape, kind, partial(new, source, name, shape, kind)))
     with atomic_folder(dst) as folder:
-        write(folder, made, shard_gib, say)
+        write_files(folder, made, shard_gib, say)
         (folder / "config.json").write_text(to_json(config))
         copy_companions(src, folder)
 
@@ -132,7 +132,7 @@ def to_hf(
     shard_gib: float,
     trust: Sequence[str],
 ) -> None:
-    """Write the weights of a folder of ours, or of the newest checkpoint of a run, as a Hugging Face folder."""
+    """Write the weights of a folder in our format, or of the newest checkpoint of a run, as a Hugging Face folder."""
     place = newest(src)
     known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
     if (found := class_of(place)) not in known:
@@ -140,7 +140,7 @@ def to_hf(
     packages = {family.__module__.partition(".")[0] for family in families.values()}
     config = from_dict(model_of(read_config(place)), trust=[*packages, *trust])
     validate(config)
-    model = on_meta(config)
+    model = meta_model(config)
     with atomic_folder(dst) as folder:
         write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, say=say)
         copy_companions(Path(str(place)), folder)
@@ -155,14 +155,16 @@ def write_as_hf(
     shard_gib: float = 5.0,
     say: Callable[[str], object],
 ) -> None:
-    """Write the weights of a model, which needs no memory, out of a folder of ours into one that is there already."""
+    """Write the weights of a model, which needs no memory, from a folder in our format into one that exists already."""
     stated = model.to_hf_config()  # raises before a file is written
-    source, layout = Source(own_layout(model), src), hf_layout(model)
-    types = dtypes(model, layout, {name: source.dtype(name) for name in source.pieces if name in layout.places}, dtype)
+    source, key_map = WeightSource(own_key_map(model), src), hf_key_map(model)
+    types = dtypes(
+        model, key_map, {name: source.dtype(name) for name in source.pieces if name in key_map.places}, dtype
+    )
     for name in [name for name in source.pieces if name not in types]:
         say(f"{name} has no place at Hugging Face: left out")
-    made = outputs(layout, types, source.read)
-    write(dst, made, shard_gib, say)
+    made = outputs(key_map, types, source.read)
+    write_files(dst, made, shard_gib, say)
     write_hf_config(stated, made, dst)
 
 
@@ -171,14 +173,14 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def on_meta(config: Any) -> HFModel:
+def meta_model(config: Any) -> HFModel:
     """The model without memory: names and shapes."""
     with torch.device("meta"):
         return cast(HFModel, config.build())
 
 
-def new(source: Source, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """The values of a weight of ours in new memory."""
+def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """The values of one of our weights in new memory."""
     return source.fill(name, torch.empty(shape, dtype=dtype))
 
 

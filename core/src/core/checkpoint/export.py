@@ -7,41 +7,41 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.files import Output
-from core.checkpoint.key_map import HFModel, Layout, Piece
+from core.checkpoint.key_map import HFModel, KeyMap, KeyPart
 
 Read = Callable[[str, int | None], Tensor]
 """A weight of ours by name, or one row of it."""
 
 
 def dtypes(
-    model: HFModel, layout: Layout, stored: Mapping[str, torch.dtype], cast: torch.dtype | None
+    model: HFModel, key_map: KeyMap, stored: Mapping[str, torch.dtype], cast: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """The types to write weights of ours in: `cast`, or else as they are `stored`; a buffer keeps the model's type."""
+    """The types to write our weights in: `cast`, or else as they are `stored`; a buffer keeps the model's type."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
-        name: (cast or dtype) if name in parameters else layout.weights[name].dtype for name, dtype in stored.items()
+        name: (cast or dtype) if name in parameters else key_map.weights[name].dtype for name, dtype in stored.items()
     }
 
 
-def outputs(layout: Layout, dtypes: Mapping[str, torch.dtype], read: Read) -> list[Output]:
+def outputs(key_map: KeyMap, dtypes: Mapping[str, torch.dtype], read: Read) -> list[Output]:
     """The tensors to write, one after another in the order of our weights, each in the type of the first of ours that
     is in it."""
-    parts: dict[str, list[tuple[str, Piece]]] = {}
+    parts: dict[str, list[tuple[str, KeyPart]]] = {}
     for name in dtypes:
-        for piece in layout.places[name][0]:
+        for piece in key_map.places[name][0]:
             parts.setdefault(piece.key, []).append((name, piece))
-    parts |= {key: [(name, Piece(key))] for key, name in layout.copies.items()}
+    parts |= {key: [(name, KeyPart(key))] for key, name in key_map.copies.items()}
     made = []
     for key, ours in parts.items():
         name, piece = ours[0]
-        shape, dtype = piece.stored_shape(layout.weights[name].shape), dtypes[name]
-        made.append(Output(key, shape, dtype, partial(gather, shape, dtype, ours, read)))
+        shape, dtype = piece.stored_shape(key_map.weights[name].shape), dtypes[name]
+        made.append(Output(key, shape, dtype, partial(gather_stored, shape, dtype, ours, read)))
     return made
 
 
 @torch.no_grad()
-def gather(shape: list[int], dtype: torch.dtype, ours: Iterable[tuple[str, Piece]], read: Read) -> Tensor:
-    """A new tensor as it is stored, with the values of these weights of ours."""
+def gather_stored(shape: list[int], dtype: torch.dtype, ours: Iterable[tuple[str, KeyPart]], read: Read) -> Tensor:
+    """A new tensor as it is stored, with the values of these our weights."""
     stored = torch.empty(shape, dtype=dtype)
     for name, piece in ours:
         view = piece.view(stored if piece.stored_row is None else stored[piece.stored_row])

@@ -17,7 +17,7 @@ from core.config.errors import UserError, at_most
 from core.config.json_file import read_json, typed
 from core.config.links import file_in
 from core.runtime.activity import advance
-from core.runtime.units import size
+from core.runtime.units import size_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -98,12 +98,14 @@ class Output(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write(folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[str], object] | None = None) -> None:
+def write_files(
+    folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[str], object] | None = None
+) -> None:
     """Write the tensors as one safetensors file, or as several with an index: at most `shard_gib` in a file unless one
     tensor alone is more. One file's tensors are in memory at a time; `say` is told each file that is done.
 
     Raises `UserError` when a file cannot be written."""
-    shards = list(cut(outputs, shard_gib * 2**30))
+    shards = list(split_shards(outputs, shard_gib * 2**30))
     place: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -111,7 +113,7 @@ def write(folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[
         advance(f"{i} of {len(shards)} files written")
         place |= {output.key: name for output in shard}
         if say is not None:
-            say(f"{name}: {len(shard)} tensors, {size(sum(output.n_bytes for output in shard))}")
+            say(f"{name}: {len(shard)} tensors, {size_text(sum(output.n_bytes for output in shard))}")
     if len(shards) > 1:
         n_bytes = sum(output.n_bytes for output in outputs)
         index = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(place.items()))}
@@ -133,7 +135,7 @@ def save(tensors: dict[str, Tensor], file: Path) -> None:
         raise UserError(f"cannot write {file}: {error}") from error
 
 
-def cut(outputs: list[Output], limit: float) -> Iterator[list[Output]]:
+def split_shards(outputs: list[Output], limit: float) -> Iterator[list[Output]]:
     """The tensors in order, cut so that no part exceeds `limit` bytes unless one tensor alone does."""
     shard: list[Output] = []
     size = 0

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.checkpoint.index import Stored, header_problems, read_index
-from core.checkpoint.manifest import CONFIG, TENSORS, Damaged, Manifest, Written, problems, read_manifest
+from core.checkpoint.index import StoredTensor, header_problems, read_index
+from core.checkpoint.manifest import CONFIG_FILE, TENSORS, Damaged, Manifest, Written, file_problems, read_manifest
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, step_of, steps_in
 from core.config.errors import UserError, at_most
@@ -31,14 +31,14 @@ class Found(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run that it is of, as data: another version may have written it."""
-        return parse_json(self.storage.read(f"{self.folder}/{CONFIG}"), f"{self}/{CONFIG}")
+        return parse_json(self.storage.read(f"{self.folder}/{CONFIG_FILE}"), f"{self}/{CONFIG_FILE}")
 
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor of it by name."""
         return read_index(self.storage, self.folder, self.manifest.files)
 
 
-def find(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:
+def find_checkpoint(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:
     """The checkpoint that a run goes on from; None for one that begins.
 
     Damaged ones are named and passed over. Raises `UserError` when none of those there is whole, when the one that was
@@ -116,7 +116,7 @@ def misfits(storage: Storage, folder: str, manifest: Manifest, names: Iterable[s
 def all_problems(storage: Storage, folder: str, files: Mapping[str, Written], ranks: Ranks) -> list[str]:
     """What is wrong with the files of a checkpoint; one rank reads each."""
     mine = {name: files[name] for name in sorted(files)[ranks.rank :: ranks.size]}
-    return [line for lines in ranks.gather(problems(storage, folder, mine)) for line in lines]
+    return [line for lines in ranks.gather(file_problems(storage, folder, mine)) for line in lines]
 
 
 def candidates(place: str) -> Iterator[tuple[Storage, str]]:
@@ -145,7 +145,7 @@ def checkpoints_of(run_folder: str) -> Storage:
     folder = Checkpoint().folder
     if "://" in run_folder:
         return Storage(f"{run_folder.rstrip('/')}/{folder}")
-    if (file := file_in(run_folder, CONFIG)) is not None:
+    if (file := file_in(run_folder, CONFIG_FILE)) is not None:
         stated = read_json(file).get("checkpoint")
         named = stated.get("folder") if isinstance(stated, dict) else None
         folder = named if isinstance(named, str) and "://" not in named else folder

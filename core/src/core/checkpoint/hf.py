@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from core.checkpoint.export import dtypes, outputs
-from core.checkpoint.files import Output, write
-from core.checkpoint.key_map import HFModel, Layout, hf_layout
-from core.checkpoint.source import Source
+from core.checkpoint.files import Output, write_files
+from core.checkpoint.key_map import HFModel, KeyMap, hf_key_map
+from core.checkpoint.source import WeightSource
 from core.config.errors import UserError
 
 
@@ -18,7 +18,7 @@ def load_hf(model: HFModel, folder: str | Path) -> None:
     Values are decoded, and cast to the type of the model's weights. What Hugging Face has no place for stays as it is.
     Raises `UserError` as `check_hf` does, before a single weight is changed.
     """
-    load_from(Source(hf_layout(model), folder))
+    load_from(WeightSource(hf_key_map(model), folder))
 
 
 def check_hf(model: HFModel, folder: str | Path) -> dict[str, Path]:
@@ -27,7 +27,7 @@ def check_hf(model: HFModel, folder: str | Path) -> dict[str, Path]:
     A tied head may be absent, or equal to the embedding. Raises `UserError` that names the file and the key: a missing
     or unreadable file, a missing, unknown, double or wrongly shaped key, all that do not fit at once.
     """
-    return {key: header.file for key, header in Source(hf_layout(model), folder).folder.headers.items()}
+    return {key: header.file for key, header in WeightSource(hf_key_map(model), folder).folder.headers.items()}
 
 
 def save_hf(model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0) -> None:
@@ -37,7 +37,7 @@ def save_hf(model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = N
     when `folder` already holds weights, or when Hugging Face has no such model.
     """
     stated = model.to_hf_config()  # raises before a file is written
-    written = save_by(model, hf_layout(model), folder, dtype, shard_gib)
+    written = save_by(model, hf_key_map(model), folder, dtype, shard_gib)
     write_hf_config(stated, written, Path(folder))
 
 
@@ -48,9 +48,9 @@ def write_hf_config(stated: dict, written: list[Output], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_from(source: Source) -> None:
+def load_from(source: WeightSource) -> None:
     """Copy the weights that were found into those of the model that they were looked for."""
-    weights = source.layout.weights
+    weights = source.key_map.weights
     for name, weight in weights.items():
         assert not weight.is_meta, f"{name} has no memory to load into: materialise the model first"
     for name in source.pieces:
@@ -58,14 +58,14 @@ def load_from(source: Source) -> None:
 
 
 def save_by(
-    model: HFModel, layout: Layout, folder: str | Path, dtype: torch.dtype | None, shard_gib: float
+    model: HFModel, key_map: KeyMap, folder: str | Path, dtype: torch.dtype | None, shard_gib: float
 ) -> list[Output]:
-    """Write a model's weights in this layout; gives what was written."""
-    folder, weights = Path(folder), layout.weights
+    """Write a model's weights in this layout; returns what was written."""
+    folder, weights = Path(folder), key_map.weights
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} already holds safetensors files: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    types = dtypes(model, layout, {name: weight.dtype for name, weight in weights.items()}, dtype)
-    made = outputs(layout, types, lambda name, row: weights[name] if row is None else weights[name][row])
-    write(folder, made, shard_gib)
+    types = dtypes(model, key_map, {name: weight.dtype for name, weight in weights.items()}, dtype)
+    made = outputs(key_map, types, lambda name, row: weights[name] if row is None else weights[name][row])
+    write_files(folder, made, shard_gib)
     return made

@@ -7,7 +7,7 @@ from typing import Any
 from core.config.errors import UserError, at_most
 from core.config.fields import type_problems
 
-MOST = 2**31
+LARGEST_SIZE = 2**31
 """No size or count is so large."""
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"), int),
@@ -34,7 +34,7 @@ def check_types(hf: dict[str, Any]) -> None:
             continue
         wrong += [f"{path}: {message}" for path, message in type_problems(value, TYPES[key], key)]
         for number in value.values() if isinstance(value, dict) else [value]:
-            if type(number) in (int, float) and not (math.isfinite(number) and 0 <= number < MOST):
+            if type(number) in (int, float) and not (math.isfinite(number) and 0 <= number < LARGEST_SIZE):
                 wrong.append(f"{key}: expected a number from 0 to 2^31, got {short_repr(number)}")
     if wrong:
         raise UserError("; ".join(at_most(10, wrong)))

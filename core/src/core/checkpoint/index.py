@@ -37,7 +37,7 @@ MOST_HEADER = 100 * 2**20
 Box = tuple[Sequence[int], Sequence[int]]
 
 
-class Piece(NamedTuple):
+class StoredBox(NamedTuple):
     """A box of a tensor: its first index and its shape, and where its bytes begin in a file."""
 
     file: str
@@ -47,15 +47,15 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor, and the pieces that make it up."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredBox, ...]
 
 
-def read_index(storage: Storage, folder: str, files: Mapping[str, Written]) -> dict[str, Stored]:
+def read_index(storage: Storage, folder: str, files: Mapping[str, Written]) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint with these files by name; raises `Damaged` for an index that is none."""
     most_mib = files[TENSORS].n_bytes // 2**20 + 1
     try:
@@ -68,7 +68,7 @@ def read_index(storage: Storage, folder: str, files: Mapping[str, Written]) -> d
     return index
 
 
-def stored_of(said: Any, name: str) -> Stored:
+def stored_of(said: Any, name: str) -> StoredTensor:
     """A tensor from what stands in an index; raises `UserError` where that is none."""
     said = entries(typed(said, dict[str, Any], name), ENTRY, name, needed=ENTRY.keys())
     if said["dtype"] not in TYPES:
@@ -76,11 +76,11 @@ def stored_of(said: Any, name: str) -> Stored:
     pieces = []
     for piece in said["pieces"]:
         piece = entries(piece, PIECE, name, needed=PIECE.keys())
-        pieces.append(Piece(piece["file"], piece["at"], tuple(piece["start"]), tuple(piece["shape"])))
-    return Stored(TYPES[said["dtype"]], tuple(said["shape"]), tuple(pieces))
+        pieces.append(StoredBox(piece["file"], piece["at"], tuple(piece["start"]), tuple(piece["shape"])))
+    return StoredTensor(TYPES[said["dtype"]], tuple(said["shape"]), tuple(pieces))
 
 
-def index_problems(index: Mapping[str, Stored], n_bytes: Mapping[str, int]) -> list[str]:
+def index_problems(index: Mapping[str, StoredTensor], n_bytes: Mapping[str, int]) -> list[str]:
     """Where pieces do not make up their tensor, each element once, or lie outside files of these sizes, or in the bytes
     of another."""
     wrong: list[str] = []
@@ -130,7 +130,9 @@ def tiles(boxes: Sequence[Box], shape: Sequence[int], dim: int = 0) -> bool:
     return end == shape[dim]
 
 
-def header_problems(storage: Storage, folder: str, index: Mapping[str, Stored], files: Iterable[str]) -> list[str]:
+def header_problems(
+    storage: Storage, folder: str, index: Mapping[str, StoredTensor], files: Iterable[str]
+) -> list[str]:
     """Where these files, of those that hold pieces, say otherwise of them than the index."""
     pieces: dict[str, dict[str, Any]] = {}
     for name, stored in index.items():
@@ -171,7 +173,7 @@ def read_header(storage: Storage, path: str, file: str) -> tuple[dict[str, Any],
     return header, 8 + n_bytes
 
 
-def index_text(index: dict[str, Stored]) -> str:
+def index_text(index: dict[str, StoredTensor]) -> str:
     """What `read_index` reads."""
     said = {
         name: {
@@ -189,7 +191,7 @@ def memory(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def read_piece(storage: Storage, folder: str, dtype: torch.dtype, piece: Piece) -> Tensor:
+def read_piece(storage: Storage, folder: str, dtype: torch.dtype, piece: StoredBox) -> Tensor:
     """The values of a piece."""
     values = torch.empty(piece.shape, dtype=dtype)
     if values.numel():
@@ -197,7 +199,7 @@ def read_piece(storage: Storage, folder: str, dtype: torch.dtype, piece: Piece) 
     return values
 
 
-def read_tensor(storage: Storage, folder: str, stored: Stored, row: int | None = None) -> Tensor:
+def read_tensor(storage: Storage, folder: str, stored: StoredTensor, row: int | None = None) -> Tensor:
     """A tensor put together from its pieces, or one row of it, for which only pieces with that row are read."""
     whole = torch.empty(stored.shape if row is None else stored.shape[1:], dtype=stored.dtype)
     for piece in stored.pieces:
@@ -206,7 +208,7 @@ def read_tensor(storage: Storage, folder: str, stored: Stored, row: int | None =
             whole[box] = read_piece(storage, folder, stored.dtype, piece)
         elif piece.start[0] <= row < piece.start[0] + piece.shape[0]:
             n_bytes = prod(piece.shape[1:]) * stored.dtype.itemsize
-            part = Piece(piece.file, piece.at + (row - piece.start[0]) * n_bytes, piece.start[1:], piece.shape[1:])
+            part = StoredBox(piece.file, piece.at + (row - piece.start[0]) * n_bytes, piece.start[1:], piece.shape[1:])
             box = tuple(slice(start, start + size) for start, size in zip(part.start, part.shape, strict=True))
             whole[box] = read_piece(storage, folder, stored.dtype, part)
     return whole

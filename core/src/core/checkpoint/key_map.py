@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from core.checkpoint.keys import Half, Place, Stacked, places_of
+from core.checkpoint.keys import Half, KeyPlace, Stacked, places_of
 from core.config.configurable import Configurable
 
 
@@ -32,8 +32,8 @@ class HFModel(Protocol):
     def to_hf_config(self) -> dict: ...
 
 
-class Piece(NamedTuple):
-    """A part of a weight of ours, and the part of a stored tensor that has its values."""
+class KeyPart(NamedTuple):
+    """A part of one of our weights, and the part of a stored tensor that has its values."""
 
     key: str
     row: int | None = None
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
         return stored
 
     def stored_shape(self, shape: Sequence[int]) -> list[int]:
-        """The shape of the stored tensor, for a weight of ours of this shape."""
+        """The shape of the stored tensor, for one of our weights of this shape."""
         part = list(shape if self.row is None else shape[1:])
         if self.half is not None:
             part[0] *= 2
@@ -68,14 +68,14 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class KeyMap:
     """Where the weights of one model stand in a folder."""
 
     owner: str
     """Name of the model's class, for messages."""
     weights: dict[str, Tensor]
     """Our weights by name; of those that are one and the same only the first."""
-    places: dict[str, list[list[Piece]]]
+    places: dict[str, list[list[KeyPart]]]
     """The pieces of each weight, in every place that it may have; the first is where it is written."""
     optional: frozenset[str] = frozenset()
     """Our weights that need not be there."""
@@ -96,19 +96,19 @@ class Layout:
         return self.ignored is not None and self.ignored.fullmatch(key) is not None
 
 
-def own_layout(model: HFModel) -> Layout:
+def own_key_map(model: HFModel) -> KeyMap:
     """Under our own names; a weight without a place at Hugging Face may be missing."""
     weights, tied = untied(model)
-    return Layout(
+    return KeyMap(
         owner=type(model).__name__,
         weights=weights,
-        places={name: [[Piece(name)]] for name in weights},
+        places={name: [[KeyPart(name)]] for name in weights},
         optional=frozenset(name for name in weights if model.HF_KEYS.get(pattern_of(name)[0], "") is None),
         repeats=tied,
     )
 
 
-def hf_layout(model: HFModel) -> Layout:
+def hf_key_map(model: HFModel) -> KeyMap:
     """As Hugging Face has it, by the key table of the model; raises `KeyError` for a weight that is not in it."""
     weights, tied = untied(model)
     places = {}
@@ -116,10 +116,10 @@ def hf_layout(model: HFModel) -> Layout:
         pattern, number = pattern_of(name)
         head_dim = model.rope_dim() if pattern in model.HF_HALVES else None
         if found := places_of(model.HF_KEYS[pattern]):
-            places[name] = [pieces(place, number, len(weight), head_dim) for place in found]
+            places[name] = [key_parts(place, number, len(weight), head_dim) for place in found]
     numbers = sorted({pattern_of(found[0][0].key)[1] for found in places.values()} - {""})
     behind = [number for number in numbers if int(number) >= model.config.n_layers]
-    return Layout(
+    return KeyMap(
         owner=type(model).__name__,
         weights={name: weights[name] for name in places},
         places=places,
@@ -145,14 +145,14 @@ def pattern_of(name: str) -> tuple[str, str]:
     return (name, "") if number is None else (name[: number.start(1)] + "{i}" + name[number.end(1) :], number[1])
 
 
-def pieces(place: Place, number: str, n_rows: int, head_dim: int | None = None) -> list[Piece]:
-    """The pieces of a weight of ours in this place."""
+def key_parts(place: KeyPlace, number: str, n_rows: int, head_dim: int | None = None) -> list[KeyPart]:
+    """The pieces of one of our weights in this place."""
     key = (place if isinstance(place, str) else place.key).replace("{i}", number)
     if isinstance(place, Stacked):
-        return [Piece(key, row, row, place.half, place.transposed) for row in range(n_rows)]
+        return [KeyPart(key, row, row, place.half, place.transposed) for row in range(n_rows)]
     if "{e}" in key:
-        return [Piece(key.replace("{e}", str(row)), row) for row in range(n_rows)]
-    return [Piece(key, head_dim=head_dim)]
+        return [KeyPart(key.replace("{e}", str(row)), row) for row in range(n_rows)]
+    return [KeyPart(key, head_dim=head_dim)]
 
 
 def ignored(template: str, numbers: list[str]) -> str:

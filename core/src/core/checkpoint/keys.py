@@ -17,7 +17,7 @@ Half = Literal["first", "second", "even", "odd"]
 
 
 class Stacked(NamedTuple):
-    """A tensor that holds all experts of a weight of ours, along axis 0.
+    """A tensor that holds all experts of one of our weights, along axis 0.
 
     What stands there for one expert is `transposed`, or not, to (rows, columns); a bias is just rows. Of these rows our
     weight is a `half`, or all.
@@ -28,21 +28,21 @@ class Stacked(NamedTuple):
     transposed: bool = False
 
 
-Place = str | Stacked
-Keys = Mapping[str, Place | tuple[Place, ...] | None]
+KeyPlace = str | Stacked
+KeyTable = Mapping[str, KeyPlace | tuple[KeyPlace, ...] | None]
 
 
-def places_of(entry: Place | tuple[Place, ...] | None) -> list[Place]:
+def places_of(entry: KeyPlace | tuple[KeyPlace, ...] | None) -> list[KeyPlace]:
     """The places that an entry of a key table names."""
     if entry is None:
         return []
     return [entry] if isinstance(entry, str | Stacked) else list(entry)
 
 
-def below(ours: str, theirs: str, table: Keys) -> Keys:
+def below(ours: str, theirs: str, table: KeyTable) -> KeyTable:
     """The table with both sides one level deeper: `below("layers.{i}", "model.layers.{i}", BLOCK)`."""
 
-    def deeper(place: Place) -> Place:
+    def deeper(place: KeyPlace) -> KeyPlace:
         return f"{theirs}.{place}" if isinstance(place, str) else place._replace(key=f"{theirs}.{place.key}")
 
     moved = {name: entry and tuple(map(deeper, places_of(entry))) for name, entry in table.items()}

@@ -14,15 +14,15 @@ from core.config.json_file import parse_json, typed
 LAYOUT = 1
 """Version of the layout of a checkpoint that is written here, and the newest that can be read."""
 MANIFEST = "manifest.json"
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 TENSORS = "tensors.json"
 SHA256 = re.compile("[0-9a-f]{64}")
 FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 """The name of a file in a checkpoint, or in a folder of it."""
-KINDS = Literal["full", "model"]
+SaveKind = Literal["full", "model"]
 PARTS = {
     "layout": int,
-    "kind": KINDS,
+    "kind": SaveKind,
     "world_size": int,
     "versions": dict[str, str],
     "progress": dict[str, Any],
@@ -68,7 +68,7 @@ class Manifest:
     """What stands in `manifest.json`, the last file of a checkpoint to be written."""
 
     progress: Progress
-    kind: KINDS
+    kind: SaveKind
     """All that a run goes on from, or the weights alone."""
     world_size: int
     versions: dict[str, str]
@@ -82,13 +82,13 @@ def write_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
     files = {name: written._asdict() for name, written in manifest.files.items()}
     said = {**asdict(manifest), "files": files}
     with storage.create(f"{folder}/{MANIFEST}") as file:
-        file.write((json.dumps({**said, "digest": digest(said)}, indent=1) + "\n").encode())
+        file.write((json.dumps({**said, "digest": manifest_digest(said)}, indent=1) + "\n").encode())
     storage.flush(folder)
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest:
     """What a checkpoint says of itself. Raises `Damaged` when it says nothing sensible, `UserError` when it was
-    written in a newer layout than is known here; `layout` and `digest` mean the same in all."""
+    written in a newer layout than is known here; `layout` and `manifest_digest` mean the same in all."""
     try:
         said = parse_json(storage.read(f"{folder}/{MANIFEST}"), MANIFEST)
     except FileNotFoundError as error:
@@ -97,7 +97,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
         raise Damaged(f"{MANIFEST} cannot be read: {error.strerror or error}") from error
     except UserError as error:
         raise Damaged(str(error)) from error
-    if said.pop("digest", None) != digest(said):
+    if said.pop("digest", None) != manifest_digest(said):
         raise Damaged(f"{MANIFEST} was changed after it was written")
     layout = said.get("layout")
     if type(layout) is int and layout > LAYOUT:
@@ -126,7 +126,7 @@ def manifest_of(said: dict[str, Any]) -> Manifest:
     wrong += [f"{name} {said[name]}" for name in ("world_size", "layout") if said[name] < 1]
     wrong += [f"{name!r}, which is no file in the folder" for name in files if not FILE.fullmatch(name)]
     wrong += [f"{name} with a hash that is none" for name, file in files.items() if not SHA256.fullmatch(file.sha256)]
-    wrong += [f"no {name}" for name in (CONFIG, TENSORS) if name not in files]
+    wrong += [f"no {name}" for name in (CONFIG_FILE, TENSORS) if name not in files]
     if wrong:
         raise UserError(f"{MANIFEST} names {'; '.join(at_most(5, wrong))}")
     return Manifest(**said | {"progress": progress, "files": files})
@@ -143,12 +143,12 @@ def entries(
     return {each: typed(value, types[each], f"{name}: {each}") for each, value in said.items()}
 
 
-def digest(said: dict[str, Any]) -> str:
+def manifest_digest(said: dict[str, Any]) -> str:
     """The hash of a manifest's other entries."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def problems(storage: Storage, folder: str, files: dict[str, Written]) -> list[str]:
+def file_problems(storage: Storage, folder: str, files: dict[str, Written]) -> list[str]:
     """What is wrong with those files of a checkpoint; each is read once."""
     found = []
     for name, written in files.items():

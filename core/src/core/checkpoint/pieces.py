@@ -25,14 +25,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from core.checkpoint.index import NAMES, Piece, Stored, index_problems, index_text, key_of, memory, read_piece
+from core.checkpoint.index import NAMES, StoredBox, StoredTensor, index_problems, index_text, key_of, memory, read_piece
 from core.checkpoint.manifest import TENSORS, Written
 from core.checkpoint.storage import Storage
 from core.config.errors import at_most
 from core.runtime.activity import waiting, working
 
 
-class Place(NamedTuple):
+class WrittenBox(NamedTuple):
     """Where a piece was put, and what the whole file was."""
 
     file: str
@@ -47,7 +47,7 @@ def save_tensors(
 
     Every rank of `group` must call. Raises the first rank's error of those that failed, on every rank.
     """
-    writer = Writer(storage, folder, dist.get_rank(group) if group else 0)
+    writer = TensorWriter(storage, folder, dist.get_rank(group) if group else 0)
     with waiting(), _as_itself(), _quiet():
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return writer.files
@@ -57,18 +57,21 @@ def load_tensors(
     tensors: Mapping[str, Tensor],
     storage: Storage,
     folder: str,
-    index: Mapping[str, Stored],
+    index: Mapping[str, StoredTensor],
     group: ProcessGroup | None,
 ) -> None:
     """Fill tensors, each rank its pieces, from a folder with this index, whatever ranks wrote it. Names and shapes must
     be there."""
     with waiting(), _as_itself(), _quiet():
         dcp.load(
-            dict(tensors), storage_reader=Reader(storage, folder, index), process_group=group, no_dist=group is None
+            dict(tensors),
+            storage_reader=TensorReader(storage, folder, index),
+            process_group=group,
+            no_dist=group is None,
         )
 
 
-class Writer(StorageWriter):
+class TensorWriter(StorageWriter):
     """Writes the pieces of a rank as `rank-<number>.safetensors`, and on the first rank `tensors.json`."""
 
     def __init__(self, storage: Storage, folder: str, rank: int) -> None:
@@ -118,7 +121,7 @@ class Writer(StorageWriter):
         begin = 8 + len(text)
         done.set_result(
             [
-                WriteResult(item.index, tensor.nbytes, Place(self.file, begin + at, written))
+                WriteResult(item.index, tensor.nbytes, WrittenBox(self.file, begin + at, written))
                 for item, tensor, at in zip(plan.items, tensors, ends[:-1], strict=True)
             ]
         )
@@ -127,15 +130,15 @@ class Writer(StorageWriter):
     @working("writing the index of a checkpoint")
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index of what all ranks wrote."""
-        places = {result.index: cast(Place, result.storage_data) for rank in results for result in rank}
-        index: dict[str, Stored] = {}
+        places = {result.index: cast(WrittenBox, result.storage_data) for rank in results for result in rank}
+        index: dict[str, StoredTensor] = {}
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata), f"{name} is no tensor"
             pieces = []
             for chunk in tensor.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
-                pieces.append(Piece(place.file, place.at, tuple(chunk.offsets), tuple(chunk.sizes)))
-            index[name] = Stored(tensor.properties.dtype, tuple(tensor.size), tuple(pieces))
+                pieces.append(StoredBox(place.file, place.at, tuple(chunk.offsets), tuple(chunk.sizes)))
+            index[name] = StoredTensor(tensor.properties.dtype, tuple(tensor.size), tuple(pieces))
         wrong = index_problems(index, {place.file: place.written.n_bytes for place in places.values()})
         assert not wrong, f"an index that no reader takes: {at_most(5, wrong)}"
         with self.storage.create(f"{self.folder}/{TENSORS}") as file:
@@ -144,10 +147,10 @@ class Writer(StorageWriter):
         self.files[TENSORS] = Written(file.n_bytes, file.hex())
 
 
-class Reader(StorageReader):
-    """Reads pieces that `Writer` wrote."""
+class TensorReader(StorageReader):
+    """Reads pieces that `TensorWriter` wrote."""
 
-    def __init__(self, storage: Storage, folder: str, index: Mapping[str, Stored]) -> None:
+    def __init__(self, storage: Storage, folder: str, index: Mapping[str, StoredTensor]) -> None:
         self.storage, self.folder, self.index = storage, folder, index
 
     def reset(self, checkpoint_id: Any = None) -> None:

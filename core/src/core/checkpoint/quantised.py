@@ -29,7 +29,7 @@ OTHER = {"_blocks": "_scales", "_scales": "_blocks", "_scale_inv": ""}
 """Endings of keys, and the ending that belongs to each."""
 
 
-class Stored(NamedTuple):
+class EncodedWeight(NamedTuple):
     """A weight as it is stored: `decode` makes it from the tensors under these keys, or a row of it from their rows."""
 
     keys: tuple[str, ...]
@@ -41,7 +41,7 @@ class Stored(NamedTuple):
     """What is wrong with how it is stored, as words behind the first key; "" if nothing is."""
 
 
-def stored_weights(headers: Mapping[str, Header]) -> dict[str, Stored]:
+def stored_weights(headers: Mapping[str, Header]) -> dict[str, EncodedWeight]:
     """The weights by key."""
     given: dict[str, list[str]] = {}
     for key in sorted(headers):
@@ -50,11 +50,11 @@ def stored_weights(headers: Mapping[str, Header]) -> dict[str, Stored]:
     return {name: stored_weight(name, suffixes, headers) for name, suffixes in given.items()}
 
 
-def stored_weight(name: str, suffixes: list[str], headers: Mapping[str, Header]) -> Stored:
+def stored_weight(name: str, suffixes: list[str], headers: Mapping[str, Header]) -> EncodedWeight:
     """The weight of this name, for which there are tensors with these suffixes."""
     keys = tuple(name + suffix for suffix in suffixes)
     first, last = headers[keys[0]], headers[keys[-1]]
-    shape, dtype, decode = first.shape, torch.bfloat16, plain
+    shape, dtype, decode = first.shape, torch.bfloat16, as_stored
     if suffixes == [""]:
         dtype = FLOATS.get(first.dtype, dtype)
         needs = f"needs {name}_scale_inv" if first.dtype == EIGHT_BITS else f"is none of {', '.join(FLOATS)}"
@@ -73,10 +73,10 @@ def stored_weight(name: str, suffixes: list[str], headers: Mapping[str, Header])
         problem = f"has no {name}{OTHER[suffixes[0]]}"
     else:
         problem = f"cannot stand beside {' and '.join(keys[1:])}"
-    return Stored(keys, shape, dtype, decode, problem)
+    return EncodedWeight(keys, shape, dtype, decode, problem)
 
 
-def plain(weight: Tensor) -> Tensor:
+def as_stored(weight: Tensor) -> Tensor:
     """The weight itself."""
     return weight
 

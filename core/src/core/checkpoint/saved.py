@@ -7,7 +7,7 @@ from torch import Tensor
 from core.checkpoint.files import Header
 from core.checkpoint.find import Found, candidates, find_in
 from core.checkpoint.index import NAMES, read_tensor
-from core.checkpoint.manifest import CONFIG
+from core.checkpoint.manifest import CONFIG_FILE
 from core.config.links import file_in
 from core.runtime.ranks import Ranks
 
@@ -48,7 +48,7 @@ def newest(folder: str | Path) -> Path | Found:
 
 def described_in(folder: str | Path) -> Path:
     """The folder whose `config.json` describes the weights in a folder: itself, or the newest checkpoint in it."""
-    if file_in(folder, CONFIG) is None:
+    if file_in(folder, CONFIG_FILE) is None:
         inside = (Path(storage.path(name)) for storage, name in candidates(str(folder)))
-        return next((place for place in inside if file_in(place, CONFIG) is not None), Path(folder))
+        return next((place for place in inside if file_in(place, CONFIG_FILE) is not None), Path(folder))
     return Path(folder)

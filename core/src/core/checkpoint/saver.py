@@ -13,10 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from core.checkpoint.find import Found, all_problems, find
+from core.checkpoint.find import Found, all_problems, find_checkpoint
 from core.checkpoint.index import NAMES
 from core.checkpoint.manifest import (
-    CONFIG,
+    CONFIG_FILE,
     MANIFEST,
     Damaged,
     Manifest,
@@ -31,13 +31,13 @@ from core.checkpoint.storage import seen_from, steps_in
 from core.config.errors import UserError, at_most
 from core.runtime.activity import working
 from core.runtime.ranks import Ranks
-from core.runtime.units import size
+from core.runtime.units import size_text
 
 log = logging.getLogger("armature")
 
-MOST = 20
+MOST_DIFFERENCES = 20
 """So many problems are listed."""
-Kind = Literal["full", "model"]
+SaveKind = Literal["full", "model"]
 GROWING = ".tmp"
 """End of the name of a checkpoint that is not whole yet."""
 
@@ -77,13 +77,14 @@ class Saver:
             problem = f"{error.strerror or error} (rank {self.ranks.rank})"
         if problems := [problem for problem in self.ranks.gather(problem) if problem]:
             raise UserError(
-                f"no checkpoint can be written in {self.storage}: {', '.join(at_most(MOST, problems))}; choose another "
+                f"no checkpoint can be written in {self.storage}: "
+                f"{', '.join(at_most(MOST_DIFFERENCES, problems))}; choose another "
                 "with --checkpoint.folder, one that all ranks can write to"
             )
 
     def find(self) -> Found | None:
         """The checkpoint that the run goes on from; None for a run that begins. Errors as in `core.checkpoint.find`."""
-        return find(self.settings, self.storage, self.ranks) if self.settings.enable else None
+        return find_checkpoint(self.settings, self.storage, self.ranks) if self.settings.enable else None
 
     def load(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
         """Fill the tensors of this rank, whatever layout wrote them.
@@ -111,7 +112,7 @@ class Saver:
         kinds = {name.partition(".")[0] for name in known} - {"random"}
         lines |= {f"{name} is unknown here" for name in index.keys() - known if name.partition(".")[0] in kinds}
         if lines:
-            raise UserError("\n  ".join([f"{found} does not fit this run:", *at_most(MOST, sorted(lines))]))
+            raise UserError("\n  ".join([f"{found} does not fit this run:", *at_most(MOST_DIFFERENCES, sorted(lines))]))
         load_tensors(tensors, found.storage, found.folder, index, self.ranks.group)
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -119,7 +120,7 @@ class Saver:
         c = self.settings
         return c.saves and (last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint))
 
-    def save(self, progress: Progress, tensors: Mapping[str, Tensor], *, kind: Kind, wait: bool) -> None:
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor], *, kind: SaveKind, wait: bool) -> None:
         """Save a step; with an `async_mode`, unless told to `wait`, the writing goes on behind the call.
 
         An earlier one must have been waited for. Raises `UserError` for what keeps this one from being written.
@@ -165,7 +166,7 @@ class Saver:
         return cast(dict[str, Tensor], self._stager.stage(dict(tensors)))
 
     @working("saving a checkpoint")
-    def _write(self, progress: Progress, tensors: Mapping[str, Tensor], kind: Kind) -> None:
+    def _write(self, progress: Progress, tensors: Mapping[str, Tensor], kind: SaveKind) -> None:
         from core.checkpoint.pieces import save_tensors  # loads torch.distributed.tensor: seconds
 
         folder, growing = f"step-{progress.step}", f"step-{progress.step}{GROWING}"
@@ -176,7 +177,7 @@ class Saver:
             if not self.storage.is_local and (wrong := all_problems(self.storage, growing, written, self.ranks)):
                 raise OSError(EIO, "; ".join(wrong))
             made = Manifest(
-                progress=progress, kind=kind, world_size=self.ranks.size, versions=versions(), files=written
+                progress=progress, kind=kind, world_size=self.ranks.size, versions=writer_versions(), files=written
             )
             self.ranks.first(lambda: self._publish(growing, folder, made))
         except OSError as error:
@@ -196,9 +197,9 @@ class Saver:
         if self.storage.exists(growing):
             self._removals.remove(growing)
         self.storage.make(growing)
-        with self.storage.create(f"{growing}/{CONFIG}") as file:
+        with self.storage.create(f"{growing}/{CONFIG_FILE}") as file:
             file.write(self.config.encode())
-        return {CONFIG: Written(file.n_bytes, file.hex())}
+        return {CONFIG_FILE: Written(file.n_bytes, file.hex())}
 
     def _publish(self, growing: str, folder: str, made: Manifest) -> None:
         """Make a checkpoint of what was written; once it is one, nothing that goes wrong is an error of this save."""
@@ -213,7 +214,7 @@ class Saver:
             self._set_aside(made.progress.step)
         self.storage.rename(growing, folder, last=MANIFEST)
         n_bytes = sum(file.n_bytes for file in made.files.values())
-        log.info(f"saved {seen_from(self.run_folder, f'{self.storage}/{folder}')} ({size(n_bytes)})")
+        log.info(f"saved {seen_from(self.run_folder, f'{self.storage}/{folder}')} ({size_text(n_bytes)})")
         try:
             self._retain()
         except (OSError, UserError) as error:
@@ -250,7 +251,7 @@ class Saver:
         log.warning(f"{self.storage}/step-{step} is now {aside}: the run comes to that step again")
 
 
-def versions() -> dict[str, str]:
+def writer_versions() -> dict[str, str]:
     """The versions of what writes a checkpoint."""
     try:
         core = metadata.version("armature-core")

@@ -9,43 +9,43 @@ from torch import Tensor
 
 from core.checkpoint.files import Folder
 from core.checkpoint.find import Found
-from core.checkpoint.key_map import Layout, Piece
-from core.checkpoint.quantised import Stored, stored_weights
+from core.checkpoint.key_map import KeyMap, KeyPart
+from core.checkpoint.quantised import EncodedWeight, stored_weights
 from core.checkpoint.saved import Saved
 from core.config.errors import UserError, at_most
 
-MOST = 30
+MOST_PROBLEMS = 30
 """So many problems are listed."""
 
 
-class Source:
+class WeightSource:
     """The weights of a model in a folder, which was found to hold them all, whatever the types they are stored in.
 
     Raises one `UserError` that names files and keys: what is missing, unknown, wrongly shaped, given in two forms,
     stored in few bits without its scales, or tied in the model and not equal here.
     """
 
-    def __init__(self, layout: Layout, path: str | Path | Found) -> None:
-        self.layout = layout
+    def __init__(self, key_map: KeyMap, path: str | Path | Found) -> None:
+        self.key_map = key_map
         self.folder = Saved(path) if isinstance(path, Found) else Folder(path)
-        headers = {key: header for key, header in self.folder.headers.items() if not layout.ignores(key)}
+        headers = {key: header for key, header in self.folder.headers.items() if not key_map.ignores(key)}
         self.stored = stored_weights(headers)
         problems: list[str] = []
-        self.pieces: dict[str, list[Piece]] = {}
+        self.pieces: dict[str, list[KeyPart]] = {}
         """Where each of our weights stands; those that need not be there may be missing."""
-        for name, places in layout.places.items():
+        for name, places in key_map.places.items():
             problems += self._choose(name, places)
-        known = layout.keys()
+        known = key_map.keys()
         unknown = (stored for key, stored in self.stored.items() if key not in known)
-        problems += [f"{self._file(stored)}: {stored.keys[0]} is unknown to {layout.owner}" for stored in unknown]
+        problems += [f"{self._file(stored)}: {stored.keys[0]} is unknown to {key_map.owner}" for stored in unknown]
         if not problems:
             problems = self._unequal()
         if problems:
-            lines = at_most(MOST, sorted(set(problems)))
+            lines = at_most(MOST_PROBLEMS, sorted(set(problems)))
             raise UserError("\n  ".join([f"{path} does not fit the model:", *lines]))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that holds what is stored of a weight of ours; bfloat16 for fewer bits."""
+        """The type that holds what is stored of one of our weights; bfloat16 for fewer bits."""
         return reduce(torch.promote_types, {self.stored[piece.key].dtype for piece in self.pieces[name]})
 
     def in_few_bits(self) -> str | None:
@@ -59,10 +59,10 @@ class Source:
 
     @torch.no_grad()
     def fill(self, name: str, part: Tensor, start: Sequence[int] = ()) -> Tensor:
-        """Copy the stored values of a weight of ours, or of the box of it that begins at `start`, into `part`, cast to
+        """Copy the stored values of our weight, or of the box of it that begins at `start`, into `part`, cast to
         its type. Of a weight that is stored row by row, as experts are, no other rows are read."""
         start = start or (0,) * part.dim()
-        shape = self.layout.weights[name].shape
+        shape = self.key_map.weights[name].shape
         box = [slice(first, first + size) for first, size in zip(start, part.shape, strict=True)]
         for piece in self.pieces[name]:
             if piece.row is None:
@@ -72,13 +72,13 @@ class Source:
                 part[piece.row - box[0].start].copy_(values[tuple(box[1:])])
         return part
 
-    def _choose(self, name: str, places: list[list[Piece]]) -> list[str]:
-        """Settle where a weight of ours stands; gives what is wrong with it."""
+    def _choose(self, name: str, places: list[list[KeyPart]]) -> list[str]:
+        """Settle where one of our weights stands; returns what is wrong with it."""
         given = [pieces for pieces in places if any(piece.key in self.stored for piece in pieces)]
         if len(given) > 1:
             twice = [next(piece.key for piece in pieces if piece.key in self.stored) for pieces in given]
             return [f"{name} is given twice: " + ", ".join(f"{self._file(self.stored[key])}: {key}" for key in twice)]
-        if not given and name in self.layout.optional:
+        if not given and name in self.key_map.optional:
             return []
         self.pieces[name] = (given or places)[0]
         missing = list(dict.fromkeys(piece.key for piece in self.pieces[name] if piece.key not in self.stored))
@@ -88,7 +88,7 @@ class Source:
             return [f"{missing[0]} is missing{f' in {file}, where the index has it' if file else ''}{more}"]
         problems = []
         for piece in self.pieces[name]:
-            wanted, stored = piece.stored_shape(self.layout.weights[name].shape), self.stored[piece.key]
+            wanted, stored = piece.stored_shape(self.key_map.weights[name].shape), self.stored[piece.key]
             if stored.problem:
                 problems.append(f"{self._file(stored)}: {stored.keys[0]} {stored.problem}")
             elif stored.shape != wanted:
@@ -99,7 +99,7 @@ class Source:
     def _unequal(self) -> list[str]:
         """Repeated keys whose values are not those of the weight that they repeat."""
         problems = []
-        for key, name in (self.layout.repeats | self.layout.copies).items():
+        for key, name in (self.key_map.repeats | self.key_map.copies).items():
             if key not in self.stored:
                 continue
             source = self.pieces[name][0].key
@@ -109,5 +109,5 @@ class Source:
                 problems.append(f"{self._file(self.stored[key])}: {message}")
         return problems
 
-    def _file(self, stored: Stored) -> str:
+    def _file(self, stored: EncodedWeight) -> str:
         return self.folder.headers[stored.keys[0]].file.name

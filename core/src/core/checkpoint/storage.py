@@ -21,9 +21,9 @@ import numpy as np
 from core.config.errors import UserError
 from core.runtime.activity import advance
 from core.runtime.disk import flush
-from core.runtime.units import size
+from core.runtime.units import size_text
 
-CHUNK = 2**24
+CHUNK_BYTES = 2**24
 """Bytes that are read, or written, at a time."""
 MUCH = 2**26
 """Bytes that are worth a way to the disk before the file is closed."""
@@ -56,12 +56,12 @@ class Digest:
     def write(self, data: bytes | memoryview) -> None:
         """Write bytes that stay as they are until the file is closed."""
         data = memoryview(data).cast("B")
-        for at in range(0, len(data), CHUNK):
-            part = data[at : at + CHUNK]
+        for at in range(0, len(data), CHUNK_BYTES):
+            part = data[at : at + CHUNK_BYTES]
             self._hashed.append(self._hasher.submit(self._hash.update, part))
             self.stream.write(part)
             self.n_bytes += len(part)
-            advance(f"{size(self.n_bytes)} written")
+            advance(f"{size_text(self.n_bytes)} written")
             if self._again is not None:
                 self.stream.flush()
                 self._compare(part, self._again)
@@ -102,7 +102,7 @@ class Storage:
 
     def __init__(self, place: str | Path) -> None:
         """Raises `UserError` where no installed package reaches such a place, or the place does not answer."""
-        self.fs, self.root = reach(str(place))
+        self.fs, self.root = driver_of(str(place))
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
     def __str__(self) -> str:
@@ -152,7 +152,7 @@ class Storage:
         """The SHA-256 of a file."""
         found = hashlib.sha256()
         with self._asked(), self.fs.open(self._file(name), "rb") as stream:
-            while data := stream.read(CHUNK):
+            while data := stream.read(CHUNK_BYTES):
                 found.update(data)
                 advance()
         return found.hexdigest()
@@ -237,7 +237,7 @@ class Storage:
             raise OSError(EIO, one_line(error)) from error
 
 
-def reach(place: str) -> tuple[Any, str]:
+def driver_of(place: str) -> tuple[Any, str]:
     """The driver that reaches a place, and the place in its words; raises `UserError` where none does.
 
     Each driver has errors of its own. Some that could not be made fail once more when they are deleted (that of ftp in

@@ -1,5 +1,5 @@
-"""Weights in a folder of ours: `config.json`, which names the model's class, and safetensors under our own names or the
-pieces of a checkpoint."""
+"""Weights in a folder in our format: `config.json`, which names the model's class, and safetensors under our own names
+or the pieces of a checkpoint."""
 
 import logging
 from pathlib import Path
@@ -10,9 +10,9 @@ import torch
 from core.checkpoint.find import Found
 from core.checkpoint.hf import load_from, load_hf, save_by
 from core.checkpoint.hf_types import check_types
-from core.checkpoint.key_map import HFModel, own_layout
+from core.checkpoint.key_map import HFModel, own_key_map
 from core.checkpoint.saved import newest
-from core.checkpoint.source import Source
+from core.checkpoint.source import WeightSource
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.json_file import read_json
@@ -21,10 +21,10 @@ from core.config.record import completed, differences, to_dict, to_json
 
 log = logging.getLogger("armature")
 
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 
 
-def load(model: HFModel, folder: str | Path) -> None:
+def load_folder(model: HFModel, folder: str | Path) -> None:
     """Copy the weights of a folder, ours, Hugging Face's, or that of a run or a checkpoint, into `model`.
 
     `config.json` says which it is; settings of the model there which differ are logged. Raises `UserError`, before a
@@ -39,8 +39,8 @@ def load(model: HFModel, folder: str | Path) -> None:
 
 
 def load_weights(model: HFModel, folder: str | Path) -> None:
-    """Copy the weights of a folder of ours into `model`: one that `save_weights` or `python -m <model>.convert from-hf`
-    wrote, a checkpoint, or a run, of which the newest whole checkpoint is taken.
+    """Copy the weights of a folder in our format into `model`: one that `save_weights` or `python -m <model>.convert
+    from-hf` wrote, a checkpoint, or a run, of which the newest whole checkpoint is taken.
 
     Settings of that model which differ are logged. Raises `UserError`, before a single weight is changed, when it is no
     such folder or does not fit the model.
@@ -48,13 +48,13 @@ def load_weights(model: HFModel, folder: str | Path) -> None:
     load_from(own_source(model, newest(folder)))
 
 
-def own_source(model: HFModel, folder: str | Path | Found) -> Source:
-    """The weights in a folder of ours for `model`, which needs no memory; errors and logs as `load_weights`."""
+def own_source(model: HFModel, folder: str | Path | Found) -> WeightSource:
+    """The weights in a folder in our format for `model`, which needs no memory; errors and logs as `load_weights`."""
     ours = f"{type(model).__module__}:{type(model).__qualname__}"
     if (found := class_of(folder)) != ours:
         raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
     tell_differences(model, model_of(read_config(folder)), folder)
-    return Source(own_layout(model), folder)
+    return WeightSource(own_key_map(model), folder)
 
 
 def tell_differences(model: HFModel, stated: dict[str, Any], place: object) -> None:
@@ -67,11 +67,11 @@ def tell_differences(model: HFModel, stated: dict[str, Any], place: object) -> N
 def save_weights(
     model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0
 ) -> None:
-    """Write `model` as a folder of ours. `dtype` casts the weights, but not the buffers.
+    """Write `model` as a folder in our format. `dtype` casts the weights, but not the buffers.
 
     A tied head is left out. Raises `UserError` when `folder` already holds weights.
     """
-    save_by(model, own_layout(model), folder, dtype, shard_gib)
+    save_by(model, own_key_map(model), folder, dtype, shard_gib)
     (Path(folder) / "config.json").write_text(to_json(model.config))
 
 
@@ -85,11 +85,11 @@ def hf_config(family: type[HFModel], folder: str | Path) -> Configurable.Config:
         check_types(stated)
         return family.from_hf_config(stated)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{folder}/{CONFIG}: {error}") from error
+        raise UserError(f"{folder}/{CONFIG_FILE}: {error}") from error
 
 
 def class_of(folder: str | Path | Found) -> str:
-    """The class of the model whose weights a folder of ours holds, as "module:Class".
+    """The class of the model whose weights a folder in our format holds, as "module:Class".
 
     Raises `UserError` for a folder of another kind: that of a run may have a `config.json`, and no weights.
     """
@@ -110,4 +110,4 @@ def read_config(folder: str | Path | Found) -> dict[str, Any]:
     """What stands in a folder's `config.json`. Raises `UserError` when there is none."""
     if isinstance(folder, Found):
         return folder.config()
-    return read_json(file_in(folder, CONFIG) or Path(folder) / CONFIG)
+    return read_json(file_in(folder, CONFIG_FILE) or Path(folder) / CONFIG_FILE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from core.comm.packing import fake_pack, pack, unpack
+from core.comm.packing import fake_pack, pack_handle, unpack_handle
 from core.comm.transport import Handle, Sizes
 
 
@@ -65,20 +65,20 @@ class DeepEPLibrary(ABC):
         rows_ND, local_NK, weight_NK, counts, handle = self.send(one_row(x_TD), ids_TK, weight_TK, n_experts)
         local_NK = local_NK.to(ids_TK.dtype)
         counts_G = torch.tensor(counts, dtype=torch.int64, device=x_TD.device)
-        return rows_ND, local_NK, weight_NK.masked_fill(local_NK < 0, 0), counts_G, pack(handle, x_TD.device)
+        return rows_ND, local_NK, weight_NK.masked_fill(local_NK < 0, 0), counts_G, pack_handle(handle, x_TD.device)
 
     def dispatch_cached(self, x_TD: Tensor, handle: Handle, n_rows: int) -> Tensor:
-        rows_ND = self.send_again(one_row(x_TD), unpack(handle))
+        rows_ND = self.send_again(one_row(x_TD), unpack_handle(handle))
         return rows_ND if rows_ND.shape[0] == n_rows else rows_ND[:n_rows].clone()  # without a tail nobody wrote
 
     def combine(self, rows: Tensor, handle: Handle, n_tokens: int) -> Tensor:
-        x_TD, _ = self.bring_back(rows, None, unpack(handle))
+        x_TD, _ = self.bring_back(rows, None, unpack_handle(handle))
         return x_TD if n_tokens else x_TD.new_empty(0, x_TD.shape[1])
 
     def combine_weights(
         self, rows_ND: Tensor, weight_NK: Tensor, handle: Handle, n_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        x_TD, weight_TK = self.bring_back(rows_ND, weight_NK, unpack(handle))
+        x_TD, weight_TK = self.bring_back(rows_ND, weight_NK, unpack_handle(handle))
         assert weight_TK is not None
         if n_tokens:
             return x_TD, weight_TK

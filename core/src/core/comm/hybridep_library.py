@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from core.comm.deepep_library import common_problems, width_problem
-from core.comm.packing import fake_pack, pack, unpack
+from core.comm.packing import fake_pack, pack_handle, unpack_handle
 from core.comm.probe import library, version
 from core.comm.transport import Handle, Sizes
 from core.config.errors import UserError
 
-CHUNK = 64  # tokens that the kernels take at once, unless NUM_OF_TOKENS_PER_CHUNK_*_API say another number
+CHUNK_TOKENS = 64  # tokens that the kernels take at once, unless NUM_OF_TOKENS_PER_CHUNK_*_API say another number
 
 
 class HybridEPBufferTransport:
@@ -60,7 +60,7 @@ class HybridEPBufferTransport:
                 f"HybridEP wants equally many tokens on all ranks: its buffers are for {self.sizes.n_tokens}, and "
                 f"{n_tokens} came"
             )
-        map_TE, weight_TE = chosen(ids_TK, weight_TK, n_experts)
+        map_TE, weight_TE = expert_choices(ids_TK, weight_TK, n_experts)
         waits = capacity is None
         rows_PD, weight_P, _, counts_G, handle = self.buffer.dispatch_with_permute(
             hidden=x_TD,
@@ -77,7 +77,7 @@ class HybridEPBufferTransport:
         filled = counts_G.sum()
         rows_PD, weight_P = cleared(rows_PD, filled, waits), cleared(weight_P, filled, waits)
         told = overflow.new_zeros(1) if waits else overflow.clone()
-        packed = pack([pad_multiple, waits, filled, overflow, *self._kept(members)], x_TD.device)
+        packed = pack_handle([pad_multiple, waits, filled, overflow, *self._kept(members)], x_TD.device)
         return rows_PD, weight_P, counts_G, told, packed
 
     def dispatch_cached(self, x_TD: Tensor, handle: Handle, n_rows: int) -> Tensor:
@@ -118,7 +118,7 @@ class HybridEPBufferTransport:
 
     def _opened(self, packed: Handle) -> tuple[int, bool, Tensor, tuple[Any, ...]]:
         """The multiple of rows, whether the dispatch waits, how many rows are filled, and the library's handle."""
-        pad_multiple, waits, filled, overflow, *members = unpack(packed)
+        pad_multiple, waits, filled, overflow, *members = unpack_handle(packed)
         members = [self.settings if isinstance(part, list) else part for part in members]
         return pad_multiple, waits, filled, (*members, overflow)
 
@@ -128,7 +128,7 @@ def multiple(pad_multiple: int) -> int | None:
     return None if pad_multiple == 1 else pad_multiple
 
 
-def chosen(ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+def expert_choices(ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Which experts each token chose (T, E) and their weights, 0 elsewhere; ids of -1 choose none.
 
     The library makes such maps too, and reads ids of -1 as places outside of them.
@@ -153,7 +153,7 @@ def problems(sizes: Sizes) -> Iterator[str]:
     yield from width_problem("HybridEP", sizes.dim, 16, "standard")
     if sizes.n_experts % 4:
         yield f"HybridEP wants a multiple of 4 experts, and there are {sizes.n_experts}: use standard"
-    if sizes.n_tokens % CHUNK * sizes.n_ranks % 4:
+    if sizes.n_tokens % CHUNK_TOKENS * sizes.n_ranks % 4:
         step = next(n for n in (1, 2, 4) if n * sizes.n_ranks % 4 == 0)
         yield (
             f"HybridEP wants local_batch_size x seq_len / ranks that share a row, {sizes.n_tokens}, to be a multiple "

@@ -14,11 +14,11 @@ from core.comm.transport import Handle
 
 ALIGNMENT = 256  # of PyTorch's own blocks of memory: kernels rely on less
 NONE, BOOL, INT, LIST, TENSOR = range(5)
-DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
-DTYPES += [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+HANDLE_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+HANDLE_DTYPES += [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
-def pack(members: Iterable[Any], device: torch.device) -> Handle:
+def pack_handle(members: Iterable[Any], device: torch.device) -> Handle:
     """The members of a handle as three tensors: None, bool, int, lists of ints, and tensors here or on `device`.
 
     Host memory that was pinned stays pinned. Raises TypeError for anything else.
@@ -39,7 +39,7 @@ def pack(members: Iterable[Any], device: torch.device) -> Handle:
                 pinned |= on_host and member.is_pinned()
                 data = member.contiguous().flatten().view(torch.uint8)
                 gap = -len(data) % ALIGNMENT
-                layout += [TENSOR, int(on_host), offsets[on_host], DTYPES.index(member.dtype)]
+                layout += [TENSOR, int(on_host), offsets[on_host], HANDLE_DTYPES.index(member.dtype)]
                 layout += [member.dim(), *member.shape]
                 pieces[on_host].extend((data, data.new_zeros(gap)))
                 offsets[on_host] += len(data) + gap
@@ -51,7 +51,7 @@ def pack(members: Iterable[Any], device: torch.device) -> Handle:
     return [here, there.pin_memory() if pinned else there, torch.tensor(layout, dtype=torch.int64)]
 
 
-def unpack(handle: Handle) -> list[Any]:
+def unpack_handle(handle: Handle) -> list[Any]:
     """The members again. What a library writes into them leaves the packed handle as it is."""
     here, there, packed = handle
     blobs, layout, members = (here.clone(), there), iter(packed.tolist()), []
@@ -70,12 +70,12 @@ def unpack(handle: Handle) -> list[Any]:
 def _piece(blobs: tuple[Tensor, Tensor], layout: Any) -> Tensor:
     on_host, start, dtype, dim = (next(layout) for _ in range(4))
     shape = [next(layout) for _ in range(dim)]
-    n_bytes = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-    return blobs[on_host][start : start + n_bytes].view(DTYPES[dtype]).view(shape)
+    n_bytes = torch.Size(shape).numel() * HANDLE_DTYPES[dtype].itemsize
+    return blobs[on_host][start : start + n_bytes].view(HANDLE_DTYPES[dtype]).view(shape)
 
 
 def fake_pack(like: Tensor) -> Handle:
-    """Tensors like those of `pack`, without their numbers; for `fake_handle`."""
+    """Tensors like those of `pack_handle`, without their numbers; for `fake_handle`."""
     size = torch.library.get_ctx().new_dynamic_size
     host: dict[str, Any] = {"device": "cpu"}
     return [

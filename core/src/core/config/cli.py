@@ -14,7 +14,7 @@ from core.config.errors import UserError, did_you_mean
 from core.config.exit import exit_plainly
 from core.config.fields import alternatives, walk
 from core.config.help import (
-    CONFIG,
+    CONFIG_OPTION,
     HELP,
     MANY,
     PRINT_COMPLETION,
@@ -29,11 +29,11 @@ from core.config.help import (
     usage,
 )
 from core.config.older import apply_older
-from core.config.options import Option, options, plain
-from core.config.recipe import load, module_of, recipes
+from core.config.options import Option, comparable, options
+from core.config.recipe import load_config, recipe_module, recipes
 from core.config.record import to_json
 from core.config.validate import validate
-from core.config.version import versions
+from core.config.version import version_lines
 
 Config = Configurable.Config
 Flag = tuple[str, list[str]]
@@ -41,8 +41,8 @@ Flag = tuple[str, list[str]]
 Own = dict[str, list[str]]
 """Options that are no settings, and the words of each."""
 
-OWN = {
-    "config": CONFIG,
+RUN_OPTIONS = {
+    "config": CONFIG_OPTION,
     "trust": TRUST,
     "help": HELP,
     "version": VERSION,
@@ -73,23 +73,23 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
     says what to do.
     """
     with exit_plainly():
-        own, settings = own_flags(split(argv), OWN)
+        own, settings = own_flags(split_flags(argv), RUN_OPTIONS)
         if told_version(own, configs):
             return
-        configs = module_of(configs)
+        configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
-            show(completion(own["print_completion"][0], OWN, known, lambda name: load([name], configs)))
+            show(completion(own["print_completion"][0], RUN_OPTIONS, known, lambda name: load_config([name], configs)))
         elif "config" in own:
-            config = load(own["config"], configs, trust=trusted(own.get("trust", [])), of_part=WEIGHTS)
-            settle_and_run(config, " ".join(own["config"]), own, settings, OWN)
+            config = load_config(own["config"], configs, trust=trusted(own.get("trust", [])), of_part=WEIGHTS)
+            settle_and_run(config, " ".join(own["config"]), own, settings, RUN_OPTIONS)
         elif own.get("help") and known:
             name = next(iter(known))
             title = f"{name}, the first recipe (with --config NAME another)"
-            show(setting_help(title, load([name], configs), own["help"], OWN))
+            show(setting_help(title, load_config([name], configs), own["help"], RUN_OPTIONS))
         else:
             line = "--config NAME|MODULE:NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
-            show("\n".join([usage(line, OWN), SYNTAX, recipe_list(known)]))
+            show("\n".join([usage(line, RUN_OPTIONS), SYNTAX, recipe_list(known)]))
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")
 
@@ -97,12 +97,12 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
 def told_version(own: Own, configs: str | ModuleType) -> bool:
     """Whether --version was asked for, and has been answered."""
     if "version" in own:
-        show(versions((configs if isinstance(configs, str) else configs.__name__).partition(".")[0]))
+        show(version_lines((configs if isinstance(configs, str) else configs.__name__).partition(".")[0]))
     return "version" in own
 
 
 def completion(shell: str, own: Mapping[str, OwnOption], known: Iterable[str], load: Callable[[str], Config]) -> str:
-    """The script that completes this program in a shell; `load` gives what a recipe configures here."""
+    """The script that completes this program in a shell; `load_config` gives what a recipe configures here."""
     configs = {}
     for name in known:
         try:
@@ -116,7 +116,7 @@ def run(config: Config, argv: Sequence[str] | None = None) -> None:
     """The command line of a program without recipes: it changes this configuration; all else is as in `main`."""
     with exit_plainly():
         known = {"help": HELP}
-        own, settings = own_flags(split(argv), known)
+        own, settings = own_flags(split_flags(argv), known)
         settle_and_run(config, f"{program()}: {first_line(owner_of(type(config)))}", own, settings, known)
 
 
@@ -178,7 +178,7 @@ def number(flag: str, word: str) -> int:
     return int(word)
 
 
-def split(argv: Sequence[str] | None) -> list[Flag]:
+def split_flags(argv: Sequence[str] | None) -> list[Flag]:
     """Every option with the words behind it; `--name=word` takes that word alone. None: as the process was called."""
     flags: list[Flag] = []
     closed = True
@@ -202,7 +202,7 @@ def own_flags(flags: Sequence[Flag], known: Mapping[str, OwnOption]) -> tuple[Ow
     own: Own = {}
     settings: list[Flag] = []
     for flag, words in flags:
-        name = "help" if flag == "-h" else plain(flag)
+        name = "help" if flag == "-h" else comparable(flag)
         if name not in known:
             settings.append((flag, words))
         elif (n := known[name].n_words) in (None, len(words)):
@@ -218,11 +218,11 @@ def own_flags(flags: Sequence[Flag], known: Mapping[str, OwnOption]) -> tuple[Ow
 def override(config: Config, flags: Sequence[Flag]) -> None:
     """Set the fields of the tree that the options name. Raises one `UserError` for all that cannot be set."""
     flags = apply_older(config, flags)
-    known = {plain(option.path): option for path, node in walk(config) for option in options(node, path)}
+    known = {comparable(option.path): option for path, node in walk(config) for option in options(node, path)}
     problems = []
     for flag, words in flags:
         try:
-            option, words = find(flag, words, known)
+            option, words = find_option(flag, words, known)
             setattr(option.node, option.name, option.read(words))
         except UserError as error:
             problems.append(str(error))
@@ -230,9 +230,9 @@ def override(config: Config, flags: Sequence[Flag]) -> None:
         raise UserError("\n".join(problems))
 
 
-def find(flag: str, words: list[str], known: dict[str, Option]) -> tuple[Option, list[str]]:
+def find_option(flag: str, words: list[str], known: dict[str, Option]) -> tuple[Option, list[str]]:
     """The option that a flag names and the words for its value; `--a.no-b` is `--a.b False`."""
-    path = plain(flag)
+    path = comparable(flag)
     if path in known:
         return known[path], words
     section, dot, name = path.rpartition(".")

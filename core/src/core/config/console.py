@@ -79,7 +79,7 @@ def lost(stream: TextIO) -> OSError | None:
     return raw.error if isinstance(raw, LossyOutput) else None
 
 
-def tell(line: str) -> None:
+def tell_user(line: str) -> None:
     """Say on standard error, once for all ranks, what a user must know before there is a log."""
     if all(os.environ.get(size, "1") == "1" or os.environ.get(rank, "0") == "0" for rank, size, _ in LAUNCHERS):
         print(line, file=sys.stderr, flush=True)

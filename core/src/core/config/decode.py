@@ -29,11 +29,11 @@ from core.config.fields import (
 from core.config.outside import import_outside, refused
 
 Config = Configurable.Config
-OWN = "core"
+OWN_PACKAGE = "core"
 
 
 @dataclass(kw_only=True, slots=True)
-class Decoder:
+class ConfigDecoder:
     """Values out of data, and what was found on the way."""
 
     trust: Collection[str] = ()
@@ -138,7 +138,7 @@ class Decoder:
         module, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
         if not all(part.isidentifier() for part in [*module.split("."), *path.split(".")]):
             raise UserError(f'expected "module:Class", got {short_repr(name)}')
-        if module not in sys.modules and not any(inside(module, package) for package in (OWN, *self.trust)):
+        if module not in sys.modules and not any(is_inside(module, package) for package in (OWN_PACKAGE, *self.trust)):
             raise UserError(refused(name, module))
         try:
             found: Any = import_module(module)
@@ -149,7 +149,7 @@ class Decoder:
         return found
 
 
-def inside(module: str, package: str) -> bool:
+def is_inside(module: str, package: str) -> bool:
     """Whether a module is this package, or in it."""
     return f"{module}.".startswith(f"{package}.")
 

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake of the user: its message says what is wrong, with the numbers or names, and what mends it."""
+    """A mistake of the user: its message says what is wrong, with the numbers or names, and what fixes it."""
 
 
 class LostRank(RuntimeError):

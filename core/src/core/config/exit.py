@@ -13,7 +13,7 @@ from typing import NoReturn
 from core.config.console import LAUNCHERS, hold_console
 from core.config.errors import LostRank, UserError
 
-PATIENCE_S = 3.0  # in which a launcher, hearing of the rank that failed first, ends the others
+LAUNCHER_PATIENCE_S = 3.0  # in which a launcher, hearing of the rank that failed first, ends the others
 
 
 @contextmanager
@@ -33,11 +33,11 @@ def exit_plainly() -> Iterator[None]:
         yield
     except UserError as error:
         if not leads:
-            time.sleep(PATIENCE_S)
+            time.sleep(LAUNCHER_PATIENCE_S)
         say_last(f"error{rank}: {error}")
         sys.exit(2)
     except LostRank as error:
-        time.sleep(PATIENCE_S)
+        time.sleep(LAUNCHER_PATIENCE_S)
         say_last(f"error{rank}: {error}")
         sys.exit(1)
     except KeyboardInterrupt:

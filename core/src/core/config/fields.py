@@ -81,7 +81,7 @@ def type_name(annotation: Any) -> str:
     return "None" if annotation is NoneType else getattr(annotation, "__qualname__", str(annotation))
 
 
-def parts(value: Any) -> dict[Any, Any]:
+def members(value: Any) -> dict[Any, Any]:
     """What a list, tuple or dict holds, by index or key; nothing for any other value."""
     return value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
 
@@ -94,7 +94,7 @@ def typed_parts(value: Any, option: Any) -> list[tuple[Any, Any, Any]] | None:
     if not fits or fixed and len(value) != len(arguments):
         return None
     types = arguments if fixed else [arguments[-1] if origin is dict else arguments[0]] * len(value)
-    return [(key, part, part_type) for (key, part), part_type in zip(parts(value).items(), types, strict=True)]
+    return [(key, part, part_type) for (key, part), part_type in zip(members(value).items(), types, strict=True)]
 
 
 def type_problems(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
@@ -133,7 +133,7 @@ def walk(value: Any, path: str = "") -> Iterator[tuple[str, Configurable.Config]
     if isinstance(value, Configurable.Config):
         yield path, value
         value = {name: getattr(value, name) for name in field_types(type(value))}
-    for key, part in parts(value).items():
+    for key, part in members(value).items():
         yield from walk(part, join(path, key))
 
 

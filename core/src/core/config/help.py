@@ -11,11 +11,11 @@ from core.config.configurable import Configurable
 from core.config.console import lost
 from core.config.errors import UserError, did_you_mean
 from core.config.fields import walk
-from core.config.options import Option, field_docs, options, plain
+from core.config.options import Option, comparable, field_docs, options
 from core.config.search import Entry, matches, vocabulary
 
 Config = Configurable.Config
-WIDTH, SCREEN = 78, 60  # columns of a line that is to fit a terminal; lines of a text that needs no overview
+HELP_WIDTH, SCREEN = 78, 60  # columns of a line that is to fit a terminal; lines of a text that needs no overview
 
 
 MANY = -1
@@ -30,7 +30,7 @@ class OwnOption(NamedTuple):
     """How many words it takes: None is any number, MANY one or more, which those of another time are added to."""
 
 
-CONFIG = OwnOption(
+CONFIG_OPTION = OwnOption(
     "NAME|MODULE:NAME|FILE.py:NAME|FILE.json ...",
     "a recipe, by its name here or where it stands, or the config.json of a run or of a model, or its folder; behind "
     "it files that change it: "
@@ -80,7 +80,7 @@ def setting_help(title: str, config: Config, words: Sequence[str], own: Mapping[
 
     Raises `UserError` for words that find nothing, with those like them that find something.
     """
-    asked = [plain(word) for word in words]
+    asked = [comparable(word) for word in words]
     nodes = sections(config)
     whole = "\n".join([title, LEGEND, *section_texts(nodes, nodes)])
     if asked == ["all"] or not asked and whole.count("\n") < SCREEN:
@@ -159,7 +159,7 @@ def overview(title: str, nodes: Sections) -> str:
 def wrap(text: str, first: str, others: str) -> list[str]:
     """Lines that fit a terminal; a name is never cut."""
     return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+        text, HELP_WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
 
 

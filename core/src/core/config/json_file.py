@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from core.config.errors import UserError, at_most
-from core.config.fields import parts, type_problems
-from core.config.text_file import read_bytes, text_of, too_long
+from core.config.fields import members, type_problems
+from core.config.text_file import decode_utf8, read_bytes, too_long
 
-MOST_MIB = 64
+MOST_JSON_MIB = 64
 """So large may a file be, unless its reader says otherwise."""
 DEEPEST = 100
 """So deep may objects and lists be nested."""
-MOST_DIGITS = 100
+MOST_NUMBER_DIGITS = 100
 """So many digits may a whole number have. Hugging Face's tokenizers state 10^30 where they mean no bound."""
-MOST_LINES = 10
+MOST_ERROR_LINES = 10
 """So many misfits are listed."""
 SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 """The escape of half a character, which is none unless the other half is beside it."""
 
 
-def read_json(path: str | Path, most_mib: int = MOST_MIB) -> dict[str, Any]:
+def read_json(path: str | Path, most_mib: int = MOST_JSON_MIB) -> dict[str, Any]:
     """The JSON object in a file. Raises `UserError`, which names the file, when it cannot be read or holds none."""
     return parse_json(read_bytes(path, most_mib), path, most_mib)
 
 
-def parse_json(data: bytes | str, name: object, most_mib: int = MOST_MIB) -> dict[str, Any]:
+def parse_json(data: bytes | str, name: object, most_mib: int = MOST_JSON_MIB) -> dict[str, Any]:
     """The JSON object that this text, which errors call `name`, stands for.
 
     Raises `UserError` for anything else: a text that is too long, not UTF-8 (a byte order mark is allowed), not JSON or
@@ -37,7 +37,7 @@ def parse_json(data: bytes | str, name: object, most_mib: int = MOST_MIB) -> dic
     """
     if len(data) > most_mib * 2**20:
         raise too_long(name, most_mib)
-    text = text_of(data, name) if isinstance(data, bytes) else data
+    text = decode_utf8(data, name) if isinstance(data, bytes) else data
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_int)
     except json.JSONDecodeError as error:
@@ -59,7 +59,7 @@ def typed(value: Any, annotation: Any, name: object) -> Any:
     """
     if problems := list(type_problems(value, annotation, "")):
         lines = [f"{name}: {path}: {message}" if path else f"{name}: {message}" for path, message in problems]
-        raise UserError("\n".join(at_most(MOST_LINES, lines)))
+        raise UserError("\n".join(at_most(MOST_ERROR_LINES, lines)))
     return value
 
 
@@ -69,7 +69,7 @@ def _check(value: Any, name: object, halves: bool) -> None:
     for _ in range(DEEPEST + 1):
         if halves and any(_is_broken(text) for part in level for text in _texts(part)):
             raise UserError(f"{name} has half a character (an escape \\ud800 to \\udfff alone)")
-        level = [part for whole in level if isinstance(whole, dict | list) for part in parts(whole).values()]
+        level = [part for whole in level if isinstance(whole, dict | list) for part in members(whole).values()]
         if not level:
             return
     raise UserError(_too_deep(name))
@@ -92,8 +92,10 @@ def _too_deep(name: object) -> str:
 
 
 def _int(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise UserError(f"a number has {len(digits):,} digits, at most {MOST_DIGITS} are allowed: {digits[:9]}...")
+    if len(digits) > MOST_NUMBER_DIGITS:
+        raise UserError(
+            f"a number has {len(digits):,} digits, at most {MOST_NUMBER_DIGITS} are allowed: {digits[:9]}..."
+        )
     return int(digits)
 
 

@@ -76,7 +76,7 @@ def options(node: Configurable.Config, path: str) -> Iterator[Option]:
             yield Option(join(path, name), node, name)
 
 
-def plain(name: str) -> str:
+def comparable(name: str) -> str:
     """A name as it is compared: without leading dashes, and with `_` for every `-`."""
     return name.lstrip("-").replace("-", "_")
 

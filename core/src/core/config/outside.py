@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from core.config.errors import UserError, did_you_mean
-from core.config.options import plain
+from core.config.options import comparable
 
 NAMED: dict[str, str] = {}
 """Modules that were imported here because the user named them, and how: what a later process has to be told, too."""
@@ -88,7 +88,7 @@ def recipe_outside(source: str) -> tuple[str, Callable[[], Any]]:
         for each, function in vars(module).items()
         if inspect.isfunction(function) and not each.startswith("_") and not inspect.signature(function).parameters
     }
-    if (name := plain(name)) not in known:
+    if (name := comparable(name)) not in known:
         own = [each for each, function in known.items() if function.__module__ == module.__name__]
         has = f"it has {', '.join(own)}" if own else "it has no function without arguments"
         hint = did_you_mean(name, known, n=3) or has

@@ -17,19 +17,19 @@ from types import ModuleType
 from typing import Any
 
 from core.config.configurable import Configurable, field_names, owner_of
-from core.config.console import tell
-from core.config.decode import Decoder, inside
+from core.config.console import tell_user
+from core.config.decode import ConfigDecoder, is_inside
 from core.config.errors import UserError, did_you_mean, joined
 from core.config.fields import alternatives, field_types, is_config, short_repr
 from core.config.json_file import read_json
-from core.config.options import plain
+from core.config.options import comparable
 from core.config.outside import module_name, names_outside, place_and_name, recipe_outside, refused
 from core.config.record import diff, from_dict
 
 Config = Configurable.Config
 
 
-def module_of(configs: str | ModuleType) -> ModuleType:
+def recipe_module(configs: str | ModuleType) -> ModuleType:
     """The module of the recipes, which may be given by its name."""
     return import_module(configs) if isinstance(configs, str) else configs
 
@@ -46,7 +46,9 @@ def recipes(configs: ModuleType) -> dict[str, Callable[[], Config]]:
     }
 
 
-def load(sources: Sequence[str], configs: ModuleType, *, trust: Collection[str] = (), of_part: str = "") -> Config:
+def load_config(
+    sources: Sequence[str], configs: ModuleType, *, trust: Collection[str] = (), of_part: str = ""
+) -> Config:
     """The configuration of the first source, changed by the files behind it in their order.
 
     `trust` are the modules whose classes a file may name, besides those of the recipes' own package. `of_part` is said
@@ -67,13 +69,13 @@ def load(sources: Sequence[str], configs: ModuleType, *, trust: Collection[str] 
 
 def is_folder(source: str, configs: ModuleType) -> bool:
     """Whether a source is a folder, whose config.json is meant; a recipe of that name goes before it."""
-    return plain(source) not in recipes(configs) and Path(source).expanduser().is_dir()
+    return comparable(source) not in recipes(configs) and Path(source).expanduser().is_dir()
 
 
 def from_recipe(source: str, configs: ModuleType) -> Config:
     """The configuration of a recipe. One with a field `recipe` is told its name."""
     known = recipes(configs)
-    if (name := plain(source)) in known:
+    if (name := comparable(source)) in known:
         function = known[name]
     elif names_outside(source):
         name, function = recipe_outside(source)
@@ -109,7 +111,7 @@ def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part:
     name = data.pop("recipe")
     if not isinstance(name, str):
         raise UserError(f"{source}: recipe: expected the name of one, got {short_repr(name)}")
-    if names_outside(name) and not any(inside(module_name(place_and_name(name)[0]), package) for package in trust):
+    if names_outside(name) and not any(is_inside(module_name(place_and_name(name)[0]), package) for package in trust):
         raise UserError(f"{source}: {refused(f'the recipe {name}', place_and_name(name)[0])}")
     config = from_recipe(name, configs)
     change(source, config, data, trust)
@@ -120,7 +122,9 @@ def tell_where(source: str, config: Config) -> None:
     """Say that the file lies in the folder of a run, and states another one for it: it was moved, or copied."""
     here, folder = Path(source).resolve().parent, getattr(config, "dump_folder", None)
     if folder is not None and here != Path(folder).resolve() and (here / "metrics.jsonl").exists():
-        tell(f"{source} says dump_folder {folder}, where the run is written; to go on here add --dump_folder {here}")
+        tell_user(
+            f"{source} says dump_folder {folder}, where the run is written; to go on here add --dump_folder {here}"
+        )
 
 
 def lay(source: str, config: Config, trust: Collection[str], first: str) -> None:
@@ -143,14 +147,14 @@ def lay(source: str, config: Config, trust: Collection[str], first: str) -> None
 def of_record(source: str, data: dict[str, Any], trust: Collection[str]) -> Config:
     """The configuration, or the part of one, that was written as this data."""
     try:
-        return from_dict(data, trust=trust, say=lambda line: tell(f"{source}: {line}"))
+        return from_dict(data, trust=trust, say=lambda line: tell_user(f"{source}: {line}"))
     except UserError as error:
         raise UserError(f"{source} is no configuration:\n{error}") from error
 
 
 def change(source: str, config: Config, data: dict[str, Any], trust: Collection[str]) -> None:
     """Set what the data of a file states."""
-    decoder = Decoder(trust=trust)
+    decoder = ConfigDecoder(trust=trust)
     decoder.onto(config, data)
     if decoder.problems:
         raise UserError(f"{source} does not fit:\n{joined(decoder.problems)}")
@@ -188,7 +192,7 @@ def around(source: str, part: Config, configs: ModuleType, of_part: str) -> Conf
         raise UserError(f"{source} describes a {type(part).__qualname__}, and no recipe has a place for it")
     _, name, place, config = min(near, key=lambda each: each[0])
     setattr(config, place, part)
-    tell(
+    tell_user(
         f"{source} describes the {place} alone: all else is as in recipe {name}, whose {place} is most like it; "
         f"--config NAME {source} takes another's{of_part.format(folder=Path(source).parent)}"
     )

@@ -14,10 +14,10 @@ from enum import Enum
 from typing import Any, TypeVar, get_origin
 
 from core.config.configurable import Configurable, owner_of
-from core.config.console import tell
-from core.config.decode import Decoder
+from core.config.console import tell_user
+from core.config.decode import ConfigDecoder
 from core.config.errors import at_most, joined
-from core.config.fields import alternatives, default_of, field_types, is_config, join, parts, typed_parts, walk
+from core.config.fields import alternatives, default_of, field_types, is_config, join, members, typed_parts, walk
 from core.config.json_file import parse_json
 from core.config.validate import wrong_field_types
 
@@ -35,7 +35,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(
-    data: Any, fits: type[Config] = Config, *, trust: Collection[str] = (), say: Callable[[str], object] = tell
+    data: Any, fits: type[Config] = Config, *, trust: Collection[str] = (), say: Callable[[str], object] = tell_user
 ) -> Config:
     """The configuration that `to_dict` gave this data for; its class must be `fits` or derive from it.
 
@@ -44,7 +44,7 @@ def from_dict(
     and is not there, a value that does not fit, a class of a module that is neither loaded already, nor of core, nor in
     `trust`.
     """
-    decoder = Decoder(trust=trust)
+    decoder = ConfigDecoder(trust=trust)
     config = decoder.value(data, fits, "")
     if decoder.problems:
         raise joined(decoder.problems)
@@ -107,10 +107,10 @@ def completed(data: dict[str, Any], config: Config) -> dict[str, Any]:
 def _completed(data: Any, value: Any) -> Any:
     """`data` beside a value of this version."""
     if isinstance(data, list):
-        return [_completed(part, parts(value).get(place)) for place, part in enumerate(data)]
+        return [_completed(part, members(value).get(place)) for place, part in enumerate(data)]
     if not isinstance(data, dict):
         return data
-    known, added = parts(value), {}
+    known, added = members(value), {}
     if isinstance(value, Config):
         data = value.upgrade(data)
         types = field_types(type(value))
@@ -124,7 +124,7 @@ def _leaves(data: Any, path: str) -> list[tuple[str, Any]]:
     nested = isinstance(data, dict) or (isinstance(data, list) and any(isinstance(item, dict) for item in data))
     if not data or not nested:
         return [(path, data)]
-    return [leaf for key, part in parts(data).items() for leaf in _leaves(part, join(path, key))]
+    return [leaf for key, part in members(data).items() for leaf in _leaves(part, join(path, key))]
 
 
 def _encode(value: Any, annotation: Any) -> Any:

@@ -73,14 +73,14 @@ class Entry(NamedTuple):
 
 def matches(asked: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
     """The entries that have most of the words, one at least; those first that have more of them in their names."""
-    words = [part for word in asked for part in parts(word.lower(), entries)]
+    words = [part for word in asked for part in word_parts(word.lower(), entries)]
     in_text = {entry: sum(bool(pattern(word).search(entry.text)) for word in words) for entry in entries}
     in_name = {entry: sum(bool(pattern(word).search(entry.name)) for word in words) for entry in entries}
     most = max(in_text.values(), default=0)
     return sorted((entry for entry in entries if in_text[entry] == most > 0), key=lambda entry: -in_name[entry])
 
 
-def parts(word: str, entries: Sequence[Entry]) -> list[str]:
+def word_parts(word: str, entries: Sequence[Entry]) -> list[str]:
     """The word, or where nothing has it as it is, what its underscores separate: `grad_accum` is two words.
 
     Of those, short ones such as `num` and `per` count only where there is no other.

@@ -24,10 +24,10 @@ def read_bytes(path: str | Path, most_mib: int) -> bytes:
 
 def read_text(path: str | Path, most_mib: int) -> str:
     """The text of a file; errors as in `read_bytes`, and for what is not UTF-8. A byte order mark is no part of it."""
-    return text_of(read_bytes(path, most_mib), path)
+    return decode_utf8(read_bytes(path, most_mib), path)
 
 
-def text_of(data: bytes, name: object) -> str:
+def decode_utf8(data: bytes, name: object) -> str:
     """The text that these bytes, which an error calls `name`, stand for; raises `UserError` where it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")

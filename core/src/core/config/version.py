@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import core
 
 
-def versions(package: str) -> str:
+def version_lines(package: str) -> str:
     """A line each for the package of the recipes, core, torch and Python."""
     ours = getattr(import_module(package), "__version__", "states no __version__")
     try:

@@ -20,7 +20,7 @@ from core.config.record import absolute
 from core.data import integrity, shards
 from core.data.sampling import SPLITS, Split, held_out
 from core.data.sections import batches, settled
-from core.data.shards import DamagedError, Manifest, SplitWriter, TokenStream, digest
+from core.data.shards import DamagedError, SplitWriter, TokenManifest, TokenStream, json_digest
 from core.data.source import Source, absolute_dataset, open_source
 from core.data.staging import staging_folder
 from core.data.text_files import OnBadLine
@@ -76,13 +76,13 @@ class Corpus(Configurable):
             "on_bad_line": config.on_bad_line,
             "validation_fraction": config.validation_fraction,
             "tokenizer": tokenizer.fingerprint,
-            "source": digest(source.fingerprint()),
+            "source": json_digest(source.fingerprint()),
         }
-        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{digest(self._made_from)[:16]}").strip("-")
+        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{json_digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
         self._verify, self._vocab_size = verify, tokenizer.vocab_size
-        self.manifest: Manifest = self._find() or self._prepare(source, tokenizer, config.validation_fraction)
+        self.manifest: TokenManifest = self._find() or self._prepare(source, tokenizer, config.validation_fraction)
 
     def split(self, split: Split) -> TokenStream:
         """The tokens of one split."""
@@ -95,7 +95,7 @@ class Corpus(Configurable):
         size = f"{extent.documents:,} documents{sections}, {rate(extent.tokens)} tokens ({split})"
         return f"{self.name}: {size}, cached in {self.folder}"
 
-    def _find(self) -> Manifest | None:
+    def _find(self) -> TokenManifest | None:
         """What the cache holds, or None with a warning where that is damaged."""
         try:
             return self._read()
@@ -106,23 +106,23 @@ class Corpus(Configurable):
                 LOGGER.warning("the prepared corpus %s is damaged (%s): it is prepared again", self.folder, damage)
             return None
 
-    def _read(self) -> Manifest:
+    def _read(self) -> TokenManifest:
         """What the cache holds; DamagedError where that is not what was written there for these settings."""
-        manifest = shards.read_manifest(self.folder)
+        manifest = shards.read_token_manifest(self.folder)
         same = (manifest.made_from, manifest.vocab_size) == (self._made_from, self._vocab_size)
         if not same or manifest.splits.keys() != set(SPLITS):
             raise DamagedError("it was made from something else")
         integrity.check_files(self.folder, manifest, hashes=self._verify)
         return manifest
 
-    def _prepare(self, source: Source, tokenizer: Tokenizer, fraction: float) -> Manifest:
+    def _prepare(self, source: Source, tokenizer: Tokenizer, fraction: float) -> TokenManifest:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with staging_folder(self.folder) as staging:
                 complete = staging / "complete"
                 complete.mkdir()
                 splits, files = _write(complete, source, tokenizer, fraction)
-                Manifest(
+                TokenManifest(
                     made_from=self._made_from,
                     vocab_size=tokenizer.vocab_size,
                     splits=splits,
@@ -179,7 +179,7 @@ def _write(
     with ExitStack() as opened:
         for writer in writers.values():
             opened.callback(writer.close)
-        with Progress(source.name) as progress:
+        with ProgressLine(source.name) as progress:
             first, before, long = 0, False, Counter[str]()
             for batch in batches(source.sections()):
                 held = held_out(first, len(batch) + 1, fraction)
@@ -202,7 +202,7 @@ def _write(
     return {split: writer.extent for split, writer in writers.items()}, files
 
 
-class Progress:
+class ProgressLine:
     """Says how far long work is: one live line on a terminal, otherwise a logged line every ten seconds."""
 
     def __init__(self, name: str) -> None:
@@ -211,7 +211,7 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._started = self._said = time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         return self
 
     def __exit__(self, *error: object) -> None:

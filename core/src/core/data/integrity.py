@@ -22,7 +22,7 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.config.json_file import read_json, typed
-from core.data.shards import STARTS, VERIFIED, DamagedError, Manifest, token_type
+from core.data.shards import STARTS, VERIFIED, DamagedError, TokenManifest, token_type
 from core.runtime.activity import advance
 from core.runtime.log import LOGGER
 
@@ -38,7 +38,7 @@ _known: dict[str, Stamp] = {}
 cannot be written."""
 
 
-def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+def check_files(folder: Path, manifest: TokenManifest, *, hashes: bool) -> None:
     """DamagedError unless the files are those of the manifest: their sizes and the order of the document starts, and
     if `hashes` every byte of a file that was not verified before."""
     sizes = manifest.sizes()
@@ -90,7 +90,7 @@ def _remember(folder: Path, verified: dict[str, Stamp], new: dict[str, Stamp]) -
         )
 
 
-def _verify(folder: Path, manifest: Manifest, names: Iterable[str], n_bytes: int) -> None:
+def _verify(folder: Path, manifest: TokenManifest, names: Iterable[str], n_bytes: int) -> None:
     if n_bytes >= _LONG_BYTES:
         LOGGER.info("verifying %s GB of tokens in %s, once", f"{n_bytes / 1e9:,.1f}", folder)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
@@ -98,7 +98,7 @@ def _verify(folder: Path, manifest: Manifest, names: Iterable[str], n_bytes: int
             pass
 
 
-def _verify_file(path: Path, manifest: Manifest) -> None:
+def _verify_file(path: Path, manifest: TokenManifest) -> None:
     dtype = STARTS if path.suffix == ".starts" else token_type(manifest.vocab_size)
     limit = manifest.vocab_size if path.suffix == ".tokens" else None
     hashed = hashlib.sha256()

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     documents_BL: Tensor
 
 
-def pack(windows: np.ndarray, starts: np.ndarray) -> Batch:
+def pack_rows(windows: np.ndarray, starts: np.ndarray) -> Batch:
     """The samples of `windows`: (B, L+1) tokens, with `starts` (B, L+1) true where a token opens a document."""
     opens_BL = starts[:, :-1].copy()
     opens_BL[:, :1] = False

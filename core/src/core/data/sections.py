@@ -32,7 +32,7 @@ class Section(NamedTuple):
         return self.opens and self.closes and (not self.text or self.text.isspace())
 
 
-def cut(parts: Iterable[str], limit: int) -> Iterator[Section]:
+def split_sections(parts: Iterable[str], limit: int) -> Iterator[Section]:
     """The document that the parts make up, in sections of at most `limit` characters."""
     held: list[str] = []
     length = 0
@@ -52,7 +52,7 @@ def cut(parts: Iterable[str], limit: int) -> Iterator[Section]:
 def cut_row(text: str) -> Iterator[Section]:
     """A document that is in memory, in sections."""
     starts = range(0, len(text), _PART_CHARACTERS)
-    return cut((text[start : start + _PART_CHARACTERS] for start in starts), ROW_CHARACTERS)
+    return split_sections((text[start : start + _PART_CHARACTERS] for start in starts), ROW_CHARACTERS)
 
 
 def _place_to_cut(text: str, limit: int) -> int:

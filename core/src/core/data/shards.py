@@ -25,7 +25,7 @@ from core.runtime.disk import flush
 FORMAT = 4
 """Another one whenever the same text becomes other tokens or other files."""
 SHARD_TOKENS = 2**28
-MANIFEST = "manifest.json"
+TOKEN_MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
 """Remembers which files were verified; see core.data.integrity."""
 STARTS = np.dtype("<i8")
@@ -127,7 +127,7 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
 
 
 @dataclass(kw_only=True, slots=True)
-class Manifest:
+class TokenManifest:
     """What a folder holds and what it was made from; `core.data.integrity` finds whether that is true."""
 
     made_from: dict[str, Any]
@@ -140,8 +140,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Complete the folder: the last file to be written."""
         content = asdict(self)
-        with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump({**content, "digest": digest(content)}, file, indent=1)
+        with open(folder / TOKEN_MANIFEST, "w", encoding="utf-8") as file:
+            json.dump({**content, "digest": json_digest(content)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         flush(folder)
@@ -160,14 +160,14 @@ class DamagedError(Exception):
     """A folder is no complete prepared corpus."""
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_token_manifest(folder: Path) -> TokenManifest:
     """The manifest of a folder; DamagedError where it cannot be read or contradicts itself."""
     try:
-        content = read_json(folder / MANIFEST)
-        if content.pop("digest", None) != digest(content):
-            raise DamagedError(f"{MANIFEST} was changed after it was written")
+        content = read_json(folder / TOKEN_MANIFEST)
+        if content.pop("digest", None) != json_digest(content):
+            raise DamagedError(f"{TOKEN_MANIFEST} was changed after it was written")
         content["splits"] = {split: Extent(**extent) for split, extent in content["splits"].items()}
-        manifest = Manifest(**content)
+        manifest = TokenManifest(**content)
         _check_counts(manifest)
         n_shards = sum(-(-extent.tokens // manifest.shard_tokens) for extent in manifest.splits.values())
         if len(manifest.files) != n_shards + len(manifest.splits) or manifest.files.keys() != manifest.sizes().keys():
@@ -175,11 +175,11 @@ def read_manifest(folder: Path) -> Manifest:
     except UserError as error:
         raise DamagedError(str(error)) from error.__cause__ or error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read: {error!r}") from error
+        raise DamagedError(f"{TOKEN_MANIFEST} cannot be read: {error!r}") from error
     return manifest
 
 
-def _check_counts(manifest: Manifest) -> None:
+def _check_counts(manifest: TokenManifest) -> None:
     counts = [manifest.vocab_size, manifest.shard_tokens]
     for extent in manifest.splits.values():
         counts += [extent.documents, extent.tokens, extent.bytes, extent.sections]
@@ -189,7 +189,7 @@ def _check_counts(manifest: Manifest) -> None:
         raise ValueError("a hash that is no text")
 
 
-def digest(data: Any) -> str:
+def json_digest(data: Any) -> str:
     """The hash of data that JSON can hold."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -212,7 +212,7 @@ class TokenStream:
         self._vocab_size, self._folder = vocab_size, folder
 
     @classmethod
-    def map(cls, folder: Path, manifest: Manifest, split: str) -> "TokenStream":
+    def map(cls, folder: Path, manifest: TokenManifest, split: str) -> "TokenStream":
         """The split of a prepared corpus; its files are read when windows are."""
         extent, dtype = manifest.splits[split], token_type(manifest.vocab_size)
         n_shards = -(-extent.tokens // manifest.shard_tokens)

@@ -17,7 +17,7 @@ from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.library import library_errors
 from core.data.sections import Section, cut_row
-from core.data.text_files import BadLines, OnBadLine, find_files, read_sections, reading, text_of
+from core.data.text_files import BadLines, OnBadLine, field_text, find_files, read_sections, reading
 
 STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
@@ -152,7 +152,7 @@ class HubDataset(Source):
                 row = next(rows, _END)
             if row is _END:
                 return
-            yield from text_of(row, self.text_field, f"{self.name}, row {number}", bad)
+            yield from field_text(row, self.text_field, f"{self.name}, row {number}", bad)
 
 
 def absolute_dataset(dataset: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.config.errors import UserError
-from core.data.packing import Batch, pack
+from core.data.packing import Batch, pack_rows
 from core.data.sampling import held_out
 from core.data.sections import Section, batches, settled
 from core.data.shards import TokenStream
@@ -81,7 +81,7 @@ class TextStream:
         starts = np.zeros(windows.shape, np.bool_)
         for row in range(count):
             self._take(windows[row], starts[row])
-        return pack(windows, starts)
+        return pack_rows(windows, starts)
 
     def state_dict(self) -> dict[str, int]:
         """The place: integers that JSON can hold."""

@@ -8,9 +8,9 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.data.corpus import Corpus
-from core.data.packing import Batch, pack
+from core.data.packing import Batch, pack_rows
 from core.data.samples import IndexedSamples, Samples
-from core.data.shards import FORMAT, TokenStream, digest
+from core.data.shards import FORMAT, TokenStream, json_digest
 from core.data.source import open_source
 from core.data.streaming import TextStream, reserved_documents
 
@@ -37,7 +37,7 @@ class IndexedText(IndexedSamples):
         self.rows_per_epoch = n_windows(self._tokens, self)
 
     def rows_at(self, numbers: np.ndarray) -> Batch:
-        return pack(*self._tokens.windows(numbers, self.seq_len))
+        return pack_rows(*self._tokens.windows(numbers, self.seq_len))
 
 
 class StreamedText(Samples):
@@ -62,7 +62,7 @@ class StreamedText(Samples):
     def open(self) -> None:
         c = self.config
         source = open_source(c.dataset, c.text_field, c.on_bad_line)
-        self.fingerprint = digest([FORMAT, source.fingerprint(), self.tokenizer.fingerprint])
+        self.fingerprint = json_digest([FORMAT, source.fingerprint(), self.tokenizer.fingerprint])
         self.in_order = self.split == "train"
         if self.in_order:
             place = {"rank": self.rank, "n_ranks": self.n_ranks}
@@ -77,7 +77,7 @@ class StreamedText(Samples):
     def rows(self, first: int, count: int) -> Batch:
         if self.in_order:
             return self._stream.read(first, count)
-        return pack(*self._held.windows(np.arange(first, first + count), self.seq_len))
+        return pack_rows(*self._held.windows(np.arange(first, first + count), self.seq_len))
 
     def state_dict(self) -> dict[str, int]:
         return self._stream.state_dict() if self.in_order else {}

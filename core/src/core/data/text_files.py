@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from core.config.errors import UserError, at_most
 from core.config.fields import short_repr
-from core.data.sections import FILE_CHARACTERS, Section, cut, cut_row
+from core.data.sections import FILE_CHARACTERS, Section, cut_row, split_sections
 from core.runtime.log import LOGGER
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
@@ -48,7 +48,7 @@ class BadLines:
     def add(self, place: str, reason: str) -> None:
         """Report what stands at `place` ("file:line"); raises UserError unless the policy is "skip"."""
         if self.policy == "error":
-            raise UserError(f"{place}: {reason}. Mend the data, or leave such lines out with on_bad_line skip")
+            raise UserError(f"{place}: {reason}. Fix the data, or leave such lines out with on_bad_line skip")
         self.first = self.first or f"{place}: {reason}"
         self.count += 1
 
@@ -122,7 +122,7 @@ def read_sections(path: Path, text_field: str, bad: BadLines) -> Iterator[Sectio
         if ".jsonl" in (_suffix(path) or ""):
             yield from _json_lines(file, path, text_field, bad)
         else:
-            yield from cut(_text_parts(file, path, bad), FILE_CHARACTERS)
+            yield from split_sections(_text_parts(file, path, bad), FILE_CHARACTERS)
 
 
 @contextmanager
@@ -159,10 +159,10 @@ def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iter
                 bad.add(f"{path}:{number}", f"not JSON ({error})")
             else:
                 text = ""
-                yield from text_of(row, text_field, f"{path}:{number}", bad)
+                yield from field_text(row, text_field, f"{path}:{number}", bad)
 
 
-def text_of(row: object, text_field: str, place: str, bad: BadLines) -> Iterator[Section]:
+def field_text(row: object, text_field: str, place: str, bad: BadLines) -> Iterator[Section]:
     """The text in a row's field, in sections; nothing when the row is reported as unreadable."""
     if not isinstance(row, dict):
         bad.add(place, f"expected an object with the field {text_field!r}, got a value of type {type(row).__name__}")

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from core.nn.decoder import Decoder
-from core.nn.kernel import Keys, Where
+from core.nn.kernel import KeyValues, Positions
 
 
 class Memory:
-    """The key side of one attention: a hook for its `Keys` that adds what is new and gives all so far.
+    """The key side of one attention: a hook for its `KeyValues` that adds what is new and gives all so far.
 
     Each side (B, L, ...) lies in a buffer with room for `capacity` tokens in a row.
     """
@@ -59,7 +59,7 @@ class CachedDecoder:
     def __enter__(self) -> "CachedDecoder":
         assert self.model.output is not None, "a stage of a pipeline gives no logits"
         for module in self.model.modules():
-            if isinstance(module, Keys):
+            if isinstance(module, KeyValues):
                 self.hooks.append(module.register_forward_hook(Memory(self.capacity)))
         self.hooks.append(self.model.output.register_forward_pre_hook(_last_token))
         return self
@@ -70,12 +70,12 @@ class CachedDecoder:
 
     def __call__(self, tokens_BL: Tensor) -> Tensor:
         assert self.hooks, "the cache lives inside `with`"
-        where = self.where(tokens_BL.shape[1])
-        logits_B1V = self.model(tokens_BL, where)
+        positions = self.positions(tokens_BL.shape[1])
+        logits_B1V = self.model(tokens_BL, positions)
         self.length += tokens_BL.shape[1]
         return logits_B1V[:, 0]
 
-    def where(self, n: int) -> Where:
+    def positions(self, n: int) -> Positions:
         """Where the next `n` tokens of each row stand, and all keys up to them."""
         assert self.length + n <= self.capacity, f"{self.length + n} tokens, there is room for {self.capacity}"
         index_1M = self.index_1M[:, : self.length + n]
@@ -84,10 +84,10 @@ class CachedDecoder:
             position_BM = index_1M - self.n_pads_B1
             document_BM = (index_1M < self.n_pads_B1).long()
         if self.length == 0:
-            return Where(position_BM, document_BM)
+            return Positions(position_BM, document_BM)
         new = slice(self.length, None)
         document_BL = None if document_BM is None else document_BM[:, new]
-        return Where(position_BM[:, new], document_BL, index_1M[:, new], index_1M, document_BM)
+        return Positions(position_BM[:, new], document_BL, index_1M[:, new], index_1M, document_BM)
 
 
 def _last_token(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from core.checkpoint.weights import load
+from core.checkpoint.weights import load_folder
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.console import lost
@@ -21,9 +21,9 @@ from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import HELP, MANY, PRINT_COMPLETION, TRUST, VERSION, OwnOption, show, usage
-from core.config.options import plain
-from core.config.recipe import is_folder, module_of, recipes
-from core.config.recipe import load as load_config
+from core.config.options import comparable
+from core.config.recipe import is_folder, recipe_module, recipes
+from core.config.recipe import load_config as load_config
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.generate.folder import check_tokenizer, described, existing, tokenizer_in
@@ -35,9 +35,9 @@ from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.module import parameter_count
 from core.runtime.device import describe, free_memory, select_device
-from core.runtime.units import size
+from core.runtime.units import size_text
 
-OWN = {
+WRITING_OPTIONS = {
     "config": OwnOption(
         "NAME|MODULE:NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY
     ),
@@ -58,23 +58,23 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
     """Continue prompts with the model of a folder of weights, or of one of the recipes in `configs`, a module or its
     name; mistakes of the user end as in training."""
     with exit_plainly():
-        own, settings = cli.own_flags(cli.split(argv), OWN)
+        own, settings = cli.own_flags(cli.split_flags(argv), WRITING_OPTIONS)
         if cli.told_version(own, configs):
             return
-        configs = module_of(configs)
+        configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
             of_recipe = partial(generation_of, configs=configs, trust=())
-            show(cli.completion(own["print_completion"][0], OWN, known, lambda name: of_recipe([name])))
+            show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe([name])))
             return
         title = "\n".join(
             [
-                usage("--checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", OWN | NEEDED),
+                usage("--checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", WRITING_OPTIONS | NEEDED),
                 "\nThe text goes to standard output, all else to standard error.",
                 f"recipes: {', '.join(known)}",
             ]
         )
-        config = chosen(own, settings, configs)
+        config = chosen_generation(own, settings, configs)
         if config is None:
             show(title)
             if "help" not in own:
@@ -82,14 +82,14 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
             return
         config.prompt, settings = prompts_among(settings)
         heading = title if not own.get("help") else config.checkpoint or " ".join(own.get("config", list(known)[:1]))
-        cli.settle_and_run(config, heading, own, settings, OWN)
+        cli.settle_and_run(config, heading, own, settings, WRITING_OPTIONS)
 
 
-def chosen(own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType) -> "Generation.Config | None":
+def chosen_generation(own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType) -> "Generation.Config | None":
     """How the model writes that --config names, or else the folder of --checkpoint; for help about settings the first
     recipe's. None where nothing is chosen."""
     trust = trusted(own.get("trust", []))
-    folders = [words[0] for flag, words in settings if plain(flag) == "checkpoint" and len(words) == 1]
+    folders = [words[0] for flag, words in settings if comparable(flag) == "checkpoint" and len(words) == 1]
     sources = own.get("config") or ([] if folders or not own.get("help") else list(recipes(configs))[:1])
     if not sources and not folders:
         return None
@@ -113,7 +113,7 @@ def prompts_among(flags: Sequence[cli.Flag]) -> tuple[list[str], list[cli.Flag]]
     """The texts of all --prompt, and the other options. Raises `UserError` for one that is not one text."""
     prompts, others = [], []
     for flag, words in flags:
-        if plain(flag) != "prompt":
+        if comparable(flag) != "prompt":
             others.append((flag, words))
         elif len(words) == 1:
             prompts += words
@@ -207,11 +207,11 @@ class Generation(Configurable):
         free = free_memory(self.device)
         if free is not None and n_bytes > free:
             raise UserError(
-                f"the weights take {size(n_bytes)} in {type_name(self.dtype)}, {self.device} has "
-                f"{size(free)} left: choose a smaller model or another device"
+                f"the weights take {size_text(n_bytes)} in {dtype_name(self.dtype)}, {self.device} has "
+                f"{size_text(free)} left: choose a smaller model or another device"
             )
         materialise(model, self.device, self.dtype)
-        load(model, self.folder)
+        load_folder(model, self.folder)
         return model.eval()
 
     def run(self) -> None:
@@ -271,7 +271,7 @@ class Generation(Configurable):
         model = f"{type(self.model).__name__} of {parameter_count(self.model):,} parameters from {self.folder}"
         return [
             f"tokenizer  {self.tokenizer.description}{own}",
-            f"model      {model}, {type_name(self.dtype)} on {describe(self.device)}",
+            f"model      {model}, {dtype_name(self.dtype)} on {describe(self.device)}",
         ]
 
     def limits_met(self, completions: list[Completion]) -> Iterator[str]:
@@ -292,7 +292,7 @@ def read_prompt(file: str) -> str:
         raise UserError(f"cannot read the prompt in {file}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def type_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

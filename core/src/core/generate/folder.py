@@ -21,7 +21,7 @@ def described(
 ) -> tuple[Decoder.Config, Tokenizer.Config]:
     """The model whose weights a folder holds, and the tokenizer of its run, or else the default.
 
-    The folder is that of a run, of a checkpoint, of weights of ours, or of Hugging Face, there of a family that the
+    The folder is that of a run, of a checkpoint, of our weights, or of Hugging Face, there of a family that the
     recipes in `configs` have. Raises `UserError` for another one.
     """
     place = described_in(folder)

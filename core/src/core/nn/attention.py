@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.config.configurable import Configurable
 from core.nn.backends import KERNELS, backend_problems
-from core.nn.kernel import KernelUse, Keys, Mask, SelfAttention
+from core.nn.kernel import KernelUse, KeyValues, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, size_problems
 from core.nn.rope import Rotation
@@ -75,7 +75,7 @@ class Attention(SelfAttention, Configurable):
         self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.n_heads)) if config.sinks else None
         self.start = {"sinks": Normal(scale.std)}
-        self.keys = Keys()
+        self.keys = KeyValues()
         self.kernel = KERNELS[config.backend](config.window)
         self.asks = KernelUse(
             config.n_heads, config.n_kv_heads, config.head_dim, config.head_dim, sinks=self.sinks is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config.errors import UserError, did_you_mean
-from core.nn.kernel import Kernel, KernelUse, Mask, SelfAttention, Where, visible
+from core.nn.kernel import Kernel, KernelUse, Mask, Positions, SelfAttention, visible
 
 KernelClass = TypeVar("KernelClass", bound=type[Kernel])
 KERNELS: dict[str, type[Kernel]] = {}
@@ -79,13 +79,13 @@ class SDPA:
         """It can do everything."""
         return None
 
-    def mask(self, where: Where) -> Mask:
+    def mask(self, positions: Positions) -> Mask:
         """None where the causal flag of the kernel says it all, else the rule on the grid of rows, queries and keys."""
-        n_rows, n_queries, n_keys = where.grid
-        if where.is_plain and (self.window is None or self.window >= n_queries):
+        n_rows, n_queries, n_keys = positions.grid
+        if positions.is_plain and (self.window is None or self.window >= n_queries):
             return None
-        row, query, key = (torch.arange(n, device=where.position_BL.device) for n in (n_rows, n_queries, n_keys))
-        rule = visible(where, self.window)
+        row, query, key = (torch.arange(n, device=positions.position_BL.device) for n in (n_rows, n_queries, n_keys))
+        rule = visible(positions, self.window)
         return rule(row[:, None, None], None, query[None, :, None], key[None, None, :])[:, None]
 
     def __call__(
@@ -148,13 +148,13 @@ class Flex:
         """It has no backward on a CPU in PyTorch 2.11 to 2.15."""
         return "it cannot train on a cpu" if use.trains and use.device.type == "cpu" else None
 
-    def mask(self, where: Where) -> Mask:
+    def mask(self, positions: Positions) -> Mask:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        n_rows, n_queries, n_keys = where.grid
+        n_rows, n_queries, n_keys = positions.grid
         rows = None if n_rows == 1 else n_rows
-        rule = visible(where, self.window)
-        return create_block_mask(rule, rows, None, n_queries, n_keys, device=where.position_BL.device)
+        rule = visible(positions, self.window)
+        return create_block_mask(rule, rows, None, n_queries, n_keys, device=positions.position_BL.device)
 
     def __call__(
         self,

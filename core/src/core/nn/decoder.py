@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.nn.kernel import Kernel, Mask, SelfAttention, Where
+from core.nn.kernel import Kernel, Mask, Positions, SelfAttention
 from core.nn.layers import Embedding, Head, RMSNorm
 from core.nn.module import Flops, Module, size_problems
 from core.nn.mtp import Merge, Predictions
 from core.nn.rope import RoPE, Rotation
 from core.nn.start import Scale
 
-Reader = Callable[[Tensor, Head, int], Tensor]
+HeadReader = Callable[[Tensor, Head, int], Tensor]
 """Makes something of the normalised residual stream (B, L, D), the head, and how many tokens further than the next one
 it predicts."""
 
 
 def logits(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
-    """The `Reader` of the logits themselves, (B, L, V)."""
+    """The `HeadReader` of the logits themselves, (B, L, V)."""
     return head(x_BLD)
 
 
@@ -140,14 +140,14 @@ class Decoder(Module, Configurable, ABC):
         *,
         feed_forward: Configurable.Config | None = None,
         moe: Configurable.Config | None = None,
-        **live: float,
+        **extra: float,
     ) -> Block:
-        """A block of these parts in the width and at the scale of this model; `live` goes to the attention."""
+        """A block of these parts in the width and at the scale of this model; `extra` goes to the attention."""
         c = self.config
         return Block(
             c.dim,
             norm_eps=c.norm_eps,
-            attention=attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale, **live),
+            attention=attention.build(dim=c.dim, norm_eps=c.norm_eps, scale=self.scale, **extra),
             feed_forward=None if feed_forward is None else feed_forward.build(dim=c.dim, scale=self.scale),
             moe=None if moe is None else moe.build(dim=c.dim, scale=self.scale),
         )
@@ -166,10 +166,10 @@ class Decoder(Module, Configurable, ABC):
         """The Hugging Face `config.json` of this model."""
 
     def forward(
-        self, tokens_BL: Tensor, where: Where | None = None, read: Reader | None = None
+        self, tokens_BL: Tensor, positions: Positions | None = None, read: HeadReader | None = None
     ) -> Tensor | Predictions:
         """What `read` makes of the normalised residual stream (B, L, D) and the head; without it the logits (B, L, V)
-        in the compute dtype. Without `where` every row is one document.
+        in the compute dtype. Without `positions` every row is one document.
 
         A stage of a pipeline, which lacks the embedding or the head, takes or returns the residual stream (B, L, D).
 
@@ -181,14 +181,14 @@ class Decoder(Module, Configurable, ABC):
                 f"{tokens_BL.shape[1]} positions asked for, the model has max_seq_len {self.config.max_seq_len}: "
                 "shorten the rows or raise model.max_seq_len"
             )
-        where = where or Where.rows(tokens_BL)
-        rotation = self.rope(where.position_BL)
+        positions = positions or Positions.rows(tokens_BL)
+        rotation = self.rope(positions.position_BL)
         masks: dict[Kernel, Mask] = {}
         blocks = cast(dict[str, Block], dict(self.layers.items()))
         x_BLD = tokens_BL if self.tok_embeddings is None else self.tok_embeddings(tokens_BL)
         for i, block in blocks.items():
             if int(i) < self.config.n_layers:
-                x_BLD = block(x_BLD, rotation, self._mask(block, where, masks))
+                x_BLD = block(x_BLD, rotation, self._mask(block, positions, masks))
         if self.norm is None or self.output is None:
             return x_BLD
         read = read or logits
@@ -201,16 +201,16 @@ class Decoder(Module, Configurable, ABC):
         for depth, (i, merge) in enumerate(cast(dict[str, Merge], dict(self.ahead.items())).items(), start=1):
             tokens_BL = tokens_BL.roll(-1, dims=1)
             x_BLD = merge(x_BLD, self.tok_embeddings(tokens_BL))
-            x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], where, masks)))
+            x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], positions, masks)))
             further.append(read(x_BLD, self.output, depth))
         return Predictions(main, further)
 
     def flops_per_token(self, seq_len: int) -> Flops:
         return Flops(matmul=2 * self.config.vocab_size * self.config.dim * self.config.n_mtp_layers)
 
-    def _mask(self, block: Block, where: Where, masks: dict[Kernel, Mask]) -> Mask:
+    def _mask(self, block: Block, positions: Positions, masks: dict[Kernel, Mask]) -> Mask:
         """The mask of a block's kernel, made once for all blocks with an equal one."""
         kernel = block.attention.kernel
         if kernel not in masks:
-            masks[kernel] = kernel.mask(where)
+            masks[kernel] = kernel.mask(positions)
         return masks[kernel]

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from core.nn.start import Start
 
 
-class Piece(NamedTuple):
+class LocalSlice(NamedTuple):
     """A part of a weight that is kept here, and the index of its first number in the whole."""
 
     value: Tensor
     start: tuple[int, ...]
 
 
-def whole(weight: Tensor) -> Piece:
+def full_slice(weight: Tensor) -> LocalSlice:
     """A weight of which all is kept here."""
-    return Piece(weight, (0,) * weight.dim())
+    return LocalSlice(weight, (0,) * weight.dim())
 
 
 def materialise(
@@ -59,23 +59,23 @@ def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
 
 @torch.no_grad()
 def init_weights(
-    starts: Iterable[tuple[str, Tensor, Start]], seed: int, own: Callable[[Tensor], Piece] = whole
+    starts: Iterable[tuple[str, Tensor, Start]], seed: int, local_slice: Callable[[Tensor], LocalSlice] = full_slice
 ) -> None:
     """Draw each (name, weight, start) from its own random stream, in fp32, on the weight's device.
 
-    Of a weight that is kept here in part, `own` tells which: it gets the numbers that the whole has there. A stack of
-    matrices is drawn matrix by matrix, so that no more than one whole matrix is ever there.
+    Of a weight that is kept here in part, `local_slice` tells which: it gets the numbers that the whole has there. A
+    stack of matrices is drawn matrix by matrix, so that no more than one whole matrix is ever there.
     """
     for name, weight, start in starts:
-        piece = own(weight)
+        piece = local_slice(weight)
         if weight.dim() < 3:
             _fill(piece, weight.shape, start, name, seed)
             continue
         for i, matrix in enumerate(piece.value, start=piece.start[0]):
-            _fill(Piece(matrix, piece.start[1:]), weight.shape[1:], start, f"{name}.{i}", seed)
+            _fill(LocalSlice(matrix, piece.start[1:]), weight.shape[1:], start, f"{name}.{i}", seed)
 
 
-def _fill(piece: Piece, shape: torch.Size, start: Start, name: str, seed: int) -> None:
+def _fill(piece: LocalSlice, shape: torch.Size, start: Start, name: str, seed: int) -> None:
     value = piece.value
     if value.numel() == 0:
         return

@@ -16,10 +16,10 @@ from core.nn.rope import Rotation
 
 MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 Mask = Any
-"""What a kernel made of `Where` for itself: None, a tensor, flex's BlockMask, ..."""
+"""What a kernel made of `Positions` for itself: None, a tensor, flex's BlockMask, ..."""
 
 
-class Where(NamedTuple):
+class Positions(NamedTuple):
     """Where the tokens of a batch stand. A tensor whose first axis is 1 says that all rows are alike.
 
     `position_BL` is the place in the document, `document_BL` the document of each token (None: a row is one document),
@@ -34,7 +34,7 @@ class Where(NamedTuple):
     key_document_BM: Tensor | None = None
 
     @classmethod
-    def rows(cls, tokens_BL: Tensor) -> "Where":
+    def rows(cls, tokens_BL: Tensor) -> "Positions":
         """Every row is one document that starts at position 0."""
         return cls(torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None])
 
@@ -56,21 +56,23 @@ def any_given(tensors: tuple[Tensor | None, ...]) -> bool:
     return any(tensor is not None for tensor in tensors)
 
 
-def visible(where: Where, window: int | None = None) -> MaskMod:
+def visible(positions: Positions, window: int | None = None) -> MaskMod:
     """The rule (row, head, query, key) -> may look.
 
     Causal; within the document if there are several; and not further back than `window` tokens, itself included.
     """
-    keys_have_documents = where.key_index_BM is not None and where.document_BL is not None
-    assert keys_have_documents == (where.key_document_BM is not None), "key_document goes with key_index and document"
-    n_rows, _, _ = where.grid
+    keys_have_documents = positions.key_index_BM is not None and positions.document_BL is not None
+    assert keys_have_documents == (positions.key_document_BM is not None), (
+        "key_document goes with key_index and document"
+    )
+    n_rows, _, _ = positions.grid
     index, key_index, document, key_document = (
         None if tensor is None else tensor.expand(n_rows, -1)
         for tensor in (
-            where.index_BL,
-            where.index_BL if where.key_index_BM is None else where.key_index_BM,
-            where.document_BL,
-            where.document_BL if where.key_document_BM is None else where.key_document_BM,
+            positions.index_BL,
+            positions.index_BL if positions.key_index_BM is None else positions.key_index_BM,
+            positions.document_BL,
+            positions.document_BL if positions.key_document_BM is None else positions.key_document_BM,
         )
     )
 
@@ -117,12 +119,12 @@ class Kernel(Protocol):
     `attention.backend` takes the name, and `window` is all that it is built from. Kernels that are equal share a mask,
     so equality and hash compare what a mask depends on; a frozen dataclass has both.
 
-    * Who sees whom is one rule, `visible(where, window)`: causal, within the document, at most `window` tokens back.
-      A kernel may read it, or `where` itself; `mask` is called once per forward and not in backward.
+    * Who sees whom is one rule, `visible(positions, window)`: causal, within the document, at most `window` tokens back.
+      A kernel may read it, or `positions` itself; `mask` is called once per forward and not in backward.
     * N is a multiple of K: query head n reads key/value head n // (N / K). Tensor parallelism, and context parallelism
       by `alltoall`, call with some of the heads; the N sinks are those of the heads.
-    * Generating, and context parallelism by `allgather`, call with more keys than tokens, M > L: `where` says where in
-      the row the tokens (`index_BL`) and the keys (`key_index_BM`) stand. Under context parallelism neither is sorted.
+    * Generating, and context parallelism by `allgather`, call with more keys than tokens, M > L: `positions` says where
+      in the row the tokens (`index_BL`) and the keys (`key_index_BM`) stand. Under context parallelism neither is sorted.
     * Autograd finds the backward; checkpointing may call forward twice, which must compute the same. A kernel that is
       one operation of its own is saved by selective checkpointing if `core.activation_checkpoint.ops.save_output` or
       the setting `save_ops` names it.
@@ -139,8 +141,8 @@ class Kernel(Protocol):
         """Why it cannot do what is asked, such as "it has no backward on a cpu"; None if it can."""
         ...
 
-    def mask(self, where: Where) -> Mask:
-        """What calls with tokens and keys at `where` need to know of who sees whom."""
+    def mask(self, positions: Positions) -> Mask:
+        """What calls with tokens and keys at `positions` need to know of who sees whom."""
         ...
 
     def __call__(
@@ -172,7 +174,7 @@ class SelfAttention(Module, ABC):
         """What it adds to the residual stream (B, L, D); `mask` is the kernel's."""
 
 
-class Keys(torch.nn.Module):
+class KeyValues(torch.nn.Module):
     """The key side of attention: what is given. Who holds more keys than these, from earlier or from elsewhere, hooks
     this module; so an attention calls it where its key side is smallest.
     """

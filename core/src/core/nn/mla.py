@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.config.configurable import Configurable
 from core.nn.backends import KERNELS, backend_problems
-from core.nn.kernel import KernelUse, Keys, Mask, SelfAttention
+from core.nn.kernel import KernelUse, KeyValues, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, size_problems
 from core.nn.rope import Rotation
@@ -91,7 +91,7 @@ class MLA(SelfAttention, Configurable):
         self.wkv_b = Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim), std=scale.std)
         self.wo = Linear(c.n_heads * c.v_head_dim, dim, std=scale.residual)
         self.softmax_scale = c.qk_head_dim**-0.5 * temperature**2
-        self.keys = Keys()
+        self.keys = KeyValues()
         self.kernel = KERNELS[c.backend]()
         self.asks = KernelUse(c.n_heads, c.n_heads, c.qk_head_dim, c.v_head_dim)
 

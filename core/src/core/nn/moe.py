@@ -124,7 +124,7 @@ class Router(Module, Configurable):
         self.config = config
         self.force_balance = False
         self.gate = Gate(dim, config.n_experts, std=scale.std, bias=config.bias)
-        self.of_row = nn.Identity()
+        self.row_counts = nn.Identity()
         """Choices counted in a row; who holds but a part of each row adds up the parts here."""
         zeros = torch.zeros(config.n_experts, device="cpu")
         self.register_buffer("selection_bias", None if config.load_balance_coeff is None else zeros)
@@ -183,7 +183,7 @@ class Router(Module, Configurable):
         chosen_BE = torch.zeros_like(score_BLE[:, 0]).scatter_add(
             -1, ids_BLK.flatten(1), torch.ones_like(ids_BLK.flatten(1), dtype=score_BLE.dtype)
         )
-        chosen_BE = self.of_row(chosen_BE)
+        chosen_BE = self.row_counts(chosen_BE)
         f_BE = chosen_BE * (c.n_experts / chosen_BE.sum(-1, keepdim=True))
         p_BE = (score_BLE / score_BLE.sum(-1, keepdim=True)).sum(1)
         loss = c.balance_loss_coeff * (f_BE * p_BE).sum()

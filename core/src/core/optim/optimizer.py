@@ -83,10 +83,10 @@ class Optimizer(Configurable):
                 continue
             states = [self._state(name) for name in live]
             adam(
-                [own(self.weights[name]) for name in live],
-                [own(grad) for grad in live.values()],
-                [own(state["exp_avg"]) for state in states],
-                [own(state["exp_avg_sq"]) for state in states],
+                [local_tensor(self.weights[name]) for name in live],
+                [local_tensor(grad) for grad in live.values()],
+                [local_tensor(state["exp_avg"]) for state in states],
+                [local_tensor(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=c.implementation == "fused",
@@ -112,7 +112,7 @@ class Optimizer(Configurable):
         return self.state[name]
 
 
-def own(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that is spread over ranks; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
-from core.nn.init import Piece
+from core.nn.init import LocalSlice
 from core.parallel.context import apply_context
 from core.parallel.data import apply_data
 from core.parallel.expert import apply_expert
@@ -71,14 +71,14 @@ def sum_over_rows(model: Decoder, views: Views) -> None:
         return chosen_BE
 
     for router in routers(model).values():
-        router.of_row.register_forward_hook(add_up)
+        router.row_counts.register_forward_hook(add_up)
 
 
-def own_piece(weight: torch.Tensor) -> Piece:
+def dtensor_slice(weight: torch.Tensor) -> LocalSlice:
     """The piece of a weight that lies on this rank, and where it begins in the whole."""
     if not isinstance(weight, DTensor):
-        return Piece(weight, (0,) * weight.dim())
+        return LocalSlice(weight, (0,) * weight.dim())
     shape, start = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     piece = weight.to_local()
     assert piece.shape == shape, f"piece of shape {tuple(piece.shape)}, expected {shape}"
-    return Piece(piece, start)
+    return LocalSlice(piece, start)

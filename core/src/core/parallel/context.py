@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from core.data.packing import Batch
 from core.nn.decoder import Block
-from core.nn.kernel import Kernel, Keys, Mask, Where
-from core.parallel.tensor import gather
+from core.nn.kernel import Kernel, KeyValues, Mask, Positions
+from core.parallel.tensor import gather_tokens
 
 
 def order(length: int, n_ranks: int, *, balanced: bool) -> Tensor:
@@ -30,7 +30,7 @@ def order(length: int, n_ranks: int, *, balanced: bool) -> Tensor:
     return torch.stack([torch.cat((piece[r], piece[2 * n_ranks - 1 - r])) for r in range(n_ranks)])
 
 
-def split_rows(batch: Batch, mesh: DeviceMesh, *, documents: bool, balanced: bool) -> tuple[Tensor, Tensor, Where]:
+def split_rows(batch: Batch, mesh: DeviceMesh, *, documents: bool, balanced: bool) -> tuple[Tensor, Tensor, Positions]:
     """The tokens and labels of this rank, and where they and all keys stand.
 
     Every rank of `mesh` reads the same rows, so nobody needs to be told where the keys of the others stand.
@@ -46,17 +46,17 @@ def split_rows(batch: Batch, mesh: DeviceMesh, *, documents: bool, balanced: boo
         )
     else:
         position_BL, own_documents, all_documents = own_L[None], None, None
-    where = Where(position_BL, own_documents, own_L[None], all_M[None], all_documents)
-    return batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], where
+    positions = Positions(position_BL, own_documents, own_L[None], all_M[None], all_documents)
+    return batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions
 
 
 def apply_context(model: nn.Module, mesh: DeviceMesh, *, all_to_all: bool) -> None:
     """Let the attentions of `model` see the keys of all ranks of `mesh`."""
-    own_gather = partial(gather, mesh=mesh)
+    own_gather = partial(gather_tokens, mesh=mesh)
     for module in model.modules():
         if all_to_all and isinstance(module, Block):
             module.attention.kernel = cast(Kernel, HeadsForTokens(module.attention.kernel, mesh))
-        if not all_to_all and isinstance(module, Keys):
+        if not all_to_all and isinstance(module, KeyValues):
             module.register_forward_hook(lambda _, args, out: tuple(map(own_gather, out)))
 
 
@@ -72,10 +72,10 @@ class HeadsForTokens:
     def __hash__(self) -> int:
         return hash(self.kernel)
 
-    def mask(self, where: Where) -> Mask:
+    def mask(self, positions: Positions) -> Mask:
         """The mask of whole rows, in the order in which the ranks' tokens follow each other."""
-        assert where.key_index_BM is not None
-        return self.kernel.mask(Where(where.key_index_BM, where.key_document_BM, where.key_index_BM))
+        assert positions.key_index_BM is not None
+        return self.kernel.mask(Positions(positions.key_index_BM, positions.key_document_BM, positions.key_index_BM))
 
     def __call__(
         self, q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask: Mask, *, sinks_N: Tensor | None = None, **rest: Any

@@ -110,7 +110,7 @@ def squared_norm(gradients: Iterable[Tensor], n_copies: int) -> Tensor:
     held by n_copies / p ranks, whatever its mesh.
     """
     gradients = list(gradients)
-    shares = [pieces(gradient) / n_copies for gradient in gradients]
+    shares = [count_pieces(gradient) / n_copies for gradient in gradients]
     norms = torch._foreach_norm(local_parts(gradients))
     if not norms:
         return torch.zeros((), dtype=torch.float64)
@@ -118,7 +118,7 @@ def squared_norm(gradients: Iterable[Tensor], n_copies: int) -> Tensor:
     return (squares * torch.tensor(shares, dtype=torch.float64, device=squares.device)).sum()
 
 
-def pieces(gradient: Tensor) -> int:
+def count_pieces(gradient: Tensor) -> int:
     """Into how many pieces a gradient is cut."""
     if not isinstance(gradient, DTensor):
         return 1

@@ -9,8 +9,8 @@ from torch.distributed.tensor import Shard
 
 from core.nn.dispatch import Dispatcher
 from core.nn.moe import Experts, MoE
-from core.parallel.rules import cut, named_weights
-from core.parallel.tensor import local, place, read
+from core.parallel.rules import cut_dim, named_weights
+from core.parallel.tensor import local, read, store_as_dtensor
 
 
 def apply_expert(model: nn.Module, mesh: DeviceMesh, dispatcher: Callable[[ProcessGroup], Dispatcher]) -> None:
@@ -18,9 +18,9 @@ def apply_expert(model: nn.Module, mesh: DeviceMesh, dispatcher: Callable[[Proce
     for module in model.modules():
         if isinstance(module, Experts):
             for owner, leaf, axes, _ in list(named_weights(module)):
-                dim = cut(axes, "expert")
+                dim = cut_dim(axes, "expert")
                 assert dim is not None, f"{leaf} of experts has axes {axes}"
-                place(owner, leaf, mesh, Shard(dim), {})
+                store_as_dtensor(owner, leaf, mesh, Shard(dim), {})
                 read(owner, leaf, local)
         if isinstance(module, MoE):
             module.dispatcher = dispatcher(mesh.get_group())

@@ -14,15 +14,15 @@ from torch.distributed import ProcessGroup
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
-from core.nn.init import Piece, whole
-from core.nn.kernel import Where
+from core.nn.init import LocalSlice, full_slice
+from core.nn.kernel import Positions
 from core.optim.clip import joint_norm, scale_down
 from core.parallel.pipeline import Pipeline
 from core.parallel.settings import Degrees, Parallelism
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
 
 
-class Layout(ABC):
+class RankView(ABC):
     """One rank's place in the layout of a run."""
 
     data_rank: int
@@ -49,7 +49,7 @@ class Layout(ABC):
         """Sum counters of tokens, in place, over the ranks that hold the same blocks."""
 
     @abstractmethod
-    def sum_gradients(self, parts: list[Decoder], *, now: bool) -> None:
+    def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
         """Let the next backward sum gradients over ranks, or leave that to a later one of the step."""
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Layout(ABC):
         """What all pipeline stages found, by name."""
 
     @abstractmethod
-    def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+    def to_rank_tokens(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
         """Tokens, labels and places of what this rank computes of the rows it reads."""
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Layout(ABC):
 
     @abstractmethod
     def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
-        """Scale the gradients of all ranks so that their joint 2-norm is at most `max_norm`; gives the norm before."""
+        """Scale the gradients of all ranks to a joint 2-norm of at most `max_norm`; returns the norm before."""
 
     @abstractmethod
     def parallelize(
@@ -81,7 +81,7 @@ class Layout(ABC):
         """Spread a model, or a stage of one, that has no memory yet, over the ranks."""
 
     @abstractmethod
-    def own(self, weight: Tensor) -> Piece:
+    def local_slice(self, weight: Tensor) -> LocalSlice:
         """The piece of a weight that lies on this rank, and where it begins in the whole."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Layout(ABC):
         """What runs the stages of this rank, by their numbers; None where the model is in one piece."""
 
 
-class Alone(Layout):
+class SingleRank(RankView):
     """The layout of a process that nobody else works with."""
 
     def __init__(self, device: torch.device) -> None:
@@ -106,13 +106,13 @@ class Alone(Layout):
     def sum_counts(self, counts: list[Tensor]) -> None:
         pass
 
-    def sum_gradients(self, parts: list[Decoder], *, now: bool) -> None:
+    def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
         pass
 
     def join(self, found: dict[str, Any]) -> dict[str, Any]:
         return found
 
-    def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+    def to_rank_tokens(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
         return whole_rows(batch, self.device, documents=documents)
 
     def vocabulary(self, size: int) -> Vocabulary:
@@ -136,8 +136,8 @@ class Alone(Layout):
     ) -> None:
         checkpoint_and_compile(model, checkpoint, compile_block)
 
-    def own(self, weight: Tensor) -> Piece:
-        return whole(weight)
+    def local_slice(self, weight: Tensor) -> LocalSlice:
+        return full_slice(weight)
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> None:
         return None
@@ -153,8 +153,8 @@ def checkpoint_and_compile(
             compile_block(block)
 
 
-def whole_rows(batch: Batch, device: torch.device, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+def whole_rows(batch: Batch, device: torch.device, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
     """Tokens, labels and places of a batch of which this rank computes all tokens."""
     batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
-    where = Where(batch.positions_BL, batch.documents_BL) if documents else Where.rows(batch.tokens_BL)
-    return batch.tokens_BL, batch.labels_BL, where
+    positions = Positions(batch.positions_BL, batch.documents_BL) if documents else Positions.rows(batch.tokens_BL)
+    return batch.tokens_BL, batch.labels_BL, positions

@@ -12,13 +12,13 @@ from torch.distributed.fsdp import FSDPModule
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
-from core.nn.init import Piece
-from core.nn.kernel import Where
+from core.nn.init import LocalSlice
+from core.nn.kernel import Positions
 from core.optim.clip import scale_down
-from core.parallel.apply import own_piece, parallelize
+from core.parallel.apply import dtensor_slice, parallelize
 from core.parallel.context import split_rows
 from core.parallel.data import local_parts, squared_norm
-from core.parallel.layout import Layout, whole_rows
+from core.parallel.layout import RankView, whole_rows
 from core.parallel.mesh import views
 from core.parallel.pipeline import Pipeline, n_stages
 from core.parallel.settings import Parallelism
@@ -26,7 +26,7 @@ from core.parallel.tensor import CutVocabulary
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
 
 
-class Spread(Layout):
+class ManyRanks(RankView):
     """One rank of the process group, and its place in the meshes."""
 
     def __init__(self, settings: Parallelism, device: torch.device) -> None:
@@ -54,9 +54,9 @@ class Spread(Layout):
         for mine, total in zip(counts, joined, strict=True):
             mine.copy_(total)
 
-    def sum_gradients(self, parts: list[Decoder], *, now: bool) -> None:
-        for part in parts:
-            cast(FSDPModule, part).set_requires_gradient_sync(now)
+    def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
+        for stage in stages:
+            cast(FSDPModule, stage).set_requires_gradient_sync(now)
 
     def join(self, found: dict[str, Any]) -> dict[str, Any]:
         if self.degrees.pipeline == 1:
@@ -65,7 +65,7 @@ class Spread(Layout):
         dist.all_gather_object(stages, found, group=self.views.token["pipeline"].get_group())
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def place(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Where]:
+    def to_rank_tokens(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
         if self.degrees.context == 1:
             return whole_rows(batch, self.device, documents=documents)
         batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
@@ -102,8 +102,8 @@ class Spread(Layout):
             compute_dtype=compute_dtype,
         )
 
-    def own(self, weight: Tensor) -> Piece:
-        return own_piece(weight)
+    def local_slice(self, weight: Tensor) -> LocalSlice:
+        return dtensor_slice(weight)
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
         if self.degrees.pipeline == 1:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.config.errors import UserError
-from core.nn.decoder import Decoder, Reader
-from core.nn.kernel import Where
+from core.nn.decoder import Decoder, HeadReader
+from core.nn.kernel import Positions
 from core.parallel.schedule_file import read_schedule
 from core.parallel.settings import V_SHAPED, ZERO_BUBBLE, Parallelism
 
@@ -27,7 +27,7 @@ class Microbatch(NamedTuple):
 
     tokens_BL: Tensor
     labels_BL: Tensor
-    where: Where
+    positions: Positions
 
 
 def n_stages(settings: Parallelism, n_layers: int) -> int:
@@ -41,7 +41,7 @@ def n_stages(settings: Parallelism, n_layers: int) -> int:
     return settings.pipeline_parallel_degree * settings.stages_per_rank
 
 
-def split(settings: Parallelism, n_layers: int) -> list[range]:
+def split_layers(settings: Parallelism, n_layers: int) -> list[range]:
     """The blocks of every stage. Evenly, the ends counted as blocks; what is left over goes to the first stages."""
     n = n_stages(settings, n_layers)
     if settings.pipeline_parallel_split:
@@ -187,12 +187,12 @@ class Pipeline:
         """Runs a first microbatch through the stages once, to learn shapes."""
 
     def run(
-        self, microbatches: Sequence[Microbatch], reader: Callable[[Microbatch], Reader], *, backward: bool
+        self, microbatches: Sequence[Microbatch], reader: Callable[[Microbatch], HeadReader], *, backward: bool
     ) -> list[Tensor]:
         """The losses of all microbatches, as `reader` of each reads them, on the rank of the last stage, nothing on the
         others; gradients with `backward`.
 
-        Microbatches come cut, so that each has its own `where`: `step` of torch 2.13 would cut them itself.
+        Microbatches come cut, so that each has its own `positions`: `step` of torch 2.13 would cut them itself.
         """
         assert len(microbatches) == self.n_microbatches, f"{len(microbatches)} of {self.n_microbatches} microbatches"
         first, last = (any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last"))
@@ -202,7 +202,7 @@ class Pipeline:
             stage.has_backward = backward
             stage.clear_runtime_states()
         inputs: list[tuple[Tensor, ...]] = [(batch.tokens_BL,) if first else () for batch in microbatches]
-        others = [{"where": batch.where, "read": reader(batch)} for batch in microbatches]
+        others = [{"positions": batch.positions, "read": reader(batch)} for batch in microbatches]
         labels = [batch.labels_BL for batch in microbatches] if last else None
         with self._uncounted():
             self._initialize(inputs[0], others[0], labels and labels[0])

@@ -45,7 +45,7 @@ def named_weights(module: nn.Module) -> Iterator[Named]:
                 yield Named(part, "bias", axes[:-1], summand=RULES[axes[-1]] is not None)
 
 
-def cut(axes: tuple[str, ...], mesh_axis: str) -> int | None:
+def cut_dim(axes: tuple[str, ...], mesh_axis: str) -> int | None:
     """The dimension that `mesh_axis` cuts; None if it cuts none."""
     dims = [i for i, axis in enumerate(axes) if RULES[axis] == mesh_axis]
     assert len(dims) < 2, f"two of {axes} lie on {mesh_axis}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from core.config.errors import UserError
 from core.config.text_file import read_text
 
-MOST_MIB = 16
+MOST_SCHEDULE_MIB = 16
 ACTION = re.compile(r"(\d{1,6})([FBIW])(\d{1,6})", re.ASCII)
 OVERLAPPED = re.compile(r"\(([^;()]+);([^;()]+)\)OVERLAP_F_B")
 
@@ -23,7 +23,7 @@ class Actions(NamedTuple):
     in_two_parts: bool
 
 
-class Action(NamedTuple):
+class StagePass(NamedTuple):
     """The forward (F) or backward (B) of a microbatch in a stage, or the part of a backward that is for the stage's
     input (I) or weights (W)."""
 
@@ -42,7 +42,7 @@ def read_schedule(file: str) -> Actions:
     Raises `UserError` for a file that is none, or whose ranks would wait for one another for ever.
     """
     try:
-        rows = list(csv.reader(StringIO(read_text(file, MOST_MIB)), strict=True))
+        rows = list(csv.reader(StringIO(read_text(file, MOST_SCHEDULE_MIB)), strict=True))
     except csv.Error as error:
         raise UserError(f"{file} is no table of comma-separated values: {error}") from error
     ranks = [[action for cell in row for action in actions_of(cell.strip(), file)] for row in rows]
@@ -58,13 +58,15 @@ def read_schedule(file: str) -> Actions:
     )
 
 
-def actions_of(cell: str, file: str) -> list[Action]:
+def actions_of(cell: str, file: str) -> list[StagePass]:
     """What a cell says is done: nothing, an action, or a forward and a backward that overlap."""
     both = OVERLAPPED.fullmatch(cell)
     found = [ACTION.fullmatch(text.strip()) for text in (both.groups() if both else [cell] if cell else [])]
     if None in found:
         raise no_schedule(file, f"{cell[:40]!r} is no action")
-    return [Action(int(stage), kind, int(microbatch)) for stage, kind, microbatch in (m.groups() for m in found if m)]
+    return [
+        StagePass(int(stage), kind, int(microbatch)) for stage, kind, microbatch in (m.groups() for m in found if m)
+    ]
 
 
 def no_schedule(file: str, why: str) -> UserError:
@@ -74,7 +76,7 @@ def no_schedule(file: str, why: str) -> UserError:
     )
 
 
-def check_complete(ranks: list[list[Action]], file: str) -> None:
+def check_complete(ranks: list[list[StagePass]], file: str) -> None:
     """Raise `UserError` where a stage lies on two ranks, or does not do all that a training step needs of it once."""
     homes: dict[int, int] = {}
     counts = Counter(action for row in ranks for action in row)
@@ -87,16 +89,16 @@ def check_complete(ranks: list[list[Action]], file: str) -> None:
         raise no_schedule(file, f"{n_stages} stages and {n_microbatches} microbatches are not all in it")
     for stage in range(n_stages):
         for microbatch in range(n_microbatches):
-            n = {kind: counts[Action(stage, kind, microbatch)] for kind in "FBIW"}
+            n = {kind: counts[StagePass(stage, kind, microbatch)] for kind in "FBIW"}
             if n["F"] != 1 or (n["B"], n["I"], n["W"]) not in ((1, 0, 0), (0, 1, 1)):
                 found = ", ".join(f"{count} x {stage}{kind}{microbatch}" for kind, count in n.items())
                 raise no_schedule(file, f"a stage does F and B, or F, I and W, of a microbatch once, here {found}")
 
 
-def check_order(ranks: list[list[Action]], file: str) -> None:
+def check_order(ranks: list[list[StagePass]], file: str) -> None:
     """Raise `UserError` where ranks that do one action after another come to one that waits for what is never done."""
     last = max(action.stage for row in ranks for action in row)
-    done: set[Action] = set()
+    done: set[StagePass] = set()
     places = [0] * len(ranks)
     moved = True
     while moved:
@@ -111,12 +113,12 @@ def check_order(ranks: list[list[Action]], file: str) -> None:
         raise no_schedule(file, f"its ranks would wait for one another for ever: {', '.join(waiting[:4])}")
 
 
-def needs(action: Action, last: int, done: set[Action]) -> bool:
+def needs(action: StagePass, last: int, done: set[StagePass]) -> bool:
     """Whether what an action needs is done: the forward before it, the backward behind it, its own other part."""
     stage, kind, microbatch = action
     if kind == "F":
-        return stage == 0 or Action(stage - 1, "F", microbatch) in done
+        return stage == 0 or StagePass(stage - 1, "F", microbatch) in done
     if kind == "W":
-        return Action(stage, "I", microbatch) in done
-    own = Action(stage, "F", microbatch) in done
-    return own and (stage == last or any(Action(stage + 1, part, microbatch) in done for part in "BI"))
+        return StagePass(stage, "I", microbatch) in done
+    own = StagePass(stage, "F", microbatch) in done
+    return own and (stage == last or any(StagePass(stage + 1, part, microbatch) in done for part in "BI"))

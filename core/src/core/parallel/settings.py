@@ -45,7 +45,7 @@ def describe_degrees(degrees: Degrees, comm_backend: str) -> str:
     return f"{degrees.world} ({words}{experts})" if words else f"{degrees.world}"
 
 
-Schedule = Literal[
+PipelineSchedule = Literal[
     "1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
 SINGLE_STAGE = ("1F1B", "GPipe")
@@ -81,7 +81,7 @@ class Parallelism(Configurable.Config):
     """allgather brings all keys to every rank; alltoall brings each rank all tokens of some of the heads."""
     pipeline_parallel_degree: int = 1
     """Ranks that hold different blocks."""
-    pipeline_parallel_schedule: Schedule = "1F1B"
+    pipeline_parallel_schedule: PipelineSchedule = "1F1B"
     """Order of the microbatches' forwards and backwards; see torch.distributed.pipelining."""
     pipeline_parallel_schedule_csv: str | None = None
     """File of a schedule of one's own, as torch's schedules export it; it takes the place of the named one."""

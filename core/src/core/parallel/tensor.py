@@ -22,7 +22,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from core.data.packing import IGNORE
 from core.nn.layers import Embedding
 from core.nn.moe import Experts
-from core.parallel.rules import cut, named_weights
+from core.parallel.rules import cut_dim, named_weights
 from core.parallel.vocabulary import Vocabulary
 
 Reading = Callable[[Tensor], Tensor]
@@ -62,7 +62,9 @@ def zeros(weight: Tensor) -> Tensor:
     return summed(weight) * 0.0
 
 
-def place(owner: nn.Module, leaf: str, mesh: DeviceMesh, placement: Any, placed: dict[nn.Parameter, Any]) -> None:
+def store_as_dtensor(
+    owner: nn.Module, leaf: str, mesh: DeviceMesh, placement: Any, placed: dict[nn.Parameter, Any]
+) -> None:
     """Store a weight as a DTensor; a tied one stays one object."""
     weight = owner._parameters[leaf]
     assert weight is not None
@@ -71,7 +73,7 @@ def place(owner: nn.Module, leaf: str, mesh: DeviceMesh, placement: Any, placed:
     owner._parameters[leaf] = placed[weight]
 
 
-def gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The tokens (dimension 1) of all ranks; backward gives each rank's tokens their summed gradient."""
     return functional.wait_tensor(functional.all_gather_single(x.contiguous(), 1, mesh))
 
@@ -94,8 +96,8 @@ def apply_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
             continue
         gathers = scatters = False
         for owner, leaf, axes, summand in list(named_weights(module)):
-            dim = cut(axes, "tensor")
-            place(owner, leaf, mesh, Replicate() if dim is None else Shard(dim), placed)
+            dim = cut_dim(axes, "tensor")
+            store_as_dtensor(owner, leaf, mesh, Replicate() if dim is None else Shard(dim), placed)
             read(owner, leaf, once if summand else summed if dim is None else local)
             if dim is not None and len(axes) > 1:
                 gathers |= dim < len(axes) - 1
@@ -104,7 +106,7 @@ def apply_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
             look_up_own_rows(module, mesh)
         else:
             if gathers:
-                module.register_forward_pre_hook(lambda _, args: (gather(args[0], mesh), *args[1:]))
+                module.register_forward_pre_hook(lambda _, args: (gather_tokens(args[0], mesh), *args[1:]))
             if scatters:
                 module.register_forward_hook(lambda _, args, out: scatter_sum(out, mesh))
 

@@ -22,18 +22,18 @@ from core.nn.balance import routers
 from core.nn.init import materialise
 from core.optim.optimizer import Optimizer
 from core.parallel.fake import fake_ranks
-from core.parallel.layout import Alone, Layout
-from core.parallel.many_ranks import Spread
-from core.plan.passes import Player, player_of
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.many_ranks import ManyRanks
+from core.plan.passes import Passes, passes_of
 from core.plan.pipeline_passes import Action
-from core.plan.sample_blocks import Excerpt, Stored, excerpts, n_bytes, stored
-from core.plan.segments import Kind, Recorder, Segment, expand
+from core.plan.sample_blocks import RestingBytes, SampledModel, n_bytes, resting_bytes, sampled_models
+from core.plan.segments import MessageKind, Recorder, Segment, expand
 from core.plan.traffic import axes
 from core.step.checks import Run
 from core.step.objective import Objective
 from core.step.update import train_step
 
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 PASSES = {
     "F": "head and loss",
     "B": "backward",
@@ -51,53 +51,53 @@ PASSES = {
 
 
 @dataclass(kw_only=True)
-class Rehearsal:
+class StepRecord:
     """A rank's part of a run."""
 
     blocks: list[list[int]]
     """The blocks of each of its stages; without a pipeline there is one."""
     n_microbatches: int
-    stored: Stored
+    stored: RestingBytes
     inputs: int
     """Bytes of a microbatch, and of what a pipeline receives tensors in."""
     segments: list[Segment]
     """Its step."""
 
 
-def rehearse(run: Run, *, world_size: int, rank: int, device: torch.device) -> Rehearsal:
+def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device) -> StepRecord:
     """A step of `run` on `rank` of `world_size`, in the types of a run on `device`, computed here and in no memory.
 
     It is any step but the first, whose traces stay: the optimizer's state, what is learned once. Experts get equally
     many rows.
     """
-    training, checkpointing = run.training, run.activation_checkpoint
-    if checkpointing.mode == "memory_budget":  # the compiler's choice, and nothing is compiled
-        checkpointing = replace(checkpointing, mode="none")
+    training, activation_checkpoint = run.training, run.activation_checkpoint
+    if activation_checkpoint.mode == "memory_budget":  # the compiler's choice, and nothing is compiled
+        activation_checkpoint = replace(activation_checkpoint, mode="none")
     parallelism = replace(run.parallelism, enable_async_tensor_parallel=False)  # the compiler's work, too
     dtype = training.compute_dtype(device)
     with nullcontext() if world_size == 1 else fake_ranks(world_size, rank):
-        layout: Layout = Alone(CPU) if world_size == 1 else Spread(parallelism, CPU)
-        parts = excerpts(run.model, layout, checkpointing, dispatcher=evenly, compute_dtype=dtype)
-        models = {number: part.model for number, part in parts.items()}
+        layout: RankView = SingleRank(_CPU) if world_size == 1 else ManyRanks(parallelism, _CPU)
+        sampled = sampled_models(run.model, layout, activation_checkpoint, dispatcher=evenly, compute_dtype=dtype)
+        models = {number: part.model for number, part in sampled.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
-                materialise(model, CPU, getattr(torch, training.dtype))
+                materialise(model, _CPU, getattr(torch, training.dtype))
             optimizer = run.optimizer.build(weights=[pair for m in models.values() for pair in m.named_parameters()])
             objective = Objective(
                 list(models.values()), run.loss.build(), layout=layout, dtype=dtype, mask=training.mask
             )
             with Meter() as entering:
-                player = player_of(training, layout, models, objective)
-            rehearsed = Rehearsed(layout, list(parts.values()), player, optimizer)
-            rehearsed.step({None, player.n_microbatches - 1})  # makes what is made once: the optimizer's state
-            rehearsed.step(microbatches_of_interest(player.order))
-            kept = stored(parts, optimizer)
-            return Rehearsal(
-                blocks=[sorted(part.like) for part in parts.values()],
-                n_microbatches=player.n_microbatches,
+                passes = passes_of(training, layout, models, objective)
+            fake = FakeObjective(layout, list(sampled.values()), passes, optimizer)
+            fake.step({None, passes.n_microbatches - 1})  # makes what is made once: the optimizer's state
+            fake.step(microbatches_of_interest(passes.order))
+            kept = resting_bytes(sampled, optimizer)
+            return StepRecord(
+                blocks=[sorted(part.stand_in) for part in sampled.values()],
+                n_microbatches=passes.n_microbatches,
                 stored=kept,
                 inputs=entering.alive,
-                segments=rehearsed.segments(kept.weights),
+                segments=fake.segments(kept.weights),
             )
 
 
@@ -111,16 +111,18 @@ def evenly(group: ProcessGroup) -> AllToAll:
     return AllToAll(group, splits)
 
 
-class Rehearsed:
+class FakeObjective:
     """Takes the place of an `Objective` in `train_step`, and cuts the last step into segments."""
 
-    def __init__(self, layout: Layout, excerpts: list[Excerpt], player: Player, optimizer: Optimizer) -> None:
-        self.layout, self.player, self.optimizer = layout, player, optimizer
-        self.models = [part.model for part in excerpts]
+    def __init__(
+        self, layout: RankView, sampled_models: list[SampledModel], passes: Passes, optimizer: Optimizer
+    ) -> None:
+        self.layout, self.passes, self.optimizer = layout, passes, optimizer
+        self.models = [part.model for part in sampled_models]
         self.axes = group_axes(layout, experts=any(routers(model) for model in self.models))
-        self.like = {i: other for part in excerpts for i, other in part.like.items()}
+        self.stand_in = {i: other for part in sampled_models for i, other in part.stand_in.items()}
         blocks = {name: block for model in self.models for name, block in model.layers.items()}
-        self.parts = self.models + [blocks[str(other)] for i, other in self.like.items() if other != i]
+        self.stages = self.models + [blocks[str(other)] for i, other in self.stand_in.items() if other != i]
         """The models, and a block again for each block that it stands for: all whose experts count tokens."""
 
     def step(self, few: set[int | None]) -> None:
@@ -128,7 +130,7 @@ class Rehearsed:
         self.few = few
         counted = Batch(*torch.zeros(4, 1, 1, dtype=torch.int64).unbind())
         settings: dict[str, Any] = {"step": 1, "lr": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
-        self.passes: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
+        self.recorded: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
         self.optimizer.zero_grad()
         with Recorder(self.axes, self._gradients) as self.recorder, self.recorder.listening(self.models):
             train_step(cast(Objective, self), self.optimizer, [counted], **settings)
@@ -138,28 +140,28 @@ class Rehearsed:
         """As an `Objective` does, with the player's microbatch."""
         del batches, n_valid
         self.start = self.recorder.end("start of the step")
-        for action in self.player.order:
+        for action in self.passes.order:
             if action.microbatch in self.few:
-                if n_sent := self.player.perform(action):
-                    self.recorder.note(Kind("pipeline", "send"), n_sent)
-                self.passes[action[:2]].append(self.recorder.end(PASSES[action.kind]))
-        self.player.end()
+                if n_sent := self.passes.run(action):
+                    self.recorder.note(MessageKind("pipeline", "send"), n_sent)
+                self.recorded[action[:2]].append(self.recorder.end(PASSES[action.kind]))
+        self.passes.end()
         return 0.0, 0.0
 
     def segments(self, weights: int) -> list[Segment]:
         """The segments of the whole step of a rank that has `weights` bytes of weights."""
         share = weights / sum(n_bytes(weight) for weight in self.optimizer.weights.values())
         update = [replace(segment, rise=int(segment.rise * share)) for segment in self.update]
-        passes = [segment for recorded in self._all_passes() for segment in expand(recorded, self.like)]
+        passes = [segment for recorded in self._all_passes() for segment in expand(recorded, self.stand_in)]
         return [*self.start, *passes, *update]
 
     def _all_passes(self) -> Iterator[list[Segment]]:
         """For each action of the step the pass that was recorded for it, or that stands for it."""
-        n = Counter(action[:2] for action in self.player.order)
+        n = Counter(action[:2] for action in self.passes.order)
         done: Counter[tuple[str, int]] = Counter()
-        for action in self.player.order:
+        for action in self.passes.order:
             kind = action[:2]
-            yield stand_in(self.passes[kind], done[kind], n[kind])
+            yield recorded_pass(self.recorded[kind], done[kind], n[kind])
             done[kind] += 1
 
     @torch.no_grad()
@@ -167,7 +169,7 @@ class Rehearsed:
         return sum(n_bytes(weight.grad) for weight in self.optimizer.weights.values())
 
 
-def stand_in(recorded: list[list[Segment]], place: int, n: int) -> list[Segment]:
+def recorded_pass(recorded: list[list[Segment]], place: int, n: int) -> list[Segment]:
     """Of `n` passes of a kind the one at `place` if all are recorded; else the first, the last, or the second for all
     between."""
     if len(recorded) == n:
@@ -184,9 +186,9 @@ def microbatches_of_interest(order: Sequence[Action]) -> set[int | None]:
     return {i for found in by_kind.values() for i in (*found[:3], found[-1])}
 
 
-def group_axes(layout: Layout, *, experts: bool) -> Mapping[str, str]:
+def group_axes(layout: RankView, *, experts: bool) -> Mapping[str, str]:
     """The axis of every process group by its name; the group of all ranks is "all"."""
-    if not isinstance(layout, Spread):
+    if not isinstance(layout, ManyRanks):
         return {}
     everyone = dist.group.WORLD
     assert everyone is not None

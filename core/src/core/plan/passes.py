@@ -9,22 +9,22 @@ import torch
 
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.parallel.pipeline import Microbatch
-from core.plan.pipeline_passes import Action, Actor
+from core.plan.pipeline_passes import Action, PipelinePasses
 from core.step.objective import BatchLoss, Objective
 from core.step.settings import Training
 
 
-class Player(Protocol):
+class Passes(Protocol):
     """Does the passes of a step, each with the same microbatch."""
 
     order: list[Action]
     """All of them."""
     n_microbatches: int
 
-    def perform(self, action: Action) -> int:
-        """Do one; gives the bytes that other stages are sent."""
+    def run(self, action: Action) -> int:
+        """Do one; returns the bytes that other stages are sent."""
         ...
 
     def end(self) -> None:
@@ -32,18 +32,18 @@ class Player(Protocol):
         ...
 
 
-class Whole:
-    """The passes of a model in one piece; the methods are those of `Player`."""
+class WholeModel:
+    """The passes of a model in one piece; the methods are those of `Passes`."""
 
     def __init__(self, objective: Objective, batch: Batch, n_microbatches: int) -> None:
         self.objective, self.batch, self.n_microbatches = objective, batch, n_microbatches
         self.order = [Action(kind, 0, i) for i in range(n_microbatches) for kind in ("F", "B")]
         self.loss: BatchLoss | None = None
 
-    def perform(self, action: Action) -> int:
+    def run(self, action: Action) -> int:
         objective = self.objective
         if action.kind == "F":
-            objective.layout.sum_gradients(objective.parts, now=action.microbatch == self.n_microbatches - 1)
+            objective.layout.sum_gradients(objective.stages, now=action.microbatch == self.n_microbatches - 1)
             self.loss = objective(self.batch)
         else:
             assert self.loss is not None
@@ -54,7 +54,7 @@ class Whole:
         self.loss = None
 
 
-def player_of(training: Training, layout: Layout, models: dict[int, Decoder], objective: Objective) -> Player:
+def passes_of(training: Training, layout: RankView, models: dict[int, Decoder], objective: Objective) -> Passes:
     """What does the passes of these stages, by their numbers, or of the model."""
     degrees, settings = layout.degrees, layout.settings
     piped = degrees.pipeline > 1
@@ -62,11 +62,11 @@ def player_of(training: Training, layout: Layout, models: dict[int, Decoder], ob
     n_each = settings.pipeline_parallel_microbatch_size if piped else training.local_batch_size
     batch = Batch(*torch.zeros(4, n_each, training.seq_len, dtype=torch.int64).unbind())
     if not piped:
-        return Whole(objective, batch, n_rows // n_each)
+        return WholeModel(objective, batch, n_rows // n_each)
     pipeline = layout.pipeline(models, n_rows // n_each)
     assert pipeline is not None
-    microbatch = Microbatch(*layout.place(batch, documents=training.mask == "document"))
+    microbatch = Microbatch(*layout.to_rank_tokens(batch, documents=training.mask == "document"))
     (dim,) = {model.config.dim for model in models.values()}
     length = microbatch.tokens_BL.shape[1] // degrees.tensor
     residual_BLD = torch.zeros(n_each, length, dim, dtype=objective.dtype, requires_grad=True)
-    return Actor(pipeline, microbatch, objective.reader(microbatch), residual_BLD)
+    return PipelinePasses(pipeline, microbatch, objective.reader(microbatch), residual_BLD)

@@ -13,9 +13,9 @@ from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleGPipe
 from torch.distributed.pipelining.stage import InferenceMode, PipelineStage
 
-from core.nn.decoder import Reader
+from core.nn.decoder import HeadReader
 from core.parallel.pipeline import Microbatch, Pipeline
-from core.plan.traffic import size
+from core.plan.traffic import n_bytes_of
 
 IDLE = ("SEND_F", "SEND_B", "WAIT_REDUCE_GRAD")
 """Actions of a schedule that are done as a part of those before them."""
@@ -46,8 +46,8 @@ def actions(pipeline: Pipeline) -> list[Action]:
     number = stage.stage_index
     if isinstance(schedule, ScheduleGPipe):
         return _with_messages(stage, "F" * n + "B" * n, waits_at_once=False)
-    ahead = min(n, stage.num_stages - number)
-    return _with_messages(stage, "F" * ahead + "BF" * (n - ahead) + "B" * ahead, waits_at_once=True)
+    n_warmup = min(n, stage.num_stages - number)
+    return _with_messages(stage, "F" * n_warmup + "BF" * (n - n_warmup) + "B" * n_warmup, waits_at_once=True)
 
 
 def _with_messages(stage: PipelineStage, passes: str, *, waits_at_once: bool) -> list[Action]:
@@ -72,14 +72,14 @@ def _with_messages(stage: PipelineStage, passes: str, *, waits_at_once: bool) ->
     return [*order, Action("REDUCE_GRAD", number)]
 
 
-class Actor:
+class PipelinePasses:
     """Does actions of a pipeline on this rank alone, with one microbatch in the place of all.
 
     What other ranks send is there from the start. `residual_BLD` is what travels between stages; `order` is the whole
     step.
     """
 
-    def __init__(self, pipeline: Pipeline, microbatch: Microbatch, read: Reader, residual_BLD: Tensor) -> None:
+    def __init__(self, pipeline: Pipeline, microbatch: Microbatch, read: HeadReader, residual_BLD: Tensor) -> None:
         self.microbatch, self.read = microbatch, read
         self.order, self.n_microbatches = actions(pipeline), pipeline.n_microbatches
         self.stages = {stage.stage_index: stage for stage in pipeline.stages}
@@ -98,8 +98,8 @@ class Actor:
             stage._prepare_forward_infra(pipeline.n_microbatches, (enters,), {}, has_backward=True)
             stage._prepare_backward_infra(pipeline.n_microbatches)
 
-    def perform(self, action: Action) -> int:
-        """Do it; gives the bytes that other stages are sent."""
+    def run(self, action: Action) -> int:
+        """Do it; returns the bytes that other stages are sent."""
         stage = self.stages[action.stage]
         match action:
             case Action("F", _, int(i)):
@@ -136,7 +136,7 @@ class Actor:
     def _forward(self, stage: PipelineStage, i: int) -> int:
         batch = self.microbatch
         rows = (batch.tokens_BL,) if stage.is_first else ()
-        others = {"where": batch.where, "read": self.read}
+        others = {"positions": batch.positions, "read": self.read}
         output = stage.forward_one_chunk(i, rows, others, save_forward_output=False)
         if not self.keeps_sent and not RELEASES:
             self.output = output
@@ -159,4 +159,4 @@ class Actor:
     def _send(self, what: Action, ops: list[P2POp]) -> int:
         tensors = [op.tensor.detach() for op in ops]
         self.sent = (self.sent if self.keeps_sent else {}) | {what: tensors}
-        return size(tensors)
+        return n_bytes_of(tensors)

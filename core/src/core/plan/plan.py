@@ -13,14 +13,12 @@ from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.nn.module import parameter_count, training_flops_per_token
 from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
-from core.plan.fake_step import rehearse
+from core.plan.fake_step import run_fake_step
 from core.plan.sample_blocks import blocks
 from core.plan.segments import total
-from core.runtime.device import GIB
-from core.step.assemble import without_memory
+from core.runtime.device import GIB, MIB
+from core.step.assemble import meta_model
 from core.step.checks import Run, check_model, check_run, check_sizes
-
-MIB = 2**20
 
 
 @dataclass(kw_only=True)
@@ -132,7 +130,7 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
         raise UserError(f"--world-size {world_size:,} must be at most {MOST_RANKS:,}")
     if world_size is None:
         world_size = run.parallelism.degrees(1).world
-    model = without_memory(run.model)
+    model = meta_model(run.model)
     check_all(
         partial(check_run, run, world_size),
         partial(check_rank, rank, world_size),
@@ -140,7 +138,7 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
     )
     degrees = run.parallelism.degrees(world_size)
     training = run.training
-    found = rehearse(run, world_size=world_size, rank=rank, device=device)
+    found = run_fake_step(run, world_size=world_size, rank=rank, device=device)
     step, stored = total(found.segments), found.stored
     n_rows = training.rows_per_step(degrees.data)
     inputs = stored.buffers + found.inputs

@@ -13,27 +13,27 @@ from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
 from core.nn.backends import SDPA, trains_on_cpu
 from core.nn.decoder import Block, Decoder
 from core.nn.dispatch import Dispatcher
-from core.optim.optimizer import Optimizer, own
-from core.parallel.layout import Layout
-from core.step.assemble import cut
+from core.optim.optimizer import Optimizer, local_tensor
+from core.parallel.layout import RankView
+from core.step.assemble import stage_models
 
 REACH = 2
 """How far neighbours change what a block does: FSDP gathers the next block ahead, and frees the last one late."""
 
 
-class Excerpt(NamedTuple):
-    """A model, or a stage of one, without some of its blocks: block i behaves as block `like[i]`, which is there."""
+class SampledModel(NamedTuple):
+    """A model, or a stage of one, without some of its blocks: the present block `stand_in[i]` behaves as block i."""
 
     model: Decoder
-    like: dict[int, int]
+    stand_in: dict[int, int]
 
     def times(self, name: str) -> int:
         """For how many weights or buffers the one of this name stands."""
         first, _, rest = name.partition(".")
-        return Counter(self.like.values())[int(rest.partition(".")[0])] if first == "layers" else 1
+        return Counter(self.stand_in.values())[int(rest.partition(".")[0])] if first == "layers" else 1
 
 
-class Stored(NamedTuple):
+class RestingBytes(NamedTuple):
     """What lies on a rank between steps: numbers in its weights, and bytes of all else."""
 
     n_weights: int
@@ -43,35 +43,35 @@ class Stored(NamedTuple):
     buffers: int
 
 
-def excerpts(
+def sampled_models(
     config: Decoder.Config,
-    layout: Layout,
-    checkpointing: ActivationCheckpoint.Config,
+    layout: RankView,
+    activation_checkpoint: ActivationCheckpoint.Config,
     *,
     dispatcher: Callable[[ProcessGroup], Dispatcher],
     compute_dtype: torch.dtype,
-) -> dict[int, Excerpt]:
+) -> dict[int, SampledModel]:
     """The model, or this rank's stages of it by their numbers, spread over the ranks and without memory.
 
     Stages keep all their blocks.
     """
     piped = layout.degrees.pipeline > 1
     found = {}
-    for number, model in cut(config, layout):
+    for number, model in stage_models(config, layout):
         for block in blocks(model).values():
             if not trains_on_cpu(block.attention, compute_dtype):
                 block.attention.kernel = SDPA(block.attention.kernel.window)
-        like = {i: i for i in blocks(model)} if piped else alike(model, checkpointing)
-        for i in set(like) - set(like.values()):
+        stand_in = {i: i for i in blocks(model)} if piped else stand_ins(model, activation_checkpoint)
+        for i in set(stand_in) - set(stand_in.values()):
             del model.layers[str(i)]
         layout.parallelize(
             model,
             dispatcher=dispatcher,
-            checkpoint=checkpointing.build(folder=Path()).apply,
+            checkpoint=activation_checkpoint.build(folder=Path()).apply,
             compile_block=None,
             compute_dtype=compute_dtype,
         )
-        found[number] = Excerpt(model, like)
+        found[number] = SampledModel(model, stand_in)
     return found
 
 
@@ -80,16 +80,16 @@ def blocks(model: Decoder) -> dict[int, Block]:
     return {int(name): cast(Block, block) for name, block in model.layers.items()}
 
 
-def alike(model: Decoder, checkpointing: ActivationCheckpoint.Config) -> dict[int, int]:
+def stand_ins(model: Decoder, activation_checkpoint: ActivationCheckpoint.Config) -> dict[int, int]:
     """For every block the first one that is equal and has equal neighbours; for all of them themselves, where these
     firsts would be other neighbours to each other.
     """
-    kinds = {i: kind(block, i, model.config.n_layers, checkpointing) for i, block in blocks(model).items()}
+    kinds = {i: kind(block, i, model.config.n_layers, activation_checkpoint) for i, block in blocks(model).items()}
     around = surroundings(kinds)
     first: dict[tuple, int] = {}
-    like = {i: first.setdefault(around[i], i) for i in kinds}
+    stand_in = {i: first.setdefault(around[i], i) for i in kinds}
     left = surroundings({i: kinds[i] for i in first.values()})
-    return like if all(left[i] == around[i] for i in left) else {i: i for i in kinds}
+    return stand_in if all(left[i] == around[i] for i in left) else {i: i for i in kinds}
 
 
 def surroundings(kinds: dict[int, str]) -> dict[int, tuple]:
@@ -98,30 +98,30 @@ def surroundings(kinds: dict[int, str]) -> dict[int, tuple]:
     return {i: tuple(row[place : place + 2 * REACH + 1]) for place, i in enumerate(kinds)}
 
 
-def kind(block: Block, i: int, n_layers: int, checkpointing: ActivationCheckpoint.Config) -> str:
+def kind(block: Block, i: int, n_layers: int, activation_checkpoint: ActivationCheckpoint.Config) -> str:
     """What makes block number i behave as it does, in words that are equal for equal blocks."""
-    ahead = max(i - n_layers + 1, 0)
+    mtp_depth = max(i - n_layers + 1, 0)
     parts = [(name, type(part), getattr(part, "config", None)) for name, part in block.named_modules()]
     shapes = [(name, weight.shape) for name, weight in block.named_parameters()]
-    forced = sorted(forced_shapes(checkpointing, f"layers.{i}", block))
-    return repr((ahead, parts, shapes, block.attention.kernel, forced))
+    forced = sorted(forced_shapes(activation_checkpoint, f"layers.{i}", block))
+    return repr((mtp_depth, parts, shapes, block.attention.kernel, forced))
 
 
-def stored(excerpts: dict[int, Excerpt], optimizer: Optimizer) -> Stored:
-    """What all blocks have on this rank, those counted too that the excerpts lack."""
+def resting_bytes(sampled_models: dict[int, SampledModel], optimizer: Optimizer) -> RestingBytes:
+    """What all blocks have on this rank, those counted too that the sampled models lack."""
     n_weights = weights = gradients = state = buffers = 0
-    for excerpt in excerpts.values():
-        for name, weight in excerpt.model.named_parameters():
-            times = excerpt.times(name)
-            n_weights += times * own(weight).numel()
+    for sampled in sampled_models.values():
+        for name, weight in sampled.model.named_parameters():
+            times = sampled.times(name)
+            n_weights += times * local_tensor(weight).numel()
             weights += times * n_bytes(weight)
             gradients += times * n_bytes(weight.grad)
             state += times * sum(map(n_bytes, optimizer.state[name].values()))
-        for name, buffer in excerpt.model.named_buffers():
-            buffers += excerpt.times(name) * n_bytes(buffer)
-    return Stored(n_weights, weights, gradients, state, buffers)
+        for name, buffer in sampled.model.named_buffers():
+            buffers += sampled.times(name) * n_bytes(buffer)
+    return RestingBytes(n_weights, weights, gradients, state, buffers)
 
 
 def n_bytes(tensor: Tensor | None) -> int:
     """Bytes of a tensor that lie on this rank; of None none."""
-    return 0 if tensor is None else own(tensor).numel() * tensor.element_size()
+    return 0 if tensor is None else local_tensor(tensor).numel() * tensor.element_size()

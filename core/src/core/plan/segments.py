@@ -18,7 +18,7 @@ from core.plan.traffic import message
 ITEM = torch.ops.aten._local_scalar_dense.default
 
 
-class Kind(NamedTuple):
+class MessageKind(NamedTuple):
     """What messages have in common: the axis of the mesh along which they go, and the collective."""
 
     axis: str
@@ -39,9 +39,9 @@ class Segment:
     gradients: int
     """The part of `change` that is gradients of stored weights."""
     flops: int
-    calls: Counter[Kind]
+    calls: Counter[MessageKind]
     """Number of messages that this rank sends."""
-    sent: Counter[Kind]
+    sent: Counter[MessageKind]
     """Their bytes."""
 
 
@@ -66,10 +66,10 @@ class Recorder(Meter):
         if out is not NotImplemented:
             self.flops += flops(func, args, kwargs or {}, out)
             if (found := message(func, args, out)) is not None:
-                self.note(Kind(self.axes[found.group.group_name], found.collective), found.n_bytes)
+                self.note(MessageKind(self.axes[found.group.group_name], found.collective), found.n_bytes)
         return out
 
-    def note(self, kind: Kind, n_bytes: int) -> None:
+    def note(self, kind: MessageKind, n_bytes: int) -> None:
         """Count a message of this rank."""
         self.calls[kind] += 1
         self.sent[kind] += n_bytes
@@ -94,8 +94,8 @@ class Recorder(Meter):
         self.start = self.peak = self.alive
         self.start_gradients = self.gradients()
         self.flops = 0
-        self.calls: Counter[Kind] = Counter()
-        self.sent: Counter[Kind] = Counter()
+        self.calls: Counter[MessageKind] = Counter()
+        self.sent: Counter[MessageKind] = Counter()
 
     @contextmanager
     def listening(self, models: Iterable[Decoder]) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Recorder(Meter):
             hook.remove()
 
     def end(self, what: str) -> list[Segment]:
-        """End a pass, whose last segment did `what` if it was not a block's backward; gives its segments."""
+        """End a pass, whose last segment did `what` if it was not a block's backward; returns its segments."""
         self._after_backward(None, what)
         segments, self.segments = self.segments, []
         return segments
@@ -123,17 +123,17 @@ class Recorder(Meter):
         self.running = following
 
 
-def expand(segments: list[Segment], like: Mapping[int, int]) -> Iterator[Segment]:
-    """The segments of all blocks, from those of some: block i does as block `like[i]`, which is among them."""
+def expand(segments: list[Segment], stand_in: Mapping[int, int]) -> Iterator[Segment]:
+    """The segments of all blocks, from those of some: block i does as block `stand_in[i]`, which is among them."""
     known = {segment.block: segment for segment in segments if segment.block is not None}
-    if not known or all(i == other for i, other in like.items()):
+    if not known or all(i == other for i, other in stand_in.items()):
         yield from segments
         return
     places = [place for place, segment in enumerate(segments) if segment.block is not None]
     falling = segments[places[0]].what == "backward"
     yield from segments[: places[0]]
-    for number in sorted(like, reverse=falling):
-        yield replace(known[like[number]], block=number)
+    for number in sorted(stand_in, reverse=falling):
+        yield replace(known[stand_in[number]], block=number)
     yield from segments[places[-1] + 1 :]
 
 
@@ -148,8 +148,8 @@ class Total:
     peak_activations: int = 0
     """The most bytes alive at once that are no gradients of stored weights."""
     flops: int = 0
-    calls: Counter[Kind] = field(default_factory=Counter)
-    sent: Counter[Kind] = field(default_factory=Counter)
+    calls: Counter[MessageKind] = field(default_factory=Counter)
+    sent: Counter[MessageKind] = field(default_factory=Counter)
 
 
 def total(segments: Iterable[Segment]) -> Total:

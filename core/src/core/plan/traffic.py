@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_iter
 
 from core.parallel.mesh import Views
 
-OUTPUT = -1
+OUTPUT_ARGUMENT = -1
 COLLECTIVES = {
     # operation: what it is, and which argument tells the size
-    "_c10d_functional::all_gather_into_tensor": ("all-gather", OUTPUT),
+    "_c10d_functional::all_gather_into_tensor": ("all-gather", OUTPUT_ARGUMENT),
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 0),
     "_c10d_functional::all_reduce": ("all-reduce", 0),
     "_c10d_functional::all_to_all_single": ("all-to-all", 0),
@@ -58,7 +58,7 @@ def message(op: Any, args: tuple, out: Any) -> Message | None:
     n = group.size()
     if n == 1:
         return None
-    n_bytes = size(out if place == OUTPUT else args[place])
+    n_bytes = n_bytes_of(out if place == OUTPUT_ARGUMENT else args[place])
     if collective in ("all-gather", "reduce-scatter"):
         n_bytes -= n_bytes // n
     elif collective == "all-reduce":
@@ -76,7 +76,7 @@ def group_of(args: tuple) -> ProcessGroup:
     return next(ProcessGroup.unbox(arg) for arg in args if type(arg).__name__ == "ScriptObject")
 
 
-def size(tree: Any) -> int:
+def n_bytes_of(tree: Any) -> int:
     """Bytes of all tensors in a tree."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 

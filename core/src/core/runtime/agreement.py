@@ -12,11 +12,11 @@ from core.runtime.activity import waiting
 from core.runtime.ranks import Ranks
 from core.runtime.span import span
 
-MOST_LINES = 20
+MOST_DIFFERING_LINES = 20
 """So many facts that differ are listed."""
 MOST_KINDS = 8
 """The facts of so many ranks, no two of which agree in all, are sent around."""
-WIDTH = 120
+DIFFERENCE_WIDTH = 120
 """Longest value that is shown whole."""
 
 
@@ -65,7 +65,7 @@ def differing(kinds: list[tuple[list[int], dict[str, str]]]) -> list[str]:
         if len(ranks_of) > 1:
             values = [f"{_short(value)} ({span(numbers)})" for value, numbers in ranks_of.items()]
             lines.append(f"{name}: {', '.join(values)}")
-    return at_most(MOST_LINES, lines)
+    return at_most(MOST_DIFFERING_LINES, lines)
 
 
 def _rest(ranks: list[int]) -> list[str]:
@@ -73,4 +73,4 @@ def _rest(ranks: list[int]) -> list[str]:
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= WIDTH else f"{value[: WIDTH - 3]}..."
+    return value if len(value) <= DIFFERENCE_WIDTH else f"{value[: DIFFERENCE_WIDTH - 3]}..."

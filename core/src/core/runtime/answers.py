@@ -7,7 +7,7 @@ from core.config.errors import at_most
 from core.runtime.activity import MAIN, Doing
 from core.runtime.span import span
 
-MOST = 3
+MOST_ANSWERS = 3
 """What so many ranks do is told."""
 
 Answers = Mapping[int, Mapping[str, Doing]]
@@ -39,7 +39,7 @@ class Late(NamedTuple):
         several = len(self.busy) + len(self.mute) > 1
         parts = [f"{span(self.mute)}: no answer" if several else "no answer"] if self.mute else []
         parts += [f"rank {rank}: {doing}" if several else str(doing) for rank, doing in self.busy.items()]
-        return "; ".join(at_most(MOST, parts))
+        return "; ".join(at_most(MOST_ANSWERS, parts))
 
 
 def encoded(doings: Mapping[str, Doing]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from core.config.errors import UserError
 
 log = logging.getLogger("armature")
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 PEAK_FLOPS = {
     "GB200": 2.5e15,

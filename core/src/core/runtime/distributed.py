@@ -13,7 +13,7 @@ import torch.distributed as dist
 from core.config.configurable import Configurable, range_problems
 from core.runtime.launcher import World
 from core.runtime.ranks import PATIENT
-from core.runtime.rendezvous import Place, Rendezvous
+from core.runtime.rendezvous import Address, Rendezvous
 from core.runtime.watch import watched
 
 YEAR_S = 365 * 24 * 3600
@@ -58,7 +58,7 @@ def process_group(world: World | None, device: torch.device, comm: Comm) -> Iter
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", str(int(comm.trace_buf_size > 0)))
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
-    rendezvous = Rendezvous(world, Place.find(), comm.init_timeout_seconds)
+    rendezvous = Rendezvous(world, Address.find(), comm.init_timeout_seconds)
     with watched(rendezvous, world, comm.save_timeout_seconds):
         dist.init_process_group(
             backends(device),

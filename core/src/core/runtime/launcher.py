@@ -9,7 +9,7 @@ from core.config.errors import UserError
 
 PORTS = range(12_000, 32_000)
 """Where the ranks of a SLURM step meet: below the ports that Linux hands out by itself."""
-MOST_DIGITS = 10
+MOST_VARIABLE_DIGITS = 10
 """So many digits may a launcher's number have; SLURM counts steps up to 4294967295."""
 SCONTROL_S = 60
 """So long is scontrol waited for."""
@@ -72,7 +72,7 @@ def _number(environ: Mapping[str, str], name: str, kind: str, default: int | Non
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_VARIABLE_DIGITS
 
 
 def meeting_point(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:

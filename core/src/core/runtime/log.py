@@ -86,7 +86,7 @@ def log_to(path: Path) -> Iterator[None]:
         file.close()
 
 
-def tell(text: str, rank: int) -> None:
+def warn_everywhere(text: str, rank: int) -> None:
     """Warn of something that concerns all ranks; also aloud on a rank that is silent otherwise."""
     LOGGER.warning(text)
     if rank > 0:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from core.config.errors import UserError
 from core.runtime.launcher import World, meeting_point
-from core.runtime.log import tell
+from core.runtime.log import warn_everywhere
 from core.runtime.span import span
 
 BEAT_S = 60.0
@@ -28,7 +28,7 @@ BACKLOG = 4096
 LAUNCHER = "the launcher's store"
 
 
-class Place(NamedTuple):
+class Address(NamedTuple):
     """Where the ranks of a run meet."""
 
     address: str
@@ -37,7 +37,7 @@ class Place(NamedTuple):
     """Who keeps the store there, in words."""
 
     @classmethod
-    def find(cls) -> "Place":
+    def find(cls) -> "Address":
         """What the launcher says; errors as in `meeting_point`."""
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(*meeting_point(), keeper=LAUNCHER if hosted else "rank 0")
@@ -73,7 +73,7 @@ class Patience:
             waited_s = time.monotonic() - self._began
             if waited_s - self._told_s >= BEAT_S:
                 self._told_s = waited_s
-                tell(f"waiting for {whom()} since {waited_s:.0f} s", self.rank)
+                warn_everywhere(f"waiting for {whom()} since {waited_s:.0f} s", self.rank)
 
 
 class Rendezvous:
@@ -84,7 +84,7 @@ class Rendezvous:
     the part. What dead ranks asked is answered too, and nobody listens.
     """
 
-    def __init__(self, world: World, place: Place, timeout_s: float) -> None:
+    def __init__(self, world: World, place: Address, timeout_s: float) -> None:
         """Rank 0 makes the store, unless the launcher did; the others wait for its answer. Raises `UserError`."""
         self.world, self.place = world, place
         self.is_kept_here = world.rank == 0 and place.keeper != LAUNCHER
@@ -194,7 +194,7 @@ def listen(port: int) -> socket.socket:
         ) from error
 
 
-def reach(place: Place, patience: Patience) -> None:
+def reach(place: Address, patience: Patience) -> None:
     """Wait until something listens at a place; a `UserError` says why nothing was reached."""
     problem = ""
     for _ in patience.pauses(lambda: f"{place.keeper} at {place}"):

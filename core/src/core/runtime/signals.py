@@ -7,7 +7,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What Ctrl-C, schedulers, and a terminal that closes send."""
-OWN = (signal.SIGINT, signal.SIGTERM)
+PYTHON_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Of these the handlers are always replaced; of the others only that of the system, for `nohup` ignores SIGHUP, and
 somebody may use one of the rest for a purpose of their own."""
 
@@ -34,7 +34,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if number in OWN or signal.getsignal(number) is signal.SIG_DFL:
+                if number in PYTHON_SIGNALS or signal.getsignal(number) is signal.SIG_DFL:
                     self._before[number] = signal.signal(number, self._request)
         return self
 

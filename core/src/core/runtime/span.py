@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from core.config.errors import at_most
 
-MOST = 20
+MOST_SHOWN = 20
 """So many runs of numbers are named."""
 
 
@@ -18,4 +18,4 @@ def span(numbers: Iterable[int]) -> str:
             runs.append([number, number])
     words = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     single = len(runs) == 1 and runs[0][0] == runs[0][1]
-    return f"rank{'' if single else 's'} {', '.join(at_most(MOST, words))}"
+    return f"rank{'' if single else 's'} {', '.join(at_most(MOST_SHOWN, words))}"

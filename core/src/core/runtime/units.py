@@ -3,7 +3,7 @@
 KIB = 2**10
 
 
-def size(n_bytes: float) -> str:
+def size_text(n_bytes: float) -> str:
     """Bytes in the largest unit of which there is at least one: 868 bytes, 12.02 MiB, 1,228.80 TiB."""
     value, unit = float(n_bytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):

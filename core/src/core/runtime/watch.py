@@ -22,19 +22,19 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from core.config.errors import LostRank, UserError, at_most
-from core.config.exit import PATIENCE_S, end_at_once
+from core.config.exit import LAUNCHER_PATIENCE_S, end_at_once
 from core.runtime.activity import MAIN, begin, doings, waiting
 from core.runtime.answers import Late, decoded, encoded
 from core.runtime.board import Board
 from core.runtime.launcher import World
-from core.runtime.log import tell
+from core.runtime.log import warn_everywhere
 from core.runtime.rendezvous import BEAT_S, Rendezvous
 
 ANSWER_S = 5.0
 """In which a process that lives answers."""
-GRACE_S = PATIENCE_S + 2.0
+GRACE_S = LAUNCHER_PATIENCE_S + 2.0
 """In which the main thread may end by itself after a verdict; it may be inside a call that nothing else ends."""
-MOST_LINES = 10
+MOST_REPORT_LINES = 10
 """So many lines of an error are told to the other ranks."""
 LOST = re.compile("closed by peer|reset by peer|pair closure|broken pipe|process exited|communicator was aborted", re.I)
 """What gloo and NCCL say in a rank that has lost another."""
@@ -89,14 +89,14 @@ class Watch:
             self._decide(f"{ended}: {words(error)}")
             return None
         with waiting():
-            if not self._over.wait(PATIENCE_S) and (text := self._missing(str(error))):
+            if not self._over.wait(LAUNCHER_PATIENCE_S) and (text := self._missing(str(error))):
                 self._decide(text)
         return LostRank(self.verdict.text) if self.verdict else None
 
     def stop(self) -> None:
         """End the thread; where this rank keeps the store, after the others have heard how the run ended."""
         if self.rendezvous.is_kept_here and (number := self.verdict.number if self.verdict else self._end):
-            limit = time.monotonic() + PATIENCE_S
+            limit = time.monotonic() + LAUNCHER_PATIENCE_S
             while self._board.store.add(f"heard {number}", 0) < self.world.size and time.monotonic() < limit:
                 time.sleep(0.02)
         self._stopped.set()
@@ -185,7 +185,7 @@ class Watch:
         longest_s = min(waited_s, max(silent_s, default=waited_s))
         if longest_s < self.timeout_s:
             if late:
-                tell(f"waiting for {late.ranks} since {waited_s:.0f} s ({late})", self.world.rank)
+                warn_everywhere(f"waiting for {late.ranks} since {waited_s:.0f} s ({late})", self.world.rank)
             return
         silence = f"{late.ranks} of {self.world.size} made no progress for {longest_s:.0f} s ({late}; {limit})"
         deadlock = f"all {self.world.size} ranks have waited for one another for {waited_s:.0f} s ({limit})"
@@ -199,7 +199,7 @@ def words(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Ctrl-C"
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return "\n".join(at_most(MOST_LINES, text.splitlines()))
+    return "\n".join(at_most(MOST_REPORT_LINES, text.splitlines()))
 
 
 @contextmanager

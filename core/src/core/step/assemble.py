@@ -15,14 +15,14 @@ from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
 from core.nn.module import weights
-from core.parallel.layout import Alone, Layout
-from core.parallel.pipeline import Pipeline, cut_stage, split, stages_of
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
 from core.runtime.activity import working
 from core.step.checks import Run, expert_parts
 
 
-class Parts(NamedTuple):
+class BuiltModel(NamedTuple):
     """The model, or the stages of it that this rank holds and the pipeline that runs them."""
 
     models: list[Decoder]
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 @working("building the model")
 def assemble(
     config: Decoder.Config,
-    layout: Layout,
+    layout: RankView,
     *,
     checkpoint: Callable[[Decoder], None],
     compile_block: Callable[[nn.Module], None] | None,
@@ -45,14 +45,14 @@ def assemble(
     compute_dtype: torch.dtype,
     seed: int,
     n_microbatches: int,
-) -> Parts:
+) -> BuiltModel:
     """The parts of this rank, their weights drawn by (seed, name), equal in every layout.
 
     `n_microbatches` is how many travel a pipeline per step. Weights are stored in `dtype`.
     """
     settings = layout.settings
     models = {}
-    for number, model in cut(config, layout):
+    for number, model in stage_models(config, layout):
         layout.parallelize(
             model,
             dispatcher=dispatcher,
@@ -62,43 +62,45 @@ def assemble(
         )
         weights_on = torch.device("cpu") if settings.cpu_offload else None
         materialise(model, layout.device, dtype, weights_on=weights_on)
-        init_weights(((w.name, w.value, w.start) for w in weights(model)), seed, layout.own)
+        init_weights(((w.name, w.value, w.start) for w in weights(model)), seed, layout.local_slice)
         models[number] = model
-    return Parts(list(models.values()), layout.pipeline(models, n_microbatches))
+    return BuiltModel(list(models.values()), layout.pipeline(models, n_microbatches))
 
 
-def without_memory(config: Decoder.Config) -> Decoder:
+def meta_model(config: Decoder.Config) -> Decoder:
     """The whole model on the meta device."""
     with torch.device("meta"):
         return config.build()
 
 
-def cut(config: Decoder.Config, layout: Layout) -> Iterator[tuple[int, Decoder]]:
+def stage_models(config: Decoder.Config, layout: RankView) -> Iterator[tuple[int, Decoder]]:
     """The stages of this rank by their numbers, or the whole model as 0, without memory and not spread yet."""
     settings = layout.settings
     piped = layout.degrees.pipeline > 1
-    stages = split(settings, config.n_layers) if piped else []
+    stages = split_layers(settings, config.n_layers) if piped else []
     for number in stages_of(layout.pipeline_rank, settings, config.n_layers) if piped else [0]:
-        model = without_memory(config)
+        model = meta_model(config)
         if piped:
             cut_stage(model, stages, number)
         yield number, model
 
 
-def expert_loads(models: list[Decoder], layout: Layout) -> dict[str, float]:
+def expert_loads(models: list[Decoder], layout: RankView) -> dict[str, float]:
     """How evenly the experts of all layers were loaded in the last step, as metrics; every rank must ask."""
     loads = layout.join({name: load for model in models for name, load in layer_loads(model).items()})
     (balance,) = layout.sums(sum(balance_loss(model) for model in models))
     return load_metrics(loads, balance)
 
 
-def make_layout(parallelism: Parallelism, device: torch.device) -> Layout:
+def make_layout(parallelism: Parallelism, device: torch.device) -> RankView:
     """The layout of the process group, or of a process alone."""
     if not dist.is_initialized():
-        return Alone(device)
-    from core.parallel.many_ranks import Spread  # loads torch.distributed.tensor: a second that a process alone saves
+        return SingleRank(device)
+    from core.parallel.many_ranks import (
+        ManyRanks,  # loads torch.distributed.tensor: a second that a process alone saves
+    )
 
-    return Spread(parallelism, device)
+    return ManyRanks(parallelism, device)
 
 
 def make_dispatcher(run: Run, device: torch.device, world_size: int) -> Callable[[ProcessGroup], Dispatcher]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from core.data.packing import IGNORE, Batch
-from core.nn.decoder import Decoder, Reader
-from core.nn.kernel import Where
+from core.nn.decoder import Decoder, HeadReader
+from core.nn.kernel import Positions
 from core.nn.layers import Head
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.step.loss import Loss
 
@@ -30,26 +30,26 @@ class BatchLoss(NamedTuple):
 class Objective:
     """The loss of batches: what training lowers and validation measures. Each rank has its own tokens' part of it.
 
-    `parts` is the model, or the stages of it that this rank runs under `pipeline`. `mask` "document" lets tokens see
+    `stages` is the model, or the stages of it that this rank runs under `pipeline`. `mask` "document" lets tokens see
     only their own document and counts positions inside it; "causal" reads a row as one document. `dtype` is the type
     that matrix products compute in.
     """
 
     def __init__(
         self,
-        parts: list[Decoder],
+        stages: list[Decoder],
         loss: Loss,
         *,
-        layout: Layout,
+        layout: RankView,
         dtype: torch.dtype,
         mask: Literal["causal", "document"],
         pipeline: Pipeline | None = None,
     ) -> None:
-        self.parts, self.layout, self.dtype, self.mask, self.pipeline = parts, layout, dtype, mask, pipeline
-        self.loss, self.vocabulary = loss, layout.vocabulary(parts[0].config.vocab_size)
+        self.stages, self.layout, self.dtype, self.mask, self.pipeline = stages, layout, dtype, mask, pipeline
+        self.loss, self.vocabulary = loss, layout.vocabulary(stages[0].config.vocab_size)
 
     def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
-        """Add to the gradients those of the loss divided by `n_valid`; gives this rank's part of it, main and total."""
+        """Add to the gradients those of the loss divided by `n_valid`; returns its main and total part on this rank."""
         if self.pipeline is not None:
             losses = self.pipeline.run(
                 self._microbatches(batches), partial(self.reader, n_valid=n_valid), backward=True
@@ -58,7 +58,7 @@ class Objective:
             return main, main
         sums = torch.zeros(2, device=self.layout.device)
         for number, batch in enumerate(batches, start=1):
-            self.layout.sum_gradients(self.parts, now=number == len(batches))
+            self.layout.sum_gradients(self.stages, now=number == len(batches))
             loss = self(batch)
             (loss.total / n_valid).backward()
             sums += torch.stack(loss).detach() / n_valid
@@ -75,10 +75,10 @@ class Objective:
 
     def __call__(self, batch: Batch) -> BatchLoss:
         """The loss of a batch that this rank computes from embedding to head."""
-        (model,) = self.parts
-        microbatch = Microbatch(*self.layout.place(batch, documents=self.mask == "document"))
+        (model,) = self.stages
+        microbatch = Microbatch(*self.layout.to_rank_tokens(batch, documents=self.mask == "document"))
         with self._precision():
-            losses = model(microbatch.tokens_BL, microbatch.where, self.reader(microbatch))
+            losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch))
             if isinstance(losses, Tensor):
                 return BatchLoss(losses, losses)
             further = torch.zeros_like(losses.main)
@@ -86,11 +86,11 @@ class Objective:
                 further = further + loss
             return BatchLoss(losses.main, losses.main + model.config.mtp_loss_weight / len(losses.further) * further)
 
-    def reader(self, batch: Microbatch, n_valid: float = 1) -> Reader:
+    def reader(self, batch: Microbatch, n_valid: float = 1) -> HeadReader:
         """What the model is to make of its residual stream: the summed loss of `batch`, divided by `n_valid`."""
 
         def read(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
-            labels_BL = labels_ahead(batch.labels_BL, depth, batch.where) if depth else batch.labels_BL
+            labels_BL = labels_ahead(batch.labels_BL, depth, batch.positions) if depth else batch.labels_BL
             return self.loss(x_BLD, labels_BL, head, self.vocabulary) / n_valid
 
         return read
@@ -98,7 +98,7 @@ class Objective:
     def _microbatches(self, batches: Sequence[Batch]) -> list[Microbatch]:
         size = self.layout.settings.pipeline_parallel_microbatch_size
         rows = (Batch(*parts) for batch in batches for parts in zip(*(part.split(size) for part in batch), strict=True))
-        return [Microbatch(*self.layout.place(row, documents=self.mask == "document")) for row in rows]
+        return [Microbatch(*self.layout.to_rank_tokens(row, documents=self.mask == "document")) for row in rows]
 
     def _precision(self) -> AbstractContextManager:
         """Autocast without its cache, which would keep a copy of every weight until the forward ends.
@@ -110,12 +110,12 @@ class Objective:
         return torch.autocast(self.layout.device.type, self.dtype, cache_enabled=False)
 
 
-def labels_ahead(labels_BL: Tensor, k: int, where: Where) -> Tensor:
-    """The labels k places further on; none where the row ends before, or where `where` has another document there."""
+def labels_ahead(labels_BL: Tensor, k: int, positions: Positions) -> Tensor:
+    """The labels k tokens further on; none where the row ends before, or `positions` has another document there."""
     ahead_BL = labels_BL.roll(-k, dims=1)
     ahead_BL[:, -k:] = IGNORE
-    if where.document_BL is not None:
-        other_BL = where.document_BL != where.document_BL.roll(-k, dims=1)
+    if positions.document_BL is not None:
+        other_BL = positions.document_BL != positions.document_BL.roll(-k, dims=1)
         ahead_BL = ahead_BL.masked_fill(other_BL, IGNORE)
     return ahead_BL
 

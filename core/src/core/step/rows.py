@@ -6,14 +6,14 @@ from core.data.packing import IGNORE, Batch
 from core.data.samples import Samples
 from core.data.sampling import Split
 from core.data.tokenizer import Tokenizer
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.runtime.activity import working
 from core.runtime.launcher import World, find_world
 
 
 @working("preparing text")
 def open_samples(
-    config: Samples.Config, tokenizer: Tokenizer, layout: Layout, split: Split, *, seq_len: int, seed: int
+    config: Samples.Config, tokenizer: Tokenizer, layout: RankView, split: Split, *, seq_len: int, seed: int
 ) -> Samples:
     """The rows of a run, as this rank reads them; the first rank of a machine verifies what is in the cache."""
     place = {"rank": layout.data_rank, "n_ranks": layout.degrees.data}
@@ -22,7 +22,7 @@ def open_samples(
 
 
 def microbatches(
-    loader: Samples, layout: Layout, *, first: int, n_rows: int, local_batch_size: int, end: int | None = None
+    loader: Samples, layout: RankView, *, first: int, n_rows: int, local_batch_size: int, end: int | None = None
 ) -> list[Batch]:
     """This rank's part of the rows first, ..., first + n_rows - 1, `local_batch_size` rows at a time.
 

@@ -54,20 +54,20 @@ def train_step(
     if n_valid == 0:
         raise UserError(f"step {step}: none of its {len(batches)} microbatches has a token that counts for the loss")
     optimizer.zero_grad()
-    for part in objective.parts:
+    for part in objective.stages:
         start_step(part, n_valid)
     loss, total = layout.sums(*objective.accumulate(batches, n_valid))
-    layout.sum_counts([router.tokens_E for part in objective.parts for router in routers(part).values()])
+    layout.sum_counts([router.tokens_E for part in objective.stages for router in routers(part).values()])
     info = StepInfo(step, loss, total, layout.clip(optimizer.gradients(), max_norm), updated=True)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
             raise UserError(
                 f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped before the update; "
-                "lower optimizer.lr, or insist with --debug.on_nonfinite skip"
+                "lower optimizer.lr, or override this with --debug.on_nonfinite skip"
             )
         log.warning(f"step {step} left out: loss {info.loss}, gradient norm {info.grad_norm}")
         return info._replace(updated=False)
     optimizer.step(lr)
-    for part in objective.parts:
+    for part in objective.stages:
         update_selection_bias(part)
     return info

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.checkpoint.convert import main as convert
-from core.config.cli import override, split
+from core.config.cli import override, split_flags
 from core.config.errors import UserError
 from core.nn.balance import routers
 from core.step.checks import expert_parts
@@ -22,10 +22,10 @@ class BalanceSuite(ResumeSuite):
         has_a_name = all(part.router.load_balance_coeff for part in expert_parts(run.model))
         run.training.steps = run.validator.freq = run.lr_scheduler.warmup_steps = 1
         run.activation_checkpoint.mode = "full"
-        override(run, split(["--model.moe.router.load_balance_coeff", "0.01"]))
+        override(run, split_flags(["--model.moe.router.load_balance_coeff", "0.01"]))
         trainer = run.build()
         trainer.run()
-        (model,) = trainer.parts.models
+        (model,) = trainer.built.models
         assert routers(model)
         for router in routers(model).values():
             assert router.tokens_E.sum() == 4 * 64 * router.config.top_k and router.selection_bias is not None

@@ -13,13 +13,13 @@ import torch
 
 from core.checkpoint.convert import main
 from core.checkpoint.hf import load_hf
-from core.checkpoint.key_map import hf_layout, pattern_of
-from core.checkpoint.weights import hf_config, load
+from core.checkpoint.key_map import hf_key_map, pattern_of
+from core.checkpoint.weights import hf_config, load_folder
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.decoder import Decoder
 from core.testing.mutations import mutated_json
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 
 
 class KeySuite:
@@ -37,7 +37,7 @@ class KeySuite:
     @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
     def test_key_table_is_a_bijection(self, size: str, tied: bool) -> None:
         """Of every stored tensor all rows, and of each row both halves, are in exactly one weight of ours."""
-        layout = hf_layout(on_meta(replace(self.sizes[size], tie_embeddings=tied)))
+        layout = hf_key_map(meta_model(replace(self.sizes[size], tie_embeddings=tied)))
         stored: dict[str, Counter[tuple]] = {}
         shapes: dict[str, list[int]] = {}
         for name, weight in layout.weights.items():
@@ -56,7 +56,7 @@ class KeySuite:
         configs = [*self.sizes.values(), *map(self.tiny_config, self.hf_configs)]
         if any(name.startswith("ahead.") for name in table):
             configs.append(replace(configs[0], n_mtp_layers=1))
-        used = {pattern_of(name)[0] for config in configs for name in on_meta(config).state_dict()}
+        used = {pattern_of(name)[0] for config in configs for name in meta_model(config).state_dict()}
         needed = {name for name, place in table.items() if place is not None}
         assert needed <= used <= table.keys(), f"entries for no weight: {needed - used}"
 
@@ -72,7 +72,7 @@ class KeySuite:
         config = self.decoder.from_hf_config(stated)
         expected, found = on_cpu(config), on_cpu(config)
         load_hf(expected, there)
-        load(found, here)
+        load_folder(found, here)
         for name, value in expected.state_dict().items():
             assert torch.equal(found.state_dict()[name], value), name
         main(families, ["to-hf", str(here), str(back)])
@@ -93,7 +93,7 @@ class KeySuite:
     def read_mutated_configs(self, tiny: str, folder: Path, n: int) -> None:
         """Read that many changes of what a tiny model states."""
         file, draw = folder / "config.json", Random(tiny)
-        stated = json.dumps(on_meta(self.decoder.from_hf_config(self.hf_configs[tiny].to_dict())).to_hf_config())
+        stated = json.dumps(meta_model(self.decoder.from_hf_config(self.hf_configs[tiny].to_dict())).to_hf_config())
         for number in range(n):
             file.write_bytes(mutated_json(stated.encode(), draw))
             try:

@@ -14,13 +14,13 @@ from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
 from core.step.checks import expert_parts
 from core.testing.parity import Case, compare
-from core.testing.toy import on_meta
+from core.testing.toy import meta_model
 
 TOLERANCE = 1e-5
 """Largest difference of anything from one rank, as a share of the largest number of its kind (fp32, other sums)."""
 
 
-class Ranks(NamedTuple):
+class LayoutCase(NamedTuple):
     """Ranks, what they share, and what is special about their step."""
 
     n: int
@@ -48,53 +48,53 @@ def degrees(
 
 SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 
-LAYOUTS: dict[str, Ranks] = {
-    "fsdp2": Ranks(2, degrees()),
-    "hsdp2x2": Ranks(4, degrees(replicate=2)),
-    "ddp2": Ranks(2, degrees(replicate=2)),
-    "tp2": Ranks(2, degrees(tensor=2)),
-    "tp4": Ranks(4, degrees(tensor=4)),
-    "fsdp2-tp2": Ranks(4, degrees(tensor=2)),
-    "cp2": Ranks(2, degrees(context=2)),
-    "cp2-alltoall": Ranks(2, degrees(context=2, context_parallel_rotate_method="alltoall")),
-    "cp2-unbalanced": Ranks(2, degrees(context=2, context_parallel_load_balancer="none")),
-    "cp2-alltoall-tp2": Ranks(4, degrees(context=2, tensor=2, context_parallel_rotate_method="alltoall")),
-    "fsdp2-cp2-tp2": Ranks(8, degrees(context=2, tensor=2)),
-    "offload2": Ranks(2, degrees(cpu_offload=True)),
-    **{f"pp2-{name}": Ranks(2, degrees(pipeline=2, schedule=name)) for name in SCHEDULES},
-    "fsdp2-pp2": Ranks(4, degrees(pipeline=2, schedule="Interleaved1F1B")),
-    "tp2-pp2": Ranks(4, degrees(pipeline=2, tensor=2)),
-    "cp2-pp2": Ranks(4, degrees(pipeline=2, context=2)),
-    "accumulate": Ranks(2, degrees(), {"local_batch_size": 2}),
-    "accumulate-hsdp2x2-tp2": Ranks(8, degrees(replicate=2, tensor=2), {"local_batch_size": 1}),
-    "no-label-fsdp2": Ranks(2, degrees(), {"empty_rows": 4}),
-    "no-label-fsdp2-tp2": Ranks(4, degrees(tensor=2), {"empty_rows": 4}),
-    "no-label-fsdp2-pp2": Ranks(4, degrees(pipeline=2), {"empty_rows": 4}),
-    "odd-tp2": Ranks(2, degrees(tensor=2), {"length": 14, "n_rows": 6}),
+LAYOUTS: dict[str, LayoutCase] = {
+    "fsdp2": LayoutCase(2, degrees()),
+    "hsdp2x2": LayoutCase(4, degrees(replicate=2)),
+    "ddp2": LayoutCase(2, degrees(replicate=2)),
+    "tp2": LayoutCase(2, degrees(tensor=2)),
+    "tp4": LayoutCase(4, degrees(tensor=4)),
+    "fsdp2-tp2": LayoutCase(4, degrees(tensor=2)),
+    "cp2": LayoutCase(2, degrees(context=2)),
+    "cp2-alltoall": LayoutCase(2, degrees(context=2, context_parallel_rotate_method="alltoall")),
+    "cp2-unbalanced": LayoutCase(2, degrees(context=2, context_parallel_load_balancer="none")),
+    "cp2-alltoall-tp2": LayoutCase(4, degrees(context=2, tensor=2, context_parallel_rotate_method="alltoall")),
+    "fsdp2-cp2-tp2": LayoutCase(8, degrees(context=2, tensor=2)),
+    "offload2": LayoutCase(2, degrees(cpu_offload=True)),
+    **{f"pp2-{name}": LayoutCase(2, degrees(pipeline=2, schedule=name)) for name in SCHEDULES},
+    "fsdp2-pp2": LayoutCase(4, degrees(pipeline=2, schedule="Interleaved1F1B")),
+    "tp2-pp2": LayoutCase(4, degrees(pipeline=2, tensor=2)),
+    "cp2-pp2": LayoutCase(4, degrees(pipeline=2, context=2)),
+    "accumulate": LayoutCase(2, degrees(), {"local_batch_size": 2}),
+    "accumulate-hsdp2x2-tp2": LayoutCase(8, degrees(replicate=2, tensor=2), {"local_batch_size": 1}),
+    "no-label-fsdp2": LayoutCase(2, degrees(), {"empty_rows": 4}),
+    "no-label-fsdp2-tp2": LayoutCase(4, degrees(tensor=2), {"empty_rows": 4}),
+    "no-label-fsdp2-pp2": LayoutCase(4, degrees(pipeline=2), {"empty_rows": 4}),
+    "odd-tp2": LayoutCase(2, degrees(tensor=2), {"length": 14, "n_rows": 6}),
 }
 
-EXPERT_LAYOUTS: dict[str, Ranks] = {
-    "ep2": Ranks(2, degrees(expert=2)),
-    "ep2-fsdp2": Ranks(4, degrees(expert=2)),
-    "ep4": Ranks(4, degrees(expert=4)),
-    "ep2-reference": Ranks(2, degrees(expert=2, expert_parallel_comm_backend="reference")),
-    "ep4-reference": Ranks(4, degrees(expert=4, expert_parallel_comm_backend="reference")),
-    "ep2-hsdp2": Ranks(4, degrees(replicate=2, expert=2)),
-    "ep2-tp2": Ranks(2, degrees(expert=2, tensor=2)),
-    "ep4-tp2-fsdp2": Ranks(4, degrees(expert=4, tensor=2)),
-    "ep4-tp2-cp2": Ranks(4, degrees(expert=4, tensor=2, context=2)),
-    "ep2-pp2": Ranks(4, degrees(expert=2, pipeline=2)),
-    "fsdp2-tp2-pp2-ep4": Ranks(8, degrees(expert=4, tensor=2, pipeline=2, schedule="Interleaved1F1B")),
-    "accumulate-ep2-fsdp2": Ranks(4, degrees(expert=2), {"local_batch_size": 1}),
-    "no-label-ep2": Ranks(2, degrees(expert=2), {"empty_rows": 4}),
-    "odd-ep2-tp2": Ranks(2, degrees(expert=2, tensor=2), {"length": 14, "n_rows": 6}),
-    "idle-ep2": Ranks(2, degrees(expert=2), {"idle_experts": range(4, 8)}),
-    "idle-ep4-tp2-fsdp2": Ranks(4, degrees(expert=4, tensor=2), {"idle_experts": range(2)}),
+EXPERT_LAYOUTS: dict[str, LayoutCase] = {
+    "ep2": LayoutCase(2, degrees(expert=2)),
+    "ep2-fsdp2": LayoutCase(4, degrees(expert=2)),
+    "ep4": LayoutCase(4, degrees(expert=4)),
+    "ep2-reference": LayoutCase(2, degrees(expert=2, expert_parallel_comm_backend="reference")),
+    "ep4-reference": LayoutCase(4, degrees(expert=4, expert_parallel_comm_backend="reference")),
+    "ep2-hsdp2": LayoutCase(4, degrees(replicate=2, expert=2)),
+    "ep2-tp2": LayoutCase(2, degrees(expert=2, tensor=2)),
+    "ep4-tp2-fsdp2": LayoutCase(4, degrees(expert=4, tensor=2)),
+    "ep4-tp2-cp2": LayoutCase(4, degrees(expert=4, tensor=2, context=2)),
+    "ep2-pp2": LayoutCase(4, degrees(expert=2, pipeline=2)),
+    "fsdp2-tp2-pp2-ep4": LayoutCase(8, degrees(expert=4, tensor=2, pipeline=2, schedule="Interleaved1F1B")),
+    "accumulate-ep2-fsdp2": LayoutCase(4, degrees(expert=2), {"local_batch_size": 1}),
+    "no-label-ep2": LayoutCase(2, degrees(expert=2), {"empty_rows": 4}),
+    "odd-ep2-tp2": LayoutCase(2, degrees(expert=2, tensor=2), {"length": 14, "n_rows": 6}),
+    "idle-ep2": LayoutCase(2, degrees(expert=2), {"idle_experts": range(4, 8)}),
+    "idle-ep4-tp2-fsdp2": LayoutCase(4, degrees(expert=4, tensor=2), {"idle_experts": range(2)}),
 }
 """`no-label`: a rank whose rows have no label that counts; `odd`: a number of tokens that only its factors divide;
 `idle`: a rank whose experts no token chooses."""
 
-MODES = ["none", "full", "selective"]
+CHECKPOINT_MODES = ["none", "full", "selective"]
 
 FEW = [
     "fsdp2-selective",
@@ -133,7 +133,7 @@ class LayoutSuite:
         """The names of all cases that make sense for the model."""
         tied = cls.spread_config().tie_embeddings
         layouts = LAYOUTS | (EXPERT_LAYOUTS if expert_parts(cls.spread_config()) else {})
-        names = [f"{layout}-{mode}" for layout, mode in product(layouts, MODES)]
+        names = [f"{layout}-{mode}" for layout, mode in product(layouts, CHECKPOINT_MODES)]
         refused: list[Callable[[str], bool]] = [
             lambda name: "pp2" in name and tied,
             lambda name: "selective" in name and any(schedule in name for schedule in SCHEDULES[-3:]),
@@ -148,7 +148,7 @@ class LayoutSuite:
         ]
 
     def test_every_axis_has_a_rule(self, size: str) -> None:
-        check_axes(on_meta(self.sizes[size]))
+        check_axes(meta_model(self.sizes[size]))
 
     @pytest.mark.layout
     def test_layout_equals_one_rank(self, layout: str, record_property: Callable[[str, object], None]) -> None:

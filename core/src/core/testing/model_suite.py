@@ -27,16 +27,16 @@ from core.data.packing import Batch
 from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
-from core.nn.kernel import Where
+from core.nn.kernel import Positions
 from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.step.checks import expert_parts
-from core.testing.checkpointing import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
+from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.command_suite import CommandSuite
 from core.testing.layout_suite import LayoutSuite
 from core.testing.oracles import cross_entropy
 from core.testing.resume_suite import ResumeSuite
-from core.testing.toy import on_cpu, on_meta, randomise
+from core.testing.toy import meta_model, on_cpu, randomise
 from core.train.trainer import Trainer
 
 FLOPS_SEQ_LEN = 4096
@@ -73,21 +73,21 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
                 metafunc.parametrize(argument, names)
 
     def test_parameter_count(self, size: str) -> None:
-        assert parameter_count(on_meta(self.sizes[size])) == self.parameters[size]
+        assert parameter_count(meta_model(self.sizes[size])) == self.parameters[size]
 
     def test_flops_per_token(self, size: str) -> None:
-        counted = training_flops_per_token(on_meta(self.sizes[size]), FLOPS_SEQ_LEN)
+        counted = training_flops_per_token(meta_model(self.sizes[size]), FLOPS_SEQ_LEN)
         assert counted == self.flops[size], f"counted {counted}, worked out by hand {self.flops[size]}"
 
     def test_every_weight_names_its_axes(self, size: str) -> None:
-        model = on_meta(self.sizes[size])
+        model = meta_model(self.sizes[size])
         named = {weight.name: weight.axes for weight in weights(model)}
         assert named.keys() == dict(model.named_parameters()).keys()
         for name, axes in named.items():
             assert len(axes) == model.get_parameter(name).dim() and all(axes), f"{name}: {axes}"
 
     def test_hf_config_round_trip(self, size: str) -> None:
-        stated = json.loads(json.dumps(on_meta(self.sizes[size]).to_hf_config()))
+        stated = json.loads(json.dumps(meta_model(self.sizes[size]).to_hf_config()))
         assert self.decoder.from_hf_config(stated) == self.sizes[size]
 
     def test_reads_hugging_face(self, tiny: str, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
         batch = two_documents(random_tokens(config))
         first_BL = batch.documents_BL == 0
         changed_BL = torch.where(first_BL, (batch.tokens_BL + 1) % config.vocab_size, batch.tokens_BL)
-        where = Where(batch.positions_BL, batch.documents_BL)
-        leak_BLV = (model(batch.tokens_BL, where) - model(changed_BL, where))[~first_BL].abs()
+        positions = Positions(batch.positions_BL, batch.documents_BL)
+        leak_BLV = (model(batch.tokens_BL, positions) - model(changed_BL, positions))[~first_BL].abs()
         assert leak_BLV.max() < 1e-6, f"document 2 moved by {leak_BLV.max():.1e} when document 1 changed"
         seen_BLV = (model(batch.tokens_BL) - model(changed_BL))[~first_BL].abs()
         assert seen_BLV.max() > 1e-3, "without the mask document 2 must see document 1"
@@ -195,7 +195,7 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
         model = on_cpu(config)
         randomise(model, seed=4)
         batch = two_documents(random_tokens(config))
-        packed_BLV = model(batch.tokens_BL, Where(batch.positions_BL, batch.documents_BL))
+        packed_BLV = model(batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))
         for tokens_L, documents_L, packed_LV in zip(batch.tokens_BL, batch.documents_BL, packed_BLV, strict=True):
             for number in (0, 1):
                 alone_LV = model(tokens_L[documents_L == number][None])[0]
@@ -253,8 +253,8 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
         randomise(model, seed=5)
         checkpoint_blocks(model, mode)
         batch = two_documents(random_tokens(config))
-        where = Where(batch.positions_BL, batch.documents_BL) if mask == "document" else None
-        return model, lambda: cross_entropy(model(batch.tokens_BL, where), batch.tokens_BL.roll(-1, dims=1))
+        positions = Positions(batch.positions_BL, batch.documents_BL) if mask == "document" else None
+        return model, lambda: cross_entropy(model(batch.tokens_BL, positions), batch.tokens_BL.roll(-1, dims=1))
 
     def recipes(self) -> list[str]:
         """Names of the recipes whose model is this suite's."""

@@ -18,11 +18,11 @@ from core.data.packing import IGNORE, Batch
 from core.nn.balance import balance_loss, routers
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
-from core.parallel.apply import own_piece
-from core.parallel.layout import Alone, Layout
-from core.parallel.many_ranks import Spread
+from core.parallel.apply import dtensor_slice
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
-from core.step.assemble import Parts, assemble, compile_block
+from core.step.assemble import BuiltModel, assemble, compile_block
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
 from core.step.update import train_step
@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass
-class Result:
+class StepResult:
     """What a step did, in whole tensors by name: the state before, gradients, and the state after."""
 
     loss: float
@@ -80,38 +80,38 @@ def drawn_batch(config: Decoder.Config, n_rows: int, length: int, empty_rows: in
     return Batch(tokens_BL, labels_BL, index_BL - first_BL, begins_BL.long().cumsum(1))
 
 
-def result_of(case: Case) -> Result:
+def result_of(case: Case) -> StepResult:
     """One step of `case` on this rank, and the loss of a second one; every rank gets whole tensors."""
     device = torch.device("cpu")
-    layout: Layout = Alone(device) if case.world_size == 1 else Spread(case.parallelism, device)
-    parts = parts_of(case, layout)
+    layout: RankView = SingleRank(device) if case.world_size == 1 else ManyRanks(case.parallelism, device)
+    built = build_case(case, layout)
     objective = Objective(
-        parts.models,
+        built.models,
         case.loss.build(),
         layout=layout,
         dtype=case.compute_dtype,
         mask=case.mask,
-        pipeline=parts.pipeline,
+        pipeline=built.pipeline,
     )
-    optimizer = Optimizer.Config(lr=1e-2).build(weights=parts.named_parameters())
+    optimizer = Optimizer.Config(lr=1e-2).build(weights=built.named_parameters())
     batches = batches_of(case, layout)
-    start = {name: full(weight.detach()).clone() for name, weight in parts.named_parameters()}
+    start = {name: full(weight.detach()).clone() for name, weight in built.named_parameters()}
     step_once = partial(train_step, objective, optimizer, batches, lr=1e-2, max_norm=1.0, on_nonfinite="stop")
     info = step_once(step=1)
-    (balance,) = layout.sums(sum(balance_loss(model) for model in parts.models))
+    (balance,) = layout.sums(sum(balance_loss(model) for model in built.models))
     scale = min(1.0 / (info.grad_norm + 1e-6), 1.0)
-    gradients = {name: full(weight.grad) / scale for name, weight in parts.named_parameters()}
-    found = {name: router for model in parts.models for name, router in routers(model).items()}
+    gradients = {name: full(weight.grad) / scale for name, weight in built.named_parameters()}
+    found = {name: router for model in built.models for name, router in routers(model).items()}
     counts = {name: router.tokens_E.clone() for name, router in found.items()}
     bias = {name: router.selection_bias.clone() for name, router in found.items() if router.selection_bias is not None}
     following = step_once(step=2)
-    return Result(info.loss, info.grad_norm, following.loss, balance, start, gradients, counts, bias)
+    return StepResult(info.loss, info.grad_norm, following.loss, balance, start, gradients, counts, bias)
 
 
-def parts_of(case: Case, layout: Layout) -> Parts:
+def build_case(case: Case, layout: RankView) -> BuiltModel:
     """This rank's part of the model, with a start that makes every weight matter."""
     rows = case.n_rows // layout.degrees.data
-    parts = assemble(
+    built = assemble(
         case.model,
         layout,
         checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=Path()).apply,
@@ -122,15 +122,15 @@ def parts_of(case: Case, layout: Layout) -> Parts:
         seed=7,
         n_microbatches=rows // case.parallelism.pipeline_parallel_microbatch_size,
     )
-    widen(parts)
-    for model in parts.models:
+    widen(built)
+    for model in built.models:
         for router in routers(model).values() if case.idle_experts else ():
             assert router.selection_bias is not None, "a choice without a bias cannot be kept from an expert"
             router.selection_bias[list(case.idle_experts)] = -100.0
-    return parts
+    return built
 
 
-def batches_of(case: Case, layout: Layout) -> list[Batch]:
+def batches_of(case: Case, layout: RankView) -> list[Batch]:
     """The microbatches of this rank."""
     n_data = layout.degrees.data
     local = case.n_rows // n_data if case.local_batch_size == -1 else case.local_batch_size
@@ -139,11 +139,11 @@ def batches_of(case: Case, layout: Layout) -> list[Batch]:
     return [Batch(*(part[first : first + local] for part in whole)) for first in starts]
 
 
-def widen(parts: Parts) -> None:
+def widen(built: BuiltModel) -> None:
     """Make the start matter more: biases and sinks that are not zero, norms that are not one."""
-    for name, weight in parts.named_parameters():
+    for name, weight in built.named_parameters():
         if weight.dim() == 1 or name.endswith("bias"):
-            piece = own_piece(weight)
+            piece = dtensor_slice(weight)
             generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
             noise = torch.randn(weight.shape, generator=generator) * 0.2
             cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.value.shape, strict=True))
@@ -151,7 +151,7 @@ def widen(parts: Parts) -> None:
                 piece.value.add_(noise[cut])
         else:
             with torch.no_grad():
-                own_piece(weight).value.mul_(6.0)
+                dtensor_slice(weight).value.mul_(6.0)
 
 
 def full(tensor: Tensor | None) -> Tensor:
@@ -160,7 +160,7 @@ def full(tensor: Tensor | None) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def differences(found: list[Result], expected: Result) -> dict[str, float]:
+def largest_differences(found: list[StepResult], expected: StepResult) -> dict[str, float]:
     """The largest difference of each kind over all ranks, relative to the largest number of its kind."""
     worst: dict[str, float] = {}
 
@@ -192,7 +192,7 @@ def alone(case: Case) -> Case:
     return replace(case, parallelism=Parallelism(), world_size=1, compile=None, checkpoint="none")
 
 
-def compare(case: Case, run: Callable[[Case], Result] = result_of, timeout_s: float = 120.0) -> dict[str, float]:
+def compare(case: Case, run: Callable[[Case], StepResult] = result_of, timeout_s: float = 120.0) -> dict[str, float]:
     """The largest differences between `case` on its ranks, each of which calls `run`, and one rank."""
     found = run_ranks(run, case.world_size, case, timeout_s=timeout_s)
-    return differences(found, result_of(alone(case)))
+    return largest_differences(found, result_of(alone(case)))

@@ -34,8 +34,8 @@ PRELOAD = [
 ]
 FOLLOWS = re.compile(r"connection (closed|refused|reset)|broken pipe|timed out|timeout (after|caused)", re.IGNORECASE)
 """What gloo and the store say in a rank that misses another one: that other one failed first."""
-PATIENCE_S = 3.0  # how long the others may go on after the first failure, and how long dying may take
-OUTPUT = 10_000  # characters of a rank's output that an error shows, the last ones
+EXIT_GRACE_S = 3.0  # how long the others may go on after the first failure, and how long dying may take
+SHOWN_CHARACTERS = 10_000  # characters of a rank's output that an error shows, the last ones
 
 
 class RankError(AssertionError):
@@ -106,7 +106,7 @@ def _rank(rank: int, call: Call) -> None:
     sys.stdout = sys.stderr = output
     faulthandler.enable(output)
     faulthandler.register(signal.SIGUSR2, output, chain=True)  # says where the rank stands, then dies
-    signal.alarm(int(call.timeout_s + 10 * PATIENCE_S))  # should the caller be killed and kill no one
+    signal.alarm(int(call.timeout_s + 10 * EXIT_GRACE_S))  # should the caller be killed and kill no one
     try:
         _work(rank, call)
     except BaseException:
@@ -154,7 +154,7 @@ def _wait(processes: Sequence[BaseProcess], call: Call) -> dict[int, float]:
             if (code := processes[rank].exitcode) is not None:
                 ended[rank] = time.monotonic()
                 if not _answered(rank, code, call):
-                    limit = min(limit, ended[rank] + PATIENCE_S)
+                    limit = min(limit, ended[rank] + EXIT_GRACE_S)
     return ended
 
 
@@ -168,7 +168,7 @@ def _end(processes: Sequence[BaseProcess]) -> list[int | None]:
     for process in left:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGUSR2)
-    limit = time.monotonic() + PATIENCE_S
+    limit = time.monotonic() + EXIT_GRACE_S
     for process in left:
         process.join(max(0.0, limit - time.monotonic()))
         process.kill()
@@ -219,5 +219,5 @@ def _report(failures: list[Failure], call: Call, world_size: int) -> str:
     for rank in range(world_size):
         path = call.file("output", rank)
         if path.exists() and (text := path.read_text(encoding="utf-8", errors="replace").strip()):
-            parts.append(f"--- output of rank {rank} ---\n{text[-OUTPUT:]}")
+            parts.append(f"--- output of rank {rank} ---\n{text[-SHOWN_CHARACTERS:]}")
     return "\n\n".join(parts)

@@ -41,7 +41,7 @@ class ResumeSuite:
         shutil.rmtree(tmp_path / "again/checkpoint/step-4")
         again = self.interrupted(tmp_path / "again")
         trainer = again.build()
-        assert trainer.keeper.start.step == 2
+        assert trainer.checkpoints.start.step == 2
         trainer.run()
         for name in ("rank-00000.safetensors", "tensors.json"):
             states = [(tmp_path / run / "checkpoint/step-4" / name).read_bytes() for run in ("whole", "again")]
@@ -58,7 +58,7 @@ class ResumeSuite:
         first = run.build()
         first.run()
         left, converted = tmp_path / "run/checkpoint/step-2/hf", tmp_path / "converted"
-        family = {first.parts.models[0].to_hf_config()["model_type"]: type(first.parts.models[0])}
+        family = {first.built.models[0].to_hf_config()["model_type"]: type(first.built.models[0])}
         convert.main(family, ["to-hf", str(tmp_path / "run"), str(converted)])
         for name in (SINGLE, "config.json"):
             assert (converted / name).read_bytes() == (left / name).read_bytes()
@@ -67,7 +67,7 @@ class ResumeSuite:
         n_expert_ranks = 2 if expert_parts(again.model) else 1
         again.parallelism = Parallelism(tensor_parallel_degree=2, expert_parallel_degree=n_expert_ranks)
         for began in run_ranks(weights_at_start, 2, to_json(again), type(again.model).__module__):
-            assert all(torch.equal(began[name], weight) for name, weight in first.parts.named_parameters())
+            assert all(torch.equal(began[name], weight) for name, weight in first.built.named_parameters())
         tensors = load_file(converted / SINGLE)
         for name in [name for name in tensors if "_proj.weight" in name and tensors[name].dim() == 2]:
             tensors[name], blocks = tensors[name].to(torch.float8_e4m3fn), [-(-n // 128) for n in tensors[name].shape]
@@ -77,7 +77,7 @@ class ResumeSuite:
         with pytest.raises(UserError, match="in few bits: add --checkpoint.initial_load_in_hf_quantized to decode"):
             again.build()
         again.checkpoint.initial_load_in_hf_quantized = True
-        decoded = dict(again.build().parts.named_parameters())
+        decoded = dict(again.build().built.named_parameters())
         weight = next(weight for name, weight in decoded.items() if name.endswith("wo.weight"))
         assert torch.equal(weight, weight.to(torch.float8_e4m3fn).float()) and weight.any()
 
@@ -103,7 +103,7 @@ class ResumeSuite:
 
 def weights_at_start(run: str, module: str) -> dict[str, Any]:
     """The weights that a rank begins a run with, put together over all ranks; the model is code of `module`."""
-    named = from_json(run, trust=[module]).build().parts.named_parameters()
+    named = from_json(run, trust=[module]).build().built.named_parameters()
     return {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in named}
 
 

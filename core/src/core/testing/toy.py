@@ -120,7 +120,7 @@ class ToyMoE(Decoder):
         return {"model_type": "toy_moe"}
 
 
-def on_meta(config: Decoder.Config) -> Decoder:
+def meta_model(config: Decoder.Config) -> Decoder:
     """The model without memory: names and shapes."""
     with torch.device("meta"):
         return config.build()
@@ -128,7 +128,7 @@ def on_meta(config: Decoder.Config) -> Decoder:
 
 def on_cpu(config: Decoder.Config, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Decoder:
     """The model on the CPU, its weights started from `seed`."""
-    model = on_meta(config)
+    model = meta_model(config)
     materialise(model, torch.device("cpu"), dtype)
     init_weights(((weight.name, weight.value, weight.start) for weight in weights(model)), seed)
     return model

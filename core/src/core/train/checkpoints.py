@@ -10,10 +10,10 @@ import torch
 
 from core.checkpoint.convert import write_as_hf
 from core.checkpoint.find import Found, candidates, find_in
-from core.checkpoint.key_map import hf_layout
+from core.checkpoint.key_map import hf_key_map
 from core.checkpoint.manifest import Progress, read_manifest
-from core.checkpoint.saver import Kind, Saver
-from core.checkpoint.source import Source
+from core.checkpoint.saver import SaveKind, Saver
+from core.checkpoint.source import WeightSource
 from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
 from core.config.configurable import Configurable
 from core.config.errors import UserError
@@ -21,10 +21,10 @@ from core.config.record import absolute, completed, place_paths, to_dict
 from core.data.samples import Samples
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.runtime.disk import needed
 from core.runtime.ranks import Ranks
-from core.step.assemble import Parts
+from core.step.assemble import BuiltModel
 from core.step.checks import Run
 from core.train.folder import ANOTHER, config_text
 from core.train.observers import Observers
@@ -34,7 +34,7 @@ from core.train.state import check_same_run, model_tensors, optimizer_tensors, r
 log = logging.getLogger("armature")
 
 
-class Keeper:
+class RunCheckpoints:
     """What a run goes on from, and what it leaves to go on from. Every method but `progress` is a collective.
 
     Made before the model, so that a run that cannot go on ends before anything is allocated.
@@ -43,7 +43,7 @@ class Keeper:
     def __init__(
         self,
         run: Run,
-        layout: Layout,
+        layout: RankView,
         model: Decoder,
         loader: Samples,
         observers: Observers,
@@ -77,9 +77,9 @@ class Keeper:
             validation_loss=validation_loss,
         )
 
-    def restore(self, parts: Parts, optimizer: Optimizer) -> None:
+    def restore(self, built: BuiltModel, optimizer: Optimizer) -> None:
         """Fill the parts of this rank with what the run goes on from, or begins with; then make room in the folder."""
-        self._weights, self._optimizer = model_tensors(parts.models), optimizer
+        self._weights, self._optimizer = model_tensors(built.models), optimizer
         left = self.settings.exclude_from_loading
         if self.found is not None:
             same_ranks = self.found.manifest.world_size == self.ranks.size
@@ -109,7 +109,7 @@ class Keeper:
         tensors |= random_tensors(self.ranks.rank, self.layout.device)
         progress = self.progress(step, validation_loss)
         progress.places, progress.observers = self._places(), self.observers.state()
-        kind: Kind = "model" if last and c.last_save_model_only else "full"
+        kind: SaveKind = "model" if last and c.last_save_model_only else "full"
         self.saver.save(progress, tensors, kind=kind, wait=last or stopping)
         self._last = step
         return time.perf_counter() - began
@@ -182,7 +182,7 @@ class Keeper:
             rows_per_step=(saved.rows_per_step, self.n_rows),
             text=(saved.text, self.loader.fingerprint),
             places=place_paths(cast(Configurable.Config, self.run)),
-            insist=self.settings.allow_config_change,
+            override=self.settings.allow_config_change,
         )
         for line in lines:
             log.info(f"changed since {found}: {line}")
@@ -207,7 +207,7 @@ class Keeper:
     def _begin_with(self, path: str) -> None:
         c = self.settings
         if c.initial_load_in_hf:
-            source = Source(hf_layout(self.model), path)
+            source = WeightSource(hf_key_map(self.model), path)
             if (few := source.in_few_bits()) and not c.initial_load_in_hf_quantized:
                 raise UserError(
                     f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
@@ -222,7 +222,7 @@ class Keeper:
         for name in source.pieces:
             if (weight := self._weights.get(f"model.{name}")) is not None:
                 with torch.no_grad():
-                    piece = self.layout.own(weight)
+                    piece = self.layout.local_slice(weight)
                     source.fill(name, piece.value, piece.start)
 
     def _export(self, found: Found, folder: Path) -> None:

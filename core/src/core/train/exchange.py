@@ -3,9 +3,9 @@
 import logging
 
 from core.config.errors import UserError
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.runtime.signals import StopRequest
-from core.train.checkpoints import Keeper
+from core.train.checkpoints import RunCheckpoints
 from core.train.lock import FolderLock
 from core.train.observers import Observers
 
@@ -16,9 +16,20 @@ class Exchange:
     """Makes known to all ranks what one of them was asked for, and what keeps one of them from going on."""
 
     def __init__(
-        self, layout: Layout, keeper: Keeper, lock: FolderLock, requests: StopRequest, observers: Observers
+        self,
+        layout: RankView,
+        checkpoints: RunCheckpoints,
+        lock: FolderLock,
+        requests: StopRequest,
+        observers: Observers,
     ) -> None:
-        self.layout, self.keeper, self.lock, self.requests, self.observers = layout, keeper, lock, requests, observers
+        self.layout, self.checkpoints, self.lock, self.requests, self.observers = (
+            layout,
+            checkpoints,
+            lock,
+            requests,
+            observers,
+        )
         self.stopping = False
         """Whether a rank was asked to stop, or an observer on one asked."""
         self.cause = ""
@@ -33,11 +44,11 @@ class Exchange:
         told, lost = self.requests.told(), self.lock.lost()
         if told:
             log.info(told)
-        own = (self.requests, self.requests.take_save(), self.keeper.failed, lost, self.observers.cause)
+        own = (self.requests, self.requests.take_save(), self.checkpoints.failed, lost, self.observers.cause)
         signals, saves, failures, losses, asked = self.layout.sums(*(float(bool(each)) for each in own))
         if losses:
             raise UserError(lost or "the first rank lost the folder of the run")
-        self.keeper.check(failures > 0)
+        self.checkpoints.check(failures > 0)
         if (signals or asked) and not self.stopping:
             self.cause = self._cause(signals > 0)
         self.stopping = signals + asked > 0

@@ -12,7 +12,7 @@ from core.nn.module import parameter_count
 from core.parallel.settings import Degrees
 from core.runtime.device import free_memory
 from core.runtime.launcher import World
-from core.runtime.units import size
+from core.runtime.units import size_text
 from core.step.checks import Run
 from core.step.settings import Training
 
@@ -30,8 +30,8 @@ class Estimate(NamedTuple):
         return sum(self)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size(value)}" for name, value in self._asdict().items())
-        return f"{size(self.total)} ({parts})"
+        parts = ", ".join(f"{name} {size_text(value)}" for name, value in self._asdict().items())
+        return f"{size_text(self.total)} ({parts})"
 
 
 def estimate(model: nn.Module, vocab_size: int, training: Training, degrees: Degrees | None = None) -> Estimate:
@@ -57,7 +57,7 @@ def check_memory(model: nn.Module, run: Run, device: torch.device, world: World)
         return
     each = " for each rank" if n_sharing > 1 else ""
     helps = _what_helps(run.training, degrees)
-    raise UserError(f"the run needs at least {need} and {device} has {size(free)} free{each}. {helps}")
+    raise UserError(f"the run needs at least {need} and {device} has {size_text(free)} free{each}. {helps}")
 
 
 @contextmanager

@@ -11,26 +11,26 @@ from typing import NamedTuple
 from core.checkpoint.find import Found
 from core.checkpoint.key_map import HFModel
 from core.checkpoint.storage import seen_from
-from core.config.decode import inside
+from core.config.decode import is_inside
 from core.config.errors import UserError
 from core.config.fields import walk
 from core.config.outside import NAMED
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.runtime.device import peak_memory
 from core.runtime.launcher import World
 from core.runtime.log import WIDTH
-from core.runtime.units import duration, size
-from core.train.checkpoints import Keeper
+from core.runtime.units import duration, size_text
+from core.train.checkpoints import RunCheckpoints
 from core.train.metrics import Record, last_record
 from core.train.summary import ReportedRun
 
 log = logging.getLogger("armature")
 
-KINDS = {"full": "weights and optimizer", "model": "weights alone"}
+SAVED_WORDS = {"full": "weights and optimizer", "model": "weights alone"}
 """What a checkpoint holds."""
 
 
-class Result(NamedTuple):
+class RunResult(NamedTuple):
     """What a run leaves to the program that ran it."""
 
     record: Record | None
@@ -47,26 +47,26 @@ class Outcome:
         run: ReportedRun,
         model: HFModel,
         world: World,
-        keeper: Keeper,
-        layout: Layout,
+        checkpoints: RunCheckpoints,
+        layout: RankView,
         folder: Path,
         last_step: int,
     ) -> None:
-        self.run, self.model, self.world, self.keeper, self.layout = run, model, world, keeper, layout
+        self.run, self.model, self.world, self.checkpoints, self.layout = run, model, world, checkpoints, layout
         self.folder, self.last_step = folder, last_step
 
-    def __call__(self, step: int, cause: str, seconds: float, record: Record | None) -> Result:
+    def __call__(self, step: int, cause: str, seconds: float, record: Record | None) -> RunResult:
         """The end of a run that trained up to `step`, where `cause` stopped it, and reported `record` last."""
         how = f"finished {step:,} steps"
         if cause:
             how = f"stopped by {cause} after step {step} of {self.last_step}"
-        memory = size(peak_memory(self.layout.device))
+        memory = size_text(peak_memory(self.layout.device))
         return self._tell([how, f"took {duration(seconds)}, at most {memory} of memory"], step, record)
 
-    def again(self) -> Result:
+    def again(self) -> RunResult:
         """The end of a run that was finished before. Every rank must call it."""
-        record = self.keeper.ranks.first(lambda: last_record(self.folder))
-        step, saved = self.keeper.start.step, self.keeper.last_saved()
+        record = self.checkpoints.ranks.first(lambda: last_record(self.folder))
+        step, saved = self.checkpoints.start.step, self.checkpoints.last_saved()
         how = [f"finished before, after {step:,} steps: nothing was changed"]
         if saved is not None and saved.manifest.kind == "model":
             how.append(f"another run may begin with --checkpoint.initial_load_path {self.folder}")
@@ -74,19 +74,19 @@ class Outcome:
             how.append("a larger --training.steps goes on")
         return self._tell(how, step, record)
 
-    def _tell(self, lines: list[str], step: int, record: Record | None) -> Result:
+    def _tell(self, lines: list[str], step: int, record: Record | None) -> RunResult:
         if self.layout.is_first:
-            saved, left = self.keeper.last_saved(), max(self.last_step - step, 0)
-            lines += [f"kept in {self.folder}:", *table(contents(self.run, self.folder, saved))]
+            saved, left = self.checkpoints.last_saved(), max(self.last_step - step, 0)
+            lines += [f"kept in {self.folder}:", *columns(contents(self.run, self.folder, saved))]
             if saved is None:
                 lines.append("weights were not saved: --checkpoint.enable saves them")
-            for purpose, words in commands(self.run, self.model, self.world, self.folder, saved, left):
+            for purpose, words in next_commands(self.run, self.model, self.world, self.folder, saved, left):
                 lines += [f"# {purpose}", command(words)]
         log.info("\n".join(lines))
-        return Result(record, self.folder)
+        return RunResult(record, self.folder)
 
 
-def table(rows: Iterable[tuple[str, str]]) -> list[str]:
+def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Names and what they mean, side by side."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
@@ -105,17 +105,17 @@ def contents(run: ReportedRun, folder: Path, saved: Found | None) -> Iterator[tu
     yield from ((name, what) for name, what in there.items() if (folder / name).exists())
     if saved is not None:
         n_bytes = sum(file.n_bytes for file in saved.manifest.files.values())
-        yield seen_from(folder, str(saved)), f"{KINDS[saved.manifest.kind]}, {size(n_bytes)}"
+        yield seen_from(folder, str(saved)), f"{SAVED_WORDS[saved.manifest.kind]}, {size_text(n_bytes)}"
 
 
-def commands(
+def next_commands(
     run: ReportedRun, model: HFModel, world: World, folder: Path, saved: Found | None, left: int
 ) -> Iterator[tuple[str, list[list[str]]]]:
     """What can be done now: the purpose, and the words of the command, an option with its values in one group.
 
     They are commands of the package whose `train` runs, or else of the package that the model is from."""
     packages = [calling_package(), type(model).__module__.rpartition(".")[0]]
-    write, train, convert = (module_of(command, packages) for command in ("generate", "train", "convert"))
+    write, train, convert = (command_module(command, packages) for command in ("generate", "train", "convert"))
     if run.metrics.enable_tensorboard:
         yield "see the curve", [["tensorboard"], ["--logdir", str(folder / run.metrics.save_tb_folder)]]
     if saved is None:
@@ -163,7 +163,7 @@ def trust_options(config: object, command: str) -> list[list[str]]:
     that is neither core's nor of the command's own package."""
     modules = [type(node).__module__ for _, node in walk(config)]
     known = ("core", command.partition(".")[0])
-    foreign = any(not any(inside(module, package) for package in known) for module in modules)
+    foreign = any(not any(is_inside(module, package) for package in known) for module in modules)
     return [["--trust", *NAMED.values()]] if foreign and NAMED else []
 
 
@@ -174,7 +174,7 @@ def calling_package() -> str:
     return package if command == "train" else ""
 
 
-def module_of(command: str, packages: Iterable[str]) -> str:
+def command_module(command: str, packages: Iterable[str]) -> str:
     """The module of a command in the first of the packages that has it; empty where none has."""
     return next((f"{name}.{command}" for name in packages if name and find_spec(f"{name}.{command}")), "")
 

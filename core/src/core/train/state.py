@@ -12,9 +12,9 @@ from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.runtime.device import random_state, set_random_state
 
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 
-FREE = (
+MAY_CHANGE = (
     "recipe",
     "metrics.",
     "observers",
@@ -62,13 +62,13 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
     """Copies of the states of this rank's random generators."""
-    return {f"random.{rank}.{each.type}": random_state(each) for each in dict.fromkeys([CPU, device])}
+    return {f"random.{rank}.{each.type}": random_state(each) for each in dict.fromkeys([_CPU, device])}
 
 
 def set_random(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Go on drawing from these states."""
     for name, state in states.items():
-        set_random_state(state, CPU if name.endswith(".cpu") else device)
+        set_random_state(state, _CPU if name.endswith(".cpu") else device)
 
 
 def check_same_run(
@@ -80,7 +80,7 @@ def check_same_run(
     rows_per_step: tuple[int, int],
     text: tuple[str, str],
     places: Iterable[str],
-    insist: bool,
+    override: bool,
 ) -> list[str]:
     """What differs from the configuration, the batch (before, now) and the text (before, now) of a checkpoint of
     `step`.
@@ -88,11 +88,11 @@ def check_same_run(
     `before` is complete: a setting that is newer than the checkpoint stands there at its default. `places` are the
     settings that name a place. A run that was
     finished may have more steps now: what it learned is as it was, and the schedule goes on as that of the longer run.
-    Raises `UserError` when a difference makes another run of it and nobody insists.
+    Raises `UserError` when a difference makes another run of it and nothing overrides it.
     """
     steps = before["training"]["steps"]
     longer = ["training.steps"] if step >= steps < now["training"]["steps"] else []
-    free = (*FREE, *places, *longer)
+    free = (*MAY_CHANGE, *places, *longer)
     changes = [change for change in differences(now, before) if change[0] != "dump_folder"]  # one that is found there
     found = [(path, f"{path} {shown(old)} -> {shown(new)}") for path, old, new in changes]
     other = [line for path, line in found if not path.startswith(free)]
@@ -103,7 +103,7 @@ def check_same_run(
         )
     if text[0] != text[1]:
         other.append("the text or the tokenizer has changed since")
-    if other and not insist:
+    if other and not override:
         raise UserError(
             "\n  ".join([f"{place} is of another run:", *other])
             + "\nundo that, choose another folder, or go on nevertheless with --checkpoint.allow_config_change"

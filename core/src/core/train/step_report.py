@@ -7,13 +7,13 @@ from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.nn.module import Flops
 from core.optim.schedule import Schedule
-from core.parallel.layout import Layout
+from core.parallel.layout import RankView
 from core.runtime.device import GIB, peak_flops, peak_memory
-from core.runtime.units import clock, rate, size
+from core.runtime.units import clock, rate, size_text
 from core.step.assemble import expert_loads
 from core.step.checks import Run
 from core.step.update import StepInfo
-from core.train.checkpoints import Keeper
+from core.train.checkpoints import RunCheckpoints
 from core.train.metrics import Metrics, Record
 from core.train.observers import Observers
 from core.train.validate import Validation
@@ -31,13 +31,13 @@ class StepReport:
         flops_per_token: Flops,
         *,
         last_step: int,
-        layout: Layout,
-        keeper: Keeper,
+        layout: RankView,
+        checkpoints: RunCheckpoints,
         schedule: Schedule,
         metrics: Metrics,
         observers: Observers,
     ) -> None:
-        self.run, self.layout, self.keeper, self.schedule = run, layout, keeper, schedule
+        self.run, self.layout, self.checkpoints, self.schedule = run, layout, checkpoints, schedule
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
         self.last_step, self.observers = last_step, observers
         self.last: Record | None = None
@@ -47,7 +47,7 @@ class StepReport:
         """Report what a step did, of which those since the last report took `step_time_s` each. Every rank must call
         it."""
         model, device = self.run.model, self.layout.device
-        tokens_per_second = self.keeper.n_rows * self.run.training.seq_len / step_time_s
+        tokens_per_second = self.checkpoints.n_rows * self.run.training.seq_len / step_time_s
         peak = peak_flops(device)
         self.last = record = Record(
             step=step,
@@ -55,13 +55,13 @@ class StepReport:
             mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
             grad_norm=info.grad_norm,
             lr=self.run.optimizer.lr * self.schedule.factor(step),
-            tokens=self.keeper.progress(step).tokens,
+            tokens=self.checkpoints.progress(step).tokens,
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
             memory_gib=peak_memory(device) / GIB,
             mfu=None
             if peak is None
-            else self.flops_per_token.total * tokens_per_second / peak / self.keeper.ranks.size,
+            else self.flops_per_token.total * tokens_per_second / peak / self.checkpoints.ranks.size,
             validation_loss=None if validation is None else validation.loss,
             validation_bits_per_byte=None if validation is None else validation.bits_per_byte,
             numbers=self._numbers(),
@@ -95,7 +95,7 @@ def console_fields(record: Record, last_step: int, remaining_s: float, *, accele
         f"eta {clock(remaining_s)}",
     ]
     if accelerated:
-        fields.append(size(record.memory_gib * GIB))
+        fields.append(size_text(record.memory_gib * GIB))
     if record.mfu is not None:
         fields.append(f"mfu {record.mfu:.1%}")
     if record.validation_loss is not None:

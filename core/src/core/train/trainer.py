@@ -38,14 +38,14 @@ from core.runtime.log import start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout, without_memory
+from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout, meta_model
 from core.step.checks import check_model, check_run, compile_problems
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
 from core.step.rows import microbatches, open_samples
 from core.step.settings import Compile, Debug, Training
 from core.step.update import StepInfo, train_step
-from core.train.checkpoints import Keeper
+from core.train.checkpoints import RunCheckpoints
 from core.train.data_checks import check_vocabulary, data_problems, last_step
 from core.train.exchange import Exchange
 from core.train.folder import check_run_folder, config_text, make_run_folder, rank_files, resolved, write_config
@@ -54,7 +54,7 @@ from core.train.lock import FolderLock
 from core.train.memory import check_memory, memory_advice
 from core.train.metrics import Metrics
 from core.train.observers import Observer, Observers
-from core.train.outcome import Outcome, Result
+from core.train.outcome import Outcome, RunResult
 from core.train.profile import Profiler
 from core.train.step_report import StepReport
 from core.train.summary import summary
@@ -121,7 +121,7 @@ class Trainer(Configurable):
         seed_everything(c.debug.seed, deterministic=c.debug.deterministic)
         self.tokenizer = c.tokenizer.build()
         check_vocabulary(self.tokenizer, c.model.vocab_size)
-        whole = without_memory(c.model)
+        whole = meta_model(c.model)
         check_model(whole, c, self.device)
         check_memory(whole, c, self.device, self.world)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
@@ -142,15 +142,15 @@ class Trainer(Configurable):
             opened.enter_context(rank_files(self.folder, self.world.rank, logs=c.debug.log_every_rank))
             self.observers = Observers.built(c.observers, folder=self.folder, rank=self.world.rank)
             live = {"folder": self.folder, "ranks": ranks}
-            self.keeper = Keeper(c, self.layout, whole, self.loader, self.observers, n_rows=n_rows, **live)
-            self.last_step = last_step(c.training, self.loader, n_rows, self.keeper.start)
-            self.metrics = c.metrics.build(settings=to_dict(config), start=self.keeper.start.step, **live)
-            self.outcome = Outcome(c, whole, self.world, self.keeper, self.layout, self.folder, self.last_step)
+            self.checkpoints = RunCheckpoints(c, self.layout, whole, self.loader, self.observers, n_rows=n_rows, **live)
+            self.last_step = last_step(c.training, self.loader, n_rows, self.checkpoints.start)
+            self.metrics = c.metrics.build(settings=to_dict(config), start=self.checkpoints.start.step, **live)
+            self.outcome = Outcome(c, whole, self.world, self.checkpoints, self.layout, self.folder, self.last_step)
             self.has_run = False
-            self.is_over = self.keeper.is_over(self.last_step)
+            self.is_over = self.checkpoints.is_over(self.last_step)
             if not self.is_over:
                 self._start_model()
-                self.keeper.restore(self.parts, self.optimizer)
+                self.checkpoints.restore(self.built, self.optimizer)
             self.exit = opened.pop_all()
 
     @staticmethod
@@ -167,12 +167,12 @@ class Trainer(Configurable):
     def _start_model(self) -> None:
         c = self.config
         self.compute_dtype = c.training.compute_dtype(self.device)
-        self.checkpointing = c.activation_checkpoint.build(folder=self.folder)
+        self.activation_checkpoint = c.activation_checkpoint.build(folder=self.folder)
         n_rows = self.rows_per_step // self.layout.degrees.data
-        self.parts = assemble(
+        self.built = assemble(
             c.model,
             self.layout,
-            checkpoint=self.checkpointing.apply,
+            checkpoint=self.activation_checkpoint.apply,
             compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
             dispatcher=self.dispatcher,
             dtype=getattr(torch, c.training.dtype),
@@ -181,21 +181,21 @@ class Trainer(Configurable):
             n_microbatches=n_rows // c.parallelism.pipeline_parallel_microbatch_size,
         )
         if c.debug.moe_force_load_balance:
-            for model in self.parts.models:
+            for model in self.built.models:
                 force_balance(model)
-        self.optimizer = c.optimizer.build(weights=self.parts.named_parameters())
+        self.optimizer = c.optimizer.build(weights=self.built.named_parameters())
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
         loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
         settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask}
-        self.objective = Objective(self.parts.models, loss, pipeline=self.parts.pipeline, **settings)
+        self.objective = Objective(self.built.models, loss, pipeline=self.built.pipeline, **settings)
         self.validator = None
         if c.validator.enable:
             sizes = {"rows_per_step": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
             loader, text_bytes = self.loaders["validation"], TextBytes(self.tokenizer)
             self.validator = c.validator.build(loader=loader, objective=self.objective, text_bytes=text_bytes, **sizes)
-        names = ("last_step", "layout", "keeper", "schedule", "metrics", "observers")
+        names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers")
         live = {name: getattr(self, name) for name in names}
-        self.report = StepReport(c, self.parts.models, self.flops_per_token, **live)
+        self.report = StepReport(c, self.built.models, self.flops_per_token, **live)
 
     def summary(self) -> str:
         """The head of a run on the console."""
@@ -212,7 +212,7 @@ class Trainer(Configurable):
             folder=self.folder,
         )
 
-    def run(self) -> Result:
+    def run(self) -> RunResult:
         """Train to the last step, or to the end of the step in which a signal asks to stop.
 
         A run that was finished before is left as it is. Raises `UserError` when it is called again.
@@ -226,21 +226,21 @@ class Trainer(Configurable):
         began = time.perf_counter()
         with self.exit:
             log.info(self.summary())
-            self.keeper.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
+            self.checkpoints.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
             anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
-            start = self.keeper.start.step
+            start = self.checkpoints.start.step
             profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank, start=start)
             advice = memory_advice(self.device, self.config, self.layout.degrees)
             stop = StopRequest(saving=self.config.checkpoint.saving_signal)
             with stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
-                exchange = Exchange(self.layout, self.keeper, self.lock, stop, self.observers)
+                exchange = Exchange(self.layout, self.checkpoints, self.lock, stop, self.observers)
                 step = self._loop(exchange, profiler)
             return self.outcome(step, exchange.cause, time.perf_counter() - began, self.report.last)
 
     def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
         """Steps until the last or until a request to stop; returns the number of the last one."""
         c = self.config
-        step = since = start = self.keeper.start.step
+        step = since = start = self.checkpoints.start.step
         mark = time.perf_counter()
         while step < self.last_step and not exchange.stopping:
             step += 1
@@ -249,7 +249,7 @@ class Trainer(Configurable):
             info = self.step(step)
             profiler.step()
             if step == start + 1:
-                self.checkpointing.report()
+                self.activation_checkpoint.report()
                 lower_timeout(c.comm)
             step_time_s = (time.perf_counter() - mark) / (step - since)
             validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
@@ -260,14 +260,14 @@ class Trainer(Configurable):
             if reports:
                 self.report(step, info, step_time_s, validation)
                 mark, since = time.perf_counter(), step
-            mark += self.keeper.after_step(
+            mark += self.checkpoints.after_step(
                 step,
                 last=step == self.last_step,
                 stopping=exchange.stopping,
                 asked=exchange.take_save(),
                 validation_loss=None if validation is None else validation.loss,
             )
-        self.keeper.finish()
+        self.checkpoints.finish()
         exchange()  # what was written is still there
         return step
 
@@ -289,7 +289,7 @@ class Trainer(Configurable):
         return microbatches(
             self.loader,
             self.layout,
-            first=self.keeper.progress(step - 1).rows,
+            first=self.checkpoints.progress(step - 1).rows,
             n_rows=self.rows_per_step,
             local_batch_size=self.config.training.local_batch_size,
         )

@@ -70,7 +70,7 @@ class Validator(Configurable):
         """The loss on all rows, every token weighing the same; None when `stop` asked to give up half-way."""
         total, count, n_bytes = 0.0, 0, 0.0
         layout = self.objective.layout
-        for part in self.objective.parts:
+        for part in self.objective.stages:
             part.eval()
         try:
             for first in range(0, self.rows, self.rows_per_step):
@@ -88,7 +88,7 @@ class Validator(Configurable):
                 count += valid_tokens(batches)
                 n_bytes += math.fsum(map(self.text_bytes, batches))
         finally:
-            for part in self.objective.parts:
+            for part in self.objective.stages:
                 part.train()
         (total,), n_valid, n_bytes = layout.sums(total), layout.sum_of_data(count), layout.sum_of_data(n_bytes)
         if n_valid == 0:

@@ -7,7 +7,7 @@ routers with one, and blocks for multi-token prediction.
 from typing import Any
 
 from core.checkpoint.hf_config import HFConfig, check_expressible
-from core.checkpoint.keys import Keys, Stacked, below
+from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
@@ -15,7 +15,7 @@ from core.nn.mla import MLA
 from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE, rope_from_hf
 
-BLOCK: Keys = {
+BLOCK: KeyTable = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wq_a.weight": "self_attn.q_a_proj.weight",
@@ -38,13 +38,13 @@ BLOCK: Keys = {
     "moe.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
     "moe.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
 }
-AHEAD: Keys = {
+AHEAD: KeyTable = {
     "enorm.weight": "enorm.weight",
     "hnorm.weight": "hnorm.weight",
     "eh_proj.weight": "eh_proj.weight",
     "norm.weight": "shared_head.norm.weight",
 }
-KEYS: Keys = {
+KEYS: KeyTable = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     **below("layers.{i}", "model.layers.{i}", BLOCK),
     **below("ahead.{i}", "model.layers.{i}", AHEAD),

@@ -83,7 +83,7 @@ class DeepSeekV3(Decoder):
         c = self.config
         check_exportable(c)
         soft = c.moe.router.score == "softmax"
-        ahead = {} if soft else {"num_nextn_predict_layers": c.n_mtp_layers}
+        mtp = {} if soft else {"num_nextn_predict_layers": c.n_mtp_layers}
         return {
             "architectures": [f"DeepseekV{2 if soft else 3}ForCausalLM"],
             **decoder_to_hf(c),
@@ -92,7 +92,7 @@ class DeepSeekV3(Decoder):
             "intermediate_size": c.feed_forward.hidden_dim,
             "first_k_dense_replace": c.n_dense_layers,
             **moe_to_hf(c.moe),
-            **ahead,
+            **mtp,
         }
 
 

@@ -1,8 +1,8 @@
 """GPT-OSS's names in Hugging Face checkpoints, in bf16 or in MXFP4 alike."""
 
-from core.checkpoint.keys import Keys, Stacked, below
+from core.checkpoint.keys import KeyTable, Stacked, below
 
-BLOCK: Keys = {
+BLOCK: KeyTable = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wq.bias": "self_attn.q_proj.bias",
@@ -24,7 +24,7 @@ BLOCK: Keys = {
     "moe.experts.w2.weight": Stacked("mlp.experts.down_proj", transposed=True),
     "moe.experts.w2.bias": Stacked("mlp.experts.down_proj_bias"),
 }
-KEYS: Keys = {
+KEYS: KeyTable = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     **below("layers.{i}", "model.layers.{i}", BLOCK),
     "norm.weight": "model.norm.weight",

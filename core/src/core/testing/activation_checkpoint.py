@@ -74,7 +74,7 @@ def autograd_bytes(run: Callable[[], Any]) -> int:
 
 
 def heavy_ops(run: Callable[[], Any]) -> set[Op]:
-    """What `run()` dispatches that is dear: products, attention, communication, and operations that are not PyTorch's.
+    """The expensive operations that `run()` dispatches: products, attention, communication, and what is not PyTorch's.
 
     Decided by name and namespace, so that a new one is found that the list of `core.activation_checkpoint.ops` lacks.
     """
