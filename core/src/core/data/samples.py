@@ -17,7 +17,7 @@ from core.data.packing import IGNORE, Batch
 from core.data.sampling import Split, shuffled
 from core.data.tokenizer import Tokenizer
 
-MODES = {"indexed": "core.data.text:IndexedText", "streaming": "core.data.text:StreamedText"}
+OLD_MODES = {"indexed": "core.data.text:IndexedText", "streaming": "core.data.text:StreamedText"}
 """The classes that `mode` chose before there was a choice of classes."""
 
 
@@ -42,9 +42,9 @@ class Samples(Configurable, ABC):
             if "class" in data or (now is not None and not stated):
                 return data
             mode = data.get("mode", "indexed") if stated else "indexed"
-            if mode not in MODES:
-                raise UserError(f"dataloader.mode: expected {' or '.join(MODES)}, got {mode}")
-            return {"class": MODES[mode], **{name: value for name, value in data.items() if name != "mode"}}
+            if mode not in OLD_MODES:
+                raise UserError(f"dataloader.mode: expected {' or '.join(OLD_MODES)}, got {mode}")
+            return {"class": OLD_MODES[mode], **{name: value for name, value in data.items() if name != "mode"}}
 
     in_order: bool = False
     """Whether a rank has rows of its own, which are read one after another: `first` is how many it has read so far."""

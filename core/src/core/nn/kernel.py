@@ -119,12 +119,13 @@ class Kernel(Protocol):
     `attention.backend` takes the name, and `window` is all that it is built from. Kernels that are equal share a mask,
     so equality and hash compare what a mask depends on; a frozen dataclass has both.
 
-    * Who sees whom is one rule, `visible(positions, window)`: causal, within the document, at most `window` tokens back.
-      A kernel may read it, or `positions` itself; `mask` is called once per forward and not in backward.
+    * Who sees whom is one rule, `visible(positions, window)`: causal, within the document, at most `window` tokens
+      back. A kernel may read it, or `positions` itself; `mask` is called once per forward and not in backward.
     * N is a multiple of K: query head n reads key/value head n // (N / K). Tensor parallelism, and context parallelism
       by `alltoall`, call with some of the heads; the N sinks are those of the heads.
     * Generating, and context parallelism by `allgather`, call with more keys than tokens, M > L: `positions` says where
-      in the row the tokens (`index_BL`) and the keys (`key_index_BM`) stand. Under context parallelism neither is sorted.
+      in the row the tokens (`index_BL`) and the keys (`key_index_BM`) stand. Under context parallelism neither is
+      sorted.
     * Autograd finds the backward; checkpointing may call forward twice, which must compute the same. A kernel that is
       one operation of its own is saved by selective checkpointing if `core.activation_checkpoint.ops.save_output` or
       the setting `save_ops` names it.
