@@ -18,6 +18,7 @@ from core.comm import ops
 from core.testing.ranks import run_ranks
 
 PADS = [1, 4]
+SHARES = [1.0, 0.2]
 
 
 def suited(name: str) -> list[str]:
@@ -61,10 +62,14 @@ def deepep_seen(name: str) -> dict[str, dict[str, Any]]:
     return seen
 
 
-def hybridep_seen(name: str, pad: int, share: float | None) -> dict[str, dict[str, Any]]:
-    """The same of `hybridep::dispatch` and `combine`, with room for `share` of all choices of all ranks."""
-    group, seed, seen = dist.group.WORLD.group_name, dist.get_rank(), {}
+def hybridep_seen(name: str) -> dict[tuple[int, float | None], dict[str, dict[str, Any]]]:
+    """The same of `hybridep::dispatch` and `combine`, by the pads and the share of all ranks' choices that has room."""
     carry(name, dist.group.WORLD, n_tokens=EQUAL)
+    return {(pad, share): padded_seen(name, pad, share) for pad in PADS for share in (None, *SHARES)}
+
+
+def padded_seen(name: str, pad: int, share: float | None) -> dict[str, dict[str, Any]]:
+    group, seed, seen = dist.group.WORLD.group_name, dist.get_rank(), {}
     for case in suited(name):
         x, ids, weight = sent_by(name, case, dist.get_rank())
         x.requires_grad_(), weight.requires_grad_()
@@ -91,8 +96,12 @@ def deepep(name: str, size: int) -> list[Any]:
 
 
 @cache
+def all_hybridep(name: str, size: int) -> list[Any]:
+    return run_ranks(hybridep_seen, size, name)
+
+
 def hybridep(name: str, size: int, pad: int, share: float | None = None) -> list[Any]:
-    return run_ranks(hybridep_seen, size, name, pad, share)
+    return [seen[pad, share] for seen in all_hybridep(name, size)]
 
 
 def each(*namespaces: str) -> pytest.MarkDecorator:
@@ -216,7 +225,7 @@ def test_rows_are_sorted_by_expert_and_filled_up(name: str, size: int, case: str
 
 
 @every_pad
-@pytest.mark.parametrize("share", [1.0, 0.2])
+@pytest.mark.parametrize("share", SHARES)
 @each("hybridep")
 def test_what_exceeds_the_capacity_is_dropped_and_told(name: str, size: int, case: str, share: float, pad: int) -> None:
     sent = sent_by_all(name, case, size)
