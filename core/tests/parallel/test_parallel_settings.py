@@ -1,24 +1,30 @@
 """What settings of a layout are refused, all at once, each with the numbers and the mend."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.attention import Attention
 from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
+from core.nn.layers import Linear
 from core.nn.mla import MLA
+from core.nn.module import Module
+from core.nn.start import Scale
 from core.parallel.settings import Degrees, Parallelism, describe_degrees, world_problems
 from core.step import checks
 from core.step.checks import check_layout
 from core.step.settings import Compile, Training
+from core.step.shares import check_shares
 from core.testing.layout_suite import degrees
-from core.testing.toy import Toy, ToyMoE
+from core.testing.toy import Toy, ToyMoE, meta_model
 from core.train.trainer import Trainer
 
 
@@ -109,7 +115,7 @@ def test_experts_divide_the_ranks_that_hold_them() -> None:
         "use 1, 2, 4"
     ]
     (line,) = refusal(degrees(expert=4, tensor=2), 4, model=ToyMoE.Config())
-    assert line == "model.moe.router.n_experts: expert_parallel_degree 4 must divide n_experts 6"
+    assert line == "model.moe.router.n_experts: expert_parallel_degree 4 must divide n_experts 6: use 1, 2, 3, 6"
     check(degrees(expert=2, tensor=2), 2, model=ToyMoE.Config())
     (line,) = refusal(degrees(expert=2), 2)
     assert line.endswith("expert_parallel_degree 2 asked for, and the model has no experts: leave it at 1")
@@ -144,15 +150,64 @@ def test_heads_are_shared() -> None:
     check(degrees(tensor=2), 2, model=model)
 
 
+class Mixer(Module, Configurable):
+    """A network of lanes, each of which a rank has whole; core does not know it."""
+
+    AXES = {"w_in": ("heads", "embed"), "w_out": ("embed", "heads")}
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        n_lanes: int = 6
+        """Number of lanes, 4 wide."""
+
+    def __init__(self, config: Config, *, dim: int, scale: Scale) -> None:
+        super().__init__()
+        self.w_in = Linear(dim, 4 * config.n_lanes, std=scale.std)
+        self.w_out = Linear(4 * config.n_lanes, dim, std=scale.residual)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.w_out(self.w_in(x_BLD).relu())
+
+
+class Counted(Mixer):
+    """The same, which says how many lanes there are."""
+
+    SIZED_BY = {"heads": ("n_lanes",)}
+
+
+def of_lanes(part: type[Mixer]) -> Toy.Config:
+    heads = Attention.Config(n_heads=30, n_kv_heads=30, head_dim=2)
+    return Toy.Config(attention=heads, feed_forward=part.Config())  # pyrefly: ignore[bad-argument-type]
+
+
+def test_parts_that_core_does_not_know_are_shared_by_their_axes() -> None:
+    """A part that says what sizes an axis is told by that setting, any other by its weight."""
+    five = degrees(tensor=5)
+    assert refusal(five, 5, model=of_lanes(Counted), seq_len=60) == [
+        "model.feed_forward.n_lanes: tensor_parallel_degree 5 must divide n_lanes 6: use 1, 2, 3, 6"
+    ]
+    check_shares(meta_model(of_lanes(Counted)), five)  # is not told twice
+    check(five, 5, model=of_lanes(Mixer), seq_len=60)
+    with pytest.raises(UserError) as caught:
+        check_shares(meta_model(of_lanes(Mixer)), five)
+    fits = "use 1, 2, 3, 4, 6, 8, 12, 24"
+    assert str(caught.value) == (
+        f"layers.0.feed_forward.w_in.weight.heads: tensor_parallel_degree 5 must divide heads 24: {fits}"
+    )
+    for part in (Mixer, Counted):
+        check(degrees(tensor=2), 2, model=of_lanes(part))
+        check_shares(meta_model(of_lanes(part)), degrees(tensor=2))
+
+
 def test_every_rank_has_a_part_of_what_tensor_ranks_share() -> None:
     """Pieces are 2, 2, 1 and 0 of five."""
     heads = Attention.Config(n_heads=4, n_kv_heads=4, head_dim=8)
     model = Toy.Config(vocab_size=5, attention=heads, feed_forward=FeedForward.Config(hidden_dim=9))
     assert refusal(degrees(tensor=4), 4, model=model) == [
-        "model.feed_forward.hidden_dim: tensor_parallel_degree 4 gives 3 of hidden_dim 9 to a rank until none is left, "
-        "and a rank without any is not supported: lower the degree",
         "model.vocab_size: tensor_parallel_degree 4 gives 2 of vocab_size 5 to a rank until none is left, and a rank "
         "without any is not supported: lower the degree",
+        "model.feed_forward.hidden_dim: tensor_parallel_degree 4 gives 3 of hidden_dim 9 to a rank until none is left, "
+        "and a rank without any is not supported: lower the degree",
     ]
     for size in (4, 7, 8, 10):
         check(

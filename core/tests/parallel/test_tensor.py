@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from core.data.packing import IGNORE
-from core.nn.layers import Embedding
+from core.nn.layers import Embedding, Linear
 from core.parallel.tensor import (
     CutVocabulary,
     apply_tensor,
@@ -25,6 +25,7 @@ from core.parallel.tensor import (
     read,
     scatter_sum,
     store_as_dtensor,
+    stored,
 )
 from core.testing.oracles import cross_entropy
 from core.testing.ranks import run_ranks
@@ -92,7 +93,7 @@ def lookup(vocab_size: int, n: int) -> dict[str, Tensor]:
     tokens_BL = torch.arange(16).view(2, 8) % vocab_size
     own_BLD = embedding(tokens_BL)
     (own_BLD * (1 + dist.get_rank())).sum().backward()
-    gradient = embedding.weight.grad
+    gradient = stored(embedding, "weight").grad
     assert isinstance(gradient, DTensor)
     return {"own": own_BLD, "gradient": gradient.full_tensor()}
 
@@ -144,20 +145,21 @@ def seen_by_modules() -> dict[str, Any]:
     kinds = {name: type(value).__name__ for name, value in model.named_parameters()}
     cuts = {name: value.placements for name, value in model.named_parameters() if isinstance(value, DTensor)}
     attention = model.layers["0"].attention
-    told: Callable[[Any], Any] = partial(getattr, attention.wq.forward.args[0])
+    told: Callable[[Any], Any] = partial(getattr, attention.wq)
+    shape = tuple(stored(attention.wq, "weight").shape)
     return {
         "names": names == list(model.state_dict()),
         "kinds": set(kinds.values()),
-        "tied": model.output.weight is model.tok_embeddings.weight,
+        "tied": stored(model.output, "weight") is stored(model.tok_embeddings, "weight"),
         "cuts": cuts,
-        "told": (type(told("weight")).__name__, tuple(told("weight").shape), tuple(attention.wq.weight.shape)),
-        "other attributes": told("start") is attention.wq.start,
+        "told": (type(told("weight")).__name__, tuple(told("weight").shape), shape),
+        "its class": (type(attention.wq).__qualname__, isinstance(attention.wq, Linear)),
     }
 
 
 def test_weights_carry_a_label_and_modules_see_tensors() -> None:
     for found in run_ranks(seen_by_modules, 2):
-        assert found["names"] and found["tied"] and found["other attributes"]
+        assert found["names"] and found["tied"] and found["its class"] == ("Linear", True)
         assert found["kinds"] == {"DTensor"}
         assert found["told"] == ("Tensor", (16, 16), (32, 16))
         cuts = found["cuts"]

@@ -31,6 +31,8 @@ class Attention(SelfAttention, Configurable):
         "sinks": ("heads",),
     }
 
+    SIZED_BY = {"heads": ("n_heads", "n_kv_heads")}
+
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         n_heads: int

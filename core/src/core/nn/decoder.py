@@ -65,6 +65,7 @@ class Decoder(Module, Configurable, ABC):
     """A causal language model: token ids in, logits out."""
 
     AXES = {"norm": ("embed",)}
+    SIZED_BY = {"vocab": ("vocab_size",)}
     HF_KEYS: ClassVar[Mapping[str, Any]] = {}
     """Where Hugging Face keeps each weight: a table as `core.checkpoint.keys` describes it; empty for a model that it
     does not have."""

@@ -19,6 +19,7 @@ class FeedForward(Module, Configurable):
     """SwiGLU (arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
 
     AXES = {"w1": ("ffn", "embed"), "w3": ("ffn", "embed"), "w2": ("embed", "ffn")}
+    SIZED_BY = {"ffn": ("hidden_dim",)}
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):

@@ -41,6 +41,8 @@ class MLA(SelfAttention, Configurable):
         "wo": ("embed", "heads"),
     }
 
+    SIZED_BY = {"heads": ("n_heads",)}
+
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         n_heads: int

@@ -253,6 +253,8 @@ class Experts(Module, Configurable):
 class MoE(Module, Configurable):
     """A sparse feed-forward network: each token is computed by the experts that the router chooses for it."""
 
+    SIZED_BY = {"experts": ("router.n_experts",)}
+
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         router: Router.Config

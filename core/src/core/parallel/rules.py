@@ -20,6 +20,9 @@ RULES: dict[str, str | None] = {
     "expert_ffn": None,
 }
 
+EVENLY = frozenset({"heads", "experts"})
+"""Axes whose heads or experts ranks share evenly; of any other, each rank needs a part, however small."""
+
 
 class Named(NamedTuple):
     """A weight as a module names it: `owner.leaf`, its axes, and whether it is added to a sum that is cut."""

@@ -10,8 +10,8 @@ Letters: B rows, L length, D width, V vocabulary; what is cut is named by its lo
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +28,33 @@ from core.parallel.vocabulary import Vocabulary
 Reading = Callable[[Tensor], Tensor]
 
 
-class Plain:
-    """A module as its own forward is to see it: the weights that it reads are plain tensors."""
+@cache
+def reading_class(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
+    """A subclass in which the attribute `leaf` is what `readings[leaf]` of an instance makes of the stored weight.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.readings: dict[str, Reading] = {}
+    Between uses FSDP stores its piece, on a mesh of more axes, and asks for that one (torch 2.13).
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        reading, weight = self.readings.get(name), self.module._parameters.get(name)
-        return getattr(self.module, name) if reading is None or weight is None else reading(weight)
+    def weight(module: Any) -> Tensor:
+        weight = module._parameters[leaf]
+        return module.readings[leaf](weight) if weight.device_mesh.ndim == 1 else weight
+
+    members = {leaf: property(weight), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), members)
 
 
 def read(owner: nn.Module, leaf: str, reading: Reading) -> None:
-    """Let the forward of `owner` find `reading` of its weight instead of the weight."""
-    if "forward" not in vars(owner):
-        owner.forward = partial(type(owner).forward, Plain(owner))
-    cast(partial, owner.forward).args[0].readings[leaf] = reading
+    """Let whoever asks `owner` for its weight `leaf` find `reading` of it, a plain tensor; what is stored stays in the
+    module's table of parameters, so that names, checkpoints and FSDP see no difference.
+
+    The class of `owner` alone changes, as by `torch.nn.utils.parametrize`: its forward may be wrapped, replaced, or
+    that of a parent.
+    """
+    if "readings" not in vars(owner):
+        vars(owner)["readings"] = {}
+    vars(owner)["readings"][leaf] = reading
+    if not isinstance(getattr(type(owner), leaf, None), property):
+        owner.__class__ = reading_class(type(owner), leaf)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -62,12 +72,18 @@ def zeros(weight: Tensor) -> Tensor:
     return summed(weight) * 0.0
 
 
+def stored(owner: nn.Module, leaf: str) -> nn.Parameter:
+    """A weight as it is stored, whatever the module reads."""
+    weight = owner._parameters[leaf]
+    assert weight is not None
+    return weight
+
+
 def store_as_dtensor(
     owner: nn.Module, leaf: str, mesh: DeviceMesh, placement: Any, placed: dict[nn.Parameter, Any]
 ) -> None:
     """Store a weight as a DTensor; a tied one stays one object."""
-    weight = owner._parameters[leaf]
-    assert weight is not None
+    weight = stored(owner, leaf)
     if weight not in placed:
         placed[weight] = nn.Parameter(distribute_tensor(weight.data, mesh, [placement], src_data_rank=None))
     owner._parameters[leaf] = placed[weight]
@@ -113,13 +129,13 @@ def apply_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def look_up_own_rows(embedding: Embedding, mesh: DeviceMesh) -> None:
     """Ids of other ranks' rows give zeros; the sum over ranks has every row."""
-    rows = embedding.forward
+    rows, n_words = embedding.forward, stored(embedding, "weight").shape[0]
 
     def forward(tokens_BL: Tensor) -> Tensor:
-        first, n = own_vocabulary(embedding.weight.shape[0], mesh)
+        first, n = own_vocabulary(n_words, mesh)
         own_BL = (tokens_BL >= first) & (tokens_BL < first + n)
         if n == 0:
-            weight = local(embedding.weight)  # its sum, 0, keeps this rank in the backward that the others wait for
+            weight = embedding.weight  # its sum, 0, keeps this rank in the backward that the others wait for
             return scatter_sum(weight.new_zeros(*tokens_BL.shape, weight.shape[1]) + weight.sum(), mesh)
         return scatter_sum(rows(torch.where(own_BL, tokens_BL - first, 0)) * own_BL.unsqueeze(-1), mesh)
 

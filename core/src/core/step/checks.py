@@ -12,12 +12,9 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem, walk
 from core.config.validate import problems_of, validate
-from core.nn.attention import Attention
 from core.nn.backends import check_kernels
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
-from core.nn.feed_forward import FeedForward
-from core.nn.mla import MLA
 from core.nn.moe import MoE
 from core.optim.optimizer import Optimizer, check_no_decay
 from core.parallel.data import HAS_MESH_PER_WEIGHT
@@ -25,6 +22,7 @@ from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
 from core.step.settings import Compile, Debug, Training
+from core.step.shares import check_shares, ranks_that_share, share_problems
 
 
 class Run(Protocol):
@@ -102,25 +100,7 @@ def training_problems(training: Training, parallelism: Parallelism, degrees: Deg
 
 def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Degrees) -> Iterator[Problem]:
     """What keeps a model from being cut this way."""
-    heads, by_heads = share_of_heads(parallelism)
-    for path, config in walk(model, "model"):
-        if isinstance(config, Attention.Config | MLA.Config):
-            names = ["n_heads"] if isinstance(config, MLA.Config) else ["n_heads", "n_kv_heads"]
-            for name in names:
-                if getattr(config, name) % heads:
-                    fits = [n for n in range(1, getattr(config, name) + 1) if getattr(config, name) % n == 0]
-                    yield (
-                        f"{path}.{name}",
-                        f"{by_heads} must divide {name} {getattr(config, name)}: use {', '.join(map(str, fits))}",
-                    )
-        if isinstance(config, FeedForward.Config):
-            yield from empty_piece_problem(f"{path}.hidden_dim", config.hidden_dim, degrees.tensor)
-        if isinstance(config, MoE.Config) and config.router.n_experts % degrees.expert:
-            yield (
-                f"{path}.router.n_experts",
-                f"expert_parallel_degree {degrees.expert} must divide n_experts {config.router.n_experts}",
-            )
-    yield from empty_piece_problem("model.vocab_size", model.vocab_size, degrees.tensor)
+    yield from share_problems(model, parallelism)
     if degrees.expert * degrees.tensor > 1 and expert_parts(model) and not HAS_MESH_PER_WEIGHT:
         name = "expert_parallel_degree" if degrees.expert > 1 else "tensor_parallel_degree"
         degree = getattr(parallelism, name)
@@ -141,27 +121,6 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
             "model.n_mtp_layers",
             "multi-token prediction with a pipeline or context parallelism is not supported: set n_mtp_layers 0, or "
             "pipeline_parallel_degree and context_parallel_degree 1",
-        )
-
-
-def share_of_heads(parallelism: Parallelism) -> tuple[int, str]:
-    """How many ranks share the heads of a token, and the settings that say so."""
-    tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
-    words = f"tensor_parallel_degree {tensor}"
-    if context == 1 or parallelism.context_parallel_rotate_method != "alltoall":
-        return tensor, words
-    return tensor * context, f"{words} x context_parallel_degree {context} (rotate method alltoall)"
-
-
-def empty_piece_problem(path: str, size: int, n_ranks: int) -> Iterator[Problem]:
-    """Ranks need not share a size evenly, but each needs a part of it."""
-    each = -(-size // n_ranks)
-    if each * (n_ranks - 1) >= size:
-        name = path.rpartition(".")[2]
-        yield (
-            path,
-            f"tensor_parallel_degree {n_ranks} gives {each} of {name} {size} to a rank until none is left, and a rank "
-            "without any is not supported: lower the degree",
         )
 
 
@@ -211,6 +170,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
     """Raise one `UserError` with everything that keeps a model, on the meta device still, from being trained so."""
     check_all(
         partial(check_attention, model, run, device),
+        partial(check_shares, model, run.parallelism),
         partial(check_overlap, run.parallelism, device),
         partial(check_pinned, run.checkpoint, device),
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
@@ -226,7 +186,7 @@ def check_attention(model: Decoder, run: Run, device: torch.device) -> None:
     parallelism = run.parallelism
     check_kernels(
         (block.attention for block in cast(Iterable[Block], model.layers.values())),
-        n_shares=share_of_heads(parallelism)[0],
+        n_shares=ranks_that_share("heads", parallelism)[0],
         device=device,
         dtype=run.training.compute_dtype(device),
         trains=True,

@@ -105,7 +105,7 @@ class Objective:
 
         Weights that are gathered for a forward come in the right type already.
         """
-        if self.dtype == torch.float32 or self.layout.gathers:
+        if self.dtype.itemsize >= 4 or self.layout.gathers:
             return nullcontext()
         return torch.autocast(self.layout.device.type, self.dtype, cache_enabled=False)
 

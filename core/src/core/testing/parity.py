@@ -47,7 +47,9 @@ class Case:
     idle_experts: range = range(0)
     """Experts that no token chooses; their routers must have a bias on the choice."""
     compute_dtype: torch.dtype = torch.float32
-    """What is computed in; weights are stored in fp32."""
+    """What is computed in."""
+    weights_dtype: torch.dtype = torch.float32
+    """What weights are stored in."""
     compile: str | None = None
     """Backend of torch.compile; None leaves the blocks as they are."""
     loss: Loss.Config = field(default_factory=CrossEntropy.Config)
@@ -117,7 +119,7 @@ def build_case(case: Case, layout: RankView) -> BuiltModel:
         checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=Path()).apply,
         compile_block=None if case.compile is None else partial(compile_block, backend=case.compile),
         dispatcher=dispatchers(case.parallelism.expert_parallel_comm_backend, layout.device),
-        dtype=torch.float32,
+        dtype=case.weights_dtype,
         compute_dtype=case.compute_dtype,
         seed=7,
         n_microbatches=rows // case.parallelism.pipeline_parallel_microbatch_size,
