@@ -26,7 +26,7 @@ from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.nn.init import init_weights, materialise
 from core.nn.module import weights
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.parallel.apply import dtensor_slice
 from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
@@ -76,10 +76,10 @@ def ours(layout: RankView, length: int) -> Step:
         dtype=torch.float32,
         mask="causal",
     )
-    optimizer = Optimizer.Config().build(weights=parts.named_parameters())
+    optimizer = AdamW.Config(lr=1e-3).build(weights=parts.weights(), layout=layout)
     n = 8 // layout.degrees.data
     batches = [rows(layout.data_rank * n, n, length)]
-    settings = {"lr": 1e-3, "max_norm": 1.0}
+    settings = {"lr_factor": 1.0, "max_norm": 1.0}
     return lambda: train_step(objective, optimizer, batches, step=1, on_nonfinite="stop", **settings).loss
 
 

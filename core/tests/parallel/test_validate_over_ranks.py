@@ -12,7 +12,7 @@ from core.data.packing import IGNORE, Batch
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.nn.kernel import Positions
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
 from core.step.loss import CrossEntropy
@@ -63,11 +63,11 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
         rows_per_step=case.n_rows,
         local_batch_size=local,
     )
-    optimizer = Optimizer.Config().build(weights=parts.named_parameters())
+    optimizer = AdamW.Config(lr=1e-2).build(weights=parts.weights(), layout=layout)
 
     def train() -> list[float]:
         info = train_step(
-            objective, optimizer, batches_of(case, layout), step=1, lr=1e-2, max_norm=1.0, on_nonfinite="stop"
+            objective, optimizer, batches_of(case, layout), step=1, lr_factor=1.0, max_norm=1.0, on_nonfinite="stop"
         )
         return [info.loss, info.grad_norm]
 

@@ -223,7 +223,7 @@ def step_of(run: Trainer.Config) -> Counter[tuple[str, str]]:
     for model in parts.models:
         if experts:
             force_balance(model)
-    optimizer = run.optimizer.build(weights=parts.named_parameters())
+    optimizer = run.optimizer.build(weights=parts.weights(), layout=layout)
     objective = Objective(
         parts.models,
         CrossEntropy.Config().build(),
@@ -234,7 +234,7 @@ def step_of(run: Trainer.Config) -> Counter[tuple[str, str]]:
     )
     tokens_BL = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % run.model.vocab_size
     batch = Batch(tokens_BL, tokens_BL, torch.arange(LENGTH).expand_as(tokens_BL), tokens_BL * 0)
-    settings: dict[str, Any] = {"lr": 1e-3, "max_norm": 1.0, "on_nonfinite": "stop"}
+    settings: dict[str, Any] = {"lr_factor": 1.0, "max_norm": 1.0, "on_nonfinite": "stop"}
     train_step(objective, optimizer, [batch], step=1, **settings)
     with Heard(group_axes(layout, experts=experts)) as heard:
         train_step(objective, optimizer, [batch], step=2, **settings)

@@ -85,7 +85,7 @@ def measured(run: Trainer.Config) -> tuple[int, RestingBytes]:
     for model in parts.models:
         if routers(model):
             force_balance(model)
-    optimizer = run.optimizer.build(weights=parts.named_parameters())
+    optimizer = run.optimizer.build(weights=parts.weights(), layout=layout)
     objective = Objective(
         parts.models,
         CrossEntropy.Config().build(),
@@ -97,7 +97,7 @@ def measured(run: Trainer.Config) -> tuple[int, RestingBytes]:
     tokens_BL = torch.randint(run.model.vocab_size, (training.local_batch_size, training.seq_len))
     batch = Batch(tokens_BL, tokens_BL, torch.arange(training.seq_len).expand_as(tokens_BL), tokens_BL * 0)
     batches = [batch] * (n_rows // training.local_batch_size)
-    settings: dict[str, Any] = {"lr": 1e-3, "max_norm": 1.0, "on_nonfinite": "stop"}
+    settings: dict[str, Any] = {"lr_factor": 1.0, "max_norm": 1.0, "on_nonfinite": "stop"}
     for step in (1, 2):
         train_step(objective, optimizer, batches, step=step, **settings)
     optimizer.zero_grad()

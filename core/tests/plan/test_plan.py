@@ -10,7 +10,7 @@ import torch.distributed as dist
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.config.errors import UserError
 from core.nn.module import parameter_count
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.parallel.settings import Parallelism
 from core.plan.plan import Plan, plan
 from core.step.settings import Compile, Debug, Training
@@ -120,7 +120,7 @@ def test_everything_that_is_wrong_is_said_at_once():
     run = run_of(
         parallelism=Parallelism(tensor_parallel_degree=3, expert_parallel_degree=5),
         activation_checkpoint=ActivationCheckpoint.Config(mode="full", force_recompute=["attention.w9"]),
-        optimizer=Optimizer.Config(lr=-1.0),
+        optimizer=AdamW.Config(lr=-1.0),
         debug=Debug(moe_force_load_balance=True),
     )
     with pytest.raises(UserError) as error:
@@ -140,7 +140,7 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 
 def test_degrees_that_make_no_sense_are_said_with_all_else():
-    run = run_of(parallelism=Parallelism(tensor_parallel_degree=0), optimizer=Optimizer.Config(lr=-1.0))
+    run = run_of(parallelism=Parallelism(tensor_parallel_degree=0), optimizer=AdamW.Config(lr=-1.0))
     with pytest.raises(UserError) as error:
         plan(run, world_size=None, rank=0)
     assert len(str(error.value).splitlines()) == 2

@@ -12,8 +12,9 @@ from core.data.packing import IGNORE, Batch
 from core.nn.balance import balance_loss, layer_loads, load_metrics, routers
 from core.nn.decoder import Decoder
 from core.nn.kernel import Positions
+from core.nn.module import weights
 from core.nn.mtp import Predictions
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.parallel.layout import SingleRank
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, labels_ahead, valid_tokens
@@ -49,10 +50,9 @@ def split(batch: Batch, sizes: list[int]) -> list[Batch]:
 
 
 def step(model, batches, *, mask="causal", max_norm=math.inf, lr=0.0, on_nonfinite="stop"):
-    optimizer = Optimizer.Config(weight_decay=0.0).build(weights=model.named_parameters())
-    return train_step(
-        objective(model, mask=mask), optimizer, batches, step=7, lr=lr, max_norm=max_norm, on_nonfinite=on_nonfinite
-    )
+    optimizer = AdamW.Config(lr=lr, weight_decay=0.0).build(weights=weights(model), layout=SingleRank(CPU))
+    settings = {"lr_factor": 1.0, "max_norm": max_norm, "on_nonfinite": on_nonfinite}
+    return train_step(objective(model, mask=mask), optimizer, batches, step=7, **settings)
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 1, 4], [1] * 6], ids=str)

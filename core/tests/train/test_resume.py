@@ -220,7 +220,7 @@ def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path):
         trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=[left], load_only=True))
         begin = trainer.checkpoints.start
         assert (begin.step, begin.tokens, begin.rows) == start
-        moment = trainer.optimizer.full_state()["norm.weight"]["exp_avg"]
+        moment = trainer.optimizer.state["norm.weight"]["exp_avg"]
         assert torch.equal(moment, whole["optimizer.norm.weight.exp_avg"]) == (left != "optimizer")
     trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=["model"], load_only=True))
     assert not torch.equal(trainer.built.models[0].norm.weight, whole["model.norm.weight"])
@@ -244,7 +244,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, path: Callable[[Path
     whole = weights(tmp_path / "first", 4)
     for name, weight in trainer.built.named_parameters():
         assert torch.equal(weight, whole[f"model.{name}"])
-    assert not trainer.optimizer.full_state()["norm.weight"]["exp_avg"].any()
+    assert not trainer.optimizer.state["norm.weight"]["exp_avg"].any()
 
 
 def test_a_run_goes_on_from_the_folder_of_another(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -15,14 +16,15 @@ from toy_run import toy_run
 from core.checkpoint.manifest import manifest_digest
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.weights import save_weights
-from core.config.cli import main
+from core.config.cli import main, override, split_flags
 from core.config.errors import UserError
 from core.config.recipe import load_config
-from core.config.record import from_json, located, to_json
-from core.data.samples import MODES
+from core.config.record import from_dict, from_json, located, to_dict, to_json
+from core.data.samples import OLD_MODES
 from core.data.text import StreamedText
 from core.data.tokenizer import Tokenizer
 from core.generate.command import Generation
+from core.optim.adam import Adam, AdamW
 from core.parallel.settings import Parallelism
 from core.testing.resume_suite import measured
 from core.testing.toy import Toy, on_cpu
@@ -170,7 +172,7 @@ def test_a_checkpoint_from_before_data_had_classes_goes_on_bit_for_bit(tmp_path:
     expected = measured(tmp_path / "run")
 
     def make_older(stated: dict[str, Any]) -> None:
-        assert stated["dataloader"].pop("class") == MODES[mode]
+        assert stated["dataloader"].pop("class") == OLD_MODES[mode]
         stated["dataloader"]["mode"] = mode
 
     of_another_version(tmp_path, make_older)
@@ -180,6 +182,38 @@ def test_a_checkpoint_from_before_data_had_classes_goes_on_bit_for_bit(tmp_path:
     config.dataloader = other
     with pytest.raises(UserError, match="dataloader.class core.data.text:.*Text -> core.data.text:.*Text"):
         config.build()
+
+
+def test_the_optimizers_that_were_one_class_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files, as a change of a recipe, as an option, and in a checkpoint that the run goes on from."""
+
+    def older(stated: dict[str, Any], name: str = "AdamW") -> dict[str, Any]:
+        stated["optimizer"] = {"name": name, **{k: v for k, v in stated["optimizer"].items() if k != "class"}}
+        return stated
+
+    monkeypatch.chdir(tmp_path)
+    config = saved(tmp_path)
+    adam = replace(config, optimizer=Adam.Config(lr=1e-2))
+    assert from_dict(older(to_dict(config))) == config and from_dict(older(to_dict(config), "Adam")) == adam
+    without = to_dict(config)
+    without["optimizer"] = {"lr": 1e-2}
+    assert from_dict(without, say=lambda _: None) == config
+    (tmp_path / "mine.json").write_text('{"recipe": "debug", "optimizer": {"name": "Adam", "beta1": 0.8}}')
+    configs = ModuleType("toy_package.configs")
+    monkeypatch.setattr(debug, "__module__", configs.__name__)
+    setattr(configs, "debug", debug)  # noqa: B010
+    assert load_config([str(tmp_path / "mine.json")], configs).optimizer == Adam.Config(lr=3e-3, beta1=0.8)
+    changed = toy_run(tmp_path)
+    override(changed, split_flags(["--optimizer.beta2", "0.9", "--optimizer.name", "Adam", "--optimizer.eps", "1e-7"]))
+    assert changed.optimizer == Adam.Config(lr=1e-2, beta2=0.9, eps=1e-7)
+    override(changed, split_flags(["--optimizer.name", "AdamW"]))
+    assert changed.optimizer == AdamW.Config(lr=1e-2, beta2=0.9, eps=1e-7)
+    with pytest.raises(UserError, match="^optimizer.name: expected AdamW or Adam, got SGD$"):
+        override(changed, split_flags(["--optimizer.name", "SGD"]))
+    of_another_version(tmp_path, older)
+    assert goes_on(config) == 2
+    with pytest.raises(UserError, match="optimizer.class core.optim.adam:AdamW -> core.optim.adam:Adam\n"):
+        adam.build()
 
 
 def test_a_setting_that_is_no_more_is_told(tmp_path: Path) -> None:

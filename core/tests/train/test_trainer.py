@@ -247,10 +247,10 @@ def test_compute_dtype(dtype, chosen, device, compute):
 def test_estimate_is_what_the_tensors_take(tmp_path):
     config = toy_run(tmp_path, steps=1)
     run_ = config.build()
-    need = memory.estimate(run_.parts.models[0], 2048, config.training)
+    need = memory.estimate(run_.parts.models[0], config.optimizer, config.training)
     run_.run()
     weights = sum(p.numel() * p.element_size() for p in run_.parts.models[0].parameters())
-    moments = sum(state[k].nbytes for state in run_.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
+    moments = sum(tensor.nbytes for state in run_.optimizer.state.values() for tensor in state.values())
     assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.parts.models[0].parameters())
     assert need.optimizer == moments and need.logits == 2 * 4 * 16 * 2048 * 4
 

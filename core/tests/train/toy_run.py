@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from core.data.text import IndexedText
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
 from core.testing.toy import Toy
@@ -26,7 +26,7 @@ def toy_run(folder: Path, *, steps: int = 4) -> Trainer.Config:
         model=Toy.Config(vocab_size=2048),
         dataloader=IndexedText.Config(dataset=str(text), cache_folder=str(folder / "cache"), validation_fraction=0.1),
         training=Training(steps=steps, seq_len=16, local_batch_size=4),
-        optimizer=Optimizer.Config(lr=1e-2),
+        optimizer=AdamW.Config(lr=1e-2),
         lr_scheduler=Schedule.Config(warmup_steps=2),
         metrics=Metrics.Config(log_freq=1),
     )

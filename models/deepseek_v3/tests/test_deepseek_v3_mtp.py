@@ -23,9 +23,9 @@ from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel import Positions
-from core.nn.module import parameter_count, training_flops_per_token
+from core.nn.module import parameter_count, training_flops_per_token, weights
 from core.nn.mtp import Merge, Predictions
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.parallel.layout import SingleRank
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, valid_tokens
@@ -174,8 +174,8 @@ def test_a_step_reports_both_losses() -> None:
     batch = labelled(model)
     loss, n_valid = objective(model, "document")(batch), valid_tokens([batch])
     rows = [Batch(*(part[i : i + 1] for part in batch)) for i in range(len(batch.tokens_BL))]
-    optimizer = Optimizer.Config().build(weights=model.named_parameters())
-    settings: dict[str, Any] = {"step": 1, "lr": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
+    optimizer = AdamW.Config().build(weights=weights(model), layout=SingleRank(torch.device("cpu")))
+    settings: dict[str, Any] = {"step": 1, "lr_factor": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
     info = train_step(objective(model, "document"), optimizer, rows, **settings)
     assert info.loss == pytest.approx(loss.main.item() / n_valid, rel=1e-6)
     assert info.total_loss == pytest.approx(loss.total.item() / n_valid, rel=1e-6)

@@ -4,7 +4,7 @@ This file loads nothing of `torch.distributed.tensor`, so that a process alone s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,12 @@ class RankView(ABC):
         """The piece of a weight that lies on this rank, and where it begins in the whole."""
 
     @abstractmethod
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """This rank's slices of `function` of whole matrices (N, R, C): see `core.optim.weight.WholeMatrices`."""
+
+    @abstractmethod
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
         """What runs the stages of this rank, by their numbers; None where the model is in one piece."""
 
@@ -138,6 +144,11 @@ class SingleRank(RankView):
 
     def local_slice(self, weight: Tensor) -> LocalSlice:
         return full_slice(weight)
+
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [function(x) if x.dim() == 3 else function(x.unsqueeze(0)).squeeze(0) for x in slices]
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> None:
         return None

@@ -1,6 +1,6 @@
 """The layout of a run of several ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,8 @@ from core.parallel.apply import dtensor_slice, parallelize
 from core.parallel.context import split_rows
 from core.parallel.data import local_parts, squared_norm
 from core.parallel.layout import RankView, whole_rows
-from core.parallel.mesh import views
+from core.parallel.matrices import map_matrices
+from core.parallel.mesh import stage_group, views
 from core.parallel.pipeline import Pipeline, n_stages
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import CutVocabulary
@@ -32,6 +33,7 @@ class ManyRanks(RankView):
     def __init__(self, settings: Parallelism, device: torch.device) -> None:
         super().__init__(settings, settings.degrees(dist.get_world_size()), device)
         self.views = views(self.degrees, device)
+        self.stage_group = stage_group(self.views, device)
         token = self.views.token
         self.data_rank = token["replicate"].get_local_rank() * self.degrees.shard + token["batch"].get_local_rank()
         self.pipeline_rank = token["pipeline"].get_local_rank()
@@ -104,6 +106,11 @@ class ManyRanks(RankView):
 
     def local_slice(self, weight: Tensor) -> LocalSlice:
         return dtensor_slice(weight)
+
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return map_matrices(function, weights, slices, self.stage_group, self.device)
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
         if self.degrees.pipeline == 1:

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from core.parallel.settings import Degrees
@@ -39,3 +41,17 @@ def views(degrees: Degrees, device: torch.device) -> Views:
         grid(shard=degrees.shard * degrees.context, tensor=degrees.tensor),
         grid(shard=among // degrees.expert, expert=degrees.expert),
     )
+
+
+def stage_group(views: Views, device: torch.device) -> ProcessGroup:
+    """The ranks that the weights of one pipeline stage lie on; all ranks without a pipeline."""
+    degrees, axes = views.degrees, ("replicate", "shard", "tensor")
+    if degrees.pipeline == 1:
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        return everyone
+    shared = [axis for axis in axes if views.weight[axis].size() > 1]
+    if len(shared) < 2:
+        return views.weight[shared[0] if shared else "tensor"].get_group()
+    shape = (degrees.pipeline, degrees.world // degrees.pipeline)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "stage"))["stage"].get_group()

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 
@@ -26,7 +26,7 @@ from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
 from core.plan.passes import Passes, passes_of
 from core.plan.pipeline_passes import Action
-from core.plan.sample_blocks import RestingBytes, SampledModel, n_bytes, resting_bytes, sampled_models
+from core.plan.sample_blocks import RestingBytes, SampledModel, every_weight, n_bytes, resting_bytes, sampled_models
 from core.plan.segments import MessageKind, Recorder, Segment, expand
 from core.plan.traffic import axes
 from core.step.checks import Run
@@ -82,14 +82,16 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
                 materialise(model, _CPU, getattr(torch, training.dtype))
-            optimizer = run.optimizer.build(weights=[pair for m in models.values() for pair in m.named_parameters()])
+            every = every_weight(sampled)
+            optimizer = run.optimizer.build(weights=[weight for weight, _ in every.values()], layout=layout)
             objective = Objective(
                 list(models.values()), run.loss.build(), layout=layout, dtype=dtype, mask=training.mask
             )
             with Meter() as entering:
                 passes = passes_of(training, layout, models, objective)
-            fake = FakeObjective(layout, list(sampled.values()), passes, optimizer)
-            fake.step({None, passes.n_microbatches - 1})  # makes what is made once: the optimizer's state
+            copies = [(weight.value, source) for weight, source in every.values() if weight.value is not source]
+            fake = FakeObjective(layout, list(sampled.values()), passes, optimizer, copies)
+            fake.step({None, passes.n_microbatches - 1})  # makes what is made once
             fake.step(microbatches_of_interest(passes.order))
             kept = resting_bytes(sampled, optimizer)
             return StepRecord(
@@ -97,7 +99,7 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
                 n_microbatches=passes.n_microbatches,
                 stored=kept,
                 inputs=entering.alive,
-                segments=fake.segments(kept.weights),
+                segments=fake.segments(),
             )
 
 
@@ -115,9 +117,15 @@ class FakeObjective:
     """Takes the place of an `Objective` in `train_step`, and cuts the last step into segments."""
 
     def __init__(
-        self, layout: RankView, sampled_models: list[SampledModel], passes: Passes, optimizer: Optimizer
+        self,
+        layout: RankView,
+        sampled_models: list[SampledModel],
+        passes: Passes,
+        optimizer: Optimizer,
+        copies: list[tuple[nn.Parameter, nn.Parameter]],
     ) -> None:
-        self.layout, self.passes, self.optimizer = layout, passes, optimizer
+        """`copies` are weights of blocks that are not there, each with the weight whose gradient stands for its own."""
+        self.layout, self.passes, self.optimizer, self.copies = layout, passes, optimizer, copies
         self.models = [part.model for part in sampled_models]
         self.axes = group_axes(layout, experts=any(routers(model) for model in self.models))
         self.stand_in = {i: other for part in sampled_models for i, other in part.stand_in.items()}
@@ -129,7 +137,7 @@ class FakeObjective:
         """Run a step of `few` microbatches; the batch that is counted is not the one that is computed."""
         self.few = few
         counted = Batch(*torch.zeros(4, 1, 1, dtype=torch.int64).unbind())
-        settings: dict[str, Any] = {"step": 1, "lr": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
+        settings: dict[str, Any] = {"step": 1, "lr_factor": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
         self.recorded: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
         self.optimizer.zero_grad()
         with Recorder(self.axes, self._gradients) as self.recorder, self.recorder.listening(self.models):
@@ -146,14 +154,14 @@ class FakeObjective:
                     self.recorder.note(MessageKind("pipeline", "send"), n_sent)
                 self.recorded[action[:2]].append(self.recorder.end(PASSES[action.kind]))
         self.passes.end()
+        for copy, source in self.copies:
+            copy.grad = source.grad
         return 0.0, 0.0
 
-    def segments(self, weights: int) -> list[Segment]:
-        """The segments of the whole step of a rank that has `weights` bytes of weights."""
-        share = weights / sum(n_bytes(weight) for weight in self.optimizer.weights.values())
-        update = [replace(segment, rise=int(segment.rise * share)) for segment in self.update]
+    def segments(self) -> list[Segment]:
+        """The segments of the whole step."""
         passes = [segment for recorded in self._all_passes() for segment in expand(recorded, self.stand_in)]
-        return [*self.start, *passes, *update]
+        return [*self.start, *passes, *self.update]
 
     def _all_passes(self) -> Iterator[list[Segment]]:
         """For each action of the step the pass that was recorded for it, or that stands for it."""
@@ -166,7 +174,7 @@ class FakeObjective:
 
     @torch.no_grad()
     def _gradients(self) -> int:
-        return sum(n_bytes(weight.grad) for weight in self.optimizer.weights.values())
+        return sum(n_bytes(weight.grad) for model in self.models for weight in model.parameters())
 
 
 def recorded_pass(recorded: list[list[Segment]], place: int, n: int) -> list[Segment]:
@@ -192,4 +200,5 @@ def group_axes(layout: RankView, *, experts: bool) -> Mapping[str, str]:
         return {}
     everyone = dist.group.WORLD
     assert everyone is not None
-    return {everyone.group_name: "all", **axes(layout.views, experts=experts)}
+    groups = {layout.stage_group.group_name: "stage", everyone.group_name: "all"}
+    return groups | axes(layout.views, experts=experts)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
 from core.nn.backends import SDPA, trains_on_cpu
 from core.nn.decoder import Block, Decoder
 from core.nn.dispatch import Dispatcher
-from core.optim.optimizer import Optimizer, local_tensor
+from core.nn.module import Weight, weights
+from core.optim.optimizer import Optimizer
+from core.optim.weight import local_tensor
 from core.parallel.layout import RankView
 from core.step.assemble import stage_models
 
@@ -107,19 +109,34 @@ def kind(block: Block, i: int, n_layers: int, activation_checkpoint: ActivationC
     return repr((mtp_depth, parts, shapes, block.attention.kernel, forced))
 
 
+def every_weight(sampled_models: dict[int, SampledModel]) -> dict[str, tuple[Weight, nn.Parameter]]:
+    """All weights of this rank by their names, each with the one that stands for it: itself, if its block is there."""
+    found = {}
+    for sampled in sampled_models.values():
+        named = list(weights(sampled.model))
+        found |= {weight.name: (weight, weight.value) for weight in named}
+        for i, other in sampled.stand_in.items():
+            for weight in named if i != other else ():
+                if weight.name.startswith(f"layers.{other}."):
+                    name, source = weight.name.replace(f".{other}.", f".{i}.", 1), weight.value
+                    value = nn.Parameter(torch.empty_like(source), source.requires_grad)
+                    found[name] = weight._replace(name=name, value=value), source
+    return found
+
+
 def resting_bytes(sampled_models: dict[int, SampledModel], optimizer: Optimizer) -> RestingBytes:
     """What all blocks have on this rank, those counted too that the sampled models lack."""
-    n_weights = weights = gradients = state = buffers = 0
+    n_weights = weight_bytes = gradients = buffers = 0
     for sampled in sampled_models.values():
         for name, weight in sampled.model.named_parameters():
             times = sampled.times(name)
             n_weights += times * local_tensor(weight).numel()
-            weights += times * n_bytes(weight)
+            weight_bytes += times * n_bytes(weight)
             gradients += times * n_bytes(weight.grad)
-            state += times * sum(map(n_bytes, optimizer.state[name].values()))
         for name, buffer in sampled.model.named_buffers():
             buffers += sampled.times(name) * n_bytes(buffer)
-    return RestingBytes(n_weights, weights, gradients, state, buffers)
+    state = sum(n_bytes(tensor) for kept in optimizer.state.values() for tensor in kept.values())
+    return RestingBytes(n_weights, weight_bytes, gradients, state, buffers)
 
 
 def n_bytes(tensor: Tensor | None) -> int:

@@ -14,7 +14,7 @@ from core.nn.balance import balance_loss, layer_loads, load_metrics
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
-from core.nn.module import weights
+from core.nn.module import Weight, weights
 from core.parallel.layout import RankView, SingleRank
 from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
@@ -31,6 +31,11 @@ class BuiltModel(NamedTuple):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for model in self.models:
             yield from model.named_parameters()
+
+    def weights(self) -> Iterator[Weight]:
+        """Every weight that this rank has a slice of, with the names of its axes."""
+        for model in self.models:
+            yield from weights(model)
 
 
 @working("building the model")

@@ -16,7 +16,7 @@ from core.nn.backends import check_kernels
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
 from core.nn.moe import MoE
-from core.optim.optimizer import Optimizer, check_no_decay
+from core.optim.optimizer import Optimizer
 from core.parallel.data import HAS_MESH_PER_WEIGHT
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
@@ -176,7 +176,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
         partial(check_names, run.activation_checkpoint, model),
         partial(check_parts, run.activation_checkpoint, model),
-        partial(check_no_decay, run.optimizer, (name for name, _ in model.named_parameters())),
+        partial(check_optimizer, run.optimizer, model),
         model.to_hf_config if run.checkpoint.last_save_in_hf else lambda: None,
     )
 
@@ -207,3 +207,10 @@ def check_pinned(checkpoint: Checkpoint, device: torch.device) -> None:
     """Raise `UserError` when memory is to be pinned for a device that does not copy from it."""
     if checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
         raise UserError("checkpoint.async_mode async_with_pinned_mem needs an accelerator: use async on a cpu")
+
+
+def check_optimizer(optimizer: Optimizer.Config, model: Decoder) -> None:
+    """Raise `UserError` for settings of the optimizer that do not fit the weights of a model."""
+    problems = list(optimizer.weight_problems([name for name, _ in model.named_parameters()]))
+    if problems:
+        raise joined([(f"optimizer.{field}", message) for field, message in problems])

@@ -38,7 +38,7 @@ def train_step(
     batches: Sequence[Batch],
     *,
     step: int,
-    lr: float,
+    lr_factor: float,
     max_norm: float,
     on_nonfinite: Literal["stop", "skip"],
 ) -> StepInfo:
@@ -67,7 +67,7 @@ def train_step(
             )
         log.warning(f"step {step} left out: loss {info.loss}, gradient norm {info.grad_norm}")
         return info._replace(updated=False)
-    optimizer.step(lr)
+    optimizer.step(lr_factor)
     for part in objective.stages:
         update_selection_bias(part)
     return info

@@ -17,6 +17,7 @@ from core.comm.backend import dispatchers
 from core.data.packing import IGNORE, Batch
 from core.nn.balance import balance_loss, routers
 from core.nn.decoder import Decoder
+from core.optim.adam import AdamW
 from core.optim.optimizer import Optimizer
 from core.parallel.apply import dtensor_slice
 from core.parallel.layout import RankView, SingleRank
@@ -53,6 +54,7 @@ class Case:
     compile: str | None = None
     """Backend of torch.compile; None leaves the blocks as they are."""
     loss: Loss.Config = field(default_factory=CrossEntropy.Config)
+    optimizer: Optimizer.Config = field(default_factory=lambda: AdamW.Config(lr=1e-2))
 
 
 @dataclass
@@ -95,10 +97,10 @@ def result_of(case: Case) -> StepResult:
         mask=case.mask,
         pipeline=built.pipeline,
     )
-    optimizer = Optimizer.Config(lr=1e-2).build(weights=built.named_parameters())
+    optimizer = case.optimizer.build(weights=built.weights(), layout=layout)
     batches = batches_of(case, layout)
     start = {name: full(weight.detach()).clone() for name, weight in built.named_parameters()}
-    step_once = partial(train_step, objective, optimizer, batches, lr=1e-2, max_norm=1.0, on_nonfinite="stop")
+    step_once = partial(train_step, objective, optimizer, batches, lr_factor=1.0, max_norm=1.0, on_nonfinite="stop")
     info = step_once(step=1)
     (balance,) = layout.sums(sum(balance_loss(model) for model in built.models))
     scale = min(1.0 / (info.grad_norm + 1e-6), 1.0)

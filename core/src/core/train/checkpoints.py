@@ -29,7 +29,14 @@ from core.step.checks import Run
 from core.train.folder import ANOTHER, config_text
 from core.train.observers import Observers
 from core.train.records import carry_on
-from core.train.state import check_same_run, model_tensors, optimizer_tensors, random_tensors, set_random
+from core.train.state import (
+    check_optimizer_state,
+    check_same_run,
+    model_tensors,
+    optimizer_tensors,
+    random_tensors,
+    set_random,
+)
 
 log = logging.getLogger("armature")
 
@@ -85,7 +92,10 @@ class RunCheckpoints:
             same_ranks = self.found.manifest.world_size == self.ranks.size
             random = random_tensors(self.ranks.rank, self.layout.device) if same_ranks and "random" not in left else {}
             tensors = {} if "model" in left else dict(self._weights)
-            tensors |= {} if "optimizer" in left else optimizer_tensors(optimizer)
+            if "optimizer" not in left:
+                keys = {key for each in self.ranks.gather(optimizer.state_keys()) for key in each}
+                check_optimizer_state(self.found.tensors(), keys, optimizer, place=str(self.found))
+                tensors |= optimizer_tensors(optimizer)
             self.saver.load(self.found, tensors | random)
             set_random(random, self.layout.device)
             log.info(f"going on from {self.found} after step {self.start.step:,}")

@@ -2,7 +2,7 @@
 
 from core.checkpoint.settings import Checkpoint
 from core.nn.decoder import Decoder
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
 from core.train.trainer import Trainer
@@ -14,7 +14,7 @@ def laptop_run(model: Decoder.Config) -> Trainer.Config:
     return Trainer.Config(
         model=model,
         training=Training(steps=400, seq_len=256, local_batch_size=8),
-        optimizer=Optimizer.Config(lr=4e-3),
+        optimizer=AdamW.Config(lr=4e-3),
         lr_scheduler=Schedule.Config(warmup_steps=10, decay_ratio=0.8, min_lr_factor=0.1),
         validator=Validator.Config(enable=True, freq=100, steps=16),
         checkpoint=Checkpoint(enable=True),

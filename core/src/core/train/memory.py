@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from core.config.errors import UserError
-from core.nn.module import parameter_count
+from core.nn.decoder import Decoder
+from core.nn.module import parameter_count, weights
+from core.optim.optimizer import Optimizer
+from core.parallel.layout import SingleRank
 from core.parallel.settings import Degrees
 from core.runtime.device import free_memory
 from core.runtime.launcher import World
@@ -34,22 +37,29 @@ class Estimate(NamedTuple):
         return f"{size_text(self.total)} ({parts})"
 
 
-def estimate(model: nn.Module, vocab_size: int, training: Training, degrees: Degrees | None = None) -> Estimate:
-    """What one rank needs: weights, gradients and two moments in `training.dtype`; logits of one microbatch and their
-    gradient in fp32."""
+def estimate(
+    model: Decoder, optimizer: Optimizer.Config, training: Training, degrees: Degrees | None = None
+) -> Estimate:
+    """What one rank needs: weights and gradients in `training.dtype`, and what the optimizer keeps of them; logits of
+    one microbatch and their gradient in fp32."""
     degrees = degrees or Degrees()
-    stored = parameter_count(model) * (4 if training.dtype == "float32" else 2)
-    stored //= degrees.world // degrees.replicate
-    logits = training.local_batch_size * training.seq_len * vocab_size * 4
+    n_cut, dtype = degrees.world // degrees.replicate, getattr(torch, training.dtype)
+    stored = parameter_count(model) * dtype.itemsize // n_cut
+    typed = [
+        each._replace(value=nn.Parameter(each.value.to(dtype), each.value.requires_grad)) for each in weights(model)
+    ]
+    state = optimizer.build(weights=typed, layout=SingleRank(torch.device("meta"))).state
+    kept = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) // n_cut
+    logits = training.local_batch_size * training.seq_len * model.config.vocab_size * 4
     logits //= degrees.context * degrees.tensor * degrees.pipeline
-    return Estimate(stored, stored, 2 * stored, 2 * logits)
+    return Estimate(stored, stored, kept, 2 * logits)
 
 
-def check_memory(model: nn.Module, run: Run, device: torch.device, world: World) -> None:
+def check_memory(model: Decoder, run: Run, device: torch.device, world: World) -> None:
     """Raise `UserError` with both numbers and what would help when a run needs more than the free memory of `device`; a
     CPU's is shared by all ranks on its machine."""
     degrees = run.parallelism.degrees(world.size)
-    need = estimate(model, run.model.vocab_size, run.training, degrees)
+    need = estimate(model, run.optimizer, run.training, degrees)
     n_sharing = world.local_size if device.type == "cpu" else 1
     free = free_memory(device)
     free = None if free is None else free // n_sharing

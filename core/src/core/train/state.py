@@ -52,12 +52,22 @@ def model_tensors(models: list[Decoder]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The moments and counts of updates of all weights."""
+    """What the optimizer keeps of all weights, by the names that it gave."""
     return {
-        f"optimizer.{name}.{key}": tensor
-        for name, state in optimizer.full_state().items()
-        for key, tensor in state.items()
+        f"optimizer.{name}.{key}": tensor for name, state in optimizer.state.items() for key, tensor in state.items()
     }
+
+
+def check_optimizer_state(stored: Iterable[str], keys: Iterable[str], optimizer: Optimizer, *, place: str) -> None:
+    """Raise `UserError` where the tensors `stored` in a checkpoint are the state of an optimizer that keeps other ones
+    of a weight than `keys`."""
+    there = {name.rpartition(".")[2] for name in stored if name.startswith("optimizer.")}
+    if there != set(keys):
+        raise UserError(
+            f"{place} has the state of another optimizer, {', '.join(sorted(there))} of each weight, and "
+            f"{type(optimizer).__name__} keeps {', '.join(sorted(keys))}: go on with that optimizer, or let this one "
+            "begin anew, --checkpoint.exclude_from_loading optimizer"
+        )
 
 
 def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:

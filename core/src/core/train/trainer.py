@@ -26,6 +26,7 @@ from core.data.tokenizer import Tokenizer
 from core.nn.balance import force_balance
 from core.nn.decoder import Decoder
 from core.nn.module import parameter_count, training_flops_per_token
+from core.optim.adam import AdamW
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
@@ -82,7 +83,7 @@ class Trainer(Configurable):
         """How long, how much at once, in which precision."""
         loss: Loss.Config = field(default_factory=CrossEntropy.Config)
         """What training lowers."""
-        optimizer: Optimizer.Config = field(default_factory=Optimizer.Config)
+        optimizer: Optimizer.Config = field(default_factory=AdamW.Config)
         """How weights are updated."""
         lr_scheduler: Schedule.Config = field(default_factory=Schedule.Config)
         """How the learning rate changes over the run."""
@@ -183,7 +184,7 @@ class Trainer(Configurable):
         if c.debug.moe_force_load_balance:
             for model in self.built.models:
                 force_balance(model)
-        self.optimizer = c.optimizer.build(weights=self.built.named_parameters())
+        self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=self.layout)
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
         loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
         settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask}
@@ -279,7 +280,7 @@ class Trainer(Configurable):
             self.optimizer,
             self.batches(step),
             step=step,
-            lr=c.optimizer.lr * self.schedule.factor(step),
+            lr_factor=self.schedule.factor(step),
             max_norm=c.training.max_norm,
             on_nonfinite=c.debug.on_nonfinite,
         )

@@ -1,7 +1,7 @@
 """DeepSeek-V3's recipes: each is a function that returns the whole configuration of a run."""
 
 from core.checkpoint.settings import Checkpoint
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
 from core.step.settings import Compile, Training
@@ -20,7 +20,7 @@ def deepseek_v3_16b() -> Trainer.Config:
     return Trainer.Config(
         model=size("16B"),
         training=Training(steps=1000, seq_len=4096, local_batch_size=4),
-        optimizer=Optimizer.Config(lr=2.2e-4),
+        optimizer=AdamW.Config(lr=2.2e-4),
         lr_scheduler=Schedule.Config(warmup_steps=200, decay_ratio=0.8, decay_type="cosine", min_lr_factor=0.1),
         parallelism=Parallelism(pipeline_parallel_schedule="Interleaved1F1B"),
         compile=Compile(enable=True, components=["loss"]),

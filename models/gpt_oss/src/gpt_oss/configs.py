@@ -1,6 +1,6 @@
 """GPT-OSS's recipes: each is a function that returns the whole configuration of a run."""
 
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
 from core.train.debug_run import laptop_run
@@ -18,7 +18,7 @@ def gpt_oss_20b() -> Trainer.Config:
     config = Trainer.Config(
         model=size("20b"),
         training=Training(steps=10_000, seq_len=8192, local_batch_size=1),
-        optimizer=Optimizer.Config(lr=8e-4),
+        optimizer=AdamW.Config(lr=8e-4),
         lr_scheduler=Schedule.Config(warmup_steps=2000, decay_ratio=0.8, decay_type="cosine", min_lr_factor=0.1),
     )
     config.activation_checkpoint.mode = "full"

@@ -1,6 +1,6 @@
 """Llama 3's recipes: each is a function that returns the whole configuration of a run."""
 
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
 from core.train.debug_run import laptop_run
@@ -20,7 +20,7 @@ def llama3_8b() -> Trainer.Config:
     return Trainer.Config(
         model=size("8B"),
         training=Training(steps=1000, seq_len=8192, local_batch_size=1),
-        optimizer=Optimizer.Config(lr=3e-4),
+        optimizer=AdamW.Config(lr=3e-4),
         lr_scheduler=Schedule.Config(warmup_steps=200),
         validator=Validator.Config(freq=500, steps=1200),
         profiling=Profiler.Config(profile_freq=100),

@@ -1,6 +1,6 @@
 """Qwen3's recipes: each is a function that returns the whole configuration of a run."""
 
-from core.optim.optimizer import Optimizer
+from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
 from core.train.debug_run import laptop_run
@@ -19,7 +19,7 @@ def qwen3_0_6b() -> Trainer.Config:
     return Trainer.Config(
         model=size("0.6B"),
         training=Training(steps=10, seq_len=4096, local_batch_size=4),
-        optimizer=Optimizer.Config(lr=3e-4),
+        optimizer=AdamW.Config(lr=3e-4),
         lr_scheduler=Schedule.Config(warmup_steps=2),
         metrics=Metrics.Config(log_freq=1),
     )
