@@ -1,5 +1,6 @@
 """The lock on a run's folder: who is kept out, and a folder that does not stay where it was."""
 
+import logging
 import os
 import shutil
 import socket
@@ -72,6 +73,21 @@ def test_what_becomes_of_a_folder_is_told(tmp_path, lock, monkeypatch):
     assert held.lost() == removed
     run.mkdir()
     assert held.lost() == removed
+
+
+def test_a_lock_that_was_removed_is_taken_again(tmp_path, lock, caplog, monkeypatch):
+    logger = logging.getLogger("armature")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    held = lock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    assert held.lost() == "" and held.lost() == ""
+    assert caplog.messages == [f"{tmp_path}/.lock was removed while the run was writing there; it is locked again"]
+    with pytest.raises(UserError, match="is in use by process"):
+        lock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    lock(tmp_path)  # another run, that found no lock
+    assert "is in use by process" in held.lost() and "begin again in another" in held.lost()
 
 
 def test_a_link_that_leads_elsewhere_is_another_folder(tmp_path, lock):

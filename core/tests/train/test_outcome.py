@@ -1,6 +1,7 @@
 """The end of a run: what it returns and says, a run that is finished already, and one that gets more steps."""
 
 import json
+import shutil
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -62,6 +63,17 @@ def test_a_run_returns_its_last_record_and_its_folder(tmp_path: Path) -> None:
     result = run.build().run()
     assert result.folder == tmp_path / "run"
     assert result.record == last_record(tmp_path / "run") and result.record.step == 2
+
+
+def test_a_last_checkpoint_that_vanished_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = toy_run(tmp_path, steps=1)
+    run.checkpoint.enable = True
+    trainer = run.build()
+    finish = trainer.checkpoints.finish
+    trainer.checkpoints.finish = lambda: (finish(), shutil.rmtree(tmp_path / "run/checkpoint/step-1"))
+    trainer.run()
+    words = "checkpoint/step-1 was saved by this run and is not whole any more: there is no manifest.json"
+    assert words in capsys.readouterr().out
 
 
 def test_the_last_record_is_the_last_whole_line(tmp_path: Path) -> None:

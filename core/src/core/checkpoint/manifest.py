@@ -88,7 +88,7 @@ def write_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 def read_manifest(storage: Storage, folder: str) -> Manifest:
     """What a checkpoint says of itself. Raises `Damaged` when it says nothing sensible, `UserError` when it was
-    written in a newer layout than is known here; `layout` and `manifest_digest` mean the same in all."""
+    written in a newer layout than is known here; `layout` and `digest` mean the same in all."""
     try:
         said = parse_json(storage.read(f"{folder}/{MANIFEST}"), MANIFEST)
     except FileNotFoundError as error:

@@ -11,7 +11,7 @@ import torch
 from core.checkpoint.convert import write_as_hf
 from core.checkpoint.find import Found, candidates, find_in
 from core.checkpoint.key_map import hf_key_map
-from core.checkpoint.manifest import Progress, read_manifest
+from core.checkpoint.manifest import Damaged, Progress, read_manifest
 from core.checkpoint.saver import SaveKind, Saver
 from core.checkpoint.source import WeightSource
 from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
@@ -140,11 +140,15 @@ class RunCheckpoints:
             raise RuntimeError("a checkpoint could not be saved by another rank")
 
     def last_saved(self) -> Found | None:
-        """The newest checkpoint of this run; None where it has none. (No collective.)"""
+        """The newest checkpoint of this run; None where it has none, or not any more. (No collective.)"""
         if self._last == self.start.step:
             return self.found if self._is_own(self.found) else None
-        folder = f"step-{self._last}"
-        return Found(self.saver.storage, folder, read_manifest(self.saver.storage, folder))
+        storage, folder = self.saver.storage, f"step-{self._last}"
+        try:
+            return Found(storage, folder, read_manifest(storage, folder))
+        except Damaged as damage:
+            log.warning(f"{storage}/{folder} was saved by this run and is not whole any more: {damage}")
+            return None
 
     def is_over(self, last_step: int) -> bool:
         """Whether the run that this one goes on from came to the last step.

@@ -30,8 +30,8 @@ class FolderLock:
         if checkpoint.saves and (place := checkpoint.storage(folder)).is_local:
             root = Path(place.root)
             self._folders.setdefault(root.resolve(), (root, "choose another with --checkpoint.folder"))
-        self._held: dict[Path, int] = {}
-        """Folders and their descriptors: as long as one is open, no other folder can have the same inode."""
+        self._held: dict[Path, tuple[int, int]] = {}
+        """Folders, their descriptors and those of their locks: while one is open, nothing else can have its inode."""
         self._exits = ExitStack()
 
     def __enter__(self) -> "FolderLock":
@@ -47,16 +47,19 @@ class FolderLock:
 
     def lost(self) -> str:
         """What became of a folder that is no longer under the name that was locked; nothing where all are, and on
-        ranks that have no lock."""
-        for folder, descriptor in self._held.items():
-            try:
-                there = os.path.samestat(os.stat(folder), os.fstat(descriptor))
-            except (FileNotFoundError, NotADirectoryError):
-                there = False
-            except OSError:  # a network that fails for a while is no loss
-                there = True
-            if not there:
+        ranks that have no lock.
+
+        A lock that was removed from its folder is taken again, unless another process has a new one there.
+        """
+        for folder, (descriptor, file) in list(self._held.items()):
+            if not _is_at(folder, descriptor):
                 return f"{folder} was {_fate(descriptor)}"
+            if not _is_at(folder / LOCK, file):
+                log.warning(f"{folder / LOCK} was removed while the run was writing there; it is locked again")
+                try:
+                    self._lock(folder, "begin again in another", self._exits)
+                except UserError as error:
+                    return str(error)
         return ""
 
     def _acquire(self) -> None:
@@ -78,7 +81,7 @@ class FolderLock:
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             raise UserError(f"cannot write in {folder}: {error.strerror}; {another}") from error
-        self._held[folder] = descriptor
+        self._held[folder] = descriptor, file
 
     def _take(self, file: int, folder: Path, another: str) -> None:
         try:
@@ -90,6 +93,16 @@ class FolderLock:
             ) from error
         except OSError as error:
             log.warning(f"{folder} cannot be locked ({error.strerror}): see that no other run writes there")
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether what is open has this name; also where a network does not say for a while."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def _fate(descriptor: int) -> str:
