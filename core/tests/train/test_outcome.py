@@ -1,8 +1,8 @@
 """The end of a run: what it returns and says, a run that is finished already, and one that gets more steps."""
 
 import json
-import shutil
 import shlex
+import shutil
 import sys
 from dataclasses import asdict, replace
 from importlib.machinery import ModuleSpec
