@@ -1,8 +1,9 @@
 """The chores: plain `nox` runs what CI runs, `nox -t qwen3` one package's part of it, `nox --list` names them all.
 
-A package is a folder: core, and every models/*/ with a pyproject.toml. Torch is most of a gigabyte, so the session
-`shared` installs third-party packages once, into its own environment; the small environments of the other sessions,
-which hold nothing but our packages, see it through a .pth file. A sibling model stays invisible to a model's session.
+A package is a folder: core, and every models/*/ and experiments/*/ with a pyproject.toml. Torch is most of a gigabyte,
+so the session `shared` installs third-party packages once, into its own environment; the small environments of the
+other sessions, which hold nothing but our packages, see it through a .pth file. A sibling model stays invisible to a
+model's session.
 """
 
 import email
@@ -20,8 +21,12 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "house", "typecheck", "train", "tests"]
 
 ROOT = Path(__file__).parent
-MODELS = sorted(path.parent.name for path in ROOT.glob("models/*/pyproject.toml"))
-FOLDERS = {"core": "core"} | {model: f"models/{model}" for model in MODELS}
+TRAINED = {
+    path.parent.name: path.parent.relative_to(ROOT).as_posix()
+    for wing in ("models", "experiments")
+    for path in sorted(ROOT.glob(f"{wing}/*/pyproject.toml"))
+}
+FOLDERS = {"core": "core"} | TRAINED
 EXTRAS = ["hf", "tensorboard"]
 TORCH = "torch==2.13.0"  # what CI runs on; docs/decisions/0002-torch-range.md
 CUDA_BUILD = "torch==2.14.1"
@@ -29,7 +34,7 @@ TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "pytest-xdist>=3.
 SIDE_BY_SIDE = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]  # docs/decisions/0012
 
 each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in FOLDERS])
-each_model = nox.parametrize("model", [nox.param(name, id=name, tags=[name]) for name in MODELS])
+each_trained = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in TRAINED])
 
 
 @nox.session(default=False)
@@ -56,7 +61,7 @@ def see_shared(session: nox.Session) -> Path:
 
 
 def install(session: nox.Session, package: str) -> None:
-    """Install one of our packages; a model brings core."""
+    """Install one of our packages; a model brings core, and an experiment its models."""
     see_shared(session)
     session.install("--no-build-isolation", f"./{FOLDERS[package]}")
 
@@ -97,7 +102,7 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(default=False, requires=["shared"])
 def matrix(session: nox.Session) -> None:
     """Compare every model in every layout with one rank, and print the table of docs/layouts.md (about an hour)."""
-    for package in MODELS:
+    for package in TRAINED:
         install(session, package)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     tests = [f"{folder}/tests" for folder in FOLDERS.values()]
@@ -107,7 +112,7 @@ def matrix(session: nox.Session) -> None:
 @nox.session(default=False, requires=["shared"])
 def faults(session: nox.Session) -> None:
     """Kill runs at random moments of their saves, fail their disks at every point, change files at random (an hour)."""
-    for package in MODELS:
+    for package in TRAINED:
         install(session, package)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     tests = [f"{folder}/tests" for folder in FOLDERS.values()]
@@ -184,43 +189,43 @@ def cuda_build(session: nox.Session) -> None:
 
 
 def debug_recipes() -> Iterator[tuple[str, str]]:
-    """The models, each with its debug recipes."""
-    for model in MODELS:
-        text = (ROOT / FOLDERS[model] / f"src/{model}/configs.py").read_text(encoding="utf-8")
-        yield from ((model, recipe) for recipe in re.findall(r"^def (\w+_debug)\(", text, re.MULTILINE))
+    """The packages that train, each with its debug recipes."""
+    for package, folder in TRAINED.items():
+        text = (ROOT / folder / f"src/{package}/configs.py").read_text(encoding="utf-8")
+        yield from ((package, recipe) for recipe in re.findall(r"^def (\w+_debug)\(", text, re.MULTILINE))
 
 
-def train_and_write(session: nox.Session, model: str, recipe: str) -> None:
+def train_and_write(session: nox.Session, package: str, recipe: str) -> None:
     """Plan a recipe, train it for a few steps on one rank and on two, and have it write."""
-    train = ["-m", f"{model}.train", "--config", recipe, "--training.steps", "3"]
+    train = ["-m", f"{package}.train", "--config", recipe, "--training.steps", "3"]
     session.run("python", *train, "--dry-run", "--world-size", "2")
     session.run("torchrun", "--nproc-per-node", "2", *train)
     session.run("python", *train, "--dump_folder", recipe)
-    generate = ["-m", f"{model}.generate", "--checkpoint", recipe]
+    generate = ["-m", f"{package}.generate", "--checkpoint", recipe]
     session.run("python", *generate, "--prompt", "def main", "--max-new-tokens", "16")
 
 
-def run_debug(session: nox.Session, model: str, *options: str) -> None:
-    """Train a model's debug recipe in a folder outside the checkout."""
+def run_debug(session: nox.Session, package: str, *options: str) -> None:
+    """Train a package's debug recipe in a folder outside the checkout."""
     with tempfile.TemporaryDirectory() as away, session.chdir(away):
-        session.run("python", "-m", f"{model}.train", "--config", f"{model}_debug", *options)
+        session.run("python", "-m", f"{package}.train", "--config", f"{package}_debug", *options)
 
 
 @nox.session(requires=["shared"])
-@each_model
-def train(session: nox.Session, model: str) -> None:
-    """Train a model's debug recipe for five steps."""
-    install(session, model)
-    run_debug(session, model, "--training.steps", "5")
+@each_trained
+def train(session: nox.Session, package: str) -> None:
+    """Train a package's debug recipe for five steps."""
+    install(session, package)
+    run_debug(session, package, "--training.steps", "5")
 
 
 @nox.session(default=False, reuse_venv=False)
-@nox.parametrize("model", [nox.param(name, id=name) for name in MODELS])
-def fresh(session: nox.Session, model: str) -> None:
+@nox.parametrize("package", [nox.param(name, id=name) for name in TRAINED])
+def fresh(session: nox.Session, package: str) -> None:
     """Install as the README says, sharing nothing, and do the whole debug run."""
-    session.install(FOLDERS[model])
+    session.install(FOLDERS[package])
     session.env["XDG_CACHE_HOME"] = str(Path(session.create_tmp()).resolve())  # no text that an earlier run prepared
-    run_debug(session, model)
+    run_debug(session, package)
 
 
 def check_wheel(session: nox.Session, wheel: Path) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import core
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.parent for path in ROOT.glob("models/*/pyproject.toml"))
-RANGE = "armature-core>=0.1,<0.2"
+EXPERIMENTS = sorted(path.parent for path in ROOT.glob("experiments/*/pyproject.toml"))
+RANGE, QWEN3 = "armature-core>=0.1,<0.2", "armature-qwen3>=0.1,<0.2"
 DEPENDENCIES = {
     "": {"numpy", "safetensors", "sentencepiece", "torch", "tyro"},
     "hf": {"datasets", "huggingface-hub", "tokenizers"},
@@ -30,7 +32,8 @@ DEPENDENCIES = {
 }
 
 each_model = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
-each_package = pytest.mark.parametrize("folder", [ROOT / "core", *MODELS], ids=lambda folder: folder.name)
+each_trained = pytest.mark.parametrize("folder", [*MODELS, *EXPERIMENTS], ids=lambda folder: folder.name)
+each_package = pytest.mark.parametrize("folder", [ROOT / "core", *MODELS, *EXPERIMENTS], ids=lambda folder: folder.name)
 
 
 def read_toml(folder: Path) -> dict[str, Any]:
@@ -46,21 +49,30 @@ def build_wheel(folder: Path, into: Path) -> tuple[set[str], email.message.Messa
         return files, email.message_from_bytes(wheel.read(metadata))
 
 
-@each_model
-def test_model_accepts_the_core_beside_it(folder: Path) -> None:
-    # Inside a checkout pip takes core by its place and never compares versions, so nothing else would notice.
-    (need,) = map(Requirement, read_toml(folder)["project"]["dependencies"])
-    assert need.name == "armature-core" and core.__version__ in need.specifier
+@each_trained
+def test_it_accepts_what_is_beside_it(folder: Path) -> None:
+    # Inside a checkout pip takes our packages by their places and never compares versions: nothing else would notice.
+    needs = {need.name: need for need in map(Requirement, read_toml(folder)["project"]["dependencies"])}
+    ours = [need for name, need in needs.items() if name.startswith("armature-")]
+    assert "armature-core" in needs and all(core.__version__ in need.specifier for need in ours)
 
 
-@each_model
+@each_trained
+def test_the_name_is_that_of_the_folder(folder: Path) -> None:
+    """As an index writes it (PEP 503), so that pip, uv and a page that lists packages say the same."""
+    name = read_toml(folder)["project"]["name"]
+    prefix = "armature-x-" if folder in EXPERIMENTS else "armature-"
+    assert name == prefix + folder.name.replace("_", "-") == canonicalize_name(name)
+
+
+@each_trained
 def test_versions_go_in_step(folder: Path) -> None:
     text = (folder / "src" / folder.name / "__init__.py").read_text(encoding="utf-8")
     assert re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1] == core.__version__
 
 
-@each_model
-def test_model_passes_every_extra_on(folder: Path) -> None:
+@each_trained
+def test_it_passes_every_extra_on(folder: Path) -> None:
     extras = read_toml(ROOT / "core")["project"]["optional-dependencies"]
     assert read_toml(folder)["project"]["optional-dependencies"] == {
         name: [f"armature-core[{name}]"] for name in extras
@@ -147,7 +159,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def copy_of_sources(folder: Path) -> Path:
     """A folder like the checkout, of files that have nothing in them."""
-    for name in ("core/pyproject.toml", "models/qwen3/pyproject.toml"):
+    for name in ("core/pyproject.toml", "models/qwen3/pyproject.toml", "experiments/z_loss/pyproject.toml"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).touch()
     return folder
@@ -229,6 +241,9 @@ def test_from_git_core_is_the_same_commit(hook: ModuleType, checkout: Path, url:
     need = requirement(hook, clone)
     assert need == f"armature-core @ {asked}@{commit}#subdirectory=core"
     assert Requirement(need).url
+    metadata = {"dependencies": [QWEN3]}
+    hook.CoreRequirement(str(clone / "experiments/z_loss"), {}).update(metadata)
+    assert metadata["dependencies"] == [f"armature-qwen3 @ {asked}@{commit}#subdirectory=models/qwen3"]
 
 
 @needs_git
@@ -255,20 +270,37 @@ def test_an_unpacked_archive_has_no_commit(hook: ModuleType, checkout: Path) -> 
     assert requirement(hook, folder) == f"armature-core @ {(folder / 'core').as_uri()}"
 
 
-@each_model
+def test_an_experiment_takes_its_model_from_the_checkout(hook: ModuleType, checkout: Path) -> None:
+    def needs() -> list[str]:
+        metadata = {"dependencies": ["armature-other>=1", RANGE, QWEN3]}
+        hook.CoreRequirement(str(checkout / "experiments/z_loss"), {}).update(metadata)
+        return metadata["dependencies"]
+
+    core_url, model_url = ((checkout / folder).as_uri() for folder in ("core", "models/qwen3"))
+    assert needs() == ["armature-other>=1", f"armature-core @ {core_url}", f"armature-qwen3 @ {model_url}"]
+    install_core(checkout, checkout / "core", editable=True)
+    assert needs() == ["armature-other>=1", RANGE, f"armature-qwen3 @ {model_url}"]
+
+
+@each_trained
 def test_the_wheel_that_pip_builds_asks_for_the_core_beside_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_BUILD_TRACKER", str(tmp_path / "pip-build-tracker-1"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     needs = build_wheel(folder, tmp_path)[1].get_all("Requires-Dist")
-    assert [need for need in needs if "extra ==" not in need] == [f"armature-core @ {(ROOT / 'core').as_uri()}"]
+    asked = [need for need in needs if "extra ==" not in need]
+    assert asked[0] == f"armature-core @ {(ROOT / 'core').as_uri()}"
+    assert all(f" @ {(ROOT / 'models').as_uri()}/" in need for need in asked[1:])
 
 
-@each_model
+@each_trained
 def test_uv_reads_where_core_is_without_building(folder: Path) -> None:
     # uv asks a backend for what is dynamic, and for a model from git it then forgets the sources.
     toml = read_toml(folder)
     assert "dependencies" not in toml["project"]["dynamic"]
-    source = toml["tool"]["uv"]["sources"]["armature-core"]
-    assert source == {"path": "../../core", "editable": True} and (folder / source["path"]).samefile(ROOT / "core")
+    sources = toml["tool"]["uv"]["sources"]
+    assert sources.keys() == {Requirement(need).name for need in toml["project"]["dependencies"]}
+    for name, source in sources.items():
+        named = read_toml(folder / source["path"])["project"]["name"]
+        assert named == name and source["editable"] is True

@@ -90,6 +90,22 @@ def test_all_that_is_wrong_is_one_error():
     ]
 
 
+class GatedRun(Run):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Run.Config):
+        net: Gated.Config
+
+
+def test_a_value_that_a_narrower_field_does_not_take_is_an_error():
+    with pytest.raises(
+        UserError, match=r"^net: expected Gated\.Config, got Net.*; derive\(\.\.\., net=\.\.\.\) states"
+    ):
+        derive(recipe(), GatedRun.Config)
+    base = recipe()
+    found = derive(base, GatedRun.Config, net=derive(base.net, Gated.Config))
+    assert found.net == Gated.Config(dim=8, names=["a"])
+
+
 def test_only_a_subclass_has_room_for_all():
     with pytest.raises(UserError, match=r"^Net\.Config does not derive from Run\.Config"):
         derive(recipe(), Net.Config)

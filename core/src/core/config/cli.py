@@ -88,7 +88,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
             title = f"{name}, the first recipe (with --config NAME another)"
             show(setting_help(title, load_config([name], configs), own["help"], RUN_OPTIONS))
         else:
-            line = "--config NAME|MODULE:NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
+            line = "--config NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
             show("\n".join([usage(line, RUN_OPTIONS), SYNTAX, recipe_list(known)]))
             if "help" not in own:
                 raise UserError("choose a recipe: --config NAME")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from core.config.configurable import Configurable, field_names, unknown_field
 from core.config.errors import UserError
-from core.config.fields import default_of
+from core.config.fields import default_of, field_types, type_problems
 
 ConfigT = TypeVar("ConfigT", bound=Configurable.Config)
 
@@ -16,7 +16,8 @@ def derive(config: Configurable.Config, into: type[ConfigT], **changes: Any) -> 
 
     `into` is the class of `config` or derives from it; a field that it adds takes its default where no change names
     it. Nothing is shared with `config` or the changes: all values are deep copies. Raises one `UserError` that lists
-    every name that is no field, with the nearest one, and every added field that has neither a change nor a default.
+    every name that is no field, with the nearest one, every added field that has neither a change nor a default, and
+    every value that does not fit its field in `into`.
 
         derive(qwen3_debug(), MyTrainer.Config, z_loss=1e-4)
     """
@@ -31,6 +32,12 @@ def derive(config: Configurable.Config, into: type[ConfigT], **changes: Any) -> 
         f"{into.__qualname__}.{each.name} has no default: derive(..., {each.name}=...) states it"
         for each in fields(into)
         if each.name not in known and default_of(each) is MISSING
+    ]
+    problems += [
+        f"{path}: {message}; derive(..., {name}=...) states another"
+        for name, value in known.items()
+        if name in field_names(into)
+        for path, message in type_problems(value, field_types(into)[name], name)
     ]
     if problems:
         raise UserError("\n".join(problems))

@@ -31,13 +31,13 @@ class OwnOption(NamedTuple):
 
 
 CONFIG_OPTION = OwnOption(
-    "NAME|MODULE:NAME|FILE.py:NAME|FILE.json ...",
-    "a recipe, by its name here or where it stands, or the config.json of a run or of a model, or its folder; behind "
-    "it files that change it: "
+    "NAME|FILE.json ...",
+    "a recipe, which may be package.module:name or file.py:name, or the config.json of a run or of a model, or its "
+    "folder; behind it files that change it: "
     '{"training": {"steps": 50}}',
     MANY,
 )
-TRUST = OwnOption("MODULE|FILE.py ...", "let files name classes of these modules, which are imported", MANY)
+TRUST = OwnOption("MODULE ...", "let files name classes of these modules or .py files, which are imported", MANY)
 HELP = OwnOption(
     "[WORD ...]", "this text; with --config its settings; --help SECTION, --help WORD or --help all explain them", None
 )

@@ -38,9 +38,7 @@ from core.runtime.device import describe, free_memory, select_device
 from core.runtime.units import size_text
 
 WRITING_OPTIONS = {
-    "config": OwnOption(
-        "NAME|MODULE:NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY
-    ),
+    "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),
     "trust": TRUST,
     "help": HELP,
     "version": VERSION,
