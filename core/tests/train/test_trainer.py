@@ -565,7 +565,7 @@ def test_names_for_checkpointing_are_checked_before_anything_is_read(tmp_path):
 
 def test_a_streamed_run_reads_its_rows_in_order(tmp_path):
     config = toy_run(tmp_path, steps=3)
-    config.dataloader = StreamedText.Config(dataset="/nowhere")
+    config.dataloader = StreamedText.Config(dataset=str(tmp_path / "text"), validation_fraction=0.1)
     config.validator = Validator.Config(enable=True, freq=3)
     records = run(config)
     assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["validation_loss"] is not None
