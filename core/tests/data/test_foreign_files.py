@@ -227,7 +227,9 @@ def check_dataset(path: Path, draw: random.Random, tokenizer: Tokenizer) -> None
         file.write_text("text,n\n" + "".join(f"row {i},{i}\n" for i in range(5)))
     file.write_bytes(flipped(file.read_bytes(), draw))
     try:
-        found = [section.text for section in HubDataset(f"hf:{path}", "text", "skip").sections()]
+        found = [
+            section.text for section in HubDataset.Config(dataset=str(path), on_bad_line="skip").build().sections()
+        ]
     except UserError as error:
         assert one_line(error) and str(path) in str(error), error
         return
@@ -339,7 +341,7 @@ def test_a_name_that_is_not_unicode(tmp_path, tokenizer):
 def test_a_text_that_changes_while_it_is_read(tmp_path, when):
     for name in ("1.txt", "2.txt"):
         (tmp_path / name).write_text("some text")
-    sections = TextFiles(str(tmp_path), "text", "error").sections()
+    sections = TextFiles.Config(path=str(tmp_path)).build().sections()
     next(sections)
     (tmp_path / ("2.txt" if when == "between" else "1.txt")).write_text("some more text")
     name = "2.txt" if when == "between" else "1.txt"
@@ -347,12 +349,12 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, when):
         f"{tmp_path / name} has changed since the run began to read: start again once nothing writes there"
     )
     (tmp_path / "1.txt").unlink()
-    assert "1.txt" in told(lambda: list(TextFiles(str(tmp_path / "1.txt"), "text", "error").sections()))
+    assert "1.txt" in told(lambda: list(TextFiles.Config(path=str(tmp_path / "1.txt")).build().sections()))
 
 
 def test_a_text_that_goes_while_it_is_read(tmp_path):
     (tmp_path / "1.txt").write_text("some text")
-    source = TextFiles(str(tmp_path / "1.txt"), "text", "error")
+    source = TextFiles.Config(path=str(tmp_path / "1.txt")).build()
     (tmp_path / "1.txt").unlink()
     assert "cannot read" in told(lambda: list(source.sections()))
 

@@ -47,7 +47,7 @@ def test_standard_library_leaves_out_tests_packages_and_what_python_cannot_decod
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    source = StandardLibrary(tmp_path)
+    source = StandardLibrary.Config(root=str(tmp_path)).build()
     found = texts(source)
     assert found == ["# -*- coding: latin-1 -*-\n# é\n", "b = 1\n", *(topics[name] for name in sorted(topics))]
     before = source.fingerprint()
@@ -59,15 +59,15 @@ def test_fingerprint_of_files_follows_name_size_and_time(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     os.utime(path, ns=(10**18, 10**18))
-    seen = [TextFiles(str(tmp_path), "text", "error").fingerprint()]
-    assert TextFiles(str(tmp_path), "text", "error").fingerprint() == seen[0]
+    seen = [TextFiles.Config(path=str(tmp_path)).build().fingerprint()]
+    assert TextFiles.Config(path=str(tmp_path)).build().fingerprint() == seen[0]
     os.utime(path, ns=(10**18, 10**18 + 1))
-    seen.append(TextFiles(str(tmp_path), "text", "error").fingerprint())
+    seen.append(TextFiles.Config(path=str(tmp_path)).build().fingerprint())
     path.write_text("four")
     os.utime(path, ns=(10**18, 10**18 + 1))
-    seen.append(TextFiles(str(tmp_path), "text", "error").fingerprint())
+    seen.append(TextFiles.Config(path=str(tmp_path)).build().fingerprint())
     (tmp_path / "b.txt").write_text("")
-    seen.append(TextFiles(str(tmp_path), "text", "error").fingerprint())
+    seen.append(TextFiles.Config(path=str(tmp_path)).build().fingerprint())
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 

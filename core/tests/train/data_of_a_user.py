@@ -1,8 +1,10 @@
 """Data as somebody reads them outside of core."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.packing import IGNORE, Batch, pack_rows
 from core.data.samples import IndexedSamples, Samples
+from core.data.sections import Section, cut_row
+from core.data.source import Source
+from core.data.text_files import BadLines, reading
 
 
 class NpyRows(IndexedSamples):
@@ -48,6 +53,32 @@ class NpyRows(IndexedSamples):
     def rows_at(self, numbers: np.ndarray) -> Batch:
         windows = self.array[numbers]
         return pack_rows(windows, starts=np.zeros(windows.shape, np.bool_))
+
+
+class Chapters(Source):
+    """The chapters of a book, which is one file: each begins with a line that begins with `# `."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        path: str
+        """The file."""
+
+        def places(self) -> dict[str, Any]:
+            return {"path": absolute(self.path)}
+
+    config: Config
+
+    def open(self) -> None:
+        self.name = self.config.path
+        with reading(self.name):
+            self.text = Path(self.name).read_text(encoding="utf-8")
+
+    def fingerprint(self) -> list[Any]:
+        return [hashlib.sha256(self.text.encode()).hexdigest()]
+
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        for chapter in re.split("^(?=# )", self.text, flags=re.MULTILINE):
+            yield from cut_row(chapter)
 
 
 class Sums(Samples):

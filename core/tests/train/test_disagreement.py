@@ -74,7 +74,7 @@ def other_text(run: Run) -> None:
     library.mkdir()
     (library / "sums.py").write_text("".join(f"{n} + {n} == {2 * n}\n" for n in range(900 + dist.get_rank())))
     begin = StandardLibrary.__init__
-    StandardLibrary.__init__ = lambda self: begin(self, library)
+    StandardLibrary.__init__ = lambda self, _: begin(self, StandardLibrary.Config(root=str(library)))
 
 
 def own_places(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Data read by classes outside of core: the same rows on any ranks, after a stop, and told apart between ranks."""
 
 import inspect
+import json
 import os
 import signal
 from dataclasses import replace
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from data_of_a_user import Counting, Faulty, NpyRows, Sums
+from data_of_a_user import Chapters, Counting, Faulty, NpyRows, Sums
 from toy_run import toy_run
 
 from core.checkpoint.settings import Checkpoint
+from core.config.cli import override
 from core.config.errors import UserError
-from core.config.record import from_json, to_json
+from core.config.help import setting_help
+from core.config.record import from_json, located, to_dict, to_json
 from core.config.validate import problems_of
 from core.data.packing import IGNORE
 from core.data.samples import Samples
+from core.data.sampling import SPLITS
+from core.data.text import IndexedText, StreamedText
 from core.data.tokenizer import Tokenizer
 from core.parallel.settings import Parallelism
 from core.step.settings import Training
@@ -210,6 +215,47 @@ def test_a_validator_without_rows_is_refused(tmp_path: Path) -> None:
         run.build()
 
 
-def test_the_document_has_the_class_that_is_tested() -> None:
+CHAPTERS = [f"# {number}\n\n{'Something happens. ' * (number % 7 + 3)}\n" for number in range(60)]
+
+
+@pytest.mark.parametrize("kind", [IndexedText, StreamedText])
+def test_documents_of_a_format_of_ones_own_are_rows_as_those_of_any_other(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "book").write_text("".join(CHAPTERS))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CHAPTERS))
+    live = {"tokenizer": Tokenizer.Config().build(), "seq_len": SEQ_LEN, "seed": 0}
+    cache = str(tmp_path / "cache")
+    for split in SPLITS:
+        lines = kind.Config(dataset=str(tmp_path / "lines.jsonl"), cache_folder=cache).build(split=split, **live)
+        config = kind.Config(dataset=Chapters.Config(path=str(tmp_path / "book")), cache_folder=cache)
+        book = config.build(split=split, **live)
+        assert book.n_rows == lines.n_rows and book.description.startswith(f"{tmp_path}/book: ")
+        for part, other in zip(book.read(0, 6), lines.read(0, 6), strict=True):
+            assert torch.equal(part, other)
+    (tmp_path / "book").write_text("".join(CHAPTERS[1:]))
+    assert config.build(split=split, **live).fingerprint != book.fingerprint
+
+
+def test_a_source_is_chosen_and_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = toy_run(tmp_path)
+    run.dataloader = IndexedText.Config(dataset=Chapters.Config(path="book"))
+    assert to_dict(located(run))["dataloader"]["dataset"] == {
+        "class": "data_of_a_user:Chapters",
+        "path": f"{tmp_path}/book",
+    }
+    assert from_json(to_json(run)) == run and problems_of(run) == []
+    override(run, [("--dataloader.dataset.path", ["other"])])
+    assert run.dataloader == IndexedText.Config(dataset=Chapters.Config(path="other"))
+    assert "--dataloader.dataset STR = Chapters.Config, default stdlib" in setting_help("", run, ["dataloader"], {})
+    run.dataloader.text_field = "body"
+    assert problems_of(run) == [
+        ("dataloader.dataset", "a Config has text_field and on_bad_line of its own, if any: set those")
+    ]
+    override(run, [("--dataloader.dataset", ["stdlib"])])
+    assert run.dataloader == IndexedText.Config(dataset="stdlib", text_field="body")
+
+
+@pytest.mark.parametrize("kind", [NpyRows, Chapters])
+def test_the_document_has_the_classes_that_are_tested(kind: type) -> None:
     text = (Path(__file__).parents[3] / "docs/add-a-data-source.md").read_text(encoding="utf-8")
-    assert inspect.getsource(NpyRows) in text
+    assert inspect.getsource(kind) in text

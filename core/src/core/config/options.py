@@ -7,7 +7,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
+from functools import cache, reduce
+from operator import or_
+from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
 from core.config.configurable import Configurable
@@ -28,7 +30,7 @@ class Option:
 
     @property
     def annotation(self) -> Any:
-        return field_types(type(self.node))[self.name]
+        return written_type(field_types(type(self.node))[self.name])
 
     @property
     def value(self) -> Any:
@@ -66,17 +68,26 @@ class Option:
         return "\n".join([head, *(f"      {line}" for line in lines)])
 
     def _shown(self, value: Any) -> str:
+        if isinstance(value, Configurable.Config):
+            return type(value).__qualname__
         return shlex.join(reader(self.annotation).str_from_instance(value)) or "(nothing)"
 
 
 def options(node: Configurable.Config, path: str) -> Iterator[Option]:
-    """The fields of one config that a command line can change: those whose type has no Config in it."""
+    """The fields of one config that a command line can change."""
     for name, annotation in field_types(type(node)).items():
-        if not holds(annotation, is_config):
+        if written_type(annotation) is not None:
             yield Option(join(path, name), node, name)
 
 
-def comparable(name: str) -> str:
+def written_type(annotation: Any) -> Any:
+    """What of a type can be written as words: all of it that has no Config in it. None where that is nothing, or what
+    says that there is none."""
+    words = [option for option in alternatives(annotation) if not holds(option, is_config)]
+    return reduce(or_, words) if set(words) - {NoneType} else None
+
+
+def plain(name: str) -> str:
     """A name as it is compared: without leading dashes, and with `_` for every `-`."""
     return name.lstrip("-").replace("-", "_")
 

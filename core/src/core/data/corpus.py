@@ -16,7 +16,7 @@ import numpy as np
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.record import absolute
+from core.config.record import absolute, located, to_dict
 from core.data import integrity, shards
 from core.data.sampling import SPLITS, Split, held_out
 from core.data.sections import batches, settled
@@ -46,9 +46,9 @@ class Corpus(Configurable):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
-        dataset: str = "stdlib"
+        dataset: str | Source.Config = "stdlib"
         """stdlib (the running Python's standard library), a file, folder or glob pattern (.txt, .jsonl, also .gz), or
-        hf:NAME[:CONFIG][@SPLIT]."""
+        hf:NAME[:CONFIG][@SPLIT]; in a recipe also the Config of a `Source`."""
         text_field: str = "text"
         """The field of a .jsonl line or dataset row that holds the text."""
         on_bad_line: OnBadLine = "error"
@@ -59,26 +59,34 @@ class Corpus(Configurable):
         """Where tokenised text is kept; None is $XDG_CACHE_HOME/armature, or ~/.cache/armature."""
 
         def places(self) -> dict[str, Any]:
-            return {"dataset": absolute_dataset(self.dataset), "cache_folder": absolute(self.cache_folder)}
+            dataset = absolute_dataset(self.dataset) if isinstance(self.dataset, str) else self.dataset
+            return {"dataset": dataset, "cache_folder": absolute(self.cache_folder)}
 
         def problems(self) -> Iterator[tuple[str, str]]:
-            """A share that is none."""
+            """A share that is none, and settings of lines where a source has its own."""
             if not 0 <= self.validation_fraction < 1:
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
+            if not isinstance(self.dataset, str) and (self.text_field, self.on_bad_line) != ("text", "error"):
+                yield "dataset", "a Config has text_field and on_bad_line of its own, if any: set those"
 
     def __init__(self, config: Config, *, tokenizer: Tokenizer, verify: bool = True) -> None:
         """`verify` is false on ranks that follow another one of their machine, which has compared every byte."""
         source = open_source(config.dataset, config.text_field, config.on_bad_line)
+        if isinstance(config.dataset, str):
+            stated = os.fsencode(absolute_dataset(config.dataset)).decode(errors="backslashreplace")
+            title = Path(config.dataset).name
+        else:
+            stated, title = to_dict(located(config.dataset)), type(source).__name__
         self._made_from = {
             "format": shards.FORMAT,
-            "dataset": os.fsencode(absolute_dataset(config.dataset)).decode(errors="backslashreplace"),
+            "dataset": stated,
             "text_field": config.text_field,
             "on_bad_line": config.on_bad_line,
             "validation_fraction": config.validation_fraction,
             "tokenizer": tokenizer.fingerprint,
             "source": json_digest(source.fingerprint()),
         }
-        name = re.sub(r"\W+", "-", f"{Path(config.dataset).name[:40]}-{json_digest(self._made_from)[:16]}").strip("-")
+        name = re.sub(r"\W+", "-", f"{title[:40]}-{digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
         self._verify, self._vocab_size = verify, tokenizer.vocab_size

@@ -8,11 +8,13 @@ import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.library import library_errors
@@ -26,19 +28,33 @@ _TOPICS = "pydoc_data/topics.py"
 _END = object()
 
 
-class Source(ABC):
+class Source(Configurable, ABC):
     """Documents in a fixed order, which may be read any number of times."""
 
-    def __init__(self, name: str, on_bad_line: OnBadLine) -> None:
-        self.name = name
-        self.on_bad_line: OnBadLine = on_bad_line
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        """What `dataset` may be instead of a word; the spellings of the finals of core are in `source_of`."""
+
+    name: str
+    """What errors and the head of a run call it."""
+    on_bad_line: OnBadLine = "error"
+    """What a document that cannot be read does, where `sections_of` reports it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.open()
+
+    @abstractmethod
+    def open(self) -> None:
+        """State `name`, and find what is to be read. Raises `UserError` where it is not there."""
 
     @abstractmethod
     def fingerprint(self) -> list[Any]:
         """What changes when the text does (data for JSON), found without reading the text."""
 
     @abstractmethod
-    def _sections(self, bad: BadLines) -> Iterator[Section]: ...
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        """One pass over all documents, each by `cut_row` if it is in memory; what cannot be read goes to `bad`."""
 
     def sections(self) -> Iterator[Section]:
         """One pass over the sections of all documents; documents without a visible character are left out.
@@ -48,7 +64,7 @@ class Source(ABC):
         """
         bad = BadLines(self.on_bad_line)
         found = False
-        for section in self._sections(bad):
+        for section in self.sections_of(bad):
             if not section.is_blank:
                 found = True
                 yield section
@@ -64,9 +80,19 @@ class StandardLibrary(Source):
     A file that Python itself could not decode (PEP 263) is passed over.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        super().__init__(STANDARD_LIBRARY, "error")
-        self.root = root or Path(sysconfig.get_path("stdlib"))
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        root: str | None = None
+        """Its folder; None is that of the running Python."""
+
+        def places(self) -> dict[str, Any]:
+            return {"root": absolute(self.root)}
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+
+    def open(self) -> None:
+        self.name = STANDARD_LIBRARY
+        self.root = Path(self.config.root or sysconfig.get_path("stdlib"))
 
     def fingerprint(self) -> list[Any]:
         with reading(self.root):
@@ -79,7 +105,7 @@ class StandardLibrary(Source):
             found += [Path(folder, name).relative_to(self.root).as_posix() for name in names if name.endswith(".py")]
         return sorted(name for name in found if name != _TOPICS)
 
-    def _sections(self, bad: BadLines) -> Iterator[Section]:
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
         for name in self._files():
             try:
                 with reading(self.root / name), tokenize.open(self.root / name) as file:
@@ -94,11 +120,24 @@ class StandardLibrary(Source):
 class TextFiles(Source):
     """Local files named by a path, a folder or a glob pattern."""
 
-    def __init__(self, dataset: str, text_field: str, on_bad_line: OnBadLine) -> None:
-        super().__init__(dataset, on_bad_line)
-        self.text_field = text_field
-        with reading(dataset):
-            self.files = find_files(dataset)
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        path: str
+        """A file, a folder or a glob pattern (.txt, .jsonl, also .gz)."""
+        text_field: str = "text"
+        """The field of a line of JSON that holds the text."""
+        on_bad_line: OnBadLine = "error"
+        """Whether an unreadable line ends the run or is left out and counted."""
+
+        def places(self) -> dict[str, Any]:
+            return {"path": absolute(self.path)}
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+
+    def open(self) -> None:
+        self.name, self.on_bad_line = self.config.path, self.config.on_bad_line
+        with reading(self.name):
+            self.files = find_files(self.name)
         self._found = [self._state(file) for file in self.files]
 
     @staticmethod
@@ -110,10 +149,10 @@ class TextFiles(Source):
     def fingerprint(self) -> list[Any]:
         return self._found
 
-    def _sections(self, bad: BadLines) -> Iterator[Section]:
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
         for file, found in zip(self.files, self._found, strict=True):
             self._check_unchanged(file, found)
-            yield from read_sections(file, self.text_field, bad)
+            yield from read_sections(file, self.config.text_field, bad)
             self._check_unchanged(file, found)
 
     def _check_unchanged(self, file: Path, found: list[Any]) -> None:
@@ -123,28 +162,42 @@ class TextFiles(Source):
 
 
 class HubDataset(Source):
-    """A Hugging Face dataset, streamed: `hf:NAME`, `hf:NAME:CONFIG`, either with `@SPLIT` behind (default `train`).
+    """A Hugging Face dataset, streamed."""
 
-    NAME may also be a local folder that the `datasets` package can read.
-    """
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        dataset: str
+        """Its name at Hugging Face, or a local folder that the package `datasets` can read."""
+        subset: str = ""
+        """One of its configurations; empty is the one that there is."""
+        split: str = "train"
+        """One of its splits."""
+        text_field: str = "text"
+        """The field of a row that holds the text."""
+        on_bad_line: OnBadLine = "error"
+        """Whether an unreadable row ends the run or is left out and counted."""
 
-    def __init__(self, dataset: str, text_field: str, on_bad_line: OnBadLine) -> None:
-        super().__init__(dataset, on_bad_line)
-        self.text_field = text_field
+        def places(self) -> dict[str, Any]:
+            return {"dataset": absolute(self.dataset) if os.path.isdir(self.dataset) else self.dataset}
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+
+    def open(self) -> None:
+        c = self.config
+        self.on_bad_line = c.on_bad_line
+        dataset = self.name = f"{HUB}{c.dataset}{':' * bool(c.subset)}{c.subset}{f'@{c.split}' * (c.split != 'train')}"
         if importlib.util.find_spec("datasets") is None:
             raise UserError(f"{dataset} needs the package datasets: in the checkout run pip install './core[hf]'")
         import datasets
 
-        address, _, split = dataset.removeprefix(HUB).partition("@")
-        name, _, config = address.partition(":")
         with library_errors(f"cannot open the Hugging Face dataset {dataset}"):
-            self._builder = datasets.load_dataset_builder(name, config or None)
-            self._rows = self._builder.as_streaming_dataset(split or "train")
+            self._builder = datasets.load_dataset_builder(c.dataset, c.subset or None)
+            self._rows = self._builder.as_streaming_dataset(c.split)
 
     def fingerprint(self) -> list[Any]:
         return [self._builder.config_id, self._builder.hash]
 
-    def _sections(self, bad: BadLines) -> Iterator[Section]:
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
         with library_errors(f"cannot read the Hugging Face dataset {self.name}"):
             rows = iter(self._rows)
         for number in count(1):
@@ -152,11 +205,11 @@ class HubDataset(Source):
                 row = next(rows, _END)
             if row is _END:
                 return
-            yield from field_text(row, self.text_field, f"{self.name}, row {number}", bad)
+            yield from text_of(row, self.config.text_field, f"{self.name}, row {number}", bad)
 
 
 def absolute_dataset(dataset: str) -> str:
-    """A `dataset` setting that names the same text in any directory."""
+    """A word of a `dataset` setting that names the same text in any directory."""
     if dataset == STANDARD_LIBRARY:
         return dataset
     hub = HUB if dataset.startswith(HUB) else ""
@@ -166,10 +219,18 @@ def absolute_dataset(dataset: str) -> str:
     return f"{hub}{absolute(name)}{dataset[len(hub) + len(name) :]}"
 
 
-def open_source(dataset: str, text_field: str, on_bad_line: OnBadLine) -> Source:
-    """The source that a `dataset` setting names; UserError when it is not there."""
+def source_of(dataset: str, text_field: str, on_bad_line: OnBadLine) -> Source.Config:
+    """What a word stands for: `stdlib`; `hf:NAME` or `hf:NAME:SUBSET`, either with `@SPLIT` behind; else files."""
     if dataset == STANDARD_LIBRARY:
-        return StandardLibrary()
+        return StandardLibrary.Config()
     if dataset.startswith(HUB):
-        return HubDataset(dataset, text_field, on_bad_line)
-    return TextFiles(dataset, text_field, on_bad_line)
+        address, _, split = dataset.removeprefix(HUB).partition("@")
+        name, _, subset = address.partition(":")
+        rows = {"text_field": text_field, "on_bad_line": on_bad_line}
+        return HubDataset.Config(dataset=name, subset=subset, split=split or "train", **rows)
+    return TextFiles.Config(path=dataset, text_field=text_field, on_bad_line=on_bad_line)
+
+
+def open_source(dataset: str | Source.Config, text_field: str, on_bad_line: OnBadLine) -> Source:
+    """The source that a `dataset` setting names; UserError when it is not there."""
+    return (source_of(dataset, text_field, on_bad_line) if isinstance(dataset, str) else dataset).build()
