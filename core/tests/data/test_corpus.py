@@ -142,7 +142,7 @@ if when == "half":
     encode, texts_left = Tokenizer.encode_sections, iter(range(3))
     Tokenizer.encode_sections = lambda *args: die() if next(texts_left, None) is None else encode(*args)
 elif when == "terminated":
-    shards.Manifest.write = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
+    shards.TokenManifest.write = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
 else:
     corpus.Corpus._publish = die
 config = corpus.Corpus.Config(dataset=dataset, cache_folder=cache, validation_fraction=0.2)

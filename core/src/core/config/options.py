@@ -87,7 +87,7 @@ def written_type(annotation: Any) -> Any:
     return reduce(or_, words) if set(words) - {NoneType} else None
 
 
-def plain(name: str) -> str:
+def comparable(name: str) -> str:
     """A name as it is compared: without leading dashes, and with `_` for every `-`."""
     return name.lstrip("-").replace("-", "_")
 

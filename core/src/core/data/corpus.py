@@ -86,7 +86,7 @@ class Corpus(Configurable):
             "tokenizer": tokenizer.fingerprint,
             "source": json_digest(source.fingerprint()),
         }
-        name = re.sub(r"\W+", "-", f"{title[:40]}-{digest(self._made_from)[:16]}").strip("-")
+        name = re.sub(r"\W+", "-", f"{title[:40]}-{json_digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
         self._verify, self._vocab_size = verify, tokenizer.vocab_size

@@ -205,7 +205,7 @@ class HubDataset(Source):
                 row = next(rows, _END)
             if row is _END:
                 return
-            yield from text_of(row, self.config.text_field, f"{self.name}, row {number}", bad)
+            yield from field_text(row, self.config.text_field, f"{self.name}, row {number}", bad)
 
 
 def absolute_dataset(dataset: str) -> str:
