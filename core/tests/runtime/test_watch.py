@@ -153,7 +153,7 @@ TROUBLES = {
 
 def live(trouble: str, troubled: int, port: int | None, timeout_s: float) -> str:
     """The life of a rank in which all wait for one another, and one comes to trouble; prints what it is told."""
-    watch.PATIENCE_S, watch.GRACE_S, watch.ANSWER_S = 0.5, 1.0, 1.5
+    watch.LAUNCHER_PATIENCE_S, watch.GRACE_S, watch.ANSWER_S = 0.5, 1.0, 1.5
     world = World(dist.get_rank(), dist.get_world_size())
     master = Address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), LAUNCHER)
     place = Address("127.0.0.1", port, "rank 0") if port else master

@@ -24,8 +24,8 @@ def exit_plainly() -> Iterator[None]:
     gives code 2, Ctrl-C gives code 130. Any other exception is a defect and keeps its traceback.
 
     Of several ranks only some need to speak. A mistake is told at once by the first rank of each machine; the others
-    give it a moment, in which the launcher ends them if the first had the same to say. So does a rank that another one
-    ended (`LostRank`), which then has code 1.
+    give it a moment, in which the launcher ends them if the first had the same to say. A rank that another one ended
+    (`LostRank`) waits longer, so that the launcher sees the other's code first, and then has code 1.
     """
     hold_console()
     rank, leads = speaker(os.environ)
@@ -37,7 +37,7 @@ def exit_plainly() -> Iterator[None]:
         say_last(f"error{rank}: {error}")
         sys.exit(2)
     except LostRank as error:
-        time.sleep(LAUNCHER_PATIENCE_S)
+        time.sleep(LAUNCHER_PATIENCE_S + 1.0)  # behind the rank that it lost, which may wait as long
         say_last(f"error{rank}: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
