@@ -62,6 +62,7 @@ def test_a_recipe_of_a_file_on_two_ranks(
     monkeypatch.setattr(sys, "path", [*sys.path])
     file, folder = tmp_path / "own_recipes.py", tmp_path / "run"
     file.write_text(RECIPES)
+    toy_run(tmp_path)  # its text is there before two ranks would write it
     (steps, trust), others = run_ranks(train, 2, str(file))
     assert (steps, trust) == others == (2, [["--trust", str(file)]])
     assert json.loads((folder / "config.json").read_text())["observers"] == [

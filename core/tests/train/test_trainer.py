@@ -116,7 +116,7 @@ def test_validation_weighs_every_token_alike(tmp_path):
     for row in range(loader.rows_per_epoch):
         batch = loader.read(row, 1)
         with torch.no_grad():
-            logits = run_.parts.models[0](batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))[
+            logits = run_.built.models[0](batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))[
                 0
             ].double()
         for position, label in enumerate(batch.labels_BL[0].tolist()):
@@ -132,7 +132,7 @@ def test_validation_weighs_every_token_alike(tmp_path):
             left = max(left - len(ids), 0)
     bits = total / math.log(2) / n_bytes
     assert records[-1]["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-6) and 1 < bits < 20
-    assert run_.parts.models[0].training
+    assert run_.built.models[0].training
 
 
 def test_validation_gives_up_half_way_when_asked(tmp_path):
@@ -142,7 +142,7 @@ def test_validation_gives_up_half_way_when_asked(tmp_path):
     assert run_.validator.rows > 2 * run_.validator.rows_per_step
     answers = iter([False, True])
     assert run_.validator.measure(lambda: next(answers)) is None
-    assert run_.parts.models[0].training
+    assert run_.built.models[0].training
 
 
 def test_data_bound_the_run(tmp_path, capsys):
@@ -247,11 +247,11 @@ def test_compute_dtype(dtype, chosen, device, compute):
 def test_estimate_is_what_the_tensors_take(tmp_path):
     config = toy_run(tmp_path, steps=1)
     run_ = config.build()
-    need = memory.estimate(run_.parts.models[0], config.optimizer, config.training)
+    need = memory.estimate(run_.built.models[0], config.optimizer, config.training)
     run_.run()
-    weights = sum(p.numel() * p.element_size() for p in run_.parts.models[0].parameters())
+    weights = sum(p.numel() * p.element_size() for p in run_.built.models[0].parameters())
     moments = sum(tensor.nbytes for state in run_.optimizer.state.values() for tensor in state.values())
-    assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.parts.models[0].parameters())
+    assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.built.models[0].parameters())
     assert need.optimizer == moments and need.logits == 2 * 4 * 16 * 2048 * 4
 
 
@@ -319,7 +319,7 @@ def test_skipped_steps_are_reported(tmp_path, capsys):
     config = toy_run(tmp_path, steps=2)
     config.debug.on_nonfinite = "skip"
     run_ = config.build()
-    run_.parts.models[0].norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    run_.built.models[0].norm.weight.register_hook(lambda gradient: gradient * math.inf)
     run_.run()
     assert "warning: step 2 left out" in capsys.readouterr().out
     lines = (run_.folder / "metrics.jsonl").read_text().splitlines()
@@ -672,11 +672,11 @@ def test_validation_leaves_the_experts_alone(tmp_path):
     config.validator = Validator.Config(enable=True)
     run_ = config.build()
     run_.step(1)
-    before = {name: value.clone() for name, value in run_.parts.models[0].named_buffers()}
+    before = {name: value.clone() for name, value in run_.built.models[0].named_buffers()}
     assert before["layers.1.moe.router.tokens_E"].sum() == 4 * 16 * 2
     assert before["layers.1.moe.router.balance_loss"] > 0 and before["layers.1.moe.router.selection_bias"].any()
     assert run_.validator.measure(lambda: False).loss > 0
-    for name, value in run_.parts.models[0].named_buffers():
+    for name, value in run_.built.models[0].named_buffers():
         assert torch.equal(value, before[name]), name
 
 

@@ -214,7 +214,7 @@ class Trainer(Configurable):
         )
 
     def run(self) -> RunResult:
-        """Train to the last step, or to the end of the step in which a signal asks to stop.
+        """Train to the last step, or to the end of the step in which a signal or an observer asks to stop.
 
         A run that was finished before is left as it is. Raises `UserError` when it is called again.
         """
