@@ -15,7 +15,7 @@ from core.train.trainer import Trainer
 from qwen3.configs import qwen3_debug
 
 Step = Callable[[int], float]
-"""Trains step number n, counted from 1, and gives its loss."""
+"""Trains step number n, counted from 1, and returns its loss."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:

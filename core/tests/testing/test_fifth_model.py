@@ -21,7 +21,7 @@ from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite
-from core.train.debug_run import laptop_run
+from core.train.debug_run import debug_run
 from core.train.trainer import Trainer
 
 EXPERT = "block_sparse_moe.experts.{e}"
@@ -150,7 +150,7 @@ def size(name: str) -> Mixtral.Config:
 
 def mixtral_debug() -> Trainer.Config:
     """A small Mixtral that learns the standard library's text on a laptop's CPU in about two minutes."""
-    return laptop_run(size("debug"))
+    return debug_run(size("debug"))
 
 
 def tiny(**changes: Any) -> transformers.MixtralConfig:

@@ -30,7 +30,7 @@ from core.step.settings import Compile, Debug, Training
 from core.testing.activation_checkpoint import autograd_bytes
 from core.testing.toy import ToyMoE
 from core.train import folder, memory, trainer
-from core.train.debug_run import laptop_run
+from core.train.debug_run import debug_run
 from core.train.metrics import Record
 from core.train.outcome import command
 from core.train.profile import Profiler
@@ -693,7 +693,7 @@ def test_checkpointed_experts_are_the_same_run(tmp_path, mode):
 
 def test_laptop_run_is_a_short_run_of_the_model_given():
     model = ToyMoE.Config(vocab_size=2048, max_seq_len=256)
-    config = laptop_run(model)
+    config = debug_run(model)
     validate(config)
     assert config.model is model and config.validator.enable and config.training.steps <= 1000
     assert config.training.seq_len <= 256 and config.dataloader == IndexedText.Config()

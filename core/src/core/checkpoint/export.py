@@ -1,4 +1,4 @@
-"""What is written for the weights of a model: each stored tensor with how to make it out of ours."""
+"""What is written for the weights of a model: each stored tensor with how to make it out of our weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -10,7 +10,7 @@ from core.checkpoint.files import Output
 from core.checkpoint.key_map import HFModel, KeyMap, KeyPart
 
 Read = Callable[[str, int | None], Tensor]
-"""A weight of ours by name, or one row of it."""
+"""The name of one of our weights, or one row of it."""
 
 
 def dtypes(

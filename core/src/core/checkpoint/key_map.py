@@ -80,7 +80,7 @@ class KeyMap:
     optional: frozenset[str] = frozenset()
     """Our weights that need not be there."""
     repeats: dict[str, str] = field(default_factory=dict)
-    """Stored keys, with the weight of ours whose values they must have if they are there."""
+    """Stored keys, with our weight whose values they must have if they are there."""
     copies: dict[str, str] = field(default_factory=dict)
     """The same for keys that are written, too."""
     ignored: re.Pattern[str] | None = None

@@ -3,7 +3,7 @@
 An entry `"layers.{i}.attention.wq.weight": PLACE` is for all blocks, `{i}` is the number of the block. The place is
 
     "model.layers.{i}.self_attn.q_proj.weight"      a tensor
-    "model.layers.{i}.mlp.experts.{e}.down.weight"  a tensor for every row of ours, which is an expert
+    "model.layers.{i}.mlp.experts.{e}.down.weight"  a tensor for each of our rows, which is an expert
     Stacked("model.layers.{i}.mlp.experts.down")    one for all experts, which need not have our order of axes
     (PLACE, ANOTHER)                                either when it is read; the first when it is written
     None                                            none: what Hugging Face does not know

@@ -43,7 +43,7 @@ class WrittenBox(NamedTuple):
 def save_tensors(
     tensors: Mapping[str, Tensor], storage: Storage, folder: str, group: ProcessGroup | None
 ) -> dict[str, Written]:
-    """Write tensors, each rank its pieces, into a folder that is there; on the first rank, gives all files.
+    """Write tensors, each rank its pieces, into a folder that is there; on the first rank, returns all files.
 
     Every rank of `group` must call. Raises the first rank's error of those that failed, on every rank.
     """

@@ -47,7 +47,7 @@ ADAPTERS: dict[Build, Adapter] = {
 def dispatchers(
     backend: Backend, device: torch.device, sizes: Sizes | None = None, *, capacity_factor: float | None = None
 ) -> Callable[[ProcessGroup], Dispatcher]:
-    """What gives each process group of experts its dispatcher; all ranks of the group call it, when meshes are wired.
+    """What returns a process group's dispatcher of experts; all its ranks call it, when meshes are wired.
 
     DeepEP and HybridEP make buffers for `sizes` then, one for each group. Raises `UserError` when the backend cannot
     run on `device` or carry what `sizes` say.

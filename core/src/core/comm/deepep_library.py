@@ -16,7 +16,7 @@ from core.comm.transport import Handle, Sizes
 
 
 class Sent(NamedTuple):
-    """What a dispatch of the library gives: rows, their local experts and weights, rows of each expert, its handle."""
+    """What the library's dispatch returns: rows, their local experts and weights, rows of each expert, its handle."""
 
     rows_ND: Tensor
     local_NK: Tensor

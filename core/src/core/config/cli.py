@@ -68,7 +68,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
 
     `configs` is the module of the recipes, or its name, which is imported when a recipe is needed. They are its public
     functions without arguments, which return the Config of something that has a `run()`, and for --dry-run a static
-    `plan(config, world_size, rank)`, which validates it and gives a dataclass. Command line goes before recipe or file,
+    `plan(config, world_size, rank)`, which validates it and returns a dataclass. Command line precedes recipe or file,
     and those before the defaults of the classes. A mistake of the user ends the program with code 2 and one line that
     says what to do.
     """
@@ -102,7 +102,7 @@ def told_version(own: Own, configs: str | ModuleType) -> bool:
 
 
 def completion(shell: str, own: Mapping[str, OwnOption], known: Iterable[str], load: Callable[[str], Config]) -> str:
-    """The script that completes this program in a shell; `load_config` gives what a recipe configures here."""
+    """The script that completes this program in a shell; `load_config` returns what a recipe configures here."""
     configs = {}
     for name in known:
         try:
@@ -172,7 +172,7 @@ def overridden_below(name: str, owner: type) -> list[str]:
 
 
 def number(flag: str, word: str) -> int:
-    """The whole number, not negative, that an option of ours was given."""
+    """The whole number, not negative, that one of our options was given."""
     if not word.isdecimal():
         raise UserError(f"{flag} takes a whole number, got {word}")
     return int(word)

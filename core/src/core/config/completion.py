@@ -1,8 +1,8 @@
 """Scripts that let a shell complete `python -m PACKAGE.program`: recipes, options, and the words that an option takes.
 
-A script has two parts. The engine is the same for every program of ours: it takes over the completion of python and
+A script has two parts. The engine is the same for every first-party program: it takes over the completion of python and
 torchrun where `-m` names a program that it knows, and leaves all else to what was there before. The table of one
-program answers what may stand behind an option, and which options there are. Nothing of ours runs while one types.
+program answers what may stand behind an option, and which options there are. No first-party code runs while one types.
 """
 
 import sys

@@ -85,7 +85,7 @@ def from_recipe(source: str, configs: ModuleType) -> Config:
     config = function()
     if not isinstance(config, Config):
         mistake = UserError if names_outside(source) else TypeError
-        raise mistake(f"{function.__module__}.{name} gives no Config: let the name of what is no recipe start with _")
+        raise mistake(f"{function.__module__}.{name} returns no Config: let the name of what is no recipe start with _")
     if "recipe" in field_names(type(config)):
         setattr(config, "recipe", name)  # noqa: B010 - not every Config has it
     return config
@@ -102,7 +102,7 @@ def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part:
         return config
     if "model_type" in data:
         convert = f"python -m {configs.__name__.partition('.')[0]}.convert from-hf {Path(source).parent} FOLDER"
-        raise UserError(f"{source} is Hugging Face's: {convert} makes one of ours")
+        raise UserError(f"{source} is Hugging Face's: {convert} makes one in our format")
     if "recipe" not in data:
         raise UserError(
             f'{source} has no "class", which a whole configuration has, and no "recipe" that it changes: put the '

@@ -15,7 +15,7 @@ from core.nn.kernel import KeyValues, Positions
 
 
 class Memory:
-    """The key side of one attention: a hook for its `KeyValues` that adds what is new and gives all so far.
+    """The key side of one attention: a hook for its `KeyValues` that adds what is new and returns all so far.
 
     Each side (B, L, ...) lies in a buffer with room for `capacity` tokens in a row.
     """
@@ -36,7 +36,7 @@ class Memory:
 
 class CachedDecoder:
     """A model that reads a batch of texts piece by piece: inside `with`, a call takes the tokens (B, L) that follow in
-    each row, and gives the logits (B, V) of the token after them, as the model gives them for the whole row.
+    each row, and returns the logits (B, V) of the token after them, as the model returns them for the whole row.
 
     Row b begins with `n_pads[b]` tokens that are no text. They are another document, so no token of the text sees them,
     and positions count from the text:
@@ -57,7 +57,7 @@ class CachedDecoder:
         self.hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "CachedDecoder":
-        assert self.model.output is not None, "a stage of a pipeline gives no logits"
+        assert self.model.output is not None, "a stage of a pipeline returns no logits"
         for module in self.model.modules():
             if isinstance(module, KeyValues):
                 self.hooks.append(module.register_forward_hook(Memory(self.capacity)))

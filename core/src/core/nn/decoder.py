@@ -75,7 +75,7 @@ class Decoder(Module, Configurable, ABC):
     """Hugging Face's keys that are passed over: `*` is anything, `{n_layers+i}` the number of a block that the model
     does not have."""
     HF_COPIES: ClassVar[Mapping[str, str]] = {}
-    """Hugging Face's keys that repeat the named weight of ours in each block behind the last one, `{n_layers+i}`."""
+    """Hugging Face's keys that repeat our named weight in each block behind the last one, `{n_layers+i}`."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):

@@ -145,7 +145,7 @@ class FakeObjective:
             self.update = self.recorder.end("update")
 
     def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
-        """As an `Objective` does, with the player's microbatch."""
+        """As an `Objective` does, with the microbatch of the passes."""
         del batches, n_valid
         self.start = self.recorder.end("start of the step")
         for action in self.passes.order:

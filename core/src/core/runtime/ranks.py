@@ -35,7 +35,7 @@ class Ranks:
         return cls(cast(ProcessGroup, group), dist.get_rank(), dist.get_world_size())
 
     def first(self, do: Callable[[], T]) -> T:
-        """What `do` gives on the first rank, on every rank; an error of it is raised on every rank, too."""
+        """What `do` returns on the first rank, on every rank; an error of it is raised on every rank, too."""
         if self.group is None:
             return do()
         said: list[Any] = [None, None]

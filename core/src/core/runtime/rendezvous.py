@@ -33,14 +33,14 @@ class Address(NamedTuple):
 
     address: str
     port: int
-    keeper: str
+    owner: str
     """Who keeps the store there, in words."""
 
     @classmethod
     def find(cls) -> "Address":
         """What the launcher says; errors as in `meeting_point`."""
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(*meeting_point(), keeper=LAUNCHER if hosted else "rank 0")
+        return cls(*meeting_point(), owner=LAUNCHER if hosted else "rank 0")
 
     def __str__(self) -> str:
         return f"{self.address}:{self.port}"
@@ -87,7 +87,7 @@ class Rendezvous:
     def __init__(self, world: World, place: Address, timeout_s: float) -> None:
         """Rank 0 makes the store, unless the launcher did; the others wait for its answer. Raises `UserError`."""
         self.world, self.place = world, place
-        self.is_kept_here = world.rank == 0 and place.keeper != LAUNCHER
+        self.is_kept_here = world.rank == 0 and place.owner != LAUNCHER
         self._patience = Patience(timeout_s, world.rank)
         if self.is_kept_here:
             self.place = place._replace(address="localhost")
@@ -177,7 +177,7 @@ class Rendezvous:
         thread.start()
         thread.join(max(self._patience.left_s, CONNECT_S))
         if not found:
-            raise UserError(f"what listens at {self.place} is not {self.place.keeper}: set MASTER_PORT to a free port")
+            raise UserError(f"what listens at {self.place} is not {self.place.owner}: set MASTER_PORT to a free port")
         return found[0]
 
 
@@ -197,13 +197,13 @@ def listen(port: int) -> socket.socket:
 def reach(place: Address, patience: Patience) -> None:
     """Wait until something listens at a place; a `UserError` says why nothing was reached."""
     problem = ""
-    for _ in patience.pauses(lambda: f"{place.keeper} at {place}"):
+    for _ in patience.pauses(lambda: f"{place.owner} at {place}"):
         try:
             place.call(min(CONNECT_S, patience.left_s + 0.1)).close()
             return
         except (OSError, UnicodeError) as error:  # an empty or overlong name of a machine is a UnicodeError
             problem = str(error)
     raise UserError(
-        f"{place.keeper} was not reached at {place} within {patience.timeout_s:g} s (comm.init_timeout_seconds; "
+        f"{place.owner} was not reached at {place} within {patience.timeout_s:g} s (comm.init_timeout_seconds; "
         f"{problem}): what it printed says why, or MASTER_ADDR and MASTER_PORT are wrong"
     )

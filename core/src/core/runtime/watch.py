@@ -139,7 +139,7 @@ class Watch:
                 elif time.monotonic() - self.verdict.at > GRACE_S:
                     end_at_once(self.verdict.text)
         except (RuntimeError, OSError):
-            gone = f"{self.rendezvous.place.keeper} is gone: killed, out of memory, or its machine is"
+            gone = f"{self.rendezvous.place.owner} is gone: killed, out of memory, or its machine is"
             verdict = self.verdict or self._settle(gone, 0)
             if not self._stopped.wait(GRACE_S):
                 end_at_once(verdict.text)

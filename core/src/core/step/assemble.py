@@ -109,7 +109,7 @@ def make_layout(parallelism: Parallelism, device: torch.device) -> RankView:
 
 
 def make_dispatcher(run: Run, device: torch.device, world_size: int) -> Callable[[ProcessGroup], Dispatcher]:
-    """What gives each process group of experts its dispatcher. Raises `UserError` when the backend cannot run."""
+    """What returns the dispatcher of each process group of experts. Raises `UserError` when the backend cannot run."""
     settings, sizes = run.parallelism, largest_dispatch(run, device, world_size)
     factor = settings.hybridep_non_blocking_expert_capacity_factor
     return dispatchers(settings.expert_parallel_comm_backend, device, sizes, capacity_factor=factor)

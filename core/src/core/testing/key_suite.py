@@ -36,7 +36,7 @@ class KeySuite:
 
     @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
     def test_key_table_is_a_bijection(self, size: str, tied: bool) -> None:
-        """Of every stored tensor all rows, and of each row both halves, are in exactly one weight of ours."""
+        """Of every stored tensor all rows, and of each row both halves, are in exactly one of our weights."""
         layout = hf_key_map(meta_model(replace(self.sizes[size], tie_embeddings=tied)))
         stored: dict[str, Counter[tuple]] = {}
         shapes: dict[str, list[int]] = {}

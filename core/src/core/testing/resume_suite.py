@@ -95,7 +95,7 @@ class ResumeSuite:
         return config
 
     def run_config(self, recipe: str) -> Trainer.Config:
-        """The run that a recipe of ours describes."""
+        """The run that a first-party recipe describes."""
         config = recipes(self.configs)[recipe]()
         assert isinstance(config, Trainer.Config)
         return config

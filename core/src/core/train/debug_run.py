@@ -9,7 +9,7 @@ from core.train.trainer import Trainer
 from core.train.validate import Validator
 
 
-def laptop_run(model: Decoder.Config) -> Trainer.Config:
+def debug_run(model: Decoder.Config) -> Trainer.Config:
     """A run of about two minutes on a laptop's CPU for a model of a million weights, on the text that is there."""
     return Trainer.Config(
         model=model,

@@ -5,14 +5,14 @@ from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.parallel.settings import Parallelism
 from core.step.settings import Compile, Training
-from core.train.debug_run import laptop_run
+from core.train.debug_run import debug_run
 from core.train.trainer import Trainer
 from deepseek_v3.model import size
 
 
 def deepseek_v3_debug() -> Trainer.Config:
     """A small DeepSeek-V3 that learns the standard library's text on a laptop's CPU in about three minutes."""
-    return laptop_run(size("debug"))
+    return debug_run(size("debug"))
 
 
 def deepseek_v3_16b() -> Trainer.Config:

@@ -3,14 +3,14 @@
 from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
-from core.train.debug_run import laptop_run
+from core.train.debug_run import debug_run
 from core.train.trainer import Trainer
 from gpt_oss.model import size
 
 
 def gpt_oss_debug() -> Trainer.Config:
     """A small GPT-OSS that learns the standard library's text on a laptop's CPU in about three minutes."""
-    return laptop_run(size("debug"))
+    return debug_run(size("debug"))
 
 
 def gpt_oss_20b() -> Trainer.Config:

@@ -3,7 +3,7 @@
 from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
-from core.train.debug_run import laptop_run
+from core.train.debug_run import debug_run
 from core.train.profile import Profiler
 from core.train.trainer import Trainer
 from core.train.validate import Validator
@@ -12,7 +12,7 @@ from llama3.model import size
 
 def llama3_debug() -> Trainer.Config:
     """A small Llama 3 that learns the standard library's text on a laptop's CPU in about two minutes."""
-    return laptop_run(size("debug"))
+    return debug_run(size("debug"))
 
 
 def llama3_8b() -> Trainer.Config:

@@ -3,7 +3,7 @@
 from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
-from core.train.debug_run import laptop_run
+from core.train.debug_run import debug_run
 from core.train.metrics import Metrics
 from core.train.trainer import Trainer
 from qwen3.model import size
@@ -11,7 +11,7 @@ from qwen3.model import size
 
 def qwen3_debug() -> Trainer.Config:
     """A small Qwen3 that learns the standard library's text on a laptop's CPU in about two minutes."""
-    return laptop_run(size("debug"))
+    return debug_run(size("debug"))
 
 
 def qwen3_0_6b() -> Trainer.Config:
@@ -72,7 +72,7 @@ def qwen3_32b() -> Trainer.Config:
 
 def qwen3_moe_debug() -> Trainer.Config:
     """A small Qwen3 with experts that learns the standard library's text on a laptop's CPU in about two minutes."""
-    return laptop_run(size("moe_debug"))
+    return debug_run(size("moe_debug"))
 
 
 def qwen3_30b_a3b() -> Trainer.Config:
