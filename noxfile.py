@@ -27,7 +27,7 @@ TRAINED = {
     for path in sorted(ROOT.glob(f"{wing}/*/pyproject.toml"))
 }
 FOLDERS = {"core": "core"} | TRAINED
-EXTRAS = ["hf", "tensorboard"]
+EXTRAS = ["data", "hf", "tensorboard"]
 TORCH = "torch==2.13.0"  # what CI runs on; docs/decisions/0002-torch-range.md
 CUDA_BUILD = "torch==2.14.1"
 TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "pytest-xdist>=3.6", "transformers>=5"]

@@ -25,6 +25,7 @@ OPTIONAL = {  # a package that a plain install lacks -> the one room that may im
     "datasets": "core.data",
     "deep_ep": "core.comm",
     "huggingface_hub": "core.data",
+    "pyarrow": "core.data",
     "tensorboard": "core.train.metrics",
     "tokenizers": "core.data",
     "torch.utils.tensorboard": "core.train.metrics",

@@ -15,6 +15,10 @@ from core.runtime.device import accelerator, device_name, n_gpus
 
 PACKAGES = {
     "tokenizers": ("pip install tokenizers, or armature-core[hf]", "tokenizer.json files as tokenizer.path"),
+    "pyarrow": (
+        "pip install pyarrow, or armature-core[data]",
+        "text in .parquet, .arrow and .zst",
+    ),
     "datasets": ("pip install datasets, or armature-core[hf]", "Hugging Face data sets as dataloader.dataset"),
     "tensorboard": ("pip install tensorboard, or armature-core[tensorboard]", "metrics.enable_tensorboard"),
     "wandb": ("pip install wandb, or armature-core[wandb]", "metrics.enable_wandb"),

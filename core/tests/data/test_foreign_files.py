@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from core.config.errors import UserError
+from core.data.bad_lines import BadLines
 from core.data.corpus import Corpus
 from core.data.library import library_errors
 from core.data.source import HubDataset, TextFiles, open_source
-from core.data.text_files import BadLines, read_sections
+from core.data.text_files import read_sections
 from core.data.tokenizer import Tokenizer
 from core.data.train_tokenizer import TokenizerTraining
 

@@ -7,8 +7,9 @@ import pytest
 
 from core.config.errors import UserError
 from core.data import sections, text_files
+from core.data.bad_lines import BadLines
 from core.data.sections import Section
-from core.data.text_files import BadLines, find_files, read_sections
+from core.data.text_files import find_files, read_sections
 
 
 def documents(path: Path, policy="error", field="text") -> list[str]:
@@ -158,11 +159,11 @@ def test_no_file_of_a_folder_is_passed_over_in_silence(tmp_path):
     for name in ("a.jsonl.gz", *about, ".cache/b.parquet", "sub/.DS_Store"):
         write(tmp_path / name, "{}")
     assert [file.name for file in find_files(str(tmp_path))] == ["a.jsonl.gz"]
-    for name in ("b.jsonl.ZST", "sub/c.jsonl.zst", "c.parquet", "d.tar.gz", "e", "f.v2.arrow"):
+    for name in ("b.jsonl.LZ4", "sub/c.jsonl.lz4", "c.parquet.gz", "d.tar.gz", "e", "f.v2.feather"):
         write(tmp_path / name, "")
     with pytest.raises(UserError) as caught:
         find_files(str(tmp_path))
-    kinds = "2 .jsonl.zst, 1 .parquet, 1 .tar.gz, 1 without a suffix, 1 .arrow"
+    kinds = "2 .jsonl.lz4, 1 .parquet.gz, 1 .tar.gz, 1 without a suffix, 1 .feather"
     assert str(caught.value).startswith(f"the folder {tmp_path} holds {kinds}, and what is read ends in .txt, ")
     assert f"by a pattern such as '{tmp_path}/**/*.jsonl'" in str(caught.value)
     assert [file.name for file in find_files(f"{tmp_path}/**/*.jsonl.gz")] == ["a.jsonl.gz"]
@@ -204,16 +205,16 @@ def test_home_folder(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_there(tmp_path):
-    write(tmp_path / "only" / "a.parquet", "x")
+    write(tmp_path / "only" / "a.feather", "x")
     with pytest.raises(UserError, match="there is no .*none.txt: give stdlib, a file"):
         find_files(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match=r"no file matches .*none\*"):
         find_files(str(tmp_path / "none*"))
-    with pytest.raises(UserError, match="only holds 1 .parquet, and what is read ends in .txt, .jsonl"):
+    with pytest.raises(UserError, match="only holds 1 .feather, and what is read ends in .txt, .md, .jsonl"):
         find_files(str(tmp_path / "only"))
     write(tmp_path / "about" / "README", "x")
-    with pytest.raises(UserError, match="about holds no file to read, and what is read ends in .txt, .jsonl"):
+    with pytest.raises(UserError, match="about holds no file to read, and what is read ends in .txt, .md, .jsonl"):
         find_files(str(tmp_path / "about"))
-    for dataset in ("only/a.parquet", "only/*"):
-        with pytest.raises(UserError, match=r"cannot tell what .*a\.parquet holds: its name must end in \.txt"):
+    for dataset in ("only/a.feather", "only/*"):
+        with pytest.raises(UserError, match=r"cannot tell what .*a\.feather holds: its name must end in \.txt"):
             find_files(str(tmp_path / dataset))

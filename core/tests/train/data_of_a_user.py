@@ -11,11 +11,11 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.config.record import absolute
+from core.data.bad_lines import BadLines, reading
 from core.data.packing import IGNORE, Batch, pack_rows
 from core.data.samples import IndexedSamples, Samples
 from core.data.sections import Section, cut_row
 from core.data.source import Source
-from core.data.text_files import BadLines, reading
 
 
 class NpyRows(IndexedSamples):

@@ -1,5 +1,6 @@
 """docs/data.md: every line that reads text is read as a run reads it, and finds the documents that lie there."""
 
+import csv
 import gzip
 import json
 import random
@@ -9,6 +10,8 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import tokenizers
 
@@ -37,6 +40,8 @@ N_SECTIONS = {
     "books": 3 + 1 + 40 + 30,
     "posts.jsonl": 20,
     "logs.jsonl": 25,
+    "posts.parquet": 12,
+    "export": 12,
     "hf:roneneldan/TinyStories": 15,
     "hf:allenai/c4:en@train": 15,
     "hf:tables": 15,
@@ -68,7 +73,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "posts.jsonl").write_text(lines(20, "body"))
     (place / "logs.jsonl").write_text(lines(25) + "no JSON\n")
     (place / "tables/all.jsonl").write_text(lines(15))
-    (place / "tables.csv").write_text("never read\n")
+    (place / "tables.xlsx").write_text("never read\n")
+    rows = {"body": [story(number) for number in range(12)]}
+    parquet.write_table(pyarrow.table(rows), place / "posts.parquet")
+    (place / "export").mkdir()
+    with (place / "export/all.data").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in rows["body"])])
     (place / "Qwen3-0.6B").mkdir()
     pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -152,8 +162,8 @@ def test_a_program_prepares(words: list[str], capsys: pytest.CaptureFixture[str]
     [
         ("--dataloader.dataset books/short.txt", "the validation split has 0 tokens"),
         ("--dataloader.dataset logs.jsonl", "logs.jsonl:26: not JSON"),
-        ("--dataloader.dataset .", "1 .csv, and what is read ends in"),
-        ("--dataloader.dataset tables.csv", "cannot tell what tables.csv holds"),
+        ("--dataloader.dataset .", "1 .xlsx, and what is read ends in"),
+        ("--dataloader.dataset tables.xlsx", "cannot tell what tables.xlsx holds"),
         ("--dataloader.dataset posts.jsonl", "no field 'text'; there are: 'body'"),
         ("--dataloader.dataset books --tokenizer.path Qwen3-0.6B --model.vocab_size 300", "--model.vocab_size 4"),
     ],

@@ -18,12 +18,13 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute, located, to_dict
 from core.data import integrity, shards
+from core.data.bad_lines import OnBadLine
 from core.data.sampling import SPLITS, Split, held_out
 from core.data.sections import batches, settled
 from core.data.shards import DamagedError, SplitWriter, TokenManifest, TokenStream, json_digest
 from core.data.source import Source, absolute_dataset, open_source
 from core.data.staging import staging_folder
-from core.data.text_files import OnBadLine
+from core.data.text_files import Format
 from core.data.tokenizer import Tokenizer
 from core.runtime.activity import advance
 from core.runtime.disk import flush
@@ -47,10 +48,13 @@ class Corpus(Configurable):
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         dataset: str | Source.Config = "stdlib"
-        """stdlib (the running Python's standard library), a file, folder or glob pattern (.txt, .jsonl, also .gz), or
-        hf:NAME[:CONFIG][@SPLIT]; in a recipe also the Config of a `Source`."""
+        """stdlib (the running Python's standard library), a file, folder or glob pattern (.txt, .md, .jsonl, .json,
+        .csv, .tsv, .parquet, .arrow; also .gz, .zst, .xz, .bz2), or hf:NAME[:CONFIG][@SPLIT]; in a recipe also the
+        Config of a `Source`."""
+        format: Format | None = None
+        """What all the files are, whatever their names say; None goes by their names."""
         text_field: str = "text"
-        """The field of a .jsonl line or dataset row that holds the text."""
+        """The field of a line, or column of a table, that holds the text; `a.b` is `b` inside of `a`."""
         on_bad_line: OnBadLine = "error"
         """Whether an unreadable line (bad JSON or UTF-8, no text) ends the run or is left out and counted."""
         validation_fraction: float = 0.02
@@ -66,12 +70,14 @@ class Corpus(Configurable):
             """A share that is none, and settings of lines where a source has its own."""
             if not 0 <= self.validation_fraction < 1:
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
+            if self.format and (not isinstance(self.dataset, str) or self.dataset.startswith(("hf:", "stdlib"))):
+                yield "format", f"format {self.format} is of files, and dataset names none: leave it out"
             if not isinstance(self.dataset, str) and (self.text_field, self.on_bad_line) != ("text", "error"):
                 yield "dataset", "a Config has text_field and on_bad_line of its own, if any: set those"
 
     def __init__(self, config: Config, *, tokenizer: Tokenizer, verify: bool = True) -> None:
         """`verify` is false on ranks that follow another one of their machine, which has compared every byte."""
-        source = open_source(config.dataset, config.text_field, config.on_bad_line)
+        source = open_source(config.dataset, config.text_field, config.on_bad_line, config.format)
         if isinstance(config.dataset, str):
             stated = os.fsencode(absolute_dataset(config.dataset)).decode(errors="backslashreplace")
             title = Path(config.dataset).name
@@ -85,6 +91,7 @@ class Corpus(Configurable):
             "validation_fraction": config.validation_fraction,
             "tokenizer": tokenizer.fingerprint,
             "source": json_digest(source.fingerprint()),
+            **({"file_format": config.format} if config.format else {}),
         }
         name = re.sub(r"\W+", "-", f"{title[:40]}-{json_digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name

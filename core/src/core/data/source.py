@@ -17,9 +17,10 @@ from typing import Any
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
+from core.data.bad_lines import BadLines, OnBadLine, field_text, reading
 from core.data.library import library_errors
 from core.data.sections import Section, cut_row
-from core.data.text_files import BadLines, OnBadLine, field_text, find_files, read_sections, reading
+from core.data.text_files import Format, find_files, read_sections
 
 STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
@@ -123,7 +124,9 @@ class TextFiles(Source):
     @dataclass(kw_only=True, slots=True)
     class Config(Source.Config):
         path: str
-        """A file, a folder or a glob pattern (.txt, .jsonl, also .gz)."""
+        """A file, a folder or a glob pattern."""
+        format: Format | None = None
+        """What all the files are, whatever their names say; None goes by their names."""
         text_field: str = "text"
         """The field of a line of JSON that holds the text."""
         on_bad_line: OnBadLine = "error"
@@ -137,7 +140,7 @@ class TextFiles(Source):
     def open(self) -> None:
         self.name, self.on_bad_line = self.config.path, self.config.on_bad_line
         with reading(self.name):
-            self.files = find_files(self.name)
+            self.files = find_files(self.name, self.config.format)
         self._found = [self._state(file) for file in self.files]
 
     @staticmethod
@@ -152,7 +155,7 @@ class TextFiles(Source):
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
         for file, found in zip(self.files, self._found, strict=True):
             self._check_unchanged(file, found)
-            yield from read_sections(file, self.config.text_field, bad)
+            yield from read_sections(file, self.config.text_field, bad, self.config.format)
             self._check_unchanged(file, found)
 
     def _check_unchanged(self, file: Path, found: list[Any]) -> None:
@@ -219,7 +222,7 @@ def absolute_dataset(dataset: str) -> str:
     return f"{hub}{absolute(name)}{dataset[len(hub) + len(name) :]}"
 
 
-def source_of(dataset: str, text_field: str, on_bad_line: OnBadLine) -> Source.Config:
+def source_of(dataset: str, text_field: str, on_bad_line: OnBadLine, format: Format | None) -> Source.Config:
     """What a word stands for: `stdlib`; `hf:NAME` or `hf:NAME:SUBSET`, either with `@SPLIT` behind; else files."""
     if dataset == STANDARD_LIBRARY:
         return StandardLibrary.Config()
@@ -228,9 +231,11 @@ def source_of(dataset: str, text_field: str, on_bad_line: OnBadLine) -> Source.C
         name, _, subset = address.partition(":")
         rows = {"text_field": text_field, "on_bad_line": on_bad_line}
         return HubDataset.Config(dataset=name, subset=subset, split=split or "train", **rows)
-    return TextFiles.Config(path=dataset, text_field=text_field, on_bad_line=on_bad_line)
+    return TextFiles.Config(path=dataset, format=format, text_field=text_field, on_bad_line=on_bad_line)
 
 
-def open_source(dataset: str | Source.Config, text_field: str, on_bad_line: OnBadLine) -> Source:
+def open_source(
+    dataset: str | Source.Config, text_field: str, on_bad_line: OnBadLine, format: Format | None = None
+) -> Source:
     """The source that a `dataset` setting names; UserError when it is not there."""
-    return (source_of(dataset, text_field, on_bad_line) if isinstance(dataset, str) else dataset).build()
+    return (source_of(dataset, text_field, on_bad_line, format) if isinstance(dataset, str) else dataset).build()

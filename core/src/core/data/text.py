@@ -61,7 +61,7 @@ class StreamedText(Samples):
 
     def open(self) -> None:
         c = self.config
-        source = open_source(c.dataset, c.text_field, c.on_bad_line)
+        source = open_source(c.dataset, c.text_field, c.on_bad_line, c.format)
         self.fingerprint = json_digest([FORMAT, source.fingerprint(), self.tokenizer.fingerprint])
         self.in_order = self.split == "train"
         if self.in_order:

@@ -1,78 +1,57 @@
-"""Documents in local files: .txt and .jsonl, plain or .gz, read by lines so that a file may be larger than memory."""
+"""Documents in local files, whose names say how they are read; a file may be larger than memory."""
 
 import codecs
 import glob
-import gzip
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import IO, Literal
 
-from core.config.errors import UserError, at_most
-from core.config.fields import short_repr
-from core.data.sections import FILE_CHARACTERS, Section, cut_row, split_sections
-from core.runtime.log import LOGGER
+from core.config.errors import UserError
+from core.data.bad_lines import BadLines, field_text, reading
+from core.data.compressed import COMPRESSIONS, open_bytes
+from core.data.json_array import array_values
+from core.data.sections import FILE_CHARACTERS, Section, split_sections
+from core.data.tables import arrow_sections, csv_sections, parquet_sections
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
+Format = Literal["txt", "md", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+FORMATS: tuple[Format, ...] = ("txt", "md", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
+COMPRESSED_INSIDE = ("parquet", "arrow")
+READ = f"{', '.join(f'.{name}' for name in FORMATS)}, and all but the last two with {', '.join(COMPRESSIONS)} behind"
+"""What names may end in, for errors."""
+PACKED = (*COMPRESSIONS, ".lz4", ".zip")
 ABOUT = re.compile(
-    r"(readme|licen[sc]e|notice|copying|citation|changelog|authors)(\..*)?|.*\.(md|rst|html?|pdf|ya?ml|toml|py|sh|log)"
+    r"(readme|licen[sc]e|notice|copying|citation|changelog|authors)(\..*)?|.*\.(rst|html?|pdf|ya?ml|toml|py|sh|log)"
     r"|.*sums?|.*\.(sha\d+|md5|sig|asc)|_success|(dataset_infos?|dataset_dict|state|metadata)\.json",
     re.IGNORECASE,
 )
-"""Names of files that lie beside a text and are none: papers, licences, sums, settings."""
+"""Names of files that lie beside a text and are none: papers, licences, sums, settings. What ends as lines, tables or
+.txt is read all the same."""
 LINE_BYTES = 2**28
 """A longer line of a .jsonl file is unreadable: it is most likely no line of JSON."""
 _PART_BYTES = 2**16
-_MOST_FIELDS = 20
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-OnBadLine = Literal["error", "skip"]
-Lines: TypeAlias = gzip.GzipFile | BufferedReader
 
 
-class BadLines:
-    """What cannot be read: the first is an error, or all are left out and counted."""
-
-    def __init__(self, policy: OnBadLine) -> None:
-        self.policy = policy
-        self.count = 0
-        self.first = ""
-
-    def add(self, place: str, reason: str) -> None:
-        """Report what stands at `place` ("file:line"); raises UserError unless the policy is "skip"."""
-        if self.policy == "error":
-            raise UserError(f"{place}: {reason}. Fix the data, or leave such lines out with on_bad_line skip")
-        self.first = self.first or f"{place}: {reason}"
-        self.count += 1
-
-    def summarise(self, name: str) -> None:
-        """Log how many were left out, if any."""
-        if self.count:
-            LOGGER.warning("%s: left out %s unreadable lines; the first: %s", name, f"{self.count:,}", self.first)
-
-
-def find_files(dataset: str) -> list[Path]:
+def find_files(dataset: str, format: Format | None = None) -> list[Path]:
     """The files that a path, a folder (searched in depth) or a glob pattern stands for, in a fixed order.
 
     In a folder, hidden files and those that are about the text (ABOUT) are passed over. A file of another kind is an
-    error, wherever it is: nobody should find out later that a part of the text was not read.
+    error, wherever it is: nobody should find out later that a part of the text was not read. With a `format` all are of
+    that one.
     """
     path = Path(os.path.expanduser(dataset))
     if path.is_dir():
         inside = sorted(_inside(path))
-        files = [p for p in inside if _suffix(p)]
-        others = Counter(_kind(p) for p in inside if not _suffix(p) and not ABOUT.fullmatch(p.name))
+        texts = [p for p in inside if not _is_about(p)]
+        files = [p for p in texts if format or format_of(p)]
+        others = Counter(_kind(p) for p in texts if not format and not format_of(p))
         if others or not files:
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5)) or "no file to read"
             raise UserError(
-                f"the folder {path} holds {kinds}, and what is read ends in {', '.join(SUFFIXES)}: convert the "
+                f"the folder {path} holds {kinds}, and what is read ends in {READ}: convert the "
                 f"files, move them away, or name those to read by a pattern such as '{path}/**/*.jsonl'"
             )
     elif path.exists():
@@ -84,15 +63,25 @@ def find_files(dataset: str) -> list[Path]:
     else:
         raise UserError(f"there is no {path}: give stdlib, a file, a folder, a glob pattern or hf:NAME")
     for file in files:
-        if not _suffix(file):
-            raise UserError(f"cannot tell what {file} holds: its name must end in {', '.join(SUFFIXES)}")
+        if not format and not format_of(file):
+            raise UserError(f"cannot tell what {file} holds: its name must end in {READ}, or state its format")
         if not file.is_file():  # reading a pipe would wait for its writer
             raise UserError(f"{file} is a link to nothing, or no regular file")
     return [p.absolute() for p in files]
 
 
-def _suffix(path: Path) -> str | None:
-    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+def format_of(path: Path) -> Format | None:
+    """How the name of a file says that it is read; None where it says nothing, or a compression that cannot be."""
+    name = path.name.lower()
+    packed = name.endswith(COMPRESSIONS)
+    stem = name.rpartition(".")[0] if packed else name
+    found = next((each for each in FORMATS if stem.endswith(f".{each}")), None)
+    return None if packed and found in COMPRESSED_INSIDE else found
+
+
+def _is_about(path: Path) -> bool:
+    """Whether a file in a folder is about the text beside it."""
+    return format_of(path) in (None, "md", "json") and ABOUT.fullmatch(path.name) is not None
 
 
 def _kind(path: Path) -> str:
@@ -116,29 +105,37 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_sections(path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
-    """The documents of one file, in order and in sections: a text file is one, and so is every line of a .jsonl."""
-    with reading(path), _open(path) as file:
-        if ".jsonl" in (_suffix(path) or ""):
-            yield from _json_lines(file, path, text_field, bad)
+def read_sections(path: Path, text_field: str, bad: BadLines, format: Format | None = None) -> Iterator[Section]:
+    """The documents of one file, in order and in sections: a text is one, and so is every line or row of the others."""
+    kind = format or format_of(path)
+    with reading(path):
+        if kind == "parquet":
+            yield from parquet_sections(path, text_field, bad)
+        elif kind == "arrow":
+            yield from arrow_sections(path, text_field, bad)
         else:
-            yield from split_sections(_text_parts(file, path, bad), FILE_CHARACTERS)
+            with open_bytes(path) as file:
+                yield from _sections_of(kind, file, path, text_field, bad)
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """What keeps files from being read, told in one line."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+def _sections_of(kind: Format | None, file: IO[bytes], path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
+    if kind in ("csv", "tsv"):
+        yield from csv_sections(file, path, text_field, bad, "," if kind == "csv" else "\t")
+    elif kind == "json" and _begins_an_array(path):
+        for number, row in array_values(file, path):
+            yield from field_text(row, text_field, f"{path}, value {number}", bad)
+    elif kind in ("json", "jsonl"):
+        yield from _json_lines(file, path, text_field, bad)
+    else:
+        yield from split_sections(_text_parts(file, path, bad), FILE_CHARACTERS)
 
 
-def _open(path: Path) -> Lines:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+def _begins_an_array(path: Path) -> bool:
+    with open_bytes(path) as file:
+        return file.read(_PART_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
+def _json_lines(file: IO[bytes], path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
     number = 0
     while line := file.readline(LINE_BYTES):
         number += 1
@@ -162,22 +159,7 @@ def _json_lines(file: Lines, path: Path, text_field: str, bad: BadLines) -> Iter
                 yield from field_text(row, text_field, f"{path}:{number}", bad)
 
 
-def field_text(row: object, text_field: str, place: str, bad: BadLines) -> Iterator[Section]:
-    """The text in a row's field, in sections; nothing when the row is reported as unreadable."""
-    if not isinstance(row, dict):
-        bad.add(place, f"expected an object with the field {text_field!r}, got a value of type {type(row).__name__}")
-    elif text_field not in row:
-        fields = ", ".join(at_most(_MOST_FIELDS, [short_repr(field) for field in row])) or "none"
-        bad.add(place, f"no field {text_field!r}; there are: {fields} (choose one with text_field)")
-    elif not isinstance(text := row[text_field], str):
-        bad.add(place, f"expected text in the field {text_field!r}, got a value of type {type(text).__name__}")
-    elif _SURROGATE.search(text):
-        bad.add(place, f"the field {text_field!r} holds half of a surrogate pair, which is no character")
-    else:
-        yield from cut_row(text)
-
-
-def _text_parts(file: Lines, path: Path, bad: BadLines) -> Iterator[str]:
+def _text_parts(file: IO[bytes], path: Path, bad: BadLines) -> Iterator[str]:
     """The text of a file in lines, very long lines in several parts; a part that is not UTF-8 is reported."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     number = 1

@@ -15,9 +15,9 @@ from core.config import cli
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.validate import validate
+from core.data.bad_lines import OnBadLine
 from core.data.library import library_errors
 from core.data.source import open_source
-from core.data.text_files import OnBadLine
 from core.runtime.log import LOGGER, start_logging
 
 _PIECE_CHARACTERS = 4000
