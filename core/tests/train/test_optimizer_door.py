@@ -20,6 +20,7 @@ from core.config.record import from_json, to_json
 from core.config.validate import validate
 from core.nn.module import weights as weights_of
 from core.optim.adam import AdamW
+from core.optim.muon import Muon
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
@@ -28,7 +29,7 @@ from core.plan.plan import plan
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.update import train_step
-from core.testing.parity import Case, batches_of, build_case, full
+from core.testing.parity import Case, alone, batches_of, build_case, full
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE, meta_model
 from core.train.memory import estimate
@@ -92,18 +93,26 @@ def doubled(optimizer: Optimizer) -> int:
     return seen
 
 
-ONE_RANK: dict[int, Any] = {}
+ONE_RANK: dict[tuple[type, type], Any] = {}
 
 
 @pytest.mark.layout
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_method_of_whole_matrices_trains_the_same_in_every_layout(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        *((layout, Orthogonal.Config(lr=2e-2)) for layout in LAYOUTS),
+        *((layout, Muon.Config(lr=2e-2)) for layout in ("fsdp2", "tp2", "fsdp2-pp2", "ep2-tp2")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__qualname__.partition(".")[0],
+)
+def test_a_method_of_whole_matrices_trains_the_same_in_every_layout(layout: str, optimizer: Optimizer.Config) -> None:
     """Also where ranks hold slices of matrices that two axes of the mesh cut, or experts whole or in copies."""
     n, model, parallelism = LAYOUTS[layout]
-    case = Case(model, parallelism, n, optimizer=Orthogonal.Config(lr=2e-2))
-    if id(model) not in ONE_RANK:
-        ONE_RANK[id(model)] = trained(Case(model, optimizer=Orthogonal.Config(lr=2e-2)))
-    losses, weights, n_matrices = ONE_RANK[id(model)]
+    case = Case(model, parallelism, n, optimizer=optimizer)
+    key = type(model), type(optimizer)
+    if key not in ONE_RANK:
+        ONE_RANK[key] = trained(alone(case))
+    losses, weights, n_matrices = ONE_RANK[key]
     assert abs(losses[0] - losses[-1]) > 0.1, "too little was learned to tell layouts apart"
     names, dealt = set(), []
     for found_losses, found, n_here in run_ranks(trained, n, case):
