@@ -25,7 +25,7 @@ from core.comm.all_to_all import AllToAll
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.nn.init import init_weights, materialise
-from core.nn.module import weights
+from core.nn.weights import weights
 from core.optim.adam import AdamW
 from core.parallel.apply import dtensor_slice
 from core.parallel.layout import RankView, SingleRank

@@ -53,7 +53,7 @@ SHARED_NAMES = {  # public names that may be defined in two rooms of core, and w
     "main": "the entry of a program",
     "meta_model": "the same model without memory, by what the room knows of it",
 }
-MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2500  # lines; the last one: first-party behind `import <m>.model`
+MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2000  # lines; the last one: first-party behind `import <m>.model`
 MACHINE_PATH = re.compile(rb"(?<![\w.-])/(?:home|root|work|Users)/")
 
 

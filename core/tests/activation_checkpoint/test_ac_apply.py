@@ -19,7 +19,7 @@ from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.kernel import Positions
-from core.nn.module import weights
+from core.nn.weights import weights
 from core.runtime.log import LOGGER, start_logging
 from core.testing.activation_checkpoint import (
     Dispatched,

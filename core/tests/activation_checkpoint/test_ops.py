@@ -6,8 +6,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from core.activation_checkpoint import ops
-from core.activation_checkpoint.ops import absent_ops, check_op, find_op, save_output, saved_ops, user_op
+from core.activation_checkpoint.ops import absent_ops, find_op, saved_ops, user_op
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
+from core.activation_checkpoint.save_output import check_op, save_output
 from core.config.errors import UserError
 from core.testing.activation_checkpoint import checkpoint_blocks, heavy_ops
 from core.testing.toy import Toy, on_cpu

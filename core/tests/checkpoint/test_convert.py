@@ -18,12 +18,13 @@ from core.checkpoint import files
 from core.checkpoint.convert import PROGRAM, main
 from core.checkpoint.hf import save_hf
 from core.checkpoint.hf_config import checked_hf_config
+from core.checkpoint.hf_form import HFForm
 from core.checkpoint.keys import KeyTable, Stacked, below
 from core.checkpoint.quantised import mxfp4, scaled
 from core.checkpoint.weights import load_folder, save_weights
 from core.config.configurable import Configurable
 from core.config.record import from_json
-from core.testing.toy import Toy, on_cpu, randomise
+from core.testing.toy import KEYS, Toy, on_cpu, randomise
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_UP, DOWN = "model.layers.{i}.mlp.experts.gate_up_proj", "model.layers.{i}.mlp.experts.down_proj"
@@ -32,15 +33,18 @@ GATE_UP, DOWN = "model.layers.{i}.mlp.experts.gate_up_proj", "model.layers.{i}.m
 class Dense(Toy):
     """The toy with rows in another order there, and a config.json that says how many blocks."""
 
-    HF_HALVES = frozenset({"layers.{i}.attention.wq.weight", "layers.{i}.attention.wk.weight"})
+    @classmethod
+    def hf_form(cls) -> HFForm:
+        return HFForm(
+            keys=KEYS,
+            halves=frozenset({"layers.{i}.attention.wq.weight", "layers.{i}.attention.wk.weight"}),
+            from_config=lambda hf: cls.read(checked_hf_config(hf, {"model_type": "dense"})),
+            to_config=lambda c: {"model_type": "dense", "layers": c.n_layers, "tied": c.tie_embeddings},
+        )
 
     @classmethod
-    def from_hf_config(cls, hf: dict) -> Any:
-        hf = checked_hf_config(hf, {"model_type": "dense"})
+    def read(cls, hf: dict) -> Any:
         return cls.Config(n_layers=int(hf["layers"]), tie_embeddings=hf["tied"])
-
-    def to_hf_config(self) -> dict:
-        return {"model_type": "dense", "layers": self.config.n_layers, "tied": self.config.tie_embeddings}
 
 
 EXPERTS: KeyTable = {

@@ -15,7 +15,8 @@ from core.checkpoint.hf_config import HFConfig, checked_hf_config
 from core.checkpoint.key_map import pattern_of
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
-from core.testing.toy import Toy, meta_model, on_cpu, randomise
+from core.runtime.meta import meta_model
+from core.testing.toy import KEYS, Toy, on_cpu, randomise
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,7 +26,7 @@ EMBED, HEAD, NORM, Q1 = "model.embed.weight", "head.weight", "model.norm.weight"
 def key_of(name: str) -> str:
     """Hugging Face's name of a weight of the toy."""
     pattern, number = pattern_of(name)
-    return Toy.HF_KEYS[pattern].replace("{i}", number)
+    return KEYS[pattern].replace("{i}", number)
 
 
 def toy(*, tied: bool = False, seed: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.checkpoint.hf_form import HFForm
+from core.checkpoint.hf_model import HFModel
 from core.checkpoint.keys import KeyTable
 
 N_LAYERS = 2
 
 
-class Weights(nn.Module):
+class Weights(nn.Module, HFModel):
     """Weights of these names and shapes, drawn from `seed`; the names in `buffers` are no parameters."""
 
     HF_KEYS: Any = {}
@@ -50,8 +52,15 @@ class Weights(nn.Module):
     def rope_dim(self) -> int:
         return 8
 
-    def to_hf_config(self) -> dict:
-        return dict(self._hf_config)
+    def hf_form(self) -> HFForm:
+        return HFForm(
+            keys=self.HF_KEYS,
+            halves=self.HF_HALVES,
+            ignored=self.HF_IGNORED,
+            copies=self.HF_COPIES,
+            from_config=lambda hf: NotImplemented,
+            to_config=lambda _: dict(self._hf_config),
+        )
 
     def values(self) -> dict[str, Tensor]:
         """A copy of all weights."""

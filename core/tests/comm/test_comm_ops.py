@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from core.activation_checkpoint.ops import OURS, saved_ops
+from core.activation_checkpoint.ops import saved_ops
+from core.activation_checkpoint.save_output import OURS
 from core.comm import ops, transport
 from core.testing.ranks import run_ranks
 

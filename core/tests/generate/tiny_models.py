@@ -45,13 +45,6 @@ class Tiny(Decoder):
         attention = self.config.attention
         return attention.qk_rope_head_dim if isinstance(attention, MLA.Config) else attention.head_dim
 
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        raise NotImplementedError("transformers has no such model")
-
-    def to_hf_config(self) -> dict:
-        raise NotImplementedError("transformers has no such model")
-
 
 def mla(q_lora_rank: int | None) -> MLA.Config:
     return MLA.Config(

@@ -13,11 +13,12 @@ from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.kernel import Mask, Positions
 from core.nn.layers import RMSNorm
-from core.nn.module import training_flops_per_token
 from core.nn.moe import MoE
 from core.nn.mtp import Predictions
 from core.nn.rope import RoPE
-from core.testing.toy import Toy, ToyMoE, meta_model, on_cpu, randomise
+from core.nn.weights import training_flops_per_token
+from core.runtime.meta import meta_model
+from core.testing.toy import Toy, ToyMoE, on_cpu, randomise
 
 
 def tokens(n_rows: int, length: int) -> Tensor:

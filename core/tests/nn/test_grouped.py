@@ -19,8 +19,9 @@ from core.activation_checkpoint.ops import saved_ops
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
 from core.nn import grouped
 from core.nn.grouped import GROUPED_MM, GROUPED_MM_WEIGHT, GroupedLinear, grouped_mm
-from core.nn.module import Module, weights
+from core.nn.module import Module
 from core.nn.start import Constant, Normal
+from core.nn.weights import weights
 from core.runtime.device import n_gpus
 from core.testing.activation_checkpoint import Dispatched
 

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from core.nn.decoder import Decoder
 from core.nn.init import LocalSlice, init_weights, materialise
-from core.nn.module import Module, weights
+from core.nn.module import Module
 from core.nn.start import Constant, Normal, Scale, Start
-from core.testing.toy import Toy, meta_model, on_cpu
+from core.nn.weights import weights
+from core.runtime.meta import meta_model
+from core.testing.toy import Toy, on_cpu
 
 
 def drawn(name: str, start: Start, seed: int = 0, shape: tuple[int, ...] = (64, 32)) -> Tensor:

@@ -11,8 +11,10 @@ from torch.nn.attention.flex_attention import create_mask
 import core.nn.backends
 from core.config.errors import UserError
 from core.nn.attention import Attention
-from core.nn.backends import KERNELS, SDPA, Flex, check_kernels, with_sinks
+from core.nn.backends import KERNELS, SDPA, with_sinks
+from core.nn.flex import Flex
 from core.nn.kernel import KeyValues, MaskMod, Positions, visible
+from core.nn.kernel_checks import check_kernels
 from core.nn.start import Scale
 from core.runtime.device import n_gpus
 from core.testing.activation_checkpoint import Dispatched

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.backends import SDPA, Flex
+from core.nn.backends import SDPA
+from core.nn.flex import Flex
 from core.nn.kernel import Positions
 from core.nn.mla import MLA
-from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
+from core.nn.module import Flops
 from core.nn.rope import RoPE
 from core.nn.start import Constant, Normal, Scale
+from core.nn.weights import parameter_count, training_flops_per_token, weights
 
 DIM, N, Q, C, S, P, V = 10, 3, 7, 5, 4, 6, 8  # width, heads, both latents, plain, turned and value width of a head
 ROPE = RoPE.Config(theta=100.0, layout="interleaved")

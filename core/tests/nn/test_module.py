@@ -7,9 +7,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.nn.layers import Linear, RMSNorm
-from core.nn.module import Flops, Module, Weight, parameter_count, training_flops_per_token, weights
+from core.nn.module import Flops, Module
 from core.nn.start import Constant, Normal
-from core.testing.toy import Toy, meta_model, on_cpu
+from core.nn.weights import Weight, parameter_count, training_flops_per_token, weights
+from core.runtime.meta import meta_model
+from core.testing.toy import Toy, on_cpu
 
 
 class Parts(Module):

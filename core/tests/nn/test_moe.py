@@ -15,9 +15,10 @@ from core.config.validate import validate
 from core.nn.balance import start_step
 from core.nn.dispatch import Local, Rows
 from core.nn.feed_forward import FeedForward
-from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
+from core.nn.module import Flops
 from core.nn.moe import Experts, MoE, Router
 from core.nn.start import Constant, Normal, Scale
+from core.nn.weights import parameter_count, training_flops_per_token, weights
 from core.testing.activation_checkpoint import checkpoint_blocks, gradients
 from core.testing.oracles import cross_entropy
 from core.testing.toy import ToyMoE, on_cpu, randomise

@@ -2,9 +2,10 @@
 
 import torch
 
-from core.nn.module import Flops, training_flops_per_token, weights
+from core.nn.module import Flops
 from core.nn.mtp import Merge
 from core.nn.start import Constant, Normal
+from core.nn.weights import training_flops_per_token, weights
 
 
 def test_the_next_token_comes_first() -> None:

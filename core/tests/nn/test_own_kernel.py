@@ -18,10 +18,11 @@ from core.generate.cache import CachedDecoder
 from core.nn.backends import register_kernel
 from core.nn.kernel import Positions
 from core.parallel.settings import Parallelism
+from core.runtime.meta import meta_model
 from core.step.checks import check_model
 from core.step.settings import Training
 from core.testing.parity import Case, StepResult, compare, result_of
-from core.testing.toy import Toy, meta_model, on_cpu, randomise, toy_attention
+from core.testing.toy import Toy, on_cpu, randomise, toy_attention
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def step(case: Case) -> StepResult:
     return result_of(case)
 
 
-@pytest.mark.parametrize("where", WHERES.values(), ids=WHERES.keys())
+@pytest.mark.parametrize("positions", WHERES.values(), ids=WHERES.keys())
 @pytest.mark.parametrize("window", [None, 3])
 def test_it_computes_attention(positions: Positions, window: int | None) -> None:
     _, n_queries, n_keys = positions.grid

@@ -12,7 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.rope import RoPE, amplitude, inverse_frequencies, rope_from_hf, rope_to_hf
+from core.nn.rope import RoPE, amplitude, inverse_frequencies
+from core.nn.rope_hf import rope_from_hf, rope_to_hf
 
 LLAMA = RoPE.Config(theta=500_000.0, scaling="llama", scaling_factor=8.0, original_seq_len=8192)
 YARN = RoPE.Config(theta=10_000.0, scaling="yarn", scaling_factor=40.0, original_seq_len=4096)

@@ -13,9 +13,10 @@ from core.activation_checkpoint.region import is_recomputing
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.balance import routers, start_step
-from core.nn.module import Flops, training_flops_per_token, weights
+from core.nn.module import Flops
 from core.nn.moe import Choice, Router
 from core.nn.start import Constant, Normal, Scale
+from core.nn.weights import training_flops_per_token, weights
 from core.testing.activation_checkpoint import checkpoint_blocks, gradients
 from core.testing.oracles import cross_entropy
 from core.testing.toy import ToyMoE, on_cpu, randomise

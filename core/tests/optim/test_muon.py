@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.module import Weight
-from core.nn.module import weights as weights_of
 from core.nn.start import Constant
+from core.nn.weights import Weight
+from core.nn.weights import weights as weights_of
 from core.optim.adam import AdamW
 from core.optim.muon import Muon, orthogonal
 from core.parallel.layout import SingleRank
+from core.runtime.meta import meta_model
 from core.step.checks import check_optimizer
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 
 CPU = torch.device("cpu")
 SHAPES = {"wide": (12, 30), "tall": (40, 16), "square": (24, 24)}

@@ -9,14 +9,15 @@ from torch import nn
 
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.module import Weight
-from core.nn.module import weights as weights_of
 from core.nn.start import Constant
+from core.nn.weights import Weight
+from core.nn.weights import weights as weights_of
 from core.optim.adam import Adam, AdamW, TwoMoments
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import SingleRank
+from core.runtime.meta import meta_model
 from core.step.checks import check_optimizer
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 
 SHAPES = {
     "embed.weight": (7, 5),

@@ -19,12 +19,13 @@ from core.nn.mla import MLA
 from core.nn.module import Module
 from core.nn.start import Scale
 from core.parallel.settings import Degrees, Parallelism, describe_degrees, world_problems
+from core.runtime.meta import meta_model
 from core.step import checks
 from core.step.checks import check_layout
 from core.step.settings import Compile, Training
 from core.step.shares import check_shares
 from core.testing.layout_suite import degrees
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 from core.train.trainer import Trainer
 
 

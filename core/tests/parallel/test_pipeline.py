@@ -19,9 +19,10 @@ from core.parallel.pipeline import (
 )
 from core.parallel.schedule_file import read_schedule
 from core.parallel.settings import SINGLE_STAGE, Parallelism
+from core.runtime.meta import meta_model
 from core.testing.layout_suite import SCHEDULES, assert_equal, degrees
 from core.testing.parity import Case, compare
-from core.testing.toy import Toy, meta_model, on_cpu
+from core.testing.toy import Toy, on_cpu
 
 
 def piped(degree: int, schedule: str = "1F1B", **more: Any) -> Parallelism:

@@ -6,10 +6,12 @@ from layout_cases import attention, dense, sparse
 from torch import nn
 
 from core.nn.decoder import Block, Decoder
-from core.nn.module import Module, weights
+from core.nn.module import Module
 from core.nn.start import Normal
+from core.nn.weights import weights
 from core.parallel.rules import RULES, check_axes, cut_dim, named_weights
-from core.testing.toy import Toy, meta_model
+from core.runtime.meta import meta_model
+from core.testing.toy import Toy
 
 TOYS = {"dense": dense(attention=attention(sinks=True)), "sparse": sparse(n_mtp_layers=1)}
 

@@ -27,9 +27,10 @@ from core.parallel.tensor import (
     store_as_dtensor,
     stored,
 )
+from core.runtime.meta import meta_model
 from core.testing.oracles import cross_entropy
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, meta_model
+from core.testing.toy import Toy
 
 
 def line(n: int) -> DeviceMesh:

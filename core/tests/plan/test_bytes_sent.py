@@ -22,13 +22,14 @@ from core.parallel.settings import Parallelism
 from core.plan.fake_step import group_axes, run_fake_step
 from core.plan.segments import total
 from core.plan.traffic import message
+from core.runtime.meta import meta_model
 from core.step.assemble import assemble
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.settings import Training
 from core.step.update import train_step
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")

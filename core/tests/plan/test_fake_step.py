@@ -14,19 +14,20 @@ from core.comm.all_to_all import AllToAll
 from core.data.packing import Batch
 from core.nn.balance import force_balance, routers
 from core.nn.decoder import Block, Decoder
-from core.nn.module import training_flops_per_token
+from core.nn.weights import training_flops_per_token
 from core.parallel.settings import Parallelism
 from core.plan import fake_step
 from core.plan.fake_step import run_fake_step
 from core.plan.sample_blocks import RestingBytes, n_bytes, stand_ins
 from core.plan.segments import total
+from core.runtime.meta import meta_model
 from core.step.assemble import assemble, make_layout
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.settings import Training
 from core.step.update import train_step
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")

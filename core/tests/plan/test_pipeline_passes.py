@@ -13,7 +13,8 @@ from core.parallel.settings import Parallelism
 from core.plan import pipeline_passes
 from core.plan.fake_step import PASSES
 from core.plan.pipeline_passes import RELEASES, Action, actions
-from core.testing.toy import Toy, meta_model
+from core.runtime.meta import meta_model
+from core.testing.toy import Toy
 
 SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 N_LAYERS, N_MICROBATCHES = 8, 8

@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.config.errors import UserError
-from core.nn.module import parameter_count
+from core.nn.weights import parameter_count
 from core.optim.adam import AdamW
 from core.parallel.settings import Parallelism
 from core.plan.plan import Plan, plan
+from core.runtime.meta import meta_model
 from core.step.settings import Compile, Debug, Training
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 from core.train.trainer import Trainer
 
 BUDGET = ActivationCheckpoint.Config(mode="memory_budget")

@@ -12,8 +12,8 @@ from core.data.packing import IGNORE, Batch
 from core.nn.balance import balance_loss, layer_loads, load_metrics, routers
 from core.nn.decoder import Decoder
 from core.nn.kernel import Positions
-from core.nn.module import weights
 from core.nn.mtp import Predictions
+from core.nn.weights import weights
 from core.optim.adam import AdamW
 from core.parallel.layout import SingleRank
 from core.step.loss import CrossEntropy

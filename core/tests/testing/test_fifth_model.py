@@ -13,12 +13,15 @@ from typing import Any
 import transformers
 
 from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_form import HFForm
+from core.checkpoint.hf_model import HFModel
 from core.checkpoint.keys import KeyTable, Stacked, below
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.module import Flops
 from core.nn.moe import Experts, MoE, Router
-from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
+from core.nn.rope import RoPE
+from core.nn.rope_hf import rope_from_hf, rope_to_hf
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite
 from core.train.debug_run import debug_run
@@ -64,10 +67,10 @@ EXPRESSIBLE = {
 }
 
 
-class Mixtral(Decoder):
+class Mixtral(Decoder, HFModel):
     """The Mixtral decoder."""
 
-    HF_KEYS = KEYS
+    HF = f"{__name__}:FORM"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -84,40 +87,45 @@ class Mixtral(Decoder):
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
 
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        hf = checked_hf_config(hf, FIXED)
-        return cls.Config(
-            **decoder_from_hf(hf),
-            rope=rope_from_hf(hf, layout="half"),
-            attention=Attention.Config(
-                n_heads=hf["num_attention_heads"],
-                n_kv_heads=hf["num_key_value_heads"],
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-                window=hf.get("sliding_window"),
-            ),
-            moe=moe(
-                hf["num_local_experts"], hf["num_experts_per_tok"], hf["intermediate_size"], hf["router_aux_loss_coef"]
-            ),
-        )
 
-    def to_hf_config(self) -> dict:
-        c = self.config
-        check_expressible(c, EXPRESSIBLE, FIXED["model_type"])
-        return {
-            **FIXED,
-            "architectures": ["MixtralForCausalLM"],
-            **decoder_to_hf(c),
-            **rope_to_hf(c.rope),
-            "num_attention_heads": c.attention.n_heads,
-            "num_key_value_heads": c.attention.n_kv_heads,
-            "head_dim": c.attention.head_dim,
-            "sliding_window": c.attention.window,
-            "num_local_experts": c.moe.router.n_experts,
-            "num_experts_per_tok": c.moe.router.top_k,
-            "intermediate_size": c.moe.experts.hidden_dim,
-            "router_aux_loss_coef": c.moe.router.balance_loss_coeff,
-        }
+def from_hf_config(hf: dict) -> Mixtral.Config:
+    """The Mixtral that a `config.json` states."""
+    hf = checked_hf_config(hf, FIXED)
+    return Mixtral.Config(
+        **decoder_from_hf(hf),
+        rope=rope_from_hf(hf, layout="half"),
+        attention=Attention.Config(
+            n_heads=hf["num_attention_heads"],
+            n_kv_heads=hf["num_key_value_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            window=hf.get("sliding_window"),
+        ),
+        moe=moe(
+            hf["num_local_experts"], hf["num_experts_per_tok"], hf["intermediate_size"], hf["router_aux_loss_coef"]
+        ),
+    )
+
+
+def to_hf_config(c: Mixtral.Config) -> dict:
+    """The `config.json` of a Mixtral."""
+    check_expressible(c, EXPRESSIBLE, FIXED["model_type"])
+    return {
+        **FIXED,
+        "architectures": ["MixtralForCausalLM"],
+        **decoder_to_hf(c),
+        **rope_to_hf(c.rope),
+        "num_attention_heads": c.attention.n_heads,
+        "num_key_value_heads": c.attention.n_kv_heads,
+        "head_dim": c.attention.head_dim,
+        "sliding_window": c.attention.window,
+        "num_local_experts": c.moe.router.n_experts,
+        "num_experts_per_tok": c.moe.router.top_k,
+        "intermediate_size": c.moe.experts.hidden_dim,
+        "router_aux_loss_coef": c.moe.router.balance_loss_coeff,
+    }
+
+
+FORM = HFForm(keys=KEYS, from_config=from_hf_config, to_config=to_hf_config)
 
 
 def moe(n_experts: int, top_k: int, hidden_dim: int, balance_loss_coeff: float) -> MoE.Config:

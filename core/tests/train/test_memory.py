@@ -6,9 +6,10 @@ import torch
 from core.config.errors import UserError
 from core.parallel.settings import Parallelism
 from core.runtime.launcher import World
+from core.runtime.meta import meta_model
 from core.step.checks import check_layout
 from core.step.settings import Training
-from core.testing.toy import Toy, meta_model
+from core.testing.toy import Toy
 from core.train import memory
 from core.train.trainer import Trainer
 

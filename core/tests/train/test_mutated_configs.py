@@ -19,7 +19,7 @@ from core.config.options import options
 from core.config.recipe import load_config
 from core.config.record import from_dict, located, to_dict, to_json
 from core.runtime.launcher import World
-from core.step.assemble import meta_model
+from core.runtime.meta import meta_model
 from core.step.checks import check_model, check_run
 from core.step.settings import Training
 from core.testing.mutations import NUMBERS, TEXTS, mutated_json

@@ -18,7 +18,7 @@ from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.config.validate import validate
-from core.nn.module import weights as weights_of
+from core.nn.weights import weights as weights_of
 from core.optim.adam import AdamW
 from core.optim.muon import Muon
 from core.optim.optimizer import Optimizer
@@ -26,12 +26,13 @@ from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.plan.plan import plan
+from core.runtime.meta import meta_model
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.update import train_step
 from core.testing.parity import Case, alone, batches_of, build_case, full
 from core.testing.ranks import run_ranks
-from core.testing.toy import Toy, ToyMoE, meta_model
+from core.testing.toy import Toy, ToyMoE
 from core.train.memory import estimate
 from core.train.trainer import Trainer
 

@@ -16,9 +16,10 @@ from core.config.validate import validate
 from core.nn.balance import routers
 from core.nn.mla import MLA
 from core.nn.module import Flops
+from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
-from core.testing.toy import meta_model, on_cpu, randomise
+from core.testing.toy import on_cpu, randomise
 from deepseek_v3 import configs
 from deepseek_v3.model import SIZES, DeepSeekV3, size
 

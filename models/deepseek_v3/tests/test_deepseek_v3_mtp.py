@@ -23,16 +23,17 @@ from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel import Positions
-from core.nn.module import parameter_count, training_flops_per_token, weights
 from core.nn.mtp import Merge, Predictions
+from core.nn.weights import parameter_count, training_flops_per_token, weights
 from core.optim.adam import AdamW
 from core.parallel.layout import SingleRank
+from core.runtime.meta import meta_model
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, valid_tokens
 from core.step.update import train_step
 from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
-from core.testing.toy import meta_model, on_cpu, randomise
+from core.testing.toy import on_cpu, randomise
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
 

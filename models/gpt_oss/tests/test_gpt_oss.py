@@ -20,9 +20,10 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
 from core.nn.rope import inverse_frequencies
+from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
-from core.testing.toy import meta_model, on_cpu, randomise
+from core.testing.toy import on_cpu, randomise
 from gpt_oss import configs
 from gpt_oss.model import SIZES, GptOss, size
 

@@ -1,6 +1,7 @@
 """Llama 3 against its published numbers and against transformers."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from core.checkpoint.hf import load_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
+from core.runtime.meta import meta_model
 from core.testing.model_suite import ModelSuite, random_tokens
-from core.testing.toy import meta_model, on_cpu, randomise
-from llama3 import configs
+from core.testing.toy import on_cpu, randomise
+from llama3 import configs, hf
 from llama3.model import SIZES, Llama3, size
 
 SCALED = {
@@ -201,7 +203,7 @@ def test_rows_must_be_reordered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     randomise(theirs, seed=1)
     theirs.save_pretrained(tmp_path)
     ours = on_cpu(Llama3.from_hf_config(theirs.config.to_dict()))
-    monkeypatch.setattr(Llama3, "HF_HALVES", frozenset())
+    monkeypatch.setattr(hf, "FORM", replace(hf.FORM, halves=frozenset()))
     load_hf(ours, tmp_path)
     tokens_BL = random_tokens(ours.config)
     assert (ours(tokens_BL) - theirs(tokens_BL).logits).abs().max() > 1e-3

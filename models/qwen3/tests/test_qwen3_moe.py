@@ -13,9 +13,10 @@ from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
+from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
-from core.testing.toy import meta_model, on_cpu, randomise
+from core.testing.toy import on_cpu, randomise
 from qwen3 import configs
 from qwen3.model import MOE_SIZES, Qwen3, Qwen3MoE, size
 

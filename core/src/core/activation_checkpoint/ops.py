@@ -5,15 +5,12 @@ A first-party operation is added by `save_output` on the line where it is define
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 
+from core.activation_checkpoint.save_output import OURS, Op, check_op
 from core.config.errors import UserError
-
-Op = OpOverload | HigherOrderOperator
-OpT = TypeVar("OpT", bound=Op)
 
 ATTENTION = (
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
@@ -39,24 +36,6 @@ OPTIONAL = (
 )
 """Operations that exist only where a feature is loaded; `--activation_checkpoint.debug` reports the absent ones."""
 
-OURS: set[Op] = set()
-"""What `save_output` added."""
-
-
-def save_output(op: OpT) -> OpT:
-    """Add a first-party operation to the list; returns it back, so that it stands on the line of the definition."""
-    check_op(op)
-    OURS.add(op)
-    _resolved.cache_clear()
-    return op
-
-
-def check_op(op: object) -> None:
-    """Raise `TypeError` for what never matches a dispatched operation, such as an overload packet (`aten.mm`)."""
-    if not isinstance(op, OpOverload | HigherOrderOperator):
-        hint = f"; name one of its overloads: {', '.join(op.overloads())}" if hasattr(op, "overloads") else ""
-        raise TypeError(f"{op} is a {type(op).__name__} and would never match an operation{hint}")
-
 
 def find_op(name: str) -> Op | None:
     """The operation `namespace.name.overload`; None where torch has none of that name."""
@@ -74,12 +53,12 @@ def saved_ops(extra: Iterable[str] = ()) -> frozenset[Op]:
 
     Raises `UserError` for an extra name that torch does not know.
     """
-    return _resolved(frozenset(OPTIONAL) - set(absent_ops()), tuple(extra))
+    return _resolved(frozenset(OPTIONAL) - set(absent_ops()), frozenset(OURS), tuple(extra))
 
 
 @cache
-def _resolved(optional: frozenset[str], extra: tuple[str, ...]) -> frozenset[Op]:
-    return _pytorch_ops() | {op for name in optional if (op := find_op(name))} | OURS | set(map(user_op, extra))
+def _resolved(optional: frozenset[str], ours: frozenset[Op], extra: tuple[str, ...]) -> frozenset[Op]:
+    return _pytorch_ops() | {op for name in optional if (op := find_op(name))} | ours | set(map(user_op, extra))
 
 
 def user_op(name: str) -> Op:

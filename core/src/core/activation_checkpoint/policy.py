@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from core.activation_checkpoint import ops, region
-from core.activation_checkpoint.ops import Op, saved_ops
+from core.activation_checkpoint.ops import saved_ops
 from core.activation_checkpoint.region import current_mark
 from core.activation_checkpoint.replay import Replay, Trace, replay_contexts
+from core.activation_checkpoint.save_output import Op
 
 SAVE, RECOMPUTE = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 aten = torch.ops.aten

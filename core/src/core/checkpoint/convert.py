@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,7 +17,8 @@ from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write_files
 from core.checkpoint.find import Found
 from core.checkpoint.hf import write_hf_config
-from core.checkpoint.key_map import HFModel, hf_key_map, own_key_map
+from core.checkpoint.hf_model import HFModel, StoredModel, with_hf
+from core.checkpoint.key_map import hf_key_map, own_key_map
 from core.checkpoint.saved import newest
 from core.checkpoint.source import WeightSource
 from core.checkpoint.weights import class_of, hf_config, model_of, read_config
@@ -30,6 +31,7 @@ from core.config.links import file_in
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
 from core.config.version import version_lines
+from core.runtime.meta import meta_model
 
 WAYS = ("from-hf", "to-hf")
 CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,6 +86,8 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
     )
     with exit_plainly():
         asked = parser.parse_args(argv)
+        for family in families.values():
+            with_hf(family)
         if not asked.shard_gib > 0:
             raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
         dst = vacant(asked.dst)
@@ -147,7 +151,7 @@ def to_hf(
 
 
 def write_as_hf(
-    model: HFModel,
+    model: StoredModel,
     src: Path | Found,
     dst: Path,
     *,
@@ -156,7 +160,7 @@ def write_as_hf(
     say: Callable[[str], object],
 ) -> None:
     """Write the weights of a model, which needs no memory, from a folder in our format into one that exists already."""
-    stated = model.to_hf_config()  # raises before a file is written
+    stated = with_hf(model).to_hf_config()  # raises before a file is written
     source, key_map = WeightSource(own_key_map(model), src), hf_key_map(model)
     types = dtypes(
         model, key_map, {name: source.dtype(name) for name in source.pieces if name in key_map.places}, dtype
@@ -171,12 +175,6 @@ def write_as_hf(
 def say(line: str) -> None:
     """Print a line at once, wherever it goes."""
     print(line, flush=True)
-
-
-def meta_model(config: Any) -> HFModel:
-    """The model without memory: names and shapes."""
-    with torch.device("meta"):
-        return cast(HFModel, config.build())
 
 
 def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.files import Output
-from core.checkpoint.key_map import HFModel, KeyMap, KeyPart
+from core.checkpoint.hf_model import StoredModel
+from core.checkpoint.key_map import KeyMap, KeyPart
 
 Read = Callable[[str, int | None], Tensor]
 """The name of one of our weights, or one row of it."""
 
 
 def dtypes(
-    model: HFModel, key_map: KeyMap, stored: Mapping[str, torch.dtype], cast: torch.dtype | None
+    model: StoredModel, key_map: KeyMap, stored: Mapping[str, torch.dtype], cast: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """The types to write our weights in: `cast`, or else as they are `stored`; a buffer keeps the model's type."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -7,12 +7,13 @@ import torch
 
 from core.checkpoint.export import dtypes, outputs
 from core.checkpoint.files import Output, write_files
-from core.checkpoint.key_map import HFModel, KeyMap, hf_key_map
+from core.checkpoint.hf_model import StoredModel, with_hf
+from core.checkpoint.key_map import KeyMap, hf_key_map
 from core.checkpoint.source import WeightSource
 from core.config.errors import UserError
 
 
-def load_hf(model: HFModel, folder: str | Path) -> None:
+def load_hf(model: StoredModel, folder: str | Path) -> None:
     """Copy the weights of a Hugging Face folder, one safetensors file or several with an index, into `model`.
 
     Values are decoded, and cast to the type of the model's weights. What Hugging Face has no place for stays as it is.
@@ -21,7 +22,7 @@ def load_hf(model: HFModel, folder: str | Path) -> None:
     load_from(WeightSource(hf_key_map(model), folder))
 
 
-def check_hf(model: HFModel, folder: str | Path) -> dict[str, Path]:
+def check_hf(model: StoredModel, folder: str | Path) -> dict[str, Path]:
     """The file of every key in a Hugging Face folder, which must fit `model`; a model on the meta device will do.
 
     A tied head may be absent, or equal to the embedding. Raises `UserError` that names the file and the key: a missing
@@ -30,13 +31,15 @@ def check_hf(model: HFModel, folder: str | Path) -> dict[str, Path]:
     return {key: header.file for key, header in WeightSource(hf_key_map(model), folder).folder.headers.items()}
 
 
-def save_hf(model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0) -> None:
+def save_hf(
+    model: StoredModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0
+) -> None:
     """Write `model` as a Hugging Face folder: config.json and safetensors, with an index when there are several files.
 
     A tied head is left out, as transformers does. `dtype` casts the weights, but not the buffers. Raises `UserError`
     when `folder` already holds weights, or when Hugging Face has no such model.
     """
-    stated = model.to_hf_config()  # raises before a file is written
+    stated = with_hf(model).to_hf_config()  # raises before a file is written
     written = save_by(model, hf_key_map(model), folder, dtype, shard_gib)
     write_hf_config(stated, written, Path(folder))
 
@@ -58,7 +61,7 @@ def load_from(source: WeightSource) -> None:
 
 
 def save_by(
-    model: HFModel, key_map: KeyMap, folder: str | Path, dtype: torch.dtype | None, shard_gib: float
+    model: StoredModel, key_map: KeyMap, folder: str | Path, dtype: torch.dtype | None, shard_gib: float
 ) -> list[Output]:
     """Write a model's weights in this layout; returns what was written."""
     folder, weights = Path(folder), key_map.weights

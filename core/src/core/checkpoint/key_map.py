@@ -1,35 +1,14 @@
 """Where each weight of a model stands in a folder, piece by piece: as Hugging Face has it, or under our own names."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
+from core.checkpoint.hf_model import StoredModel, with_hf
 from core.checkpoint.keys import Half, KeyPlace, Stacked, places_of
-from core.config.configurable import Configurable
-
-
-class HFModel(Protocol):
-    """What a model must have to be read and written: its weights, and what its family says about Hugging Face."""
-
-    HF_KEYS: ClassVar[Mapping[str, Any]]
-    HF_HALVES: ClassVar[frozenset[str]]
-    HF_IGNORED: ClassVar[tuple[str, ...]]
-    HF_COPIES: ClassVar[Mapping[str, str]]
-    config: Any
-
-    def rope_dim(self) -> int: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def named_parameters(self, *, remove_duplicate: bool) -> Iterable[tuple[str, Tensor]]: ...
-
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Configurable.Config: ...
-
-    def to_hf_config(self) -> dict: ...
 
 
 class KeyPart(NamedTuple):
@@ -96,26 +75,27 @@ class KeyMap:
         return self.ignored is not None and self.ignored.fullmatch(key) is not None
 
 
-def own_key_map(model: HFModel) -> KeyMap:
+def own_key_map(model: StoredModel) -> KeyMap:
     """Under our own names; a weight without a place at Hugging Face may be missing."""
     weights, tied = untied(model)
+    keys = with_hf(model).hf_form().keys if hasattr(model, "hf_form") else {}
     return KeyMap(
         owner=type(model).__name__,
         weights=weights,
         places={name: [[KeyPart(name)]] for name in weights},
-        optional=frozenset(name for name in weights if model.HF_KEYS.get(pattern_of(name)[0], "") is None),
+        optional=frozenset(name for name in weights if keys.get(pattern_of(name)[0], "") is None),
         repeats=tied,
     )
 
 
-def hf_key_map(model: HFModel) -> KeyMap:
+def hf_key_map(model: StoredModel) -> KeyMap:
     """As Hugging Face has it, by the key table of the model; raises `KeyError` for a weight that is not in it."""
-    weights, tied = untied(model)
+    (weights, tied), form = untied(model), with_hf(model).hf_form()
     places = {}
     for name, weight in weights.items():
         pattern, number = pattern_of(name)
-        head_dim = model.rope_dim() if pattern in model.HF_HALVES else None
-        if found := places_of(model.HF_KEYS[pattern]):
+        head_dim = model.rope_dim() if pattern in form.halves else None
+        if found := places_of(form.keys[pattern]):
             places[name] = [key_parts(place, number, len(weight), head_dim) for place in found]
     numbers = sorted({pattern_of(found[0][0].key)[1] for found in places.values()} - {""})
     behind = [number for number in numbers if int(number) >= model.config.n_layers]
@@ -123,15 +103,13 @@ def hf_key_map(model: HFModel) -> KeyMap:
         owner=type(model).__name__,
         weights={name: weights[name] for name in places},
         places=places,
-        repeats={str(model.HF_KEYS[name]): source for name, source in tied.items()},
-        copies={
-            k.replace("{n_layers+i}", i): tied.get(name, name) for k, name in model.HF_COPIES.items() for i in behind
-        },
-        ignored=re.compile("|".join(ignored(template, numbers) for template in model.HF_IGNORED)),
+        repeats={str(form.keys[name]): source for name, source in tied.items()},
+        copies={k.replace("{n_layers+i}", i): tied.get(name, name) for k, name in form.copies.items() for i in behind},
+        ignored=re.compile("|".join(ignored(template, numbers) for template in form.ignored)),
     )
 
 
-def untied(model: HFModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+def untied(model: StoredModel) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights of a model by name, and the further names of a tied weight with its first name."""
     first: dict[Tensor, str] = {}
     names = ((name, first.setdefault(weight, name)) for name, weight in model.named_parameters(remove_duplicate=False))

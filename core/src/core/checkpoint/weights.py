@@ -9,8 +9,9 @@ import torch
 
 from core.checkpoint.find import Found
 from core.checkpoint.hf import load_from, load_hf, save_by
+from core.checkpoint.hf_model import StoredModel, with_hf
 from core.checkpoint.hf_types import check_types
-from core.checkpoint.key_map import HFModel, own_key_map
+from core.checkpoint.key_map import own_key_map
 from core.checkpoint.saved import newest
 from core.checkpoint.source import WeightSource
 from core.config.configurable import Configurable
@@ -24,7 +25,7 @@ log = logging.getLogger("armature")
 CONFIG_FILE = "config.json"
 
 
-def load_folder(model: HFModel, folder: str | Path) -> None:
+def load_folder(model: StoredModel, folder: str | Path) -> None:
     """Copy the weights of a folder, ours, Hugging Face's, or that of a run or a checkpoint, into `model`.
 
     `config.json` says which it is; settings of the model there which differ are logged. Raises `UserError`, before a
@@ -38,7 +39,7 @@ def load_folder(model: HFModel, folder: str | Path) -> None:
         load_from(own_source(model, found))
 
 
-def load_weights(model: HFModel, folder: str | Path) -> None:
+def load_weights(model: StoredModel, folder: str | Path) -> None:
     """Copy the weights of a folder in our format into `model`: one that `save_weights` or `python -m <model>.convert
     from-hf` wrote, a checkpoint, or a run, of which the newest whole checkpoint is taken.
 
@@ -48,7 +49,7 @@ def load_weights(model: HFModel, folder: str | Path) -> None:
     load_from(own_source(model, newest(folder)))
 
 
-def own_source(model: HFModel, folder: str | Path | Found) -> WeightSource:
+def own_source(model: StoredModel, folder: str | Path | Found) -> WeightSource:
     """The weights in a folder in our format for `model`, which needs no memory; errors and logs as `load_weights`."""
     ours = f"{type(model).__module__}:{type(model).__qualname__}"
     if (found := class_of(folder)) != ours:
@@ -57,7 +58,7 @@ def own_source(model: HFModel, folder: str | Path | Found) -> WeightSource:
     return WeightSource(own_key_map(model), folder)
 
 
-def tell_differences(model: HFModel, stated: dict[str, Any], place: object) -> None:
+def tell_differences(model: StoredModel, stated: dict[str, Any], place: object) -> None:
     """Log in which settings the model whose weights lie at a place, as is stated there, differs from `model`."""
     for setting, before, now in differences(to_dict(model.config), completed(stated, model.config)):
         if setting != "class":
@@ -65,7 +66,7 @@ def tell_differences(model: HFModel, stated: dict[str, Any], place: object) -> N
 
 
 def save_weights(
-    model: HFModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0
+    model: StoredModel, folder: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5.0
 ) -> None:
     """Write `model` as a folder in our format. `dtype` casts the weights, but not the buffers.
 
@@ -75,7 +76,7 @@ def save_weights(
     (Path(folder) / "config.json").write_text(to_json(model.config))
 
 
-def hf_config(family: type[HFModel], folder: str | Path) -> Configurable.Config:
+def hf_config(family: type, folder: str | Path) -> Configurable.Config:
     """The configuration of a model of this family in the `config.json` of a Hugging Face folder.
 
     Raises `UserError`, which names the file, when it is of another family or has a value that cannot be understood.
@@ -83,7 +84,7 @@ def hf_config(family: type[HFModel], folder: str | Path) -> Configurable.Config:
     stated = read_config(folder)
     try:
         check_types(stated)
-        return family.from_hf_config(stated)
+        return with_hf(family).from_hf_config(stated)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{folder}/{CONFIG_FILE}: {error}") from error
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import get_ctx, impl, register_autograd, register_fake
 
-from core.activation_checkpoint.ops import save_output
+from core.activation_checkpoint.save_output import save_output
 from core.comm.reference import HybridReference, Reference
 from core.comm.transport import DeepEPTransport, Handle, HybridEPTransport, Transport, bound, find_group, unbound
 

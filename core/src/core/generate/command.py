@@ -30,11 +30,12 @@ from core.generate.folder import check_tokenizer, described, existing, tokenizer
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
 from core.generate.text import Continuation
-from core.nn.backends import check_kernels
 from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
-from core.nn.module import parameter_count
+from core.nn.kernel_checks import check_kernels
+from core.nn.weights import parameter_count
 from core.runtime.device import describe, free_memory, select_device
+from core.runtime.meta import meta_model
 from core.runtime.units import size_text
 
 WRITING_OPTIONS = {
@@ -195,8 +196,7 @@ class Generation(Configurable):
 
     def load_model(self) -> Decoder:
         """The model with the weights of the checkpoint. Raises `UserError` where they do not fit it or the memory."""
-        with torch.device("meta"):
-            model: Decoder = self.config.model.build()
+        model: Decoder = meta_model(self.config.model)
         blocks = cast(Iterable[Block], model.layers.values())
         ragged = len({len(ids) for ids in self.prompts}) > 1
         asked = {"device": self.device, "dtype": self.dtype, "documents": ragged, "cached": True}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config.configurable import Configurable
-from core.nn.backends import KERNELS, backend_problems
+from core.nn.backends import backend_problems, kernel_class
 from core.nn.kernel import KernelUse, KeyValues, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, size_problems
@@ -78,7 +78,7 @@ class Attention(SelfAttention, Configurable):
         self.sinks = nn.Parameter(torch.empty(config.n_heads)) if config.sinks else None
         self.start = {"sinks": Normal(scale.std)}
         self.keys = KeyValues()
-        self.kernel = KERNELS[config.backend](config.window)
+        self.kernel = kernel_class(config.backend)(config.window)
         self.asks = KernelUse(
             config.n_heads, config.n_kv_heads, config.head_dim, config.head_dim, sinks=self.sinks is not None
         )

@@ -4,71 +4,19 @@ Letters: B rows, L length of the queries, M length of the keys, N query heads, K
 of a value.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.config.errors import UserError, did_you_mean
-from core.nn.kernel import Kernel, KernelUse, Mask, Positions, SelfAttention, visible
-
-KernelClass = TypeVar("KernelClass", bound=type[Kernel])
-KERNELS: dict[str, type[Kernel]] = {}
-"""Every kernel that this process has, by its name."""
+from core.config.errors import did_you_mean
+from core.nn.kernel import Kernel, KernelUse, Mask, Positions, visible
 
 
-def register_kernel(name: str) -> Callable[[KernelClass], KernelClass]:
-    """A decorator that lets `attention.backend` take the name of a kernel. Raises `ValueError` for a name that another
-    kernel has."""
-
-    def register(kernel: KernelClass) -> KernelClass:
-        other = KERNELS.setdefault(name, kernel)
-        if (other.__module__, other.__qualname__) != (kernel.__module__, kernel.__qualname__):
-            raise ValueError(f"two attention kernels are called {name}: {other.__module__} has one")
-        KERNELS[name] = kernel
-        return kernel
-
-    return register
-
-
-def name_of(kernel: Kernel) -> str:
-    """The name that a kernel is chosen by."""
-    return next(name for name, known in KERNELS.items() if known is type(kernel))
-
-
-def check_kernels(attentions: Iterable[SelfAttention], *, n_shares: int = 1, **asked: Any) -> None:
-    """Raise `UserError` for a kernel that cannot do what its attention and the run (`asked`, fields of `KernelUse`) ask
-    of it; each rank calls it with one of `n_shares` shares of the heads."""
-    for attention in attentions:
-        use = attention.asks._replace(**asked)
-        use = use._replace(n_heads=use.n_heads // n_shares, n_kv_heads=use.n_kv_heads // n_shares)
-        if problem := attention.kernel.problem(use):
-            name = name_of(attention.kernel)
-            raise UserError(f'attention.backend "{name}": {problem}: use --model.attention.backend sdpa')
-
-
-def trains_on_cpu(attention: SelfAttention, dtype: torch.dtype) -> bool:
-    """Whether the kernel of an attention trains on a CPU in `dtype`, as the plan of a run computes."""
-    use = attention.asks._replace(device=torch.device("cpu"), dtype=dtype, trains=True)
-    return attention.kernel.problem(use) is None
-
-
-def backend_problems(name: str) -> Iterator[tuple[str, str]]:
-    """What is wrong with the setting `backend` of an attention."""
-    if name not in KERNELS:
-        hint = did_you_mean(name, KERNELS)
-        yield (
-            "backend",
-            f"no attention kernel is called {name!r}{f'; {hint}' if hint else '.'} There is {', '.join(KERNELS)}; one "
-            "of your own is known once its file is imported, as by the module of the recipe",
-        )
-
-
-@register_kernel("sdpa")
 @dataclass(frozen=True)
 class SDPA:
     """PyTorch's scaled_dot_product_attention: the reference on every device."""
@@ -134,53 +82,40 @@ def with_sinks(
     return torch.cat((q_BNLH, extra_BNL8), -1), k_BKMH, v_BKMV, F.pad(mask, (0, 1), value=True)
 
 
-@register_kernel("flex")
-@dataclass(frozen=True)
-class Flex:
-    """PyTorch's flex_attention: skips masked blocks; compiled on an accelerator, no backward on a CPU.
+KernelClass = TypeVar("KernelClass", bound=type[Kernel])
+KERNELS: dict[str, Any] = {"sdpa": SDPA, "flex": "core.nn.flex:Flex"}
+"""Every kernel that this process has, by its name: its class, or where that stands, to be loaded when it is chosen."""
 
-    Inside a compiled block the block's compiler sees the plain function.
-    """
 
-    window: int | None = None
+def register_kernel(name: str) -> Callable[[KernelClass], KernelClass]:
+    """A decorator that lets `attention.backend` take the name of a kernel. Raises `ValueError` for a name that another
+    kernel has."""
 
-    def problem(self, use: KernelUse) -> str | None:
-        """It has no backward on a CPU in PyTorch 2.11 to 2.15."""
-        return "it cannot train on a cpu" if use.trains and use.device.type == "cpu" else None
+    def register(kernel: KernelClass) -> KernelClass:
+        if name in KERNELS:
+            other = kernel_class(name)
+            if (other.__module__, other.__qualname__) != (kernel.__module__, kernel.__qualname__):
+                raise ValueError(f"two attention kernels are called {name}: {other.__module__} has one")
+        KERNELS[name] = kernel
+        return kernel
 
-    def mask(self, positions: Positions) -> Mask:
-        from torch.nn.attention.flex_attention import create_block_mask
+    return register
 
-        n_rows, n_queries, n_keys = positions.grid
-        rows = None if n_rows == 1 else n_rows
-        rule = visible(positions, self.window)
-        return create_block_mask(rule, rows, None, n_queries, n_keys, device=positions.position_BL.device)
 
-    def __call__(
-        self,
-        q_BNLH: Tensor,
-        k_BKMH: Tensor,
-        v_BKMV: Tensor,
-        mask: Mask,
-        *,
-        scale: float,
-        sinks_N: Tensor | None = None,
-    ) -> Tensor:
-        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+def kernel_class(name: str) -> type[Kernel]:
+    """The kernel of this name."""
+    if isinstance(KERNELS[name], str):
+        module, _, attribute = KERNELS[name].partition(":")
+        KERNELS[name] = getattr(import_module(module), attribute)
+    return KERNELS[name]
 
-        plain = q_BNLH.device.type == "cpu" or torch.compiler.is_compiling()
-        attend = flex_attention if plain else _compiled(flex_attention)
-        grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
-        if sinks_N is None:
-            return attend(q_BNLH, k_BKMH, v_BKMV, block_mask=mask, enable_gqa=grouped, scale=scale)
-        o_BNLH, aux = attend(
-            q_BNLH, k_BKMH, v_BKMV, block_mask=mask, enable_gqa=grouped, scale=scale, return_aux=AuxRequest(lse=True)
+
+def backend_problems(name: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with the setting `backend` of an attention."""
+    if name not in KERNELS:
+        hint = did_you_mean(name, KERNELS)
+        yield (
+            "backend",
+            f"no attention kernel is called {name!r}{f'; {hint}' if hint else '.'} There is {', '.join(KERNELS)}; one "
+            "of your own is known once its file is imported, as by the module of the recipe",
         )
-        assert aux.lse is not None
-        # One term e^sink more in the denominator: o e^lse / (e^lse + e^sink).
-        return o_BNLH * torch.sigmoid(aux.lse - sinks_N[:, None]).unsqueeze(-1).to(o_BNLH.dtype)
-
-
-@cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function)

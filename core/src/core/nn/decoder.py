@@ -4,9 +4,9 @@ Letters: B rows, L length, D width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -66,16 +66,6 @@ class Decoder(Module, Configurable, ABC):
 
     AXES = {"norm": ("embed",)}
     SIZED_BY = {"vocab": ("vocab_size",)}
-    HF_KEYS: ClassVar[Mapping[str, Any]] = {}
-    """Where Hugging Face keeps each weight: a table as `core.checkpoint.keys` describes it; empty for a model that it
-    does not have."""
-    HF_HALVES: ClassVar[frozenset[str]] = frozenset()
-    """Those of our names whose rows, head by head, are pairs (0, 1), (2, 3), ... here and halves at Hugging Face."""
-    HF_IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)
-    """Hugging Face's keys that are passed over: `*` is anything, `{n_layers+i}` the number of a block that the model
-    does not have."""
-    HF_COPIES: ClassVar[Mapping[str, str]] = {}
-    """Hugging Face's keys that repeat our named weight in each block behind the last one, `{n_layers+i}`."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -156,15 +146,6 @@ class Decoder(Module, Configurable, ABC):
     @abstractmethod
     def rope_dim(self) -> int:
         """How many numbers of a head are rotated."""
-
-    @classmethod
-    @abstractmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        """The configuration that a Hugging Face `config.json` states; raises `UserError` for what it cannot express."""
-
-    @abstractmethod
-    def to_hf_config(self) -> dict:
-        """The Hugging Face `config.json` of this model."""
 
     def forward(
         self, tokens_BL: Tensor, positions: Positions | None = None, read: HeadReader | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from core.activation_checkpoint.ops import save_output
+from core.activation_checkpoint.save_output import save_output
 from core.nn.module import Module
 from core.nn.start import Constant, Normal
 

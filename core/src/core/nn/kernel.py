@@ -127,7 +127,7 @@ class Kernel(Protocol):
       in the row the tokens (`index_BL`) and the keys (`key_index_BM`) stand. Under context parallelism neither is
       sorted.
     * Autograd finds the backward; checkpointing may call forward twice, which must compute the same. A kernel that is
-      one operation of its own is saved by selective checkpointing if `core.activation_checkpoint.ops.save_output` or
+      one operation of its own is saved by selective checkpointing if `core.activation_checkpoint.save_output` or
       the setting `save_ops` names it.
     * What it cannot do of all this, `problem` says in words, and no run that asks for it starts. The plan of a run
       computes with `sdpa` in place of a kernel that does not train on a CPU.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.config.configurable import Configurable
-from core.nn.backends import KERNELS, backend_problems
+from core.nn.backends import backend_problems, kernel_class
 from core.nn.kernel import KernelUse, KeyValues, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, size_problems
@@ -94,7 +94,7 @@ class MLA(SelfAttention, Configurable):
         self.wo = Linear(c.n_heads * c.v_head_dim, dim, std=scale.residual)
         self.softmax_scale = c.qk_head_dim**-0.5 * temperature**2
         self.keys = KeyValues()
-        self.kernel = KERNELS[c.backend]()
+        self.kernel = kernel_class(c.backend)()
         self.asks = KernelUse(c.n_heads, c.n_heads, c.qk_head_dim, c.v_head_dim)
 
     def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:

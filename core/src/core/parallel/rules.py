@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from core.nn.module import Module, weights
+from core.nn.module import Module
+from core.nn.weights import weights
 
 RULES: dict[str, str | None] = {
     "vocab": "tensor",

@@ -8,16 +8,16 @@ import torch
 
 from core.activation_checkpoint.survey import ranges
 from core.config.errors import UserError, check_all
-from core.nn.backends import name_of, trains_on_cpu
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
-from core.nn.module import parameter_count, training_flops_per_token
+from core.nn.kernel_checks import name_of, trains_on_cpu
+from core.nn.weights import parameter_count, training_flops_per_token
 from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
 from core.plan.fake_step import run_fake_step
 from core.plan.sample_blocks import blocks
 from core.plan.segments import total
 from core.runtime.device import GIB, MIB
-from core.step.assemble import meta_model
+from core.runtime.meta import meta_model
 from core.step.checks import Run, check_model, check_run, check_sizes
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
-from core.nn.backends import SDPA, trains_on_cpu
+from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
 from core.nn.dispatch import Dispatcher
-from core.nn.module import Weight, weights
+from core.nn.kernel_checks import trains_on_cpu
+from core.nn.weights import Weight, weights
 from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
 from core.parallel.layout import RankView

@@ -14,11 +14,12 @@ from core.nn.balance import balance_loss, layer_loads, load_metrics
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
-from core.nn.module import Weight, weights
+from core.nn.weights import Weight, weights
 from core.parallel.layout import RankView, SingleRank
 from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
 from core.runtime.activity import working
+from core.runtime.meta import meta_model
 from core.step.checks import Run, expert_parts
 
 
@@ -70,12 +71,6 @@ def assemble(
         init_weights(((w.name, w.value, w.start) for w in weights(model)), seed, layout.local_slice)
         models[number] = model
     return BuiltModel(list(models.values()), layout.pipeline(models, n_microbatches))
-
-
-def meta_model(config: Decoder.Config) -> Decoder:
-    """The whole model on the meta device."""
-    with torch.device("meta"):
-        return config.build()
 
 
 def stage_models(config: Decoder.Config, layout: RankView) -> Iterator[tuple[int, Decoder]]:

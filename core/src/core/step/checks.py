@@ -7,14 +7,15 @@ from typing import Protocol, cast
 import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, check_names, check_parts
+from core.checkpoint.hf_model import with_hf
 from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem, walk
 from core.config.validate import problems_of, validate
-from core.nn.backends import check_kernels
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
+from core.nn.kernel_checks import check_kernels
 from core.nn.moe import MoE
 from core.optim.optimizer import Optimizer
 from core.parallel.data import HAS_MESH_PER_WEIGHT
@@ -177,7 +178,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_names, run.activation_checkpoint, model),
         partial(check_parts, run.activation_checkpoint, model),
         partial(check_optimizer, run.optimizer, model),
-        model.to_hf_config if run.checkpoint.last_save_in_hf else lambda: None,
+        lambda: with_hf(model).to_hf_config() if run.checkpoint.last_save_in_hf else None,
     )
 
 

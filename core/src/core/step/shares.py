@@ -7,7 +7,7 @@ from core.config.configurable import owner_of
 from core.config.errors import joined
 from core.config.fields import Problem, walk
 from core.nn.decoder import Decoder
-from core.nn.module import weights
+from core.nn.weights import weights
 from core.parallel.rules import EVENLY, RULES
 from core.parallel.settings import Parallelism
 

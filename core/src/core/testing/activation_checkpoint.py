@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, Layered
-from core.activation_checkpoint.ops import Op
+from core.activation_checkpoint.save_output import Op
 
 HEAVY_NAME = re.compile(r"mm$|conv|attention|linear$")
 """Names of operations that have FLOPs; PyTorch's own registry knows only some of them."""

@@ -18,14 +18,15 @@ from core.checkpoint.weights import hf_config, load_folder
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.decoder import Decoder
+from core.runtime.meta import meta_model
 from core.testing.mutations import mutated_json
-from core.testing.toy import meta_model, on_cpu, randomise
+from core.testing.toy import on_cpu, randomise
 
 
 class KeySuite:
     """The tests of a key table."""
 
-    decoder: ClassVar[type[Decoder]]
+    decoder: ClassVar[Any]
     """The model."""
     sizes: ClassVar[dict[str, Decoder.Config]]
     """Every size by name."""
@@ -52,7 +53,7 @@ class KeySuite:
             assert set(parts.values()) == {1} and len(parts) == n_rows * len(halves), f"{key}: {parts}"
 
     def test_every_entry_of_the_key_table_is_used(self) -> None:
-        table = self.decoder.HF_KEYS
+        table = self.decoder.hf_form().keys
         configs = [*self.sizes.values(), *map(self.tiny_config, self.hf_configs)]
         if any(name.startswith("ahead.") for name in table):
             configs.append(replace(configs[0], n_mtp_layers=1))

@@ -12,9 +12,9 @@ import pytest
 from core.nn.decoder import Decoder
 from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
+from core.runtime.meta import meta_model
 from core.step.checks import expert_parts
 from core.testing.parity import Case, compare
-from core.testing.toy import meta_model
 
 TOLERANCE = 1e-5
 """Largest difference of anything from one rank, as a share of the largest number of its kind (fp32, other sums)."""
@@ -115,7 +115,7 @@ FEW = [
 class LayoutSuite:
     """The tests of a model in every layout."""
 
-    decoder: ClassVar[type[Decoder]]
+    decoder: ClassVar[Any]
     """The model."""
     sizes: ClassVar[dict[str, Decoder.Config]]
     """Its sizes by name."""

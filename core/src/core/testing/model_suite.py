@@ -28,15 +28,17 @@ from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.nn.kernel import Positions
-from core.nn.module import Flops, parameter_count, training_flops_per_token, weights
+from core.nn.module import Flops
+from core.nn.weights import parameter_count, training_flops_per_token, weights
 from core.parallel.settings import Parallelism
+from core.runtime.meta import meta_model
 from core.step.checks import expert_parts
 from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients, heavy_ops, products
 from core.testing.command_suite import CommandSuite
 from core.testing.layout_suite import LayoutSuite
 from core.testing.oracles import cross_entropy
 from core.testing.resume_suite import ResumeSuite
-from core.testing.toy import meta_model, on_cpu, randomise
+from core.testing.toy import on_cpu, randomise
 from core.train.trainer import Trainer
 
 FLOPS_SEQ_LEN = 4096

@@ -6,12 +6,16 @@ import torch
 from torch import nn
 
 from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_form import HFForm
+from core.checkpoint.hf_model import HFModel
+from core.checkpoint.keys import KeyTable
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.init import init_weights, materialise
-from core.nn.module import weights
 from core.nn.moe import Experts, MoE, Router
+from core.nn.weights import weights
+from core.runtime.meta import meta_model
 
 
 def toy_attention() -> Attention.Config:
@@ -30,25 +34,26 @@ def toy_moe() -> MoE.Config:
     )
 
 
-class Toy(Decoder):
-    """A decoder of every dense part that core has, small enough to train in a second."""
+KEYS: KeyTable = {
+    "tok_embeddings.weight": "model.embed.weight",
+    "layers.{i}.attention_norm.weight": "model.blocks.{i}.norm_1.weight",
+    "layers.{i}.attention.wq.weight": "model.blocks.{i}.q.weight",
+    "layers.{i}.attention.wk.weight": "model.blocks.{i}.k.weight",
+    "layers.{i}.attention.wv.weight": "model.blocks.{i}.v.weight",
+    "layers.{i}.attention.wo.weight": "model.blocks.{i}.o.weight",
+    "layers.{i}.attention.q_norm.weight": "model.blocks.{i}.q_norm.weight",
+    "layers.{i}.attention.k_norm.weight": "model.blocks.{i}.k_norm.weight",
+    "layers.{i}.ffn_norm.weight": "model.blocks.{i}.norm_2.weight",
+    "layers.{i}.feed_forward.w1.weight": "model.blocks.{i}.gate.weight",
+    "layers.{i}.feed_forward.w3.weight": "model.blocks.{i}.up.weight",
+    "layers.{i}.feed_forward.w2.weight": "model.blocks.{i}.down.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "head.weight",
+}
 
-    HF_KEYS = {
-        "tok_embeddings.weight": "model.embed.weight",
-        "layers.{i}.attention_norm.weight": "model.blocks.{i}.norm_1.weight",
-        "layers.{i}.attention.wq.weight": "model.blocks.{i}.q.weight",
-        "layers.{i}.attention.wk.weight": "model.blocks.{i}.k.weight",
-        "layers.{i}.attention.wv.weight": "model.blocks.{i}.v.weight",
-        "layers.{i}.attention.wo.weight": "model.blocks.{i}.o.weight",
-        "layers.{i}.attention.q_norm.weight": "model.blocks.{i}.q_norm.weight",
-        "layers.{i}.attention.k_norm.weight": "model.blocks.{i}.k_norm.weight",
-        "layers.{i}.ffn_norm.weight": "model.blocks.{i}.norm_2.weight",
-        "layers.{i}.feed_forward.w1.weight": "model.blocks.{i}.gate.weight",
-        "layers.{i}.feed_forward.w3.weight": "model.blocks.{i}.up.weight",
-        "layers.{i}.feed_forward.w2.weight": "model.blocks.{i}.down.weight",
-        "norm.weight": "model.norm.weight",
-        "output.weight": "head.weight",
-    }
+
+class Toy(Decoder, HFModel):
+    """A decoder of every dense part that core has, small enough to train in a second."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -74,11 +79,12 @@ class Toy(Decoder):
         return self.config.attention.head_dim
 
     @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        return cls.Config(**decoder_from_hf(checked_hf_config(hf, {"model_type": "toy"})))
-
-    def to_hf_config(self) -> dict:
-        return {"model_type": "toy", **decoder_to_hf(self.config)}
+    def hf_form(cls) -> HFForm:
+        return HFForm(
+            keys=KEYS,
+            from_config=lambda hf: cls.Config(**decoder_from_hf(checked_hf_config(hf, {"model_type": "toy"}))),
+            to_config=lambda config: {"model_type": "toy", **decoder_to_hf(config)},
+        )
 
 
 class ToyMoE(Decoder):
@@ -111,19 +117,6 @@ class ToyMoE(Decoder):
 
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
-
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        raise NotImplementedError("transformers has no such model")
-
-    def to_hf_config(self) -> dict:
-        return {"model_type": "toy_moe"}
-
-
-def meta_model(config: Decoder.Config) -> Decoder:
-    """The model without memory: names and shapes."""
-    with torch.device("meta"):
-        return config.build()
 
 
 def on_cpu(config: Decoder.Config, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Decoder:

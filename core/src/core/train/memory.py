@@ -9,7 +9,7 @@ from torch import nn
 
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
-from core.nn.module import parameter_count, weights
+from core.nn.weights import parameter_count, weights
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import SingleRank
 from core.parallel.settings import Degrees

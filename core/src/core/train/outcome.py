@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.checkpoint.find import Found
-from core.checkpoint.key_map import HFModel
+from core.checkpoint.hf_model import StoredModel, with_hf
 from core.checkpoint.storage import seen_from
 from core.config.decode import is_inside
 from core.config.errors import UserError
@@ -45,7 +45,7 @@ class Outcome:
     def __init__(
         self,
         run: ReportedRun,
-        model: HFModel,
+        model: StoredModel,
         world: World,
         checkpoints: RunCheckpoints,
         layout: RankView,
@@ -109,7 +109,7 @@ def contents(run: ReportedRun, folder: Path, saved: Found | None) -> Iterator[tu
 
 
 def next_commands(
-    run: ReportedRun, model: HFModel, world: World, folder: Path, saved: Found | None, left: int
+    run: ReportedRun, model: StoredModel, world: World, folder: Path, saved: Found | None, left: int
 ) -> Iterator[tuple[str, list[list[str]]]]:
     """What can be done now: the purpose, and the words of the command, an option with its values in one group.
 
@@ -179,10 +179,10 @@ def command_module(command: str, packages: Iterable[str]) -> str:
     return next((f"{name}.{command}" for name in packages if name and find_spec(f"{name}.{command}")), "")
 
 
-def expressible(model: HFModel) -> bool:
+def expressible(model: StoredModel) -> bool:
     """Whether Hugging Face has such a model."""
     try:
-        model.to_hf_config()
+        with_hf(model).to_hf_config()
     except UserError:
         return False
     return True

@@ -25,7 +25,7 @@ from core.data.text_bytes import TextBytes
 from core.data.tokenizer import Tokenizer
 from core.nn.balance import force_balance
 from core.nn.decoder import Decoder
-from core.nn.module import parameter_count, training_flops_per_token
+from core.nn.weights import parameter_count, training_flops_per_token
 from core.optim.adam import AdamW
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
@@ -36,10 +36,11 @@ from core.runtime.distributed import Comm, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.launcher import World, find_world
 from core.runtime.log import start_logging
+from core.runtime.meta import meta_model
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout, meta_model
+from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout
 from core.step.checks import check_model, check_run, compile_problems
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective

@@ -6,14 +6,16 @@ routers with one, and blocks for multi-token prediction.
 
 from typing import Any
 
-from core.checkpoint.hf_config import HFConfig, check_expressible
+from core.checkpoint.hf_config import HFConfig, check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_form import HFForm
 from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
-from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import Experts, MoE, Router
-from core.nn.rope import RoPE, rope_from_hf
+from core.nn.rope import RoPE
+from core.nn.rope_hf import rope_from_hf, rope_to_hf
+from deepseek_v3.model import ROUTERS, DeepSeekV3
 
 BLOCK: KeyTable = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -51,7 +53,7 @@ KEYS: KeyTable = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-IGNORED = (*Decoder.HF_IGNORED, "model.layers.{n_layers+i}.*")
+IGNORED = ("*rotary_emb.inv_freq", "model.layers.{n_layers+i}.*")
 """Blocks for multi-token prediction that a model does not have."""
 COPIES = {
     "model.layers.{n_layers+i}.embed_tokens.weight": "tok_embeddings.weight",
@@ -83,12 +85,6 @@ SETTINGS = {
 }
 V2_SETTINGS = SETTINGS | {"moe.router.normalise": False, "n_mtp_layers": 0}
 """What the `config.json` of any of them, and of DeepSeek-V2, cannot state otherwise."""
-
-ROUTERS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"score": "softmax", "normalise": False, "group_score": "max", "load_balance_coeff": None},
-    "deepseek_v3": {"score": "sigmoid", "normalise": True, "group_score": "sum_of_two", "load_balance_coeff": 1e-3},
-}
-"""What makes a router one of a family. No `config.json` states the step of the bias (arXiv:2412.19437, section 4.2)."""
 
 HEAD_DIMS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 """Settings of the attention that have the same name there."""
@@ -182,3 +178,37 @@ def check_exportable(config: Any) -> None:
     if shared is None or shared.hidden_dim % width:
         found = shared and shared.hidden_dim
         raise UserError(f"moe.shared_experts.hidden_dim {found} is no multiple of moe.experts.hidden_dim {width}")
+
+
+def from_hf_config(hf: dict) -> DeepSeekV3.Config:
+    """The DeepSeek that a `config.json` states."""
+    hf = checked_hf_config(hf, V2 if hf.get("model_type") == V2["model_type"] else V3)
+    return DeepSeekV3.Config(
+        **decoder_from_hf(hf),
+        n_mtp_layers=hf.get("num_nextn_predict_layers") or 0,
+        rope=rotation_from_hf(hf),
+        attention=attention_from_hf(hf),
+        feed_forward=FeedForward.Config(hidden_dim=hf["intermediate_size"]),
+        n_dense_layers=hf["first_k_dense_replace"],
+        moe=moe_from_hf(hf),
+    )
+
+
+def to_hf_config(c: DeepSeekV3.Config) -> dict:
+    """The `config.json` of a DeepSeek."""
+    check_exportable(c)
+    soft = c.moe.router.score == "softmax"
+    mtp = {} if soft else {"num_nextn_predict_layers": c.n_mtp_layers}
+    return {
+        "architectures": [f"DeepseekV{2 if soft else 3}ForCausalLM"],
+        **decoder_to_hf(c),
+        **rope_to_hf(c.rope),
+        **attention_to_hf(c.attention),
+        "intermediate_size": c.feed_forward.hidden_dim,
+        "first_k_dense_replace": c.n_dense_layers,
+        **moe_to_hf(c.moe),
+        **mtp,
+    }
+
+
+FORM = HFForm(keys=KEYS, ignored=IGNORED, copies=COPIES, from_config=from_hf_config, to_config=to_hf_config)

@@ -4,35 +4,20 @@ experts behind a few dense blocks, interleaved RoPE stretched by YaRN.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_model import HFModel
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import Experts, MoE, Router
-from core.nn.rope import RoPE, rope_to_hf
-from deepseek_v3.hf import (
-    COPIES,
-    IGNORED,
-    KEYS,
-    ROUTERS,
-    V2,
-    V3,
-    attention_from_hf,
-    attention_to_hf,
-    check_exportable,
-    moe_from_hf,
-    moe_to_hf,
-    rotation_from_hf,
-)
+from core.nn.rope import RoPE
 
 
-class DeepSeekV3(Decoder):
+class DeepSeekV3(Decoder, HFModel):
     """The decoder of DeepSeek-V3, and of DeepSeek-V2, which differs in its router alone."""
 
-    HF_KEYS = KEYS
-    HF_IGNORED = IGNORED
-    HF_COPIES = COPIES
+    HF = "deepseek_v3.hf:FORM"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -66,35 +51,12 @@ class DeepSeekV3(Decoder):
     def rope_dim(self) -> int:
         return self.config.attention.qk_rope_head_dim
 
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        hf = checked_hf_config(hf, V2 if hf.get("model_type") == V2["model_type"] else V3)
-        return cls.Config(
-            **decoder_from_hf(hf),
-            n_mtp_layers=hf.get("num_nextn_predict_layers") or 0,
-            rope=rotation_from_hf(hf),
-            attention=attention_from_hf(hf),
-            feed_forward=FeedForward.Config(hidden_dim=hf["intermediate_size"]),
-            n_dense_layers=hf["first_k_dense_replace"],
-            moe=moe_from_hf(hf),
-        )
 
-    def to_hf_config(self) -> dict:
-        c = self.config
-        check_exportable(c)
-        soft = c.moe.router.score == "softmax"
-        mtp = {} if soft else {"num_nextn_predict_layers": c.n_mtp_layers}
-        return {
-            "architectures": [f"DeepseekV{2 if soft else 3}ForCausalLM"],
-            **decoder_to_hf(c),
-            **rope_to_hf(c.rope),
-            **attention_to_hf(c.attention),
-            "intermediate_size": c.feed_forward.hidden_dim,
-            "first_k_dense_replace": c.n_dense_layers,
-            **moe_to_hf(c.moe),
-            **mtp,
-        }
-
+ROUTERS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"score": "softmax", "normalise": False, "group_score": "max", "load_balance_coeff": None},
+    "deepseek_v3": {"score": "sigmoid", "normalise": True, "group_score": "sum_of_two", "load_balance_coeff": 1e-3},
+}
+"""What makes a router one of a family. No `config.json` states the step of the bias (arXiv:2412.19437, section 4.2)."""
 
 SIZES = {
     # name: dim, blocks, dense ones, (heads, query latent, key latent, plain, rotated, value width), dense hidden,

@@ -1,6 +1,14 @@
-"""Llama 3's names in Hugging Face checkpoints, and the weights whose rows stand in another order there."""
+"""Llama 3 at Hugging Face: names of weights, those whose rows stand in another order there, and `config.json`."""
 
-KEYS = {
+from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_form import HFForm
+from core.checkpoint.keys import KeyTable
+from core.nn.attention import Attention
+from core.nn.feed_forward import FeedForward
+from core.nn.rope_hf import rope_from_hf, rope_to_hf
+from llama3.model import Llama3
+
+KEYS: KeyTable = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "layers.{i}.attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
     "layers.{i}.attention.wq.weight": "model.layers.{i}.self_attn.q_proj.weight",
@@ -16,3 +24,56 @@ KEYS = {
 }
 
 HALVES = frozenset({"layers.{i}.attention.wq.weight", "layers.{i}.attention.wk.weight"})
+
+FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+}
+"""What every Llama 3 states in its Hugging Face `config.json`."""
+
+EXPRESSIBLE = {
+    "n_mtp_layers": 0,
+    "rope.layout": "interleaved",
+    "attention.qk_norm": False,
+    "attention.bias": False,
+    "attention.sinks": False,
+    "attention.window": None,
+}
+"""What a `config.json` says of our settings by the name of the family alone."""
+
+
+def from_hf_config(hf: dict) -> Llama3.Config:
+    """The Llama 3 that a `config.json` states."""
+    hf = checked_hf_config(hf, FIXED)
+    n_heads = hf["num_attention_heads"]
+    return Llama3.Config(
+        **decoder_from_hf(hf),
+        rope=rope_from_hf(hf, layout="interleaved"),
+        attention=Attention.Config(
+            n_heads=n_heads,
+            n_kv_heads=hf["num_key_value_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // n_heads,
+        ),
+        feed_forward=FeedForward.Config(hidden_dim=hf["intermediate_size"]),
+    )
+
+
+def to_hf_config(config: Llama3.Config) -> dict:
+    """The `config.json` of a Llama 3."""
+    check_expressible(config, EXPRESSIBLE, FIXED["model_type"])
+    return {
+        **FIXED,
+        "architectures": ["LlamaForCausalLM"],
+        **decoder_to_hf(config),
+        **rope_to_hf(config.rope),
+        "num_attention_heads": config.attention.n_heads,
+        "num_key_value_heads": config.attention.n_kv_heads,
+        "head_dim": config.attention.head_dim,
+        "intermediate_size": config.feed_forward.hidden_dim,
+    }
+
+
+FORM = HFForm(keys=KEYS, halves=HALVES, from_config=from_hf_config, to_config=to_hf_config)

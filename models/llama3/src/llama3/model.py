@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass
 
-from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_model import HFModel
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
-from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
-from llama3.hf import HALVES, KEYS
+from core.nn.rope import RoPE
 
 
-class Llama3(Decoder):
+class Llama3(Decoder, HFModel):
     """The Llama 3 decoder."""
 
-    HF_KEYS = KEYS
-    HF_HALVES = HALVES
+    HF = "llama3.hf:FORM"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -31,54 +29,6 @@ class Llama3(Decoder):
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
 
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        hf = checked_hf_config(hf, FIXED)
-        n_heads = hf["num_attention_heads"]
-        return cls.Config(
-            **decoder_from_hf(hf),
-            rope=rope_from_hf(hf, layout="interleaved"),
-            attention=Attention.Config(
-                n_heads=n_heads,
-                n_kv_heads=hf["num_key_value_heads"],
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // n_heads,
-            ),
-            feed_forward=FeedForward.Config(hidden_dim=hf["intermediate_size"]),
-        )
-
-    def to_hf_config(self) -> dict:
-        c = self.config
-        check_expressible(c, EXPRESSIBLE, FIXED["model_type"])
-        return {
-            **FIXED,
-            "architectures": ["LlamaForCausalLM"],
-            **decoder_to_hf(c),
-            **rope_to_hf(c.rope),
-            "num_attention_heads": c.attention.n_heads,
-            "num_key_value_heads": c.attention.n_kv_heads,
-            "head_dim": c.attention.head_dim,
-            "intermediate_size": c.feed_forward.hidden_dim,
-        }
-
-
-FIXED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-}
-"""What every Llama 3 states in its Hugging Face `config.json`."""
-
-EXPRESSIBLE = {
-    "n_mtp_layers": 0,
-    "rope.layout": "interleaved",
-    "attention.qk_norm": False,
-    "attention.bias": False,
-    "attention.sinks": False,
-    "attention.window": None,
-}
-"""What a `config.json` says of our settings by the name of the family alone."""
 
 SIZES = {
     # name: dim, layers, heads, key/value heads, head width, feed-forward, vocabulary, positions, rope factor, tied

@@ -4,19 +4,18 @@ RoPE."""
 from dataclasses import dataclass
 from typing import Any
 
-from core.checkpoint.hf_config import HFConfig, check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.checkpoint.hf_model import HFModel
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.moe import Experts, MoE, Router
-from core.nn.rope import RoPE, rope_from_hf, rope_to_hf
-from qwen3.hf import KEYS, MOE_KEYS
+from core.nn.rope import RoPE
 
 
-class Qwen3(Decoder):
+class Qwen3(Decoder, HFModel):
     """The dense Qwen3 decoder."""
 
-    HF_KEYS = KEYS
+    HF = "qwen3.hf:FORM"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -33,26 +32,11 @@ class Qwen3(Decoder):
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
 
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        hf = checked_hf_config(hf, FIXED)
-        return cls.Config(**shared_from_hf(hf), feed_forward=FeedForward.Config(hidden_dim=hf["intermediate_size"]))
 
-    def to_hf_config(self) -> dict:
-        c = self.config
-        check_expressible(c, EXPRESSIBLE, FIXED["model_type"])
-        return {
-            **FIXED,
-            "architectures": ["Qwen3ForCausalLM"],
-            **shared_to_hf(c),
-            "intermediate_size": c.feed_forward.hidden_dim,
-        }
-
-
-class Qwen3MoE(Decoder):
+class Qwen3MoE(Decoder, HFModel):
     """The Qwen3 decoder with a mixture of experts in every block."""
 
-    HF_KEYS = MOE_KEYS
+    HF = "qwen3.hf:MOE_FORM"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -69,94 +53,6 @@ class Qwen3MoE(Decoder):
     def rope_dim(self) -> int:
         return self.config.attention.head_dim
 
-    @classmethod
-    def from_hf_config(cls, hf: dict) -> Config:
-        hf = checked_hf_config(hf, MOE_FIXED)
-        router = Router.Config(
-            n_experts=hf.get("num_local_experts") or hf["num_experts"],
-            top_k=hf["num_experts_per_tok"],
-            normalise=hf["norm_topk_prob"],
-            balance_loss_coeff=hf.get("router_aux_loss_coef") or 0.0,
-        )
-        experts = Experts.Config(hidden_dim=hf["moe_intermediate_size"])
-        return cls.Config(**shared_from_hf(hf), moe=MoE.Config(router=router, experts=experts))
-
-    def to_hf_config(self) -> dict:
-        c = self.config
-        check_expressible(c, MOE_EXPRESSIBLE, MOE_FIXED["model_type"])
-        return {
-            **MOE_FIXED,
-            "architectures": ["Qwen3MoeForCausalLM"],
-            **shared_to_hf(c),
-            "num_experts": c.moe.router.n_experts,
-            "num_experts_per_tok": c.moe.router.top_k,
-            "norm_topk_prob": c.moe.router.normalise,
-            "router_aux_loss_coef": c.moe.router.balance_loss_coeff,
-            "moe_intermediate_size": c.moe.experts.hidden_dim,
-        }
-
-
-def shared_from_hf(hf: HFConfig) -> dict[str, Any]:
-    """The fields that both kinds of Qwen3 have, out of a Hugging Face `config.json`."""
-    attention = Attention.Config(
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf["num_key_value_heads"],
-        head_dim=hf["head_dim"],
-        qk_norm=True,
-    )
-    return {**decoder_from_hf(hf), "rope": rope_from_hf(hf, layout="half"), "attention": attention}
-
-
-def shared_to_hf(c: Qwen3.Config | Qwen3MoE.Config) -> dict[str, Any]:
-    """What both kinds of Qwen3 state in a Hugging Face `config.json`."""
-    return {
-        **decoder_to_hf(c),
-        **rope_to_hf(c.rope),
-        "num_attention_heads": c.attention.n_heads,
-        "num_key_value_heads": c.attention.n_kv_heads,
-        "head_dim": c.attention.head_dim,
-    }
-
-
-FIXED = {
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-}
-"""What every dense Qwen3 states in its Hugging Face `config.json`."""
-
-MOE_FIXED = {
-    **FIXED,
-    "model_type": "qwen3_moe",
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-"""What every other Qwen3 states there: all its blocks have experts."""
-
-EXPRESSIBLE = {
-    "n_mtp_layers": 0,
-    "rope.layout": "half",
-    "attention.qk_norm": True,
-    "attention.bias": False,
-    "attention.sinks": False,
-    "attention.window": None,
-}
-"""What a `config.json` says of our settings by the name of the family alone."""
-
-MOE_EXPRESSIBLE = {
-    **EXPRESSIBLE,
-    "moe.router.score": "softmax",
-    "moe.router.route_scale": 1.0,
-    "moe.router.bias": False,
-    "moe.router.n_groups": 1,
-    "moe.router.load_balance_coeff": None,
-    "moe.experts.activation": "swiglu",
-    "moe.experts.bias": False,
-    "moe.shared_experts": None,
-}
-"""The same where the blocks have experts."""
 
 SIZES = {
     # name: dim, layers, heads, key/value heads, head width, vocabulary, positions, feed-forward, tied
