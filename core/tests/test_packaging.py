@@ -26,6 +26,7 @@ EXPERIMENTS = sorted(path.parent for path in ROOT.glob("experiments/*/pyproject.
 RANGE, QWEN3 = "armature-core>=0.1,<0.2", "armature-qwen3>=0.1,<0.2"
 DEPENDENCIES = {
     "": {"numpy", "safetensors", "sentencepiece", "torch", "tyro"},
+    "data": {"pyarrow"},
     "hf": {"datasets", "huggingface-hub", "tokenizers"},
     "tensorboard": {"tensorboard"},
     "wandb": {"wandb"},

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
@@ -22,6 +23,7 @@ from core.config.validate import validate
 from core.data.corpus import Corpus
 from core.data.prepare import Preparation
 from core.data.text import IndexedText
+from core.data.tokenizer import Tokenizer
 from core.data.train_tokenizer import TokenizerTraining
 from core.testing.document import commands
 from core.train.data_checks import check_vocabulary
@@ -73,12 +75,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "posts.jsonl").write_text(lines(20, "body"))
     (place / "logs.jsonl").write_text(lines(25) + "no JSON\n")
     (place / "tables/all.jsonl").write_text(lines(15))
-    (place / "tables.xlsx").write_text("never read\n")
+    (place / "sheets").mkdir()
+    (place / "sheets/tables.xlsx").write_text("never read\n")
     rows = {"body": [story(number) for number in range(12)]}
     parquet.write_table(pyarrow.table(rows), place / "posts.parquet")
     (place / "export").mkdir()
     with (place / "export/all.data").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in rows["body"])])
+    (stated,) = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    (place / "tokens.json").write_text(stated)
+    (place / "tokens").mkdir()
+    for name in ("train", "val"):
+        ids = Tokenizer.Config().build().encode(story(3, 3_000))
+        np.array(ids, "<u2").tofile(place / f"tokens/{name}.bin")
     (place / "Qwen3-0.6B").mkdir()
     pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,7 +127,8 @@ def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     own, settings = cli.own_flags(cli.split_flags(words[3:]), cli.RUN_OPTIONS)
     run: Any = load_config(own["config"], configs)
     cli.override(run, settings)
-    if run.dataloader.dataset == "stdlib":
+    dataset = getattr(run.dataloader, "dataset", None)
+    if dataset == "stdlib":
         monkeypatch.delenv("XDG_CACHE_HOME")  # all that train on it share one
     validate(run)
     tokenizer = run.tokenizer.build()
@@ -131,7 +141,7 @@ def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     train = loaders["train"]
     tokens_BL = train.read(0, run.training.local_batch_size).tokens_BL
     assert tokens_BL.shape == (run.training.local_batch_size, run.training.seq_len)
-    if run.dataloader.dataset == "stdlib":
+    if dataset == "stdlib":
         return
     assert "whale" in tokenizer.decode(tokens_BL[0].tolist())
     assert train.n_rows is None or train.n_rows >= run.training.steps * run.training.local_batch_size
@@ -162,8 +172,8 @@ def test_a_program_prepares(words: list[str], capsys: pytest.CaptureFixture[str]
     [
         ("--dataloader.dataset books/short.txt", "the validation split has 0 tokens"),
         ("--dataloader.dataset logs.jsonl", "logs.jsonl:26: not JSON"),
-        ("--dataloader.dataset .", "1 .xlsx, and what is read ends in"),
-        ("--dataloader.dataset tables.xlsx", "cannot tell what tables.xlsx holds"),
+        ("--dataloader.dataset sheets", "sheets holds 1 .xlsx, and what is read ends in"),
+        ("--dataloader.dataset sheets/tables.xlsx", "cannot tell what sheets/tables.xlsx holds"),
         ("--dataloader.dataset posts.jsonl", "no field 'text'; there are: 'body'"),
         ("--dataloader.dataset books --tokenizer.path Qwen3-0.6B --model.vocab_size 300", "--model.vocab_size 4"),
     ],
