@@ -134,16 +134,31 @@ def moe(n_experts: int, top_k: int, hidden_dim: int, balance_loss_coeff: float) 
     return MoE.Config(router=router, experts=Experts.Config(hidden_dim=hidden_dim))
 
 
-SIZES = {
-    # name: dim, layers, heads, key/value heads, head width, window, experts, per token, their width, vocabulary
-    "debug": (128, 4, 4, 2, 32, 64, 8, 2, 96, 2_048),
-    "8x7B": (4096, 32, 32, 8, 128, None, 8, 2, 14_336, 32_000),
+SIZES: dict[str, dict[str, Any]] = {
+    "debug": dict(
+        dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, window=64, hidden_dim=96, vocab_size=2_048
+    ),
+    "8x7B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14_336),
 }
 
 
 def size(name: str) -> Mixtral.Config:
     """A new configuration of the published size `name`, or of the small "debug" one."""
-    dim, n_layers, n_heads, n_kv_heads, head_dim, window, n_experts, top_k, hidden_dim, vocab_size = SIZES[name]
+    return of_shape(**SIZES[name])
+
+
+def of_shape(
+    *,
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    hidden_dim: int,
+    head_dim: int = 128,
+    window: int | None = None,
+    vocab_size: int = 32_000,
+) -> Mixtral.Config:
+    """A Mixtral of this shape, of 8 experts."""
     return Mixtral.Config(
         dim=dim,
         n_layers=n_layers,
@@ -152,7 +167,7 @@ def size(name: str) -> Mixtral.Config:
         norm_eps=1e-5,
         rope=RoPE.Config(theta=1_000_000.0),
         attention=Attention.Config(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window),
-        moe=moe(n_experts, top_k, hidden_dim, 0.02),
+        moe=moe(8, 2, hidden_dim, 0.02),
     )
 
 

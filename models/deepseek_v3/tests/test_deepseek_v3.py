@@ -89,7 +89,12 @@ class TestDeepSeekV3(ModelSuite, BalanceSuite):
 def test_every_flop_of_the_formula() -> None:
     """The sum of the comment above, number by number."""
     for name, expected in TestDeepSeekV3.flops.items():
-        width, n, dense, (heads, q, c, s, r, v), hidden, (n_experts, shared, top_k, w), _, vocab = SIZES[name]
+        row = SIZES[name]
+        width, n, dense, vocab = (row["shape"][key] for key in ("dim", "n_layers", "n_dense_layers", "vocab_size"))
+        dims = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        heads, q, c, s, r, v = (row["heads"][key] for key in ("n_heads", *dims))
+        hidden, shared, w = row["dense_dim"], row["n_shared_experts"], row["expert_dim"]
+        n_experts, top_k = row["router"]["n_experts"], row["router"]["top_k"]
         queries = width * heads * (s + r) if q is None else width * q + q * heads * (s + r)
         attention = queries + width * (c + r) + c * heads * (s + v) + heads * v * width
         sparse = width * n_experts + 3 * width * w * (top_k + shared)

@@ -58,36 +58,70 @@ ROUTERS: dict[str, dict[str, Any]] = {
 }
 """What makes a router one of a family. No `config.json` states the step of the bias (arXiv:2412.19437, section 4.2)."""
 
-SIZES = {
-    # name: dim, blocks, dense ones, (heads, query latent, key latent, plain, rotated, value width), dense hidden,
-    #       (experts, shared, per token, hidden), (family, factor, groups, of which), vocabulary
-    "debug": (128, 4, 1, (4, 64, 32, 32, 16, 32), 384, (8, 1, 2, 96), ("v3", 2.5, 4, 2), 2_048),
-    "16B": (2048, 27, 1, (16, None, 512, 128, 64, 128), 10_944, (64, 2, 6, 1_408), ("v2", 1.0, 1, 1), 102_400),
-    "236B": (5120, 60, 1, (128, 1536, 512, 128, 64, 128), 12_288, (160, 2, 6, 1_536), ("v2", 16.0, 8, 3), 102_400),
-    "671B": (7168, 61, 3, (128, 1536, 512, 128, 64, 128), 18_432, (256, 1, 8, 2_048), ("v3", 2.5, 8, 4), 129_280),
+HEADS = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+"""The attention of every published size, but for the number of heads and the latent of queries."""
+
+SIZES: dict[str, dict[str, Any]] = {
+    "debug": dict(
+        family="deepseek_v3",
+        shape=dict(dim=128, n_layers=4, n_dense_layers=1, vocab_size=2_048),
+        heads=dict(n_heads=4, q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+        dense_dim=384,
+        router=dict(n_experts=8, top_k=2, route_scale=2.5, n_groups=4, n_limited_groups=2),
+        expert_dim=96,
+        n_shared_experts=1,
+    ),
+    "16B": dict(
+        family="deepseek_v2",
+        shape=dict(dim=2048, n_layers=27, n_dense_layers=1, vocab_size=102_400),
+        heads=dict(HEADS, n_heads=16, q_lora_rank=None),
+        dense_dim=10_944,
+        router=dict(n_experts=64, top_k=6),
+        expert_dim=1_408,
+        n_shared_experts=2,
+    ),
+    "236B": dict(
+        family="deepseek_v2",
+        shape=dict(dim=5120, n_layers=60, n_dense_layers=1, vocab_size=102_400),
+        heads=dict(HEADS, n_heads=128, q_lora_rank=1536),
+        dense_dim=12_288,
+        router=dict(n_experts=160, top_k=6, route_scale=16.0, n_groups=8, n_limited_groups=3),
+        expert_dim=1_536,
+        n_shared_experts=2,
+    ),
+    "671B": dict(
+        family="deepseek_v3",
+        shape=dict(dim=7168, n_layers=61, n_dense_layers=3, vocab_size=129_280),
+        heads=dict(HEADS, n_heads=128, q_lora_rank=1536),
+        dense_dim=18_432,
+        router=dict(n_experts=256, top_k=8, route_scale=2.5, n_groups=8, n_limited_groups=4),
+        expert_dim=2_048,
+        n_shared_experts=1,
+    ),
 }
+"""The published sizes, and a small one."""
 
 
 def size(name: str) -> DeepSeekV3.Config:
     """A new configuration of the published size `name`, or of the small "debug" one."""
-    dim, n_layers, n_dense_layers, heads, dense_dim, experts, routing, vocab_size = SIZES[name]
-    n_heads, q_lora_rank, kv_lora_rank, plain, rotated, value = heads
-    n_experts, n_shared, top_k, hidden_dim = experts
-    family, factor, n_groups, limit = routing
-    mscale, balance_loss_coeff = (0.707, 1e-3) if family == "v2" else (1.0, 1e-4)
-    router = Router.Config(
-        n_experts=n_experts,
-        top_k=top_k,
-        route_scale=factor,
-        n_groups=n_groups,
-        n_limited_groups=limit,
-        balance_loss_coeff=balance_loss_coeff,
-        **ROUTERS[f"deepseek_{family}"],
-    )
+    return of_shape(**SIZES[name])
+
+
+def of_shape(
+    *,
+    family: str,
+    shape: dict[str, Any],
+    heads: dict[str, Any],
+    dense_dim: int,
+    router: dict[str, Any],
+    expert_dim: int,
+    n_shared_experts: int,
+) -> DeepSeekV3.Config:
+    """A DeepSeek of a family in `ROUTERS`; of its dimensions `dense_dim` is the hidden one of a dense block,
+    `expert_dim` that of an expert."""
+    mscale, balance_loss_coeff = (0.707, 1e-3) if family == "deepseek_v2" else (1.0, 1e-4)
     return DeepSeekV3.Config(
-        dim=dim,
-        n_layers=n_layers,
-        vocab_size=vocab_size,
+        **shape,
         max_seq_len=163_840,
         rope=RoPE.Config(
             layout="interleaved",
@@ -97,19 +131,11 @@ def size(name: str) -> DeepSeekV3.Config:
             mscale=mscale,
             mscale_all_dim=mscale,
         ),
-        attention=MLA.Config(
-            n_heads=n_heads,
-            q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank,
-            qk_nope_head_dim=plain,
-            qk_rope_head_dim=rotated,
-            v_head_dim=value,
-        ),
+        attention=MLA.Config(**heads),
         feed_forward=FeedForward.Config(hidden_dim=dense_dim),
-        n_dense_layers=n_dense_layers,
         moe=MoE.Config(
-            router=router,
-            experts=Experts.Config(hidden_dim=hidden_dim),
-            shared_experts=FeedForward.Config(hidden_dim=n_shared * hidden_dim),
+            router=Router.Config(**router, **ROUTERS[family], balance_loss_coeff=balance_loss_coeff),
+            experts=Experts.Config(hidden_dim=expert_dim),
+            shared_experts=FeedForward.Config(hidden_dim=n_shared_experts * expert_dim),
         ),
     )

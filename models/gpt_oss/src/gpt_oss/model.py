@@ -47,17 +47,34 @@ def moe(*, n_experts: int, top_k: int, hidden_dim: int, balance_loss_coeff: floa
     )
 
 
-SIZES = {
-    # name: dim, layers, heads, key/value heads, head width, window, experts, experts per token, their width, vocabulary
-    "debug": (128, 4, 4, 2, 32, 64, 8, 4, 96, 2_048),
-    "20b": (2880, 24, 64, 8, 64, 128, 32, 4, 2_880, 201_088),
-    "120b": (2880, 36, 64, 8, 64, 128, 128, 4, 2_880, 201_088),
+DEBUG = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, window=64, vocab_size=2_048)
+SIZES: dict[str, dict[str, int]] = {
+    "debug": dict(DEBUG, n_experts=8, top_k=4, hidden_dim=96),
+    "20b": dict(dim=2880, n_layers=24, n_heads=64, n_kv_heads=8, n_experts=32, top_k=4, hidden_dim=2_880),
+    "120b": dict(dim=2880, n_layers=36, n_heads=64, n_kv_heads=8, n_experts=128, top_k=4, hidden_dim=2_880),
 }
+"""The published sizes, and a small one; `hidden_dim` is that of one expert."""
 
 
 def size(name: str) -> GptOss.Config:
     """A new configuration of the published size `name`, or of the small "debug" one."""
-    dim, n_layers, n_heads, n_kv_heads, head_dim, window, n_experts, top_k, hidden_dim, vocab_size = SIZES[name]
+    return of_shape(**SIZES[name])
+
+
+def of_shape(
+    *,
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    n_experts: int,
+    top_k: int,
+    hidden_dim: int,
+    head_dim: int = 64,
+    window: int = 128,
+    vocab_size: int = 201_088,
+) -> GptOss.Config:
+    """A GPT-OSS of this shape."""
     return GptOss.Config(
         dim=dim,
         n_layers=n_layers,

@@ -1,6 +1,7 @@
 """Llama 3 (arXiv:2407.21783): grouped-query attention, SwiGLU, interleaved RoPE stretched for long contexts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from core.checkpoint.hf_model import HFModel
 from core.nn.attention import Attention
@@ -30,28 +31,45 @@ class Llama3(Decoder, HFModel):
         return self.config.attention.head_dim
 
 
-SIZES = {
-    # name: dim, layers, heads, key/value heads, head width, feed-forward, vocabulary, positions, rope factor, tied
-    "debug": (128, 4, 4, 2, 32, 384, 2_048, 131_072, 8.0, False),
-    "1B": (2048, 16, 32, 8, 64, 8_192, 128_256, 131_072, 32.0, True),
-    "3B": (3072, 28, 24, 8, 128, 8_192, 128_256, 131_072, 32.0, True),
-    "8B": (4096, 32, 32, 8, 128, 14_336, 128_256, 131_072, 8.0, False),
-    "70B": (8192, 80, 64, 8, 128, 28_672, 128_256, 131_072, 8.0, False),
-    "405B": (16384, 126, 128, 8, 128, 53_248, 128_256, 131_072, 8.0, False),
+SIZES: dict[str, dict[str, Any]] = {
+    "debug": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384, vocab_size=2_048),
+    "1B": dict(
+        dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8_192, rope_factor=32, tied=True
+    ),
+    "3B": dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, hidden_dim=8_192, rope_factor=32, tied=True),
+    "8B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14_336),
+    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28_672),
+    "405B": dict(dim=16_384, n_layers=126, n_heads=128, n_kv_heads=8, hidden_dim=53_248),
 }
+"""The published sizes, and a small one."""
 
 
 def size(name: str) -> Llama3.Config:
     """A new configuration of the published size `name`, or of the small "debug" one."""
-    dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_seq_len, factor, tied = SIZES[name]
+    return of_shape(**SIZES[name])
+
+
+def of_shape(
+    *,
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    hidden_dim: int,
+    head_dim: int = 128,
+    vocab_size: int = 128_256,
+    rope_factor: float = 8.0,
+    tied: bool = False,
+) -> Llama3.Config:
+    """A Llama 3 of this shape, for 131,072 positions."""
     return Llama3.Config(
         dim=dim,
         n_layers=n_layers,
         vocab_size=vocab_size,
-        max_seq_len=max_seq_len,
+        max_seq_len=131_072,
         norm_eps=1e-5,
         tie_embeddings=tied,
-        rope=RoPE.Config(theta=500_000.0, layout="interleaved", scaling="llama", scaling_factor=factor),
+        rope=RoPE.Config(theta=500_000.0, layout="interleaved", scaling="llama", scaling_factor=float(rope_factor)),
         attention=Attention.Config(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim),
         feed_forward=FeedForward.Config(hidden_dim=hidden_dim),
     )

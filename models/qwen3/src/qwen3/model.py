@@ -54,41 +54,52 @@ class Qwen3MoE(Decoder, HFModel):
         return self.config.attention.head_dim
 
 
-SIZES = {
-    # name: dim, layers, heads, key/value heads, head width, vocabulary, positions, feed-forward, tied
-    "debug": (128, 4, 4, 2, 32, 2_048, 4_096, 384, True),
-    "0.6B": (1024, 28, 16, 8, 128, 151_936, 40_960, 3_072, True),
-    "1.7B": (2048, 28, 16, 8, 128, 151_936, 40_960, 6_144, True),
-    "4B": (2560, 36, 32, 8, 128, 151_936, 40_960, 9_728, True),
-    "8B": (4096, 36, 32, 8, 128, 151_936, 40_960, 12_288, False),
-    "14B": (5120, 40, 40, 8, 128, 151_936, 40_960, 17_408, False),
-    "32B": (5120, 64, 64, 8, 128, 151_936, 40_960, 25_600, False),
+DEBUG = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, vocab_size=2_048, max_seq_len=4_096)
+SIZES: dict[str, dict[str, Any]] = {
+    "debug": dict(DEBUG, hidden_dim=384, tied=True),
+    "0.6B": dict(dim=1024, n_layers=28, n_heads=16, n_kv_heads=8, hidden_dim=3_072, tied=True),
+    "1.7B": dict(dim=2048, n_layers=28, n_heads=16, n_kv_heads=8, hidden_dim=6_144, tied=True),
+    "4B": dict(dim=2560, n_layers=36, n_heads=32, n_kv_heads=8, hidden_dim=9_728, tied=True),
+    "8B": dict(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, hidden_dim=12_288, tied=False),
+    "14B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=8, hidden_dim=17_408, tied=False),
+    "32B": dict(dim=5120, n_layers=64, n_heads=64, n_kv_heads=8, hidden_dim=25_600, tied=False),
 }
-
-MOE_SIZES = {
-    # name: dim, layers, heads, key/value heads, head width, vocabulary, positions, experts, per token, their width
-    "moe_debug": (128, 4, 4, 2, 32, 2_048, 4_096, 16, 4, 48),
-    "30B-A3B": (2048, 48, 32, 4, 128, 151_936, 40_960, 128, 8, 768),
-    "235B-A22B": (4096, 94, 64, 4, 128, 151_936, 40_960, 128, 8, 1_536),
+MOE_SIZES: dict[str, dict[str, Any]] = {
+    "moe_debug": dict(DEBUG, n_experts=16, top_k=4, hidden_dim=48),
+    "30B-A3B": dict(dim=2048, n_layers=48, n_heads=32, n_kv_heads=4, n_experts=128, top_k=8, hidden_dim=768),
+    "235B-A22B": dict(dim=4096, n_layers=94, n_heads=64, n_kv_heads=4, n_experts=128, top_k=8, hidden_dim=1_536),
 }
+"""The published sizes, and small ones; `hidden_dim` of those with experts is that of one expert."""
 
 
 def size(name: str) -> Qwen3.Config | Qwen3MoE.Config:
     """A new configuration of the published size `name`, or of a small one, "debug" or "moe_debug"."""
-    if name in MOE_SIZES:
-        *shape, n_experts, top_k, hidden_dim = MOE_SIZES[name]
-        router = Router.Config(n_experts=n_experts, top_k=top_k, balance_loss_coeff=1e-3)
-        return Qwen3MoE.Config(
-            **of_shape(*shape), moe=MoE.Config(router=router, experts=Experts.Config(hidden_dim=hidden_dim))
-        )
-    *shape, hidden_dim, tied = SIZES[name]
-    return Qwen3.Config(**of_shape(*shape), tie_embeddings=tied, feed_forward=FeedForward.Config(hidden_dim=hidden_dim))
+    return sparse(**MOE_SIZES[name]) if name in MOE_SIZES else dense(**SIZES[name])
 
 
-def of_shape(
-    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, max_seq_len: int
+def dense(*, hidden_dim: int, tied: bool, **shape: int) -> Qwen3.Config:
+    """A dense Qwen3 of this shape."""
+    return Qwen3.Config(**shared(**shape), tie_embeddings=tied, feed_forward=FeedForward.Config(hidden_dim=hidden_dim))
+
+
+def sparse(*, n_experts: int, top_k: int, hidden_dim: int, **shape: int) -> Qwen3MoE.Config:
+    """A Qwen3 of this shape with experts."""
+    router = Router.Config(n_experts=n_experts, top_k=top_k, balance_loss_coeff=1e-3)
+    experts = Experts.Config(hidden_dim=hidden_dim)
+    return Qwen3MoE.Config(**shared(**shape), moe=MoE.Config(router=router, experts=experts))
+
+
+def shared(
+    *,
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int = 128,
+    vocab_size: int = 151_936,
+    max_seq_len: int = 40_960,
 ) -> dict[str, Any]:
-    """The fields that a size of either kind states."""
+    """The fields that both kinds have."""
     return {
         "dim": dim,
         "n_layers": n_layers,
