@@ -18,8 +18,8 @@ from side_by_side import Step, in_turns, plain_loop, ratios
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from core.checkpoint.hf import save_hf
 from core.train.trainer import Trainer
+from core.weights.hf import save_hf
 from deepseek_v3.configs import deepseek_v3_debug
 from gpt_oss.configs import gpt_oss_debug
 from llama3.configs import llama3_debug

@@ -20,8 +20,8 @@ from side_by_side import Step, arguments, in_turns, make_trainer, plain_loop, ra
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from core.checkpoint.hf import save_hf
 from core.train.trainer import Trainer
+from core.weights.hf import save_hf
 
 
 def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:

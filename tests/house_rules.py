@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; a package may import lower floors and itself; 
     {"core.runtime"},
     {"core.activation_checkpoint"},  # so that a module of nn may mark a region
     {"core.nn", "core.data", "core.optim", "core.checkpoint"},
-    {"core.parallel", "core.comm"},
+    {"core.parallel", "core.comm", "core.weights"},
     {"core.step"},
     {"core.plan"},
     {"core.train", "core.generate", "core.doctor"},

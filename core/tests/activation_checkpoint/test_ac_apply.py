@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.activation_checkpoint import apply, ops
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.activation_checkpoint.region import is_recomputing
-from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.kernel import Positions
@@ -32,6 +31,7 @@ from core.testing.activation_checkpoint import (
 )
 from core.testing.oracles import cross_entropy
 from core.testing.toy import Toy, on_cpu, randomise
+from core.weights.hf import load_hf, save_hf
 
 MODES = ["selective", "full"]
 CHECKPOINTED = [

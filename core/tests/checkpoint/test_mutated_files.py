@@ -13,13 +13,11 @@ import pytest
 import torch
 
 from core.checkpoint.find import find_in
-from core.checkpoint.hf import save_hf
 from core.checkpoint.index import read_tensor
 from core.checkpoint.manifest import Progress, manifest_digest
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage
-from core.checkpoint.weights import load_folder, load_weights, save_weights
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.parallel.schedule_file import read_schedule
@@ -28,6 +26,8 @@ from core.testing.mutations import mutated_bytes, mutated_json
 from core.testing.toy import Toy, on_cpu, randomise
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.lock import FolderLock
+from core.weights.folder import load_folder, load_weights, save_weights
+from core.weights.hf import save_hf
 
 N_QUICK, N_LONG = 40, 2000
 SHARD_GIB = 9000 / 2**30

@@ -15,10 +15,7 @@ import torch
 import toy_recipes
 from torch import Tensor
 
-from core.checkpoint.convert import main as convert
-from core.checkpoint.hf import save_hf
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import save_weights
 from core.config.configurable import field_names
 from core.config.options import field_docs
 from core.config.record import to_json
@@ -31,6 +28,9 @@ from core.runtime.device import describe
 from core.runtime.log import LOGGER
 from core.step.settings import Training
 from core.testing.toy import Toy, on_cpu, randomise
+from core.weights.convert import main as convert
+from core.weights.folder import save_weights
+from core.weights.hf import save_hf
 
 BUNDLED = Tokenizer.Config().build()
 

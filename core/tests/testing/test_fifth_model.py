@@ -12,10 +12,6 @@ from typing import Any
 
 import transformers
 
-from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.hf_model import HFModel
-from core.checkpoint.keys import KeyTable, Stacked, below
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.module import Flops
@@ -26,6 +22,10 @@ from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite
 from core.train.debug_run import debug_run
 from core.train.trainer import Trainer
+from core.weights.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.weights.hf_form import HFForm
+from core.weights.hf_model import HFModel
+from core.weights.keys import KeyTable, Stacked, below
 
 EXPERT = "block_sparse_moe.experts.{e}"
 BLOCK: KeyTable = {

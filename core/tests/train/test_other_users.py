@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from toy_run import toy_run
 
-from core.checkpoint.convert import main as convert
-from core.checkpoint.hf import save_hf
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import load_folder
 from core.config.errors import UserError
 from core.generate.command import tokenizer_in
 from core.testing.toy import Toy, on_cpu
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.lock import FolderLock
+from core.weights.convert import main as convert
+from core.weights.folder import load_folder
+from core.weights.hf import save_hf
 
 NONE, SAVES = Checkpoint(), Checkpoint(enable=True)
 FAMILIES: dict[str, Any] = {"toy": Toy}

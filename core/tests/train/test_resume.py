@@ -15,7 +15,6 @@ from core.checkpoint.find import inspect
 from core.checkpoint.index import read_tensor
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, steps_in
-from core.checkpoint.weights import save_weights
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.data.text import StreamedText
@@ -27,6 +26,7 @@ from core.testing.ranks import run_ranks
 from core.testing.resume_suite import measured
 from core.testing.toy import Toy, ToyMoE, on_cpu
 from core.train.trainer import Trainer
+from core.weights.folder import save_weights
 
 
 def a_run(folder: Path, *, moe: bool = False, steps: int = 4, place: str = "checkpoint", **checkpoint: object):

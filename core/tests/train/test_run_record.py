@@ -15,7 +15,6 @@ from toy_run import toy_run
 
 from core.checkpoint.manifest import manifest_digest
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import save_weights
 from core.config.cli import main, override, split_flags
 from core.config.errors import UserError
 from core.config.recipe import load_config
@@ -31,6 +30,7 @@ from core.testing.toy import Toy, on_cpu
 from core.train import debug_run
 from core.train import trainer as trainer_module
 from core.train.trainer import Trainer
+from core.weights.folder import save_weights
 
 
 def run(config: Trainer.Config) -> dict[str, Any]:

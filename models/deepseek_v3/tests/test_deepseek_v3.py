@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from tiny_deepseek import MSCALE, PLAIN, UNEVEN, YARN, HuggingFace, drawn, v2, v3
 
-from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.balance import routers
@@ -20,6 +19,7 @@ from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, randomise
+from core.weights.hf import load_hf, save_hf
 from deepseek_v3 import configs
 from deepseek_v3.model import SIZES, DeepSeekV3, size
 

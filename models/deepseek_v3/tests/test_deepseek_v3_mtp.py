@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from core.checkpoint.hf import load_hf, save_hf
 from core.config.cli import main
 from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch
@@ -34,6 +33,7 @@ from core.step.update import train_step
 from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
 from core.testing.toy import on_cpu, randomise
+from core.weights.hf import load_hf, save_hf
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
 

@@ -15,7 +15,6 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
@@ -24,6 +23,7 @@ from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, randomise
+from core.weights.hf import load_hf, save_hf
 from gpt_oss import configs
 from gpt_oss.model import SIZES, GptOss, size
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.checkpoint.hf import load_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
 from core.runtime.meta import meta_model
 from core.testing.model_suite import ModelSuite, random_tokens
 from core.testing.toy import on_cpu, randomise
+from core.weights.hf import load_hf
 from llama3 import configs, hf
 from llama3.model import SIZES, Llama3, size
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint.hf import save_hf
-from core.checkpoint.weights import load_folder
 from core.testing.toy import on_cpu, randomise
+from core.weights.folder import load_folder
+from core.weights.hf import save_hf
 from qwen3.model import size
 
 

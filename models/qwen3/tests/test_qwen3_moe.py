@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from core.checkpoint.hf import load_hf, save_hf
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
@@ -17,6 +16,7 @@ from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, randomise
+from core.weights.hf import load_hf, save_hf
 from qwen3 import configs
 from qwen3.model import MOE_SIZES, Qwen3, Qwen3MoE, size
 

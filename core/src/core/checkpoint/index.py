@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.manifest import TENSORS, Damaged, Written, entries
-from core.checkpoint.quantised import FLOATS
 from core.checkpoint.storage import Storage
 from core.config.errors import UserError, at_most
 from core.config.json_file import parse_json, typed
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = FLOATS | {
     "I64": torch.int64,
     "I32": torch.int32,

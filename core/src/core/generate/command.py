@@ -13,7 +13,6 @@ from typing import cast
 
 import torch
 
-from core.checkpoint.weights import load_folder
 from core.config import cli
 from core.config.configurable import Configurable
 from core.config.console import lost
@@ -37,6 +36,7 @@ from core.nn.weights import parameter_count
 from core.runtime.device import describe, free_memory, select_device
 from core.runtime.meta import meta_model
 from core.runtime.units import size_text
+from core.weights.folder import load_folder
 
 WRITING_OPTIONS = {
     "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),

@@ -5,8 +5,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from core.checkpoint.saved import described_in
-from core.checkpoint.weights import hf_config, model_of, read_config
 from core.config.configurable import owner_of
 from core.config.errors import UserError
 from core.config.links import file_in
@@ -14,6 +12,8 @@ from core.config.recipe import from_recipe, recipes
 from core.config.record import from_dict
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
+from core.weights.folder import hf_config, model_of, read_config
+from core.weights.saved import described_in
 
 
 def described(

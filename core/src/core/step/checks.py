@@ -7,7 +7,6 @@ from typing import Protocol, cast
 import torch
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, check_names, check_parts
-from core.checkpoint.hf_model import with_hf
 from core.checkpoint.settings import Checkpoint
 from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
@@ -24,6 +23,7 @@ from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
 from core.step.settings import Compile, Debug, Training
 from core.step.shares import check_shares, ranks_that_share, share_problems
+from core.weights.hf_model import with_hf
 
 
 class Run(Protocol):

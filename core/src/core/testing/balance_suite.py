@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint.convert import main as convert
 from core.config.cli import override, split_flags
 from core.config.errors import UserError
 from core.nn.balance import routers
 from core.step.checks import expert_parts
 from core.testing.resume_suite import ResumeSuite
+from core.weights.convert import main as convert
 
 
 class BalanceSuite(ResumeSuite):

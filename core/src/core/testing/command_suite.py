@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 import core
-from core.checkpoint.hf import save_hf
 from core.config.recipe import recipes
 from core.generate.cache import CachedDecoder
 from core.nn.decoder import Decoder
@@ -29,6 +28,7 @@ from core.step.update import StepInfo
 from core.testing.key_suite import KeySuite
 from core.testing.toy import on_cpu, randomise
 from core.train.trainer import Trainer
+from core.weights.hf import save_hf
 
 
 class CommandSuite(KeySuite):

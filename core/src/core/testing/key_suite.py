@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from core.checkpoint.convert import main
-from core.checkpoint.hf import load_hf
-from core.checkpoint.key_map import hf_key_map, pattern_of
-from core.checkpoint.weights import hf_config, load_folder
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.decoder import Decoder
 from core.runtime.meta import meta_model
 from core.testing.mutations import mutated_json
 from core.testing.toy import on_cpu, randomise
+from core.weights.convert import main
+from core.weights.folder import hf_config, load_folder
+from core.weights.hf import load_hf
+from core.weights.key_map import hf_key_map, pattern_of
 
 
 class KeySuite:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from core.activation_checkpoint.meter import Meter
 from core.activation_checkpoint.ops import saved_ops
-from core.checkpoint.hf import load_hf, save_hf
 from core.config.golden import golden_texts
 from core.config.recipe import recipes
 from core.config.record import from_json, to_json
@@ -40,6 +39,7 @@ from core.testing.oracles import cross_entropy
 from core.testing.resume_suite import ResumeSuite
 from core.testing.toy import on_cpu, randomise
 from core.train.trainer import Trainer
+from core.weights.hf import load_hf, save_hf
 
 FLOPS_SEQ_LEN = 4096
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.checkpoint import convert
-from core.checkpoint.files import SINGLE
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
 from core.config.recipe import recipes
@@ -23,6 +21,8 @@ from core.step.settings import Training
 from core.testing.ranks import run_ranks
 from core.train.trainer import Trainer
 from core.train.validate import Validator
+from core.weights import convert
+from core.weights.files import SINGLE
 
 
 class ResumeSuite:

@@ -5,10 +5,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from core.checkpoint.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.hf_model import HFModel
-from core.checkpoint.keys import KeyTable
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
@@ -16,6 +12,10 @@ from core.nn.init import init_weights, materialise
 from core.nn.moe import Experts, MoE, Router
 from core.nn.weights import weights
 from core.runtime.meta import meta_model
+from core.weights.hf_config import checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.weights.hf_form import HFForm
+from core.weights.hf_model import HFModel
+from core.weights.keys import KeyTable
 
 
 def toy_attention() -> Attention.Config:

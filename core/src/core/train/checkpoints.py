@@ -8,13 +8,9 @@ from typing import cast
 
 import torch
 
-from core.checkpoint.convert import write_as_hf
 from core.checkpoint.find import Found, candidates, find_in
-from core.checkpoint.key_map import hf_key_map
 from core.checkpoint.manifest import Damaged, Progress, read_manifest
 from core.checkpoint.saver import SaveKind, Saver
-from core.checkpoint.source import WeightSource
-from core.checkpoint.weights import hf_config, model_of, own_source, tell_differences
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute, completed, place_paths, to_dict
@@ -37,6 +33,10 @@ from core.train.state import (
     random_tensors,
     set_random,
 )
+from core.weights.convert import write_as_hf
+from core.weights.folder import hf_config, model_of, own_source, tell_differences
+from core.weights.key_map import hf_key_map
+from core.weights.source import WeightSource
 
 log = logging.getLogger("armature")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.checkpoint.find import Found
-from core.checkpoint.hf_model import StoredModel, with_hf
 from core.checkpoint.storage import seen_from
 from core.config.decode import is_inside
 from core.config.errors import UserError
@@ -23,6 +22,7 @@ from core.runtime.units import duration, size_text
 from core.train.checkpoints import RunCheckpoints
 from core.train.metrics import Record, last_record
 from core.train.summary import ReportedRun
+from core.weights.hf_model import StoredModel, with_hf
 
 log = logging.getLogger("armature")
 

@@ -26,7 +26,7 @@ class ZLoss(Loss):
             if not 0 <= self.weight < math.inf:
                 yield "weight", f"weight {self.weight} must be finite and not negative; 0 is cross-entropy alone"
 
-    config: Config
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Loss
 
     def of_tokens(self, logits_BLv: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
         z_Bl = vocabulary.logsumexp(logits_BLv)

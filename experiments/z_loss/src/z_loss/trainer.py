@@ -11,5 +11,6 @@ class ZLossTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
+        # pyrefly: ignore[bad-override-mutable-attribute] - this run has no other
         loss: ZLoss.Config = field(default_factory=ZLoss.Config)
         """Cross-entropy, and how much the square of the log-partition counts."""

@@ -1,6 +1,6 @@
 """Convert weights of DeepSeek-V3 and V2: python -m deepseek_v3.convert from-hf SRC DST, or to-hf SRC DST."""
 
-from core.checkpoint.convert import main
+from core.weights.convert import main
 from deepseek_v3.model import DeepSeekV3
 
 if __name__ == "__main__":

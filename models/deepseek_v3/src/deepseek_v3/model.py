@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from core.checkpoint.hf_model import HFModel
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.mla import MLA
 from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE
+from core.weights.hf_model import HFModel
 
 
 class DeepSeekV3(Decoder, HFModel):

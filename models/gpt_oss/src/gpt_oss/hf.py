@@ -1,10 +1,10 @@
 """GPT-OSS at Hugging Face: names of weights, in bf16 or in MXFP4 alike, and `config.json`."""
 
-from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
 from core.nn.rope_hf import rope_from_hf, rope_to_hf
+from core.weights.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.weights.hf_form import HFForm
+from core.weights.keys import KeyTable, Stacked, below
 from gpt_oss.model import GptOss, attention, moe
 
 BLOCK: KeyTable = {

@@ -3,11 +3,11 @@ block a window; half-split RoPE stretched by YaRN."""
 
 from dataclasses import dataclass, replace
 
-from core.checkpoint.hf_model import HFModel
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE
+from core.weights.hf_model import HFModel
 
 
 class GptOss(Decoder, HFModel):

@@ -1,11 +1,11 @@
 """Llama 3 at Hugging Face: names of weights, those whose rows stand in another order there, and `config.json`."""
 
-from core.checkpoint.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.keys import KeyTable
 from core.nn.attention import Attention
 from core.nn.feed_forward import FeedForward
 from core.nn.rope_hf import rope_from_hf, rope_to_hf
+from core.weights.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.weights.hf_form import HFForm
+from core.weights.keys import KeyTable
 from llama3.model import Llama3
 
 KEYS: KeyTable = {

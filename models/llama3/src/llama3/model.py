@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from core.checkpoint.hf_model import HFModel
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.rope import RoPE
+from core.weights.hf_model import HFModel
 
 
 class Llama3(Decoder, HFModel):

@@ -1,6 +1,6 @@
 """Convert weights of Qwen3: python -m qwen3.convert from-hf SRC DST, or to-hf SRC DST."""
 
-from core.checkpoint.convert import main
+from core.weights.convert import main
 from qwen3.model import Qwen3, Qwen3MoE
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from core.checkpoint.hf_config import HFConfig, check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.keys import KeyTable, Stacked, below
 from core.nn.attention import Attention
 from core.nn.feed_forward import FeedForward
 from core.nn.moe import Experts, MoE, Router
 from core.nn.rope_hf import rope_from_hf, rope_to_hf
+from core.weights.hf_config import HFConfig, check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.weights.hf_form import HFForm
+from core.weights.keys import KeyTable, Stacked, below
 from qwen3.model import Qwen3, Qwen3MoE
 
 ATTENTION: KeyTable = {

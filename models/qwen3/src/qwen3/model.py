@@ -4,12 +4,12 @@ RoPE."""
 from dataclasses import dataclass
 from typing import Any
 
-from core.checkpoint.hf_model import HFModel
 from core.nn.attention import Attention
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.moe import Experts, MoE, Router
 from core.nn.rope import RoPE
+from core.weights.hf_model import HFModel
 
 
 class Qwen3(Decoder, HFModel):

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from weight_trees import Weights
 
-from core.checkpoint.hf import load_hf, save_hf
-from core.checkpoint.key_map import KeyPart, hf_key_map, own_key_map, pattern_of
-from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
+from core.weights.hf import load_hf, save_hf
+from core.weights.key_map import KeyPart, hf_key_map, own_key_map, pattern_of
+from core.weights.keys import KeyTable, Stacked, below
 
 SINGLE = "model.safetensors"
 

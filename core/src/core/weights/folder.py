@@ -8,21 +8,20 @@ from typing import Any
 import torch
 
 from core.checkpoint.find import Found
-from core.checkpoint.hf import load_from, load_hf, save_by
-from core.checkpoint.hf_model import StoredModel, with_hf
-from core.checkpoint.hf_types import check_types
-from core.checkpoint.key_map import own_key_map
-from core.checkpoint.saved import newest
-from core.checkpoint.source import WeightSource
+from core.checkpoint.manifest import CONFIG_FILE
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.json_file import read_json
 from core.config.links import file_in
 from core.config.record import completed, differences, to_dict, to_json
+from core.weights.hf import load_from, load_hf, save_by
+from core.weights.hf_model import StoredModel, with_hf
+from core.weights.hf_types import check_types
+from core.weights.key_map import own_key_map
+from core.weights.saved import newest
+from core.weights.source import WeightSource
 
 log = logging.getLogger("armature")
-
-CONFIG_FILE = "config.json"
 
 
 def load_folder(model: StoredModel, folder: str | Path) -> None:

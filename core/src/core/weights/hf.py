@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint.export import dtypes, outputs
-from core.checkpoint.files import Output, write_files
-from core.checkpoint.hf_model import StoredModel, with_hf
-from core.checkpoint.key_map import KeyMap, hf_key_map
-from core.checkpoint.source import WeightSource
 from core.config.errors import UserError
+from core.weights.export import dtypes, outputs
+from core.weights.files import Output, write_files
+from core.weights.hf_model import StoredModel, with_hf
+from core.weights.key_map import KeyMap, hf_key_map
+from core.weights.source import WeightSource
 
 
 def load_hf(model: StoredModel, folder: str | Path) -> None:

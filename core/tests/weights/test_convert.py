@@ -14,17 +14,17 @@ from torch import Tensor
 from weight_trees import Weights
 
 from core.activation_checkpoint.meter import Meter
-from core.checkpoint import files
-from core.checkpoint.convert import PROGRAM, main
-from core.checkpoint.hf import save_hf
-from core.checkpoint.hf_config import checked_hf_config
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.keys import KeyTable, Stacked, below
-from core.checkpoint.quantised import mxfp4, scaled
-from core.checkpoint.weights import load_folder, save_weights
 from core.config.configurable import Configurable
 from core.config.record import from_json
 from core.testing.toy import KEYS, Toy, on_cpu, randomise
+from core.weights import files
+from core.weights.convert import PROGRAM, main
+from core.weights.folder import load_folder, save_weights
+from core.weights.hf import save_hf
+from core.weights.hf_config import checked_hf_config
+from core.weights.hf_form import HFForm
+from core.weights.keys import KeyTable, Stacked, below
+from core.weights.quantised import mxfp4, scaled
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_UP, DOWN = "model.layers.{i}.mlp.experts.gate_up_proj", "model.layers.{i}.mlp.experts.down_proj"

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from weight_trees import Weights
 
-from core.checkpoint.hf import load_hf
-from core.checkpoint.keys import Stacked
-from core.checkpoint.quantised import mxfp4, scaled
 from core.config.errors import UserError
+from core.weights.hf import load_hf
+from core.weights.keys import Stacked
+from core.weights.quantised import mxfp4, scaled
 
 SIZES = [(1, 1), (128, 128), (127, 129), (300, 200), (256, 384)]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.checkpoint.files import Folder
 from core.checkpoint.find import Found
-from core.checkpoint.key_map import KeyMap, KeyPart
-from core.checkpoint.quantised import EncodedWeight, stored_weights
-from core.checkpoint.saved import Saved
 from core.config.errors import UserError, at_most
+from core.weights.files import Folder
+from core.weights.key_map import KeyMap, KeyPart
+from core.weights.quantised import EncodedWeight, stored_weights
+from core.weights.saved import Saved
 
 MOST_PROBLEMS = 30
 """So many problems are listed."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoint import atomic_folder as module
-from core.checkpoint.atomic_folder import atomic_folder
-from core.checkpoint.files import save
 from core.config.errors import UserError
+from core.weights import atomic_folder as module
+from core.weights.atomic_folder import atomic_folder
+from core.weights.files import save
 
 
 def names(folder: Path) -> list[str]:

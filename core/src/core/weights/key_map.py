@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from core.checkpoint.hf_model import StoredModel, with_hf
-from core.checkpoint.keys import Half, KeyPlace, Stacked, places_of
+from core.weights.hf_model import StoredModel, with_hf
+from core.weights.keys import Half, KeyPlace, Stacked, places_of
 
 
 class KeyPart(NamedTuple):

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from core.checkpoint.files import Output
-from core.checkpoint.hf_model import StoredModel
-from core.checkpoint.key_map import KeyMap, KeyPart
+from core.weights.files import Output
+from core.weights.hf_model import StoredModel
+from core.weights.key_map import KeyMap, KeyPart
 
 Read = Callable[[str, int | None], Tensor]
 """The name of one of our weights, or one row of it."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.checkpoint.keys import KeyTable
 from core.config.configurable import Configurable
+from core.weights.keys import KeyTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class HFForm:
     """How Hugging Face has a model: names of weights, and `config.json` both ways."""
 
     keys: KeyTable
-    """Where each weight is kept: a table as `core.checkpoint.keys` describes it."""
+    """Where each weight is kept: a table as `core.weights.keys` describes it."""
     from_config: Callable[[dict], Configurable.Config]
     """The configuration that a `config.json` states; raises `UserError` for what it cannot express."""
     to_config: Callable[[Any], dict]

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoint.convert import main
-from core.checkpoint.hf import load_hf, save_hf
-from core.checkpoint.hf_model import HFModel
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import load_folder, load_weights, save_weights
 from core.config.errors import UserError
 from core.runtime.meta import meta_model
 from core.step.checks import check_model
 from core.testing.toy import Toy, ToyMoE, on_cpu
 from core.train.outcome import expressible
 from core.train.trainer import Trainer
+from core.weights.convert import main
+from core.weights.folder import load_folder, load_weights, save_weights
+from core.weights.hf import load_hf, save_hf
+from core.weights.hf_model import HFModel
 
 WORDS = "ToyMoE has no form at Hugging Face, so it is not converted and not exported"
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.checkpoint.hf import check_hf, load_hf, save_hf
-from core.checkpoint.hf_config import HFConfig, checked_hf_config
-from core.checkpoint.key_map import pattern_of
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.runtime.meta import meta_model
 from core.testing.toy import KEYS, Toy, on_cpu, randomise
+from core.weights.hf import check_hf, load_hf, save_hf
+from core.weights.hf_config import HFConfig, checked_hf_config
+from core.weights.key_map import pattern_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -191,7 +191,7 @@ def test_what_cannot_be_opened(sharded: Path, monkeypatch: pytest.MonkeyPatch) -
 
     file = sorted(sharded.glob("*.safetensors"))[0]
     with monkeypatch.context() as patch:
-        patch.setattr("core.checkpoint.files.safe_open", forbidden)
+        patch.setattr("core.weights.files.safe_open", forbidden)
         refused(sharded, f"{file} cannot be read: .*Permission denied")
     (sharded / INDEX).unlink()
     (sharded / INDEX).mkdir()

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from weight_trees import N_LAYERS, Weights
 
-from core.checkpoint.hf import check_hf, load_hf, save_hf
-from core.checkpoint.keys import KeyTable, Stacked, below
 from core.config.errors import UserError
+from core.weights.hf import check_hf, load_hf, save_hf
+from core.weights.keys import KeyTable, Stacked, below
 
 SINGLE = "model.safetensors"
 EXPERTS: KeyTable = {

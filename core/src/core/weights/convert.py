@@ -12,16 +12,7 @@ from typing import Any
 
 import torch
 
-from core.checkpoint.atomic_folder import atomic_folder, vacant
-from core.checkpoint.export import dtypes, outputs
-from core.checkpoint.files import Output, write_files
 from core.checkpoint.find import Found
-from core.checkpoint.hf import write_hf_config
-from core.checkpoint.hf_model import HFModel, StoredModel, with_hf
-from core.checkpoint.key_map import hf_key_map, own_key_map
-from core.checkpoint.saved import newest
-from core.checkpoint.source import WeightSource
-from core.checkpoint.weights import class_of, hf_config, model_of, read_config
 from core.config.completion import SHELLS, Program, Taken, script
 from core.config.decode import trusted
 from core.config.errors import UserError
@@ -32,6 +23,15 @@ from core.config.record import from_dict, to_json
 from core.config.validate import validate
 from core.config.version import version_lines
 from core.runtime.meta import meta_model
+from core.weights.atomic_folder import atomic_folder, vacant
+from core.weights.export import dtypes, outputs
+from core.weights.files import Output, write_files
+from core.weights.folder import class_of, hf_config, model_of, read_config
+from core.weights.hf import write_hf_config
+from core.weights.hf_model import HFModel, StoredModel, with_hf
+from core.weights.key_map import hf_key_map, own_key_map
+from core.weights.saved import newest
+from core.weights.source import WeightSource
 
 WAYS = ("from-hf", "to-hf")
 CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

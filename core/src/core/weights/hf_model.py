@@ -29,7 +29,7 @@ class HFModel(StoredModel, Protocol):
 
     @classmethod
     def hf_form(cls) -> Any:
-        """How Hugging Face has this model: a `core.checkpoint.hf_form.HFForm`."""
+        """How Hugging Face has this model: a `core.weights.hf_form.HFForm`."""
         module, _, name = cls.HF.partition(":")
         return getattr(import_module(module), name)
 
@@ -49,6 +49,6 @@ def with_hf(model: object) -> HFModel:
         name = (model if isinstance(model, type) else type(model)).__qualname__
         raise UserError(
             f"{name} has no form at Hugging Face, so it is not converted and not exported: derive it from "
-            "core.checkpoint.hf_model.HFModel as well, and state one"
+            "core.weights.hf_model.HFModel as well, and state one"
         )
     return cast(HFModel, model)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint.hf_form import HFForm
-from core.checkpoint.hf_model import HFModel
-from core.checkpoint.keys import KeyTable
+from core.weights.hf_form import HFForm
+from core.weights.hf_model import HFModel
+from core.weights.keys import KeyTable
 
 N_LAYERS = 2
 

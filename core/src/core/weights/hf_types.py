@@ -9,7 +9,7 @@ from core.config.fields import type_problems
 
 LARGEST_SIZE = 2**31
 """No size or count is so large."""
-TYPES: dict[str, Any] = {
+FIELD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"), int),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"), int),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), int),
@@ -30,9 +30,9 @@ def check_types(hf: dict[str, Any]) -> None:
     """Raise `UserError` where a `config.json` states another type than its key has, or an impossible number."""
     wrong = []
     for key, value in hf.items():
-        if value is None or key not in TYPES:
+        if value is None or key not in FIELD_TYPES:
             continue
-        wrong += [f"{path}: {message}" for path, message in type_problems(value, TYPES[key], key)]
+        wrong += [f"{path}: {message}" for path, message in type_problems(value, FIELD_TYPES[key], key)]
         for number in value.values() if isinstance(value, dict) else [value]:
             if type(number) in (int, float) and not (math.isfinite(number) and 0 <= number < LARGEST_SIZE):
                 wrong.append(f"{key}: expected a number from 0 to 2^31, got {short_repr(number)}")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.checkpoint.hf import save_hf
-from core.checkpoint.weights import load_folder, load_weights, save_weights
 from core.config.errors import UserError
 from core.config.record import from_json
 from core.nn.decoder import Decoder
 from core.testing.toy import Toy, on_cpu, randomise
+from core.weights.folder import load_folder, load_weights, save_weights
+from core.weights.hf import save_hf
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.checkpoint.files import Header
 from core.checkpoint.find import Found, candidates, find_in
 from core.checkpoint.index import NAMES, read_tensor
 from core.checkpoint.manifest import CONFIG_FILE
 from core.config.links import file_in
 from core.runtime.ranks import Ranks
+from core.weights.files import Header
 
 PREFIX = "model."
 """Of the names of weights in a checkpoint."""

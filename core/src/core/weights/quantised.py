@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from core.checkpoint.files import Header
+from core.checkpoint.index import FLOATS
+from core.weights.files import Header
 
 BLOCK = 128
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EIGHT_BITS = "F8_E4M3"
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 PAIRS = torch.stack((FP4.repeat(16), FP4.repeat_interleave(16)), dim=1)

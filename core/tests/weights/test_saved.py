@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from core.checkpoint.convert import main as convert
 from core.checkpoint.find import find_in
 from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.weights import load_folder, load_weights
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.runtime.ranks import Ranks
 from core.testing.toy import Toy, on_cpu, randomise
+from core.weights.convert import main as convert
+from core.weights.folder import load_folder, load_weights
 
 FAMILIES: dict[str, Any] = {"toy": Toy}
 
