@@ -21,6 +21,7 @@ from core.config.errors import UserError
 from core.config.help import setting_help
 from core.config.record import from_json, located, to_dict, to_json
 from core.config.validate import problems_of
+from core.data.mixture import Mixture, MixtureSource
 from core.data.packing import IGNORE
 from core.data.samples import Samples
 from core.data.sampling import SPLITS
@@ -89,7 +90,14 @@ def test_rows_train_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
         assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("data", [npy_rows, lambda _: Sums.Config()], ids=["npy", "sums"])
+def mixture(folder: Path) -> Mixture.Config:
+    """Rows of two files, of which the one is read once."""
+    rows = npy_rows(folder)
+    few = NpyRows.Config(path=stored(folder / "few.npy", 9, 2), epochs=1)
+    return Mixture.Config(sources=[MixtureSource(data=rows, weight=3.0), MixtureSource(data=few)])
+
+
+@pytest.mark.parametrize("data", [npy_rows, lambda _: Sums.Config(), mixture], ids=["npy", "sums", "mixture"])
 def test_rows_go_on_bit_for_bit(tmp_path: Path, data: Any) -> None:
     go(to_json(a_run(tmp_path / "whole", data(tmp_path))))
     for leaves_at in (3, 0):

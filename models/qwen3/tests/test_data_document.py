@@ -82,8 +82,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "export").mkdir()
     with (place / "export/all.data").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in rows["body"])])
-    (stated,) = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    (place / "tokens.json").write_text(stated)
+    stated = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    for name, text in zip(("tokens", "mixture"), stated, strict=True):
+        (place / f"{name}.json").write_text(text)
     (place / "tokens").mkdir()
     for name in ("train", "val"):
         ids = Tokenizer.Config().build().encode(story(3, 3_000))

@@ -1,0 +1,181 @@
+"""Rows of several sources in fixed proportions.
+
+The sources take turns in a pattern of 1,000 rows, which repeats: so any 1,000 rows one after another hold them in
+exactly their proportions, and which row of which source row i is, is arithmetic. Where a source ends, the others go on
+in a pattern of their own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+from core.data.packing import Batch
+from core.data.samples import Samples
+from core.data.shards import json_digest
+
+PERIOD = 1000
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureSource(Configurable.Config):
+    """One source of a mixture."""
+
+    data: Samples.Config
+    """What is read, and how often: a source whose `epochs` are over has no more rows."""
+    weight: float = 1.0
+    """Its share of the rows, beside the weights of the others."""
+
+
+class Phase(NamedTuple):
+    """A stretch of rows in which the same sources take turns."""
+
+    first: int
+    """The row that it begins with."""
+    pattern: np.ndarray
+    """The source of each of PERIOD rows, (PERIOD,)."""
+    earlier: np.ndarray
+    """How often the source of each of those rows has had a turn before it in the pattern, (PERIOD,)."""
+    counts: np.ndarray
+    """Turns of each source in the pattern, (sources,)."""
+    bases: np.ndarray
+    """Rows of each source before the phase, (sources,)."""
+
+    def turns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each row of the mixture in this phase, and the number that the row has in it."""
+        blocks, places = np.divmod(numbers - self.first, PERIOD)
+        sources = self.pattern[places]
+        return sources, self.bases[sources] + blocks * self.counts[sources] + self.earlier[places]
+
+
+class Mixture(Samples):
+    """Rows of several sources, of each as many as its weight says, in the order in which it has them itself.
+
+    Its validation split is that of all sources which have one, one behind the other.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Samples.Config):
+        sources: list[MixtureSource] = field(default_factory=list)
+        """What is mixed, and in which proportions."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            """Mixtures of nothing, and sources that would have no row in 1,000."""
+            if not self.sources:
+                yield "sources", "a mixture has at least one source"
+            weights = [source.weight for source in self.sources]
+            wrong = [(i, weight) for i, weight in enumerate(weights) if not 0 < weight < inf]
+            for number, weight in wrong:
+                yield f"sources.{number}.weight", f"weight {weight} must be above 0, and finite: leave the source out"
+            if self.sources and not wrong:
+                for number, n in enumerate(shares(weights).tolist()):
+                    if n == 0:
+                        share = weights[number] / sum(weights)
+                        yield f"sources.{number}.weight", f"a share of {share:.2g} is no row in {PERIOD:,}: raise it"
+
+        def validation_problems(self) -> Iterator[tuple[str, str]]:
+            """None of the sources has rows for validation."""
+            found = [list(source.data.validation_problems()) for source in self.sources]
+            if found and all(found):
+                for number, problems in enumerate(found):
+                    yield from ((f"sources.{number}.data.{name}", message) for name, message in problems)
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Samples
+
+    def open(self) -> None:
+        sources = self.config.sources
+        if self.split == "validation":
+            sources = [source for source in sources if not list(source.data.validation_problems())]
+        live: dict[str, Any] = {"tokenizer": self.tokenizer, "seq_len": self.seq_len, "seed": self.seed}
+        live |= {"split": self.split, "rank": self.rank, "n_ranks": self.n_ranks, "verify": self.verify}
+        self.parts: list[Samples] = [source.data.build(**live) for source in sources]
+        for part in self.parts:
+            if part.in_order:
+                raise UserError(f"{part.description}: a mixture reads rows by their numbers, and a stream has none")
+        n_rows = [part.n_rows for part in self.parts]
+        if self.split == "train":
+            weights = [source.weight for source in sources]
+            self.phases, self.n_rows = phases(weights, n_rows)
+            said = [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
+            ends = ", ".join(f"{phase.first:,}" for phase in self.phases[1:])
+            after = f"; sources end at the rows {ends}, and the others go on" if ends else ""
+        else:
+            self._firsts = np.cumsum([0, *(n or 0 for n in n_rows)])
+            self.n_rows = self.rows_per_epoch = int(self._firsts[-1])
+            said, after = [f"{n:,} rows" for n in n_rows], ""
+        parts = [f"{share} {part.description}" for share, part in zip(said, self.parts, strict=True)]
+        self.description = f"{'; '.join(parts)}{after}"
+        self.fingerprint = json_digest([part.fingerprint for part in self.parts])
+
+    def turns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each row of the mixture, by its place among `parts`, and the number that the row has in it."""
+        if self.split == "validation":
+            sources = np.searchsorted(self._firsts, numbers, side="right") - 1
+            return sources, numbers - self._firsts[sources]
+        which = np.searchsorted([phase.first for phase in self.phases], numbers, side="right") - 1
+        sources, rows = np.empty_like(numbers), np.empty_like(numbers)
+        for number in np.unique(which).tolist():
+            inside = which == number
+            sources[inside], rows[inside] = self.phases[number].turns(numbers[inside])
+        return sources, rows
+
+    def rows(self, first: int, count: int) -> Batch:
+        mixed = Batch(*torch.empty(4, count, self.seq_len, dtype=torch.int64).unbind())
+        sources, rows = self.turns(np.arange(first, first + count))
+        for number in np.unique(sources).tolist():
+            places = np.flatnonzero(sources == number)
+            own = self.parts[number].read(int(rows[places[0]]), len(places))  # a source has its turns in its own order
+            for whole_BL, part_BL in zip(mixed, own, strict=True):
+                whole_BL[torch.from_numpy(places)] = part_BL
+        return mixed
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """How many of PERIOD rows each source has: whole numbers that are nearest to its share, and PERIOD together."""
+    exact = np.array(weights) / np.sum(weights) * PERIOD
+    counts = np.floor(exact).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]
+    counts[largest] += 1
+    return counts
+
+
+def spread_evenly(counts: np.ndarray) -> np.ndarray:
+    """The source of each of PERIOD rows, (PERIOD,), so that each has had its share after any number of them, but for
+    one row: at each the source has a turn that is furthest behind."""
+    pattern, had = np.empty(PERIOD, np.int64), np.zeros_like(counts)
+    for place in range(PERIOD):
+        pattern[place] = np.argmax(counts * (place + 1) - had * PERIOD)
+        had[pattern[place]] += 1
+    return pattern
+
+
+def phases(weights: Sequence[float], n_rows: Sequence[int | None]) -> tuple[list[Phase], int | None]:
+    """The phases of a mixture of sources with so many rows, and the rows of the whole; None where it does not end."""
+    found: list[Phase] = []
+    first, bases = 0, np.zeros(len(weights), np.int64)
+    limits = [inf if n is None else n for n in n_rows]
+    while active := [number for number, limit in enumerate(limits) if bases[number] < limit]:
+        counts = np.zeros_like(bases)
+        counts[active] = shares([weights[number] for number in active])
+        pattern = spread_evenly(counts)
+        turns = [np.flatnonzero(pattern == number) for number in range(len(weights))]
+        earlier = np.empty_like(pattern)
+        for places in turns:
+            earlier[places] = np.arange(places.size)
+        found.append(Phase(first, pattern, earlier, counts, bases.copy()))
+        ends = []
+        for number in active:
+            if n_rows[number] is not None and counts[number]:
+                blocks, place = divmod(int(limits[number] - bases[number]) - 1, int(counts[number]))
+                ends.append(blocks * PERIOD + int(turns[number][place]) + 1)
+        if not ends:
+            return found, None
+        blocks, rest = divmod(min(ends), PERIOD)
+        bases += blocks * counts + np.bincount(pattern[:rest], minlength=len(weights))
+        first += min(ends)
+    return found, first
