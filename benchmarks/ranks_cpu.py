@@ -28,7 +28,7 @@ from core.nn.init import init_weights, materialise
 from core.nn.weights import weights
 from core.optim.adam import AdamW
 from core.parallel.apply import dtensor_slice
-from core.parallel.layout import RankView, SingleRank
+from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.step.assemble import assemble
@@ -58,14 +58,16 @@ def rows(first: int, n: int, length: int) -> Batch:
 
 def ours(layout: RankView, length: int) -> Step:
     nothing = ActivationCheckpoint.Config(mode="none").build(folder=Path())
+    wrapping = Wrapping(
+        compute_dtype=torch.float32,
+        checkpoint=nothing.apply,
+        dispatcher=AllToAll,
+    )
     parts = assemble(
         network(),
         layout,
-        checkpoint=nothing.apply,
-        compile_block=None,
-        dispatcher=AllToAll,
+        wrapping,
         dtype=torch.float32,
-        compute_dtype=torch.float32,
         seed=0,
         n_microbatches=1,
     )

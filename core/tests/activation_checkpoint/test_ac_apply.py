@@ -19,7 +19,8 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.kernel import Positions
 from core.nn.weights import weights
-from core.runtime.log import LOGGER, start_logging
+from core.runtime.log import log as LOGGER
+from core.runtime.log import start_logging
 from core.testing.activation_checkpoint import (
     Dispatched,
     assert_equal_gradients,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from core.data.tokenizer import Tokenizer
-from core.runtime.log import LOGGER
+from core.runtime.log import log as LOGGER
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from core.generate import command
 from core.generate.command import main
 from core.nn.decoder import Decoder
 from core.runtime.device import describe
-from core.runtime.log import LOGGER
+from core.runtime.log import log as LOGGER
 from core.step.settings import Training
 from core.testing.toy import Toy, on_cpu, randomise
 from core.weights.convert import main as convert

@@ -16,7 +16,7 @@ from core.nn.decoder import Decoder
 from core.nn.feed_forward import FeedForward
 from core.parallel.apply import dtensor_slice
 from core.parallel.data import count_pieces
-from core.parallel.layout import RankView, SingleRank
+from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.step.assemble import BuiltModel, assemble
@@ -63,14 +63,16 @@ WIDE_SPOTS = {
 
 
 def build(spot: Spot, layout: RankView, dtype: torch.dtype) -> BuiltModel:
+    wrapping = Wrapping(
+        compute_dtype=torch.float32,
+        checkpoint=ActivationCheckpoint.Config(mode="none").build(folder=Path()).apply,
+        dispatcher=AllToAll,
+    )
     return assemble(
         spot.model,
         layout,
-        checkpoint=ActivationCheckpoint.Config(mode="none").build(folder=Path()).apply,
-        compile_block=None,
-        dispatcher=AllToAll,
+        wrapping,
         dtype=dtype,
-        compute_dtype=torch.float32,
         seed=5,
         n_microbatches=2,
     )

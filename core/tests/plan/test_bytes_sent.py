@@ -17,6 +17,7 @@ from core.comm.all_to_all import AllToAll
 from core.data.packing import Batch
 from core.nn.balance import force_balance, routers
 from core.nn.decoder import Decoder
+from core.parallel.layout import Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.plan.fake_step import group_axes, run_fake_step
@@ -209,14 +210,16 @@ def counted(names: list[str]) -> list[Counter[tuple[str, str]]]:
 
 def step_of(run: Trainer.Config) -> Counter[tuple[str, str]]:
     layout = ManyRanks(run.parallelism, CPU)
+    wrapping = Wrapping(
+        compute_dtype=torch.float32,
+        checkpoint=run.activation_checkpoint.build(folder=Path()).apply,
+        dispatcher=AllToAll,
+    )
     parts = assemble(
         run.model,
         layout,
-        checkpoint=run.activation_checkpoint.build(folder=Path()).apply,
-        compile_block=None,
-        dispatcher=AllToAll,
+        wrapping,
         dtype=torch.float32,
-        compute_dtype=torch.float32,
         seed=0,
         n_microbatches=ROWS,
     )

@@ -15,6 +15,7 @@ from core.data.packing import Batch
 from core.nn.balance import force_balance, routers
 from core.nn.decoder import Block, Decoder
 from core.nn.weights import training_flops_per_token
+from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
 from core.plan import fake_step
 from core.plan.fake_step import run_fake_step
@@ -72,14 +73,16 @@ def measured(run: Trainer.Config) -> tuple[int, RestingBytes]:
     """What a rank has, and the most that its third step adds at once."""
     layout, training = make_layout(run.parallelism, CPU), run.training
     n_rows = training.rows_per_step(layout.degrees.data) // layout.degrees.data
+    wrapping = Wrapping(
+        compute_dtype=torch.float32,
+        checkpoint=run.activation_checkpoint.build(folder=Path()).apply,
+        dispatcher=AllToAll,
+    )
     parts = assemble(
         run.model,
         layout,
-        checkpoint=run.activation_checkpoint.build(folder=Path()).apply,
-        compile_block=None,
-        dispatcher=AllToAll,
+        wrapping,
         dtype=torch.float32,
-        compute_dtype=torch.float32,
         seed=0,
         n_microbatches=n_rows // run.parallelism.pipeline_parallel_microbatch_size,
     )

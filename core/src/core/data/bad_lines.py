@@ -1,5 +1,6 @@
 """What is done where data cannot be read, and which text a row holds."""
 
+import logging
 import lzma
 import re
 import zlib
@@ -11,7 +12,8 @@ from typing import Literal
 from core.config.errors import UserError, at_most
 from core.config.fields import short_repr
 from core.data.sections import Section, cut_row
-from core.runtime.log import LOGGER
+
+log = logging.getLogger("armature")
 
 _MOST_FIELDS = 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,7 +39,7 @@ class BadLines:
     def summarise(self, name: str) -> None:
         """Log how many were left out, if any."""
         if self.count:
-            LOGGER.warning("%s: left out %s unreadable lines; the first: %s", name, f"{self.count:,}", self.first)
+            log.warning("%s: left out %s unreadable lines; the first: %s", name, f"{self.count:,}", self.first)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A prepared corpus: the documents of a source, tokenised once, split, and kept in a cache of memory-mapped files."""
 
+import logging
 import os
 import re
 import shutil
@@ -28,8 +29,9 @@ from core.data.text_files import Format
 from core.data.tokenizer import Tokenizer
 from core.runtime.activity import advance
 from core.runtime.disk import flush
-from core.runtime.log import LOGGER
 from core.runtime.units import rate
+
+log = logging.getLogger("armature")
 
 _ANOTHER_PLACE = "choose another place with cache_folder"
 _LOG_INTERVAL_S = 10.0
@@ -118,7 +120,7 @@ class Corpus(Configurable):
             if isinstance(damage.__cause__, PermissionError):
                 raise UserError(f"cannot read {self.folder}: {damage}; {_ANOTHER_PLACE}") from damage
             if os.path.lexists(self.folder):
-                LOGGER.warning("the prepared corpus %s is damaged (%s): it is prepared again", self.folder, damage)
+                log.warning("the prepared corpus %s is damaged (%s): it is prepared again", self.folder, damage)
             return None
 
     def _read(self) -> TokenManifest:
@@ -212,7 +214,7 @@ def _write(
                 progress.add(sum(section.opens for section in batch), int(sizes.sum()))
     if long["documents"]:
         counts = f"{long['documents']:,} long documents were tokenised in {long['sections']:,} sections"
-        LOGGER.info("%s: %s, with nothing between them", source.name, counts)
+        log.info("%s: %s, with nothing between them", source.name, counts)
     files = {name: sha256 for writer in writers.values() for name, sha256 in writer.files.items()}
     return {split: writer.extent for split, writer in writers.items()}, files
 
@@ -249,4 +251,4 @@ class ProgressLine:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r{line[:width]}\033[K", end="", file=sys.stderr, flush=True)
         else:
-            LOGGER.info(line)
+            log.info(line)

@@ -8,6 +8,7 @@ again in every window that is read (`TokenStream.windows`).
 
 import hashlib
 import json
+import logging
 import os
 import stat
 import time
@@ -24,7 +25,8 @@ from core.config.errors import UserError
 from core.config.json_file import read_json, typed
 from core.data.shards import STARTS, VERIFIED, DamagedError, TokenManifest, token_type
 from core.runtime.activity import advance
-from core.runtime.log import LOGGER
+
+log = logging.getLogger("armature")
 
 _CHUNK_BYTES = 2**24
 _THREADS = 8
@@ -85,14 +87,12 @@ def _remember(folder: Path, verified: dict[str, Stamp], new: dict[str, Stamp]) -
     except OSError as error:
         with suppress(OSError):
             unfinished.unlink()
-        LOGGER.info(
-            "%s cannot be written (%s): its files are verified at the start of every run", folder, error.strerror
-        )
+        log.info("%s cannot be written (%s): its files are verified at the start of every run", folder, error.strerror)
 
 
 def _verify(folder: Path, manifest: TokenManifest, names: Iterable[str], n_bytes: int) -> None:
     if n_bytes >= _LONG_BYTES:
-        LOGGER.info("verifying %s GB of tokens in %s, once", f"{n_bytes / 1e9:,.1f}", folder)
+        log.info("verifying %s GB of tokens in %s, once", f"{n_bytes / 1e9:,.1f}", folder)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         for _ in threads.map(lambda name: _verify_file(folder / name, manifest), names):
             pass

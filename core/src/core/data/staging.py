@@ -6,6 +6,7 @@ file system may not show locks, and a file system may have none: there a folder 
 """
 
 import fcntl
+import logging
 import re
 import shutil
 import time
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from core.runtime.log import LOGGER
+log = logging.getLogger("armature")
+
 
 _NAME = re.compile(r".+\.[0-9a-f]{12}")
 _LOCK = "lock"
@@ -47,11 +49,11 @@ def remove_stale(parent: Path) -> None:
         try:
             if _is_stale(folder):
                 shutil.rmtree(folder)
-                LOGGER.info("removed %s, which an interrupted preparation left", folder)
+                log.info("removed %s, which an interrupted preparation left", folder)
         except FileNotFoundError:
             pass  # removed by its own process, or by another
         except OSError as error:
-            LOGGER.warning("%s may be left of an interrupted preparation: %s", folder, error)
+            log.warning("%s may be left of an interrupted preparation: %s", folder, error)
 
 
 def _is_stale(folder: Path) -> bool:

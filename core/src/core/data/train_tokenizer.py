@@ -6,6 +6,7 @@ The bundled model was made, with Python 3.11 and SentencePiece 0.2.3, from the r
 """
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from core.config.validate import validate
 from core.data.bad_lines import OnBadLine
 from core.data.library import library_errors
 from core.data.source import open_source
-from core.runtime.log import LOGGER, start_logging
+from core.runtime.log import start_logging
+
+log = logging.getLogger("armature")
 
 _PIECE_CHARACTERS = 4000
 
@@ -69,7 +72,7 @@ class TokenizerTraining(Configurable):
             raise UserError(f"cannot write {self.output}: {error.strerror}") from error
         finally:
             unfinished.unlink(missing_ok=True)
-        LOGGER.info("%s: %s bytes, %s tokens", self.output, f"{len(model):,}", f"{self.config.vocab_size:,}")
+        log.info("%s: %s bytes, %s tokens", self.output, f"{len(model):,}", f"{self.config.vocab_size:,}")
 
     def _train(self) -> bytes:
         import sentencepiece
@@ -105,7 +108,7 @@ class TokenizerTraining(Configurable):
                 start = end
             room -= len(text)
             if room <= 0:
-                LOGGER.info("%s: trained on its first %s million characters", self.source.name, self.config.text_mb)
+                log.info("%s: trained on its first %s million characters", self.source.name, self.config.text_mb)
                 return
 
 

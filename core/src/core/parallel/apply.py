@@ -1,38 +1,26 @@
 """The order of wrapping, once for all models: tensor, expert, context, checkpoint policy, compile, data."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from core.nn.balance import routers
 from core.nn.decoder import Decoder
-from core.nn.dispatch import Dispatcher
 from core.nn.init import LocalSlice
 from core.parallel.context import apply_context
 from core.parallel.data import apply_data
 from core.parallel.expert import apply_expert
-from core.parallel.layout import checkpoint_and_compile
+from core.parallel.layout import Wrapping
 from core.parallel.mesh import Views
 from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import apply_tensor
 
 
-def parallelize(
-    model: Decoder,
-    views: Views,
-    settings: Parallelism,
-    *,
-    dispatcher: Callable[[ProcessGroup], Dispatcher],
-    checkpoint: Callable[[Decoder], None],
-    compile_block: Callable[[torch.nn.Module], None] | None,
-    compute_dtype: torch.dtype,
-) -> None:
+def parallelize(model: Decoder, views: Views, settings: Parallelism, wrapping: Wrapping) -> None:
     """Spread a model, or a stage of one, over the ranks of `views`.
 
     The model is on the meta device still, and gets its memory afterwards.
@@ -44,14 +32,14 @@ def parallelize(
         if settings.enable_async_tensor_parallel:
             overlap()
     if degrees.expert > 1:
-        apply_expert(model, views.expert["expert"], dispatcher)
+        apply_expert(model, views.expert["expert"], wrapping.dispatcher)
     if degrees.context > 1:
         all_to_all = settings.context_parallel_rotate_method == "alltoall"
         apply_context(model, views.token["context"], all_to_all=all_to_all)
     if degrees.tensor * degrees.context > 1:
         sum_over_rows(model, views)
-    checkpoint_and_compile(model, checkpoint, compile_block)
-    apply_data(model, views, compute_dtype=compute_dtype, settings=settings)
+    wrapping.of_one_rank(model)
+    apply_data(model, views, compute_dtype=wrapping.compute_dtype, settings=settings)
 
 
 def overlap() -> None:

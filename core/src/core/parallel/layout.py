@@ -5,6 +5,7 @@ This file loads nothing of `torch.distributed.tensor`, so that a process alone s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ from core.optim.clip import joint_norm, scale_down
 from core.parallel.pipeline import Pipeline
 from core.parallel.settings import Degrees, Parallelism
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapping:
+    """What is put around the blocks of a model, wherever they lie."""
+
+    compute_dtype: torch.dtype
+    """Weights are gathered in it."""
+    checkpoint: Callable[[Decoder], None]
+    """Decides what backward keeps."""
+    dispatcher: Callable[[ProcessGroup], Dispatcher]
+    """Makes what takes tokens to the experts of a process group."""
+    compile_block: Callable[[nn.Module], None] | None = None
+
+    def of_one_rank(self, model: Decoder) -> None:
+        """The steps that concern one rank: what is kept for backward, then compilation of it."""
+        self.checkpoint(model)
+        if self.compile_block is not None:
+            for block in model.layers.values():
+                self.compile_block(block)
 
 
 class RankView(ABC):
@@ -69,15 +90,7 @@ class RankView(ABC):
         """Scale the gradients of all ranks to a joint 2-norm of at most `max_norm`; returns the norm before."""
 
     @abstractmethod
-    def parallelize(
-        self,
-        model: Decoder,
-        *,
-        dispatcher: Callable[[ProcessGroup], Dispatcher],
-        checkpoint: Callable[[Decoder], None],
-        compile_block: Callable[[nn.Module], None] | None,
-        compute_dtype: torch.dtype,
-    ) -> None:
+    def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
         """Spread a model, or a stage of one, that has no memory yet, over the ranks."""
 
     @abstractmethod
@@ -131,16 +144,8 @@ class SingleRank(RankView):
         scale_down(gradients, norm, max_norm)
         return norm
 
-    def parallelize(
-        self,
-        model: Decoder,
-        *,
-        dispatcher: Callable[[ProcessGroup], Dispatcher],
-        checkpoint: Callable[[Decoder], None],
-        compile_block: Callable[[nn.Module], None] | None,
-        compute_dtype: torch.dtype,
-    ) -> None:
-        checkpoint_and_compile(model, checkpoint, compile_block)
+    def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
+        wrapping.of_one_rank(model)
 
     def local_slice(self, weight: Tensor) -> LocalSlice:
         return full_slice(weight)
@@ -152,16 +157,6 @@ class SingleRank(RankView):
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> None:
         return None
-
-
-def checkpoint_and_compile(
-    model: Decoder, checkpoint: Callable[[Decoder], None], compile_block: Callable[[nn.Module], None] | None
-) -> None:
-    """The steps of wrapping that concern one rank: what is kept for backward, then compilation of it."""
-    checkpoint(model)
-    if compile_block is not None:
-        for block in model.layers.values():
-            compile_block(block)
 
 
 def whole_rows(batch: Batch, device: torch.device, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:

@@ -5,20 +5,18 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
-from core.nn.dispatch import Dispatcher
 from core.nn.init import LocalSlice
 from core.nn.kernel import Positions
 from core.optim.clip import scale_down
 from core.parallel.apply import dtensor_slice, parallelize
 from core.parallel.context import split_rows
 from core.parallel.data import local_parts, squared_norm
-from core.parallel.layout import RankView, whole_rows
+from core.parallel.layout import RankView, Wrapping, whole_rows
 from core.parallel.matrices import map_matrices
 from core.parallel.mesh import stage_group, views
 from core.parallel.pipeline import Pipeline, n_stages
@@ -85,24 +83,8 @@ class ManyRanks(RankView):
         scale_down(local_parts(gradients), norm, max_norm)
         return norm
 
-    def parallelize(
-        self,
-        model: Decoder,
-        *,
-        dispatcher: Callable[[ProcessGroup], Dispatcher],
-        checkpoint: Callable[[Decoder], None],
-        compile_block: Callable[[nn.Module], None] | None,
-        compute_dtype: torch.dtype,
-    ) -> None:
-        parallelize(
-            model,
-            self.views,
-            self.settings,
-            dispatcher=dispatcher,
-            checkpoint=checkpoint,
-            compile_block=compile_block,
-            compute_dtype=compute_dtype,
-        )
+    def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
+        parallelize(model, self.views, self.settings, wrapping)
 
     def local_slice(self, weight: Tensor) -> LocalSlice:
         return dtensor_slice(weight)

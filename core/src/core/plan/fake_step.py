@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from core.nn.balance import routers
 from core.nn.init import materialise
 from core.optim.optimizer import Optimizer
 from core.parallel.fake import fake_ranks
-from core.parallel.layout import RankView, SingleRank
+from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.plan.passes import Passes, passes_of
 from core.plan.pipeline_passes import Action
@@ -77,7 +78,9 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
     dtype = training.compute_dtype(device)
     with nullcontext() if world_size == 1 else fake_ranks(world_size, rank):
         layout: RankView = SingleRank(_CPU) if world_size == 1 else ManyRanks(parallelism, _CPU)
-        sampled = sampled_models(run.model, layout, activation_checkpoint, dispatcher=evenly, compute_dtype=dtype)
+        checkpoint = activation_checkpoint.build(folder=Path()).apply
+        wrapping = Wrapping(compute_dtype=dtype, checkpoint=checkpoint, dispatcher=evenly)
+        sampled = sampled_models(run.model, layout, activation_checkpoint, wrapping)
         models = {number: part.model for number, part in sampled.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():

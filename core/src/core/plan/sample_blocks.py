@@ -1,24 +1,20 @@
 """A model with some of its blocks, which stand for all: equal blocks between equal neighbours behave alike."""
 
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
 from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
-from core.nn.dispatch import Dispatcher
 from core.nn.kernel_checks import trains_on_cpu
 from core.nn.weights import Weight, weights
 from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
-from core.parallel.layout import RankView
-from core.step.assemble import stage_models
+from core.parallel.layout import RankView, Wrapping
+from core.step.assemble import spread_models
 
 REACH = 2
 """How far neighbours change what a block does: FSDP gathers the next block ahead, and frees the last one late."""
@@ -47,35 +43,27 @@ class RestingBytes(NamedTuple):
 
 
 def sampled_models(
-    config: Decoder.Config,
-    layout: RankView,
-    activation_checkpoint: ActivationCheckpoint.Config,
-    *,
-    dispatcher: Callable[[ProcessGroup], Dispatcher],
-    compute_dtype: torch.dtype,
+    config: Decoder.Config, layout: RankView, activation_checkpoint: ActivationCheckpoint.Config, wrapping: Wrapping
 ) -> dict[int, SampledModel]:
     """The model, or this rank's stages of it by their numbers, spread over the ranks and without memory.
 
     Stages keep all their blocks.
     """
-    piped = layout.degrees.pipeline > 1
-    found = {}
-    for number, model in stage_models(config, layout):
+    found: list[dict[int, int]] = []
+
+    def sample(model: Decoder) -> None:
         for block in blocks(model).values():
-            if not trains_on_cpu(block.attention, compute_dtype):
+            if not trains_on_cpu(block.attention, wrapping.compute_dtype):
                 block.attention.kernel = SDPA(block.attention.kernel.window)
+        piped = layout.degrees.pipeline > 1
         stand_in = {i: i for i in blocks(model)} if piped else stand_ins(model, activation_checkpoint)
         for i in set(stand_in) - set(stand_in.values()):
             del model.layers[str(i)]
-        layout.parallelize(
-            model,
-            dispatcher=dispatcher,
-            checkpoint=activation_checkpoint.build(folder=Path()).apply,
-            compile_block=None,
-            compute_dtype=compute_dtype,
-        )
-        found[number] = SampledModel(model, stand_in)
-    return found
+        found.append(stand_in)
+
+    models = spread_models(config, layout, wrapping, sample)
+    sampled = map(SampledModel, models.values(), found)
+    return dict(zip(models, sampled, strict=True))
 
 
 def blocks(model: Decoder) -> dict[int, Block]:

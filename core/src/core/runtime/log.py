@@ -10,7 +10,7 @@ from pathlib import Path
 from core.config.console import hold_console
 from core.runtime.disk import AppendedFile
 
-LOGGER = logging.getLogger("armature")
+log = logging.getLogger("armature")
 WIDTH = 60
 """Columns that a line for people has at most, as far as names of files allow."""
 
@@ -50,10 +50,10 @@ def start_logging(*, aloud: bool = True) -> None:
     Of several ranks one speaks aloud. From then on no console ends the program.
     """
     hold_console()
-    if not LOGGER.handlers:
-        LOGGER.addHandler(Console() if aloud else logging.NullHandler())
-        LOGGER.setLevel(logging.INFO)
-        LOGGER.propagate = False
+    if not log.handlers:
+        log.addHandler(Console() if aloud else logging.NullHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 class LogFile(logging.Handler):
@@ -78,16 +78,16 @@ def log_to(path: Path) -> Iterator[None]:
     file = AppendedFile(path)
     file.create()
     handler = LogFile(file)
-    LOGGER.addHandler(handler)
+    log.addHandler(handler)
     try:
         yield
     finally:
-        LOGGER.removeHandler(handler)
+        log.removeHandler(handler)
         file.close()
 
 
 def warn_everywhere(text: str, rank: int) -> None:
     """Warn of something that concerns all ranks; also aloud on a rank that is silent otherwise."""
-    LOGGER.warning(text)
+    log.warning(text)
     if rank > 0:
         print(f"warning (rank {rank}): {text}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
 from core.nn.weights import Weight, weights
-from core.parallel.layout import RankView, SingleRank
+from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
 from core.runtime.activity import working
@@ -43,12 +43,9 @@ class BuiltModel(NamedTuple):
 def assemble(
     config: Decoder.Config,
     layout: RankView,
+    wrapping: Wrapping,
     *,
-    checkpoint: Callable[[Decoder], None],
-    compile_block: Callable[[nn.Module], None] | None,
-    dispatcher: Callable[[ProcessGroup], Dispatcher],
     dtype: torch.dtype,
-    compute_dtype: torch.dtype,
     seed: int,
     n_microbatches: int,
 ) -> BuiltModel:
@@ -56,33 +53,34 @@ def assemble(
 
     `n_microbatches` is how many travel a pipeline per step. Weights are stored in `dtype`.
     """
-    settings = layout.settings
-    models = {}
-    for number, model in stage_models(config, layout):
-        layout.parallelize(
-            model,
-            dispatcher=dispatcher,
-            checkpoint=checkpoint,
-            compile_block=compile_block,
-            compute_dtype=compute_dtype,
-        )
-        weights_on = torch.device("cpu") if settings.cpu_offload else None
+    models = spread_models(config, layout, wrapping)
+    for model in models.values():
+        weights_on = torch.device("cpu") if layout.settings.cpu_offload else None
         materialise(model, layout.device, dtype, weights_on=weights_on)
         init_weights(((w.name, w.value, w.start) for w in weights(model)), seed, layout.local_slice)
-        models[number] = model
     return BuiltModel(list(models.values()), layout.pipeline(models, n_microbatches))
 
 
-def stage_models(config: Decoder.Config, layout: RankView) -> Iterator[tuple[int, Decoder]]:
-    """The stages of this rank by their numbers, or the whole model as 0, without memory and not spread yet."""
-    settings = layout.settings
-    piped = layout.degrees.pipeline > 1
+def spread_models(
+    config: Decoder.Config,
+    layout: RankView,
+    wrapping: Wrapping,
+    change: Callable[[Decoder], object] = lambda model: None,
+) -> dict[int, Decoder]:
+    """The stages of this rank by their numbers, or the whole model as 0, spread over the ranks and without memory.
+
+    `change` sees each of them before it is spread.
+    """
+    settings, piped = layout.settings, layout.degrees.pipeline > 1
     stages = split_layers(settings, config.n_layers) if piped else []
+    models = {}
     for number in stages_of(layout.pipeline_rank, settings, config.n_layers) if piped else [0]:
-        model = meta_model(config)
+        models[number] = model = meta_model(config)
         if piped:
             cut_stage(model, stages, number)
-        yield number, model
+        change(model)
+        layout.parallelize(model, wrapping)
+    return models
 
 
 def expert_loads(models: list[Decoder], layout: RankView) -> dict[str, float]:

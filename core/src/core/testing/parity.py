@@ -20,7 +20,7 @@ from core.nn.decoder import Decoder
 from core.optim.adam import AdamW
 from core.optim.optimizer import Optimizer
 from core.parallel.apply import dtensor_slice
-from core.parallel.layout import RankView, SingleRank
+from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.step.assemble import BuiltModel, assemble, compile_block
@@ -115,14 +115,17 @@ def result_of(case: Case) -> StepResult:
 def build_case(case: Case, layout: RankView) -> BuiltModel:
     """This rank's part of the model, with a start that makes every weight matter."""
     rows = case.n_rows // layout.degrees.data
+    wrapping = Wrapping(
+        compute_dtype=case.compute_dtype,
+        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=Path()).apply,
+        dispatcher=dispatchers(case.parallelism.expert_parallel_comm_backend, layout.device),
+        compile_block=None if case.compile is None else partial(compile_block, backend=case.compile),
+    )
     built = assemble(
         case.model,
         layout,
-        checkpoint=ActivationCheckpoint.Config(mode=case.checkpoint).build(folder=Path()).apply,
-        compile_block=None if case.compile is None else partial(compile_block, backend=case.compile),
-        dispatcher=dispatchers(case.parallelism.expert_parallel_comm_backend, layout.device),
+        wrapping,
         dtype=case.weights_dtype,
-        compute_dtype=case.compute_dtype,
         seed=7,
         n_microbatches=rows // case.parallelism.pipeline_parallel_microbatch_size,
     )

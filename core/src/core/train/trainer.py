@@ -29,6 +29,7 @@ from core.nn.weights import parameter_count, training_flops_per_token
 from core.optim.adam import AdamW
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
+from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
 from core.runtime.agreement import check_agreement
 from core.runtime.device import describe, select_device
@@ -171,17 +172,14 @@ class Trainer(Configurable):
         self.compute_dtype = c.training.compute_dtype(self.device)
         self.activation_checkpoint = c.activation_checkpoint.build(folder=self.folder)
         n_rows = self.rows_per_step // self.layout.degrees.data
-        self.built = assemble(
-            c.model,
-            self.layout,
-            checkpoint=self.activation_checkpoint.apply,
-            compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
-            dispatcher=self.dispatcher,
-            dtype=getattr(torch, c.training.dtype),
+        wrapping = Wrapping(
             compute_dtype=self.compute_dtype,
-            seed=c.debug.seed,
-            n_microbatches=n_rows // c.parallelism.pipeline_parallel_microbatch_size,
+            checkpoint=self.activation_checkpoint.apply,
+            dispatcher=self.dispatcher,
+            compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
         )
+        dtype, n = getattr(torch, c.training.dtype), n_rows // c.parallelism.pipeline_parallel_microbatch_size
+        self.built = assemble(c.model, self.layout, wrapping, dtype=dtype, seed=c.debug.seed, n_microbatches=n)
         if c.debug.moe_force_load_balance:
             for model in self.built.models:
                 force_balance(model)
