@@ -62,7 +62,8 @@ class Corpus(Configurable):
         validation_fraction: float = 0.02
         """Share of the documents held out for validation; 0 holds none out."""
         cache_folder: str | None = None
-        """Where tokenised text is kept; None is $XDG_CACHE_HOME/armature, or ~/.cache/armature."""
+        """Where tokenised text is kept; None is $XDG_CACHE_HOME/armature, or ~/.cache/armature. With --dataloader.mode
+        streaming none is kept."""
 
         def places(self) -> dict[str, Any]:
             dataset = absolute_dataset(self.dataset) if isinstance(self.dataset, str) else self.dataset

@@ -81,7 +81,7 @@ class TokenFiles(IndexedSamples):
         hashed = hashlib.sha256()
         for ids, starts in self._tokens:
             hashed.update(f"{ids.dtype.str} {ids.size} {None if starts is None else starts.size} ".encode())
-            for first in np.linspace(0, max(0, ids.size - _STRETCH_TOKENS), _STRETCHES, dtype=np.int64):
+            for first in np.unique(np.linspace(0, max(0, ids.size - _STRETCH_TOKENS), _STRETCHES, dtype=np.int64)):
                 hashed.update(ids[first : first + _STRETCH_TOKENS].tobytes())
             if starts is not None:
                 hashed.update(starts.tobytes())
