@@ -6,7 +6,18 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
-from source_tree import FOLDERS, FUNCTIONS, Module, Tree, closure, drawn_tree, inside, package_files
+from source_tree import (
+    FOLDERS,
+    FUNCTIONS,
+    Module,
+    Tree,
+    closure,
+    drawn_tree,
+    inside,
+    is_tensor,
+    package_files,
+    public_functions,
+)
 
 FLOORS = [  # from the ground up; a package may import lower floors and itself; some rooms are yet to come
     {"core"},  # the version
@@ -54,6 +65,8 @@ SHARED_NAMES = {  # public names that may be defined in two rooms of core, and w
     "meta_model": "the same model without memory, by what the room knows of it",
 }
 MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2000  # lines; the last one: first-party behind `import <m>.model`
+SHAPED_NAME = re.compile(r"_[A-Za-z]*[A-Z][A-Za-z0-9]*$")
+SHAPE = re.compile(r"\((?:\.\.\.|\w+)(?: or \w+)?,(?: ?(?:\.\.\.|\w[\w /+]*)(?:,|(?=\))))*\)|\bany shape\b")
 MACHINE_PATH = re.compile(rb"(?<![\w.-])/(?:home|root|work|Users)/")
 
 
@@ -270,6 +283,18 @@ def readme_draws_the_tree(tree: Tree) -> Iterator[str]:
             yield f"README.md's tree names {folder}/{file}, which is not there"
 
 
+def tensors_have_shapes(tree: Tree) -> Iterator[str]:
+    """A public function that takes tensors names their shapes: in the names (`x_BLD`), or in words "(B, L, D)"."""
+    for name, module in tree.modules.items():
+        if inside(name, "core.testing"):
+            continue
+        for function, words in public_functions(tree, module):
+            arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            unknown = [each.arg for each in arguments if is_tensor(each) and not SHAPED_NAME.search(each.arg)]
+            if unknown and not SHAPE.search(words):
+                yield f"{name}.{function.name} says no shape of {', '.join(unknown)}"
+
+
 RULES: list[Callable[[Tree], Iterator[str]]] = [
     imports_run_downwards,
     rooms_have_floors,
@@ -289,4 +314,5 @@ RULES: list[Callable[[Tree], Iterator[str]]] = [
     text_names_no_machine,
     ci_runs_the_readme,
     readme_draws_the_tree,
+    tensors_have_shapes,
 ]

@@ -203,3 +203,36 @@ def drawn_tree(tree: Tree) -> dict[str, set[str]]:
         drawn.setdefault(folder.partition("/")[0], set())
         drawn.setdefault(folder, set()).update(re.findall(r"(?<![\w./])\w+\.py\b", row))
     return drawn
+
+
+def is_tensor(argument: ast.arg) -> bool:
+    """Whether an argument is annotated as a tensor, or as something of tensors."""
+    names = ast.walk(argument.annotation) if argument.annotation else ()
+    return any(dotted(node).rpartition(".")[2] == "Tensor" for node in names)
+
+
+def public_functions(tree: Tree, module: Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    """The public functions and methods of a module, each with its docstring and that of its class.
+
+    A method that overrides that of a first-party class is described there, unless it has a docstring itself.
+    """
+    described = {(cls, name) for each in tree.modules.values() for cls, name, _ in methods(each)}
+    for node in module.syntax.body:
+        if isinstance(node, FUNCTIONS) and not node.name.startswith("_"):
+            yield node, ast.get_docstring(node) or ""
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            parents = [dotted(base).rpartition(".")[2] for base in node.bases]
+            for _, name, method in methods(module, node):
+                own = ast.get_docstring(method) or ""
+                if not name.startswith("_") and (own or not any((parent, name) in described for parent in parents)):
+                    yield method, own + (ast.get_docstring(node) or "")
+
+
+def methods(
+    module: Module, of: ast.ClassDef | None = None
+) -> Iterator[tuple[str, str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Class, name and text of every method of a module, or of one class in it."""
+    for node in [of] if of else module.syntax.body:
+        for part in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(part, FUNCTIONS):
+                yield node.name, part.name, part

@@ -27,6 +27,7 @@ from house_rules import (
     readme_draws_the_tree,
     rooms_have_floors,
     starting_needs_no_optional_package,
+    tensors_have_shapes,
     text_names_no_machine,
 )
 from source_tree import Tree
@@ -67,6 +68,20 @@ Then train.py is not in it.
 """
 SOMEONE = "/".join(["", "home", "someone", "corpus.txt"])
 
+SHAPED = """
+def f(x_BLD: Tensor, n: int): ...
+def g(x: Tensor, mask: Tensor):
+    'x (B, L, D) where the mask (B or 1, L) is set.'
+def _private(x: Tensor): ...
+class Layer(Module):
+    'y (..., O) of x (..., I).'
+    def forward(self, x: Tensor): ...
+    def norm(self, x: Tensor):
+        'Of x, any shape.'
+class Other(Layer):
+    def norm(self, x: Tensor): ...
+"""
+
 GOOD = {  # a small tree that keeps every rule, by means that come close to breaking one
     "README.md": README,
     ".ci/run": "#!/bin/sh\npython -m nox\n",
@@ -93,7 +108,7 @@ GOOD = {  # a small tree that keeps every rule, by means that come close to brea
     MODEL: "from core.nn.thing import SIZES\n" + SIZES,
     RECIPES: "from core.train.thing import tokens\nimport qwen3.model\ntokens(policy=1).policy = 2\n",
     START: "from qwen3 import configs\n",
-    "models/other/src/other/model.py": "import core\n",
+    "models/other/src/other/model.py": "import core\n" + SHAPED,
     ROOF: "import qwen3.model\nimport core.train.thing\n",
 }
 
@@ -185,6 +200,10 @@ WRONG: list[tuple[Rule, dict[str, str], str]] = [  # rule, files changed in the 
         "test_thing.py among the tests (core",
     ),
     (names_of_tests_are_unique, {"core/tests/__init__.py": ""}, "__init__.py among the tests"),
+    (tensors_have_shapes, {NN: "def f(x: Tensor, y_BL: Tensor): ..."}, "core.nn.thing.f says no shape of x"),
+    (tensors_have_shapes, {NN: "def f(xs: list[torch.Tensor] | None):\n    'Of xs (all of them).'"}, "no shape of xs"),
+    (tensors_have_shapes, {NN: "class A(Module):\n    'A layer.'\n    def forward(self, x: Tensor): ..."}, "forward"),
+    (tensors_have_shapes, {MODEL: "class A(B):\n    def f(self, *, x: Tensor = None): ..."}, "qwen3.model.f says"),
     (budgets_hold, {NN: "x = 1\n" * (MAX_FILE + 1)}, f"core.nn.thing has {MAX_FILE + 1} lines"),
     (budgets_hold, {NN: "sizes = [\n" + "1,\n" * MAX_FILE + "]\n"}, f"core.nn.thing has {MAX_FILE + 2} lines"),
     (budgets_hold, {NN: LONG_FUNCTION + "    print()\n"}, f"core.nn.thing.f has {MAX_FUNCTION + 1} lines"),

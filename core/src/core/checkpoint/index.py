@@ -187,7 +187,7 @@ def index_text(index: dict[str, StoredTensor]) -> str:
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor of the host."""
+    """The bytes of a contiguous tensor of the host, of any shape."""
     return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 

@@ -43,7 +43,7 @@ class WrittenBox(NamedTuple):
 def save_tensors(
     tensors: Mapping[str, Tensor], storage: Storage, folder: str, group: ProcessGroup | None
 ) -> dict[str, Written]:
-    """Write tensors, each rank its pieces, into a folder that is there; on the first rank, returns all files.
+    """Write tensors of any shape, each rank its pieces, into a folder that is there; returns all files on the first.
 
     Every rank of `group` must call. Raises the first rank's error of those that failed, on every rank.
     """
@@ -60,8 +60,9 @@ def load_tensors(
     index: Mapping[str, StoredTensor],
     group: ProcessGroup | None,
 ) -> None:
-    """Fill tensors, each rank its pieces, from a folder with this index, whatever ranks wrote it. Names and shapes must
-    be there."""
+    """Fill tensors of any shape, each rank its pieces, from a folder with this index, whatever ranks wrote it.
+
+    Names and shapes must be there."""
     with waiting(), _as_itself(), _quiet():
         dcp.load(
             dict(tensors),

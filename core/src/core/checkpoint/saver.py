@@ -87,7 +87,7 @@ class Saver:
         return find_checkpoint(self.settings, self.storage, self.ranks) if self.settings.enable else None
 
     def load(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the tensors of this rank, whatever layout wrote them.
+        """Fill the tensors of this rank, of any shape, whatever layout wrote them.
 
         Raises `UserError`, before any is filled, for a tensor that is not there or has another shape, and for a weight
         there that no rank has.
@@ -121,7 +121,7 @@ class Saver:
         return c.saves and (last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint))
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor], *, kind: SaveKind, wait: bool) -> None:
-        """Save a step; with an `async_mode`, unless told to `wait`, the writing goes on behind the call.
+        """Save a step, tensors of any shape; with an `async_mode`, unless told to `wait`, writing goes on afterwards.
 
         An earlier one must have been waited for. Raises `UserError` for what keeps this one from being written.
         """

@@ -16,7 +16,7 @@ from core.nn.dispatch import Local, Rows
 
 
 def read_splits(splits_2N: Tensor, n_rows: int) -> list[list[int]]:
-    """How many of `n_rows` rows go to each of N ranks, and how many come from each, as the device counted them."""
+    """How many of `n_rows` rows go to each of N ranks, and how many come from each, (2, N), as the device counted."""
     del n_rows
     return splits_2N.tolist()
 

@@ -72,6 +72,7 @@ class DeepEPLibrary(ABC):
         return rows_ND if rows_ND.shape[0] == n_rows else rows_ND[:n_rows].clone()  # without a tail nobody wrote
 
     def combine(self, rows: Tensor, handle: Handle, n_tokens: int) -> Tensor:
+        """For each of `n_tokens` tokens the sum (T, D) of its `rows` (R, D), which come back from all ranks."""
         x_TD, _ = self.bring_back(rows, None, unpack_handle(handle))
         return x_TD if n_tokens else x_TD.new_empty(0, x_TD.shape[1])
 
@@ -89,7 +90,7 @@ class DeepEPLibrary(ABC):
 
 
 def one_row(x: Tensor) -> Tensor:
-    """`x`, or a row of zeros where it has none."""
+    """`x` (R, D), or a row (1, D) of zeros where it has none."""
     return x if x.shape[0] else x.new_zeros(1, *x.shape[1:])
 
 

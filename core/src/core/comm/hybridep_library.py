@@ -92,6 +92,7 @@ class HybridEPBufferTransport:
         return cleared(rows_PD, filled, waits)
 
     def combine(self, rows: Tensor, handle: Handle, n_tokens: int) -> Tensor:
+        """For each of `n_tokens` tokens the sum (T, D) of its `rows` (R, D), which come back from all ranks."""
         pad_multiple, _, _, members = self._opened(handle)
         return self.buffer.combine_with_unpermute(hidden=rows, handle=members, pad_multiple=multiple(pad_multiple))[0]
 
@@ -140,7 +141,7 @@ def expert_choices(ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> tuple[T
 
 
 def cleared(rows: Tensor, filled: Tensor, waits: bool) -> Tensor:
-    """`rows` with zeros behind those that were filled, which a dispatch that does not wait leaves as they were."""
+    """`rows` (R, D) with zeros behind those filled, which a dispatch that does not wait leaves as they were."""
     if waits:
         return rows
     free = torch.arange(rows.shape[0], device=rows.device) >= filled

@@ -75,7 +75,7 @@ def _piece(blobs: tuple[Tensor, Tensor], layout: Any) -> Tensor:
 
 
 def fake_pack(like: Tensor) -> Handle:
-    """Tensors like those of `pack_handle`, without their numbers; for `fake_handle`."""
+    """Tensors of any shape like those of `pack_handle`, without their numbers; for `fake_handle`."""
     size = torch.library.get_ctx().new_dynamic_size
     host: dict[str, Any] = {"device": "cpu"}
     return [

@@ -144,5 +144,5 @@ def n_arrived(sent: Handle) -> int:
 
 
 def wide_zeros(rows: Tensor, n: int) -> Tensor:
-    """`n` rows of zeros to sum `rows` up in: fp32 at least."""
+    """Zeros (n, D) to sum `rows` (R, D) up in: fp32 at least."""
     return rows.new_zeros(n, *rows.shape[1:], dtype=torch.promote_types(rows.dtype, torch.float32))

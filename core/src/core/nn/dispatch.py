@@ -54,11 +54,12 @@ class Local:
         return Rows(_Spread.apply(x_TD, *back), weight_TK.flatten().index_select(0, order_R), counts_G, back)
 
     def combine(self, y_RD: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
+        """As `Dispatcher.combine`; `back` is the token of each row (R,) and the rows of each token (T, K)."""
         return _Gather.apply(y_RD, *back)
 
 
 def count(ids: Tensor, n: int) -> Tensor:
-    """How often each of 0 .. n - 1 stands in `ids`: (n,) int64, without waiting for a device."""
+    """How often each of 0 .. n - 1 stands in `ids`, of any shape: (n,) int64, without waiting for a device."""
     flat = ids.flatten()
     return torch.zeros(n, dtype=torch.int64, device=ids.device).scatter_add(0, flat, torch.ones_like(flat))
 

@@ -55,7 +55,7 @@ class GroupedLinear(Module):
 
 
 def to_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that autocast asks of a matrix product; fp64 it leaves alone."""
+    """The tensor, of any shape, in the dtype that autocast asks of a matrix product; fp64 it leaves alone."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor

@@ -18,7 +18,7 @@ class LocalSlice(NamedTuple):
 
 
 def full_slice(weight: Tensor) -> LocalSlice:
-    """A weight of which all is kept here."""
+    """A weight of any shape of which all is kept here."""
     return LocalSlice(weight, (0,) * weight.dim())
 
 
@@ -61,7 +61,7 @@ def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
 def init_weights(
     starts: Iterable[tuple[str, Tensor, Start]], seed: int, local_slice: Callable[[Tensor], LocalSlice] = full_slice
 ) -> None:
-    """Draw each (name, weight, start) from its own random stream, in fp32, on the weight's device.
+    """Draw each (name, weight of any shape, start) from its own random stream, in fp32, on the weight's device.
 
     Of a weight that is kept here in part, `local_slice` tells which: it gets the numbers that the whole has there. A
     stack of matrices is drawn matrix by matrix, so that no more than one whole matrix is ever there.

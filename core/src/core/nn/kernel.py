@@ -52,7 +52,7 @@ class Positions(NamedTuple):
 
 
 def any_given(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether one of them is not None."""
+    """Whether one of them, of any shape, is not None."""
     return any(tensor is not None for tensor in tensors)
 
 

@@ -12,7 +12,7 @@ from core.nn.start import Constant, Normal
 
 
 class Linear(Module):
-    """y = x W^T (+ b) with weight (O, I), drawn with standard deviation `std`; its parent names the axes."""
+    """y (..., O) = x (..., I) W^T (+ b); weight (O, I), of standard deviation `std`; its parent names the axes."""
 
     def __init__(self, n_in: int, n_out: int, *, std: float, bias: bool = False) -> None:
         super().__init__()
@@ -48,7 +48,8 @@ class Embedding(Module):
 
 
 class RMSNorm(Module):
-    """x / rms(x) * weight over the last dimension (arXiv:1910.07467), starting at ones; its parent names the axis.
+    """x / rms(x) * weight over the last dimension of x (..., D) (arXiv:1910.07467), starting at ones; its parent names
+    the axis.
 
     The result has the dtype of x, so that a kernel behind it sees one dtype under mixed precision (autocast on CUDA
     computes rms_norm in fp32 and would hand that on).

@@ -194,7 +194,8 @@ class Router(Module, Configurable):
 
 
 def best(score: Tensor, k: int) -> Tensor:
-    """Places of the `k` largest numbers of the last dimension; of equal ones the first, on every device."""
+    """Places (..., k) of the `k` largest numbers of the last dimension of (..., E); of equal ones the first, on every
+    device."""
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 

@@ -14,14 +14,15 @@ class Normal(NamedTuple):
     cut: float = 3.0
 
     def draw(self, out: Tensor, generator: torch.Generator) -> None:
-        """Fill `out` by inverting the distribution function: one uniform number per weight, whatever the others are."""
+        """Fill `out`, of any shape, by inverting the distribution function: one uniform number per weight, whatever the
+        others are."""
         share = math.erf(self.cut / math.sqrt(2))
         out.uniform_(-share, share, generator=generator).erfinv_().mul_(self.std * math.sqrt(2))
         out.clamp_(-self.cut * self.std, self.cut * self.std)
 
 
 class Constant(NamedTuple):
-    """The same number everywhere."""
+    """The same number everywhere, in any shape."""
 
     value: float
 

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def joint_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients together, their own norms added in fp64; 0 of none."""
+    """The 2-norm of all gradients, of any shape, together, their own norms added in fp64; 0 of none."""
     if not gradients:
         return 0.0
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum().sqrt().item()
 
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Scale in place gradients whose joint norm is `norm` so that it is at most `max_norm`."""
+    """Scale in place gradients, of any shape, whose joint norm is `norm` so that it is at most `max_norm`."""
     torch._foreach_mul_(gradients, min(max_norm / (norm + 1e-6), 1.0))

@@ -78,11 +78,11 @@ class LocalWeight:
         return torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
 
     def start_state(self, state: dict[str, Tensor]) -> None:
-        """Keep `state`, by the names under which it is saved."""
+        """Keep `state`, tensors of any shape, by the names under which it is saved."""
         self.stored = state
         self.state = MappingProxyType({key: local_tensor(tensor) for key, tensor in state.items()})
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's slice of a tensor that is spread over ranks; any other tensor itself."""
+    """This rank's slice of a tensor of any shape that is spread over ranks; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

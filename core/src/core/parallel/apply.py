@@ -63,7 +63,7 @@ def sum_over_rows(model: Decoder, views: Views) -> None:
 
 
 def dtensor_slice(weight: torch.Tensor) -> LocalSlice:
-    """The piece of a weight that lies on this rank, and where it begins in the whole."""
+    """The piece of a weight, of any shape, that lies on this rank, and where it begins in the whole."""
     if not isinstance(weight, DTensor):
         return LocalSlice(weight, (0,) * weight.dim())
     shape, start = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

@@ -99,12 +99,12 @@ def mesh_info(view: DeviceMesh) -> FSDPMeshInfo:
 
 
 def local_parts(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each gradient."""
+    """What this rank holds of each gradient, of any shape."""
     return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
 
 def squared_norm(gradients: Iterable[Tensor], n_copies: int) -> Tensor:
-    """This rank's part of the sum of squares of all gradients, in fp64; the parts of all ranks add up to it.
+    """This rank's part of the sum of squares of all gradients, of any shape, in fp64; the ranks' parts add up to it.
 
     `n_copies` ranks hold each gradient that is not cut (those of one pipeline stage); one that is cut into p pieces is
     held by n_copies / p ranks, whatever its mesh.
@@ -119,7 +119,7 @@ def squared_norm(gradients: Iterable[Tensor], n_copies: int) -> Tensor:
 
 
 def count_pieces(gradient: Tensor) -> int:
-    """Into how many pieces a gradient is cut."""
+    """Into how many pieces a gradient, of any shape, is cut."""
     if not isinstance(gradient, DTensor):
         return 1
     assert not any(placement.is_partial() for placement in gradient.placements), "a gradient is still partial"

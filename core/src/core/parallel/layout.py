@@ -67,7 +67,7 @@ class RankView(ABC):
 
     @abstractmethod
     def sum_counts(self, counts: list[Tensor]) -> None:
-        """Sum counters of tokens, in place, over the ranks that hold the same blocks."""
+        """Sum counters of tokens, of any shape, in place, over the ranks that hold the same blocks."""
 
     @abstractmethod
     def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
@@ -87,7 +87,7 @@ class RankView(ABC):
 
     @abstractmethod
     def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
-        """Scale the gradients of all ranks to a joint 2-norm of at most `max_norm`; returns the norm before."""
+        """Scale all ranks' gradients, of any shape, to a joint 2-norm of at most `max_norm`; returns that before."""
 
     @abstractmethod
     def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
@@ -95,7 +95,7 @@ class RankView(ABC):
 
     @abstractmethod
     def local_slice(self, weight: Tensor) -> LocalSlice:
-        """The piece of a weight that lies on this rank, and where it begins in the whole."""
+        """The piece of a weight, of any shape, that lies on this rank, and where it begins in the whole."""
 
     @abstractmethod
     def map_matrices(

@@ -75,7 +75,7 @@ class Unit(NamedTuple):
 
 
 def cut_of(weight: Tensor) -> Cut:
-    """How a stored weight, a matrix or a stack of them, lies on its mesh."""
+    """How a stored weight, a matrix (R, C) or a stack (N, R, C), lies on its mesh."""
     assert isinstance(weight, DTensor)
     missing = 3 - weight.dim()
     dims = tuple(None if each.is_replicate() else each.dim + missing for each in weight.placements)  # pyrefly: ignore

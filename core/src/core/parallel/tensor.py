@@ -58,17 +58,17 @@ def read(owner: nn.Module, leaf: str, reading: Reading) -> None:
 
 
 def local(weight: Tensor) -> Tensor:
-    """Of a cut weight, the own piece."""
+    """Of a cut weight, of any shape, the own piece."""
     return weight.to_local()  # pyrefly: ignore[missing-attribute] - a DTensor
 
 
 def summed(weight: Tensor) -> Tensor:
-    """Of a copied weight, the copy; the gradients of the copies are parts of a sum."""
+    """Of a copied weight, of any shape, the copy; the gradients of the copies are parts of a sum."""
     return weight.to_local(grad_placements=[Partial()])  # pyrefly: ignore[missing-attribute] - a DTensor
 
 
 def zeros(weight: Tensor) -> Tensor:
-    """Of a copied weight that joins a sum over ranks, zeros: another rank adds it."""
+    """Of a copied weight, of any shape, that joins a sum over ranks, zeros: another rank adds it."""
     return summed(weight) * 0.0
 
 
@@ -90,12 +90,12 @@ def store_as_dtensor(
 
 
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The tokens (dimension 1) of all ranks; backward gives each rank's tokens their summed gradient."""
+    """The tokens of n ranks, (B, n L, ...) of (B, L, ...); backward returns each rank's their summed gradient."""
     return functional.wait_tensor(functional.all_gather_single(x.contiguous(), 1, mesh))
 
 
 def scatter_sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The own tokens (dimension 1), summed over ranks; backward gathers."""
+    """This rank's tokens, (B, L, ...) of (B, n L, ...), summed over the n ranks; backward gathers."""
     return functional.wait_tensor(functional.reduce_scatter_single(x.contiguous(), "sum", 1, mesh))
 
 

@@ -129,5 +129,5 @@ def resting_bytes(sampled_models: dict[int, SampledModel], optimizer: Optimizer)
 
 
 def n_bytes(tensor: Tensor | None) -> int:
-    """Bytes of a tensor that lie on this rank; of None none."""
+    """Bytes of a tensor of any shape that lie on this rank; of None none."""
     return 0 if tensor is None else local_tensor(tensor).numel() * tensor.element_size()

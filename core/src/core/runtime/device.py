@@ -165,7 +165,7 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Go on drawing on `device` from this state."""
+    """Go on drawing on `device` from this state, (bytes,) of uint8."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:

@@ -76,7 +76,7 @@ def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on drawing from these states."""
+    """Go on drawing from these states, each (bytes,) of uint8."""
     for name, state in states.items():
         set_random_state(state, _CPU if name.endswith(".cpu") else device)
 

@@ -121,7 +121,7 @@ def write_files(
 
 
 def save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file that is not there yet, with the permissions of any new file.
+    """Write a safetensors file of tensors of any shape that is not there yet, with the permissions of any new file.
 
     Raises `UserError` when it cannot be written.
     """

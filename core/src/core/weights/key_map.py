@@ -25,7 +25,7 @@ class KeyPart(NamedTuple):
     """Our rows, head by head, are pairs (0, 1), (2, 3), ... and those there are halves."""
 
     def view(self, stored: Tensor) -> Tensor:
-        """A view of the stored part that has our values in our order, if not in our shape."""
+        """A view of the stored part, of any shape, that has our values in our order, if not in our shape."""
         if self.transposed:
             stored = stored.mT
         if self.half is not None:

@@ -77,7 +77,7 @@ def stored_weight(name: str, suffixes: list[str], headers: Mapping[str, Header])
 
 
 def as_stored(weight: Tensor) -> Tensor:
-    """The weight itself."""
+    """The weight itself, of any shape."""
     return weight
 
 
@@ -88,7 +88,7 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def scaled(weight: Tensor, factors: Tensor) -> Tensor:
-    """The weight in fp32, every block times its factor."""
+    """The weight (O, I) in fp32, every block times its factor."""
     out = weight.float()
     columns = factors.float().repeat_interleave(BLOCK, -1)[..., : out.shape[-1]]
     for i, rows in enumerate(out.split(BLOCK, dim=-2)):

@@ -59,8 +59,8 @@ class WeightSource:
 
     @torch.no_grad()
     def fill(self, name: str, part: Tensor, start: Sequence[int] = ()) -> Tensor:
-        """Copy the stored values of our weight, or of the box of it that begins at `start`, into `part`, cast to
-        its type. Of a weight that is stored row by row, as experts are, no other rows are read."""
+        """Copy the stored values of our weight, of any shape, or of the box of it that begins at `start`, into `part`,
+        cast to its type. Of a weight that is stored row by row, as experts are, no other rows are read."""
         start = start or (0,) * part.dim()
         shape = self.key_map.weights[name].shape
         box = [slice(first, first + size) for first, size in zip(start, part.shape, strict=True)]
