@@ -1,17 +1,16 @@
 """Whole matrices out of the slices of all ranks, dealt out so that each is computed once.
 
-    slices on all ranks  --all-to-all-->  one whole matrix per rank  --function, all-to-all-->  slices of the results
+    slices on all ranks  --all-to-all-->  whole matrices, here and there  --all-to-all-->  slices of their results
 
-Matrices are dealt out by size, the largest first, each to the rank that has least to do so far. In one round every rank
-gets one at most, so that one whole matrix is there beside the slices. Experts that lie whole on a rank are computed
-there, together, and only copies of them are sent.
+Matrices are dealt out by size, the largest first, each to the one of the ranks with a piece of it that has least to do
+so far. In one round a rank gets as many as fit into the largest matrix, so that no more than that is there beside the
+slices. Experts that lie whole on a rank are computed there, together, and only copies of them are sent.
 
 Letters: N matrices of a stack (1 where there is none), R rows, C columns. A cut may leave ranks without any row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import zip_longest
 from math import prod
 from typing import NamedTuple
 
@@ -59,19 +58,46 @@ class Cut(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Matrices `first` to `last` of the stack number `weight`, which `owner` computes; `sends` unless nobody else has
-    any of them."""
+    """Matrices `first` to `last` of the stack number `weight`, which `owner` computes; `travels` unless it alone has
+    them."""
 
     weight: int
     first: int
     last: int
     owner: int
-    sends: bool
+    travels: bool
 
-    def part(self, held: Ranges) -> Ranges:
-        """What of the ranges that a rank holds is in this unit."""
-        first = max(held[0].start, self.first)
-        return slice(first, max(min(held[0].stop, self.last), first)), held[1], held[2]
+    def within(self, held: Ranges) -> Ranges | None:
+        """What of the ranges that a rank holds is in this unit, counted from its first matrix; None for nothing."""
+        first, last = max(held[0].start, self.first), min(held[0].stop, self.last)
+        empty = first >= last or any(part.start == part.stop for part in held[1:])
+        return None if empty else (slice(first - self.first, last - self.first), held[1], held[2])
+
+
+class Job(NamedTuple):
+    """A unit as its owner computes it: the shape of the whole, who sends which part, and who gets which."""
+
+    shape: tuple[int, ...]
+    senders: list[tuple[int, Ranges]]
+    holders: list[tuple[int, Ranges]]
+
+
+class Round(NamedTuple):
+    """What one rank does at once: it sends parts of its slices to owners, has jobs, and gets parts of its slices back.
+
+    A part is its owner, the number of its weight, and its place in the slice; those of `sent` are in `got` as well.
+    """
+
+    sent: list[tuple[int, int, Ranges]]
+    jobs: list[Job]
+    got: list[tuple[int, int, Ranges]]
+
+
+class Schedule(NamedTuple):
+    """What one rank does: the units that it computes for itself, and rounds with the others."""
+
+    alone: list[Unit]
+    rounds: list[Round]
 
 
 def cut_of(weight: Tensor) -> Cut:
@@ -82,32 +108,75 @@ def cut_of(weight: Tensor) -> Cut:
     return Cut((1,) * missing + tuple(weight.shape), tuple(weight.device_mesh.shape), dims)
 
 
+@lru_cache(maxsize=256)
+def held_by_all(cut: Cut) -> list[Ranges]:
+    """What each rank holds."""
+    return [cut.held_by(rank) for rank in range(prod(cut.grid))]
+
+
 @lru_cache(maxsize=8)
-def deal(cuts: tuple[Cut, ...]) -> list[Unit]:
-    """Who computes which of the matrices that are cut so."""
-    load = [0] * prod(cuts[0].grid)
-    units = []
+def deal(cuts: tuple[Cut, ...]) -> list[list[list[Unit]]]:
+    """The units of each round and owner, of matrices that are cut so; first round of all those that do not travel."""
+    n_ranks = prod(cuts[0].grid)
+    load, largest = [0] * n_ranks, max(prod(cut.shape[1:]) for cut in cuts)
+    queues: list[list[tuple[int, Unit]]] = [[] for _ in range(n_ranks)]
     for weight in sorted(range(len(cuts)), key=lambda number: (-prod(cuts[number].shape[1:]), number)):
         cut = cuts[weight]
-        for first, last, ranks in _jobs(cut):
-            owner = min(ranks, key=lambda rank: (load[rank], rank))
-            load[owner] += (last - first) * prod(cut.shape[1:])
-            units.append(Unit(weight, first, last, owner, sends=len(ranks) > 1))
-    return units
+        for first, last, ranks in _choices(cut):
+            owner, size = min(ranks, key=lambda rank: (load[rank], rank)), (last - first) * prod(cut.shape[1:])
+            load[owner] += size
+            queues[owner].append((size, Unit(weight, first, last, owner, travels=len(ranks) > 1)))
+    rounds: list[list[list[Unit]]] = [[[unit for _, unit in queue if not unit.travels] for queue in queues]]
+    for owner, queue in enumerate(queues):
+        number, filled = 1, 0
+        for size, unit in queue:
+            if unit.travels:
+                number, filled = (number, filled + size) if filled + size <= largest else (number + (filled > 0), size)
+                while len(rounds) <= number:
+                    rounds.append([[] for _ in range(n_ranks)])
+                rounds[number][owner].append(unit)
+    return rounds
 
 
-def _jobs(cut: Cut) -> Iterator[tuple[int, int, Sequence[int]]]:
-    """Ranges of matrices that are computed together, and the ranks that may do it: all of them for a matrix that is in
-    pieces, else those that have it."""
-    n_ranks = prod(cut.grid)
-    if any(n > 1 and dim in (1, 2) for n, dim in zip(cut.grid, cut.dims, strict=True)):
-        yield from ((i, i + 1, range(n_ranks)) for i in range(cut.shape[0]))
-        return
+def _choices(cut: Cut) -> Iterator[tuple[int, int, list[int]]]:
+    """Ranges of matrices that are computed together, and the ranks that may: those that have them, or a piece."""
+    in_pieces = any(n > 1 and dim in (1, 2) for n, dim in zip(cut.grid, cut.dims, strict=True))
     holders: dict[tuple[int, int], list[int]] = {}
-    for rank in range(n_ranks):
-        stack, _, _ = cut.held_by(rank)
-        holders.setdefault((stack.start, stack.stop), []).append(rank)
-    yield from ((first, last, ranks) for (first, last), ranks in holders.items() if last > first)
+    for rank, (stack, rows, columns) in enumerate(held_by_all(cut)):
+        if rows.start < rows.stop and columns.start < columns.stop:
+            holders.setdefault((stack.start, stack.stop), []).append(rank)
+    for (first, last), ranks in holders.items():
+        step = 1 if in_pieces and len(ranks) > 1 else max(last - first, 1)
+        yield from ((i, i + step, ranks) for i in range(first, last, step))
+
+
+@lru_cache(maxsize=8)
+def schedule(cuts: tuple[Cut, ...], rank: int) -> Schedule:
+    """What `rank` does with matrices that are cut so; all ranks have equally many rounds."""
+    alone, *rounds = deal(cuts)
+    mine = []
+    for owners in rounds:
+        sent, got = [], []
+        for unit in (unit for units in owners for unit in units):
+            cut = cuts[unit.weight]
+            held = held_by_all(cut)[rank]
+            if (part := unit.within(held)) is not None:
+                shift = unit.first - held[0].start
+                stack = slice(part[0].start + shift, part[0].stop + shift)
+                place = stack, slice(0, held[1].stop - held[1].start), slice(0, held[2].stop - held[2].start)
+                got.append((unit.owner, unit.weight, place))
+                if cut.copy(unit.owner) == cut.copy(rank):
+                    sent.append(got[-1])
+        mine.append(Round(sent, [_job(unit, cuts[unit.weight]) for unit in owners[rank]], got))
+    return Schedule(alone[rank], mine)
+
+
+def _job(unit: Unit, cut: Cut) -> Job:
+    parts = [(rank, unit.within(held)) for rank, held in enumerate(held_by_all(cut))]
+    holders = [(rank, part) for rank, part in parts if part is not None]
+    copy = cut.copy(unit.owner)
+    senders = [(rank, part) for rank, part in holders if cut.copy(rank) == copy]
+    return Job((unit.last - unit.first, *cut.shape[1:]), senders, holders)
 
 
 def map_matrices(
@@ -123,95 +192,49 @@ def map_matrices(
     """
     if not weights:
         return []
-    cuts, rank = tuple(map(cut_of, weights)), group.rank()
+    cuts = tuple(map(cut_of, weights))
     assert all(prod(cut.grid) == group.size() for cut in cuts), "the weights lie on other ranks than the group's"
     stacks = [each if each.dim() == 3 else each.unsqueeze(0) for each in slices]
     results = [torch.empty_like(stack) for stack in stacks]
-    queues: list[list[Unit]] = [[] for _ in range(group.size())]
-    for unit in deal(cuts):
-        if unit.sends:
-            queues[unit.owner].append(unit)
-        elif unit.owner == rank:
-            results[unit.weight].copy_(function(stacks[unit.weight].to(device)))
-    for round_ in zip_longest(*queues):
-        _exchange(function, cuts, [unit for unit in round_ if unit], stacks, results, group, device)
+    alone, rounds = schedule(cuts, group.rank())
+    for weight, *_ in alone:
+        results[weight].copy_(function(stacks[weight].to(device)))
+    empty = torch.empty(0, dtype=slices[0].dtype, device=device)
+    for sent, jobs, got in rounds:
+        asked = [(rank, _shape(part)) for job in jobs for rank, part in job.senders]
+        parts = iter(_all_to_all([(owner, stacks[weight][part]) for owner, weight, part in sent], asked, empty, group))
+        answers = []
+        for job in jobs:
+            whole = empty.new_empty(job.shape)
+            for _, part in job.senders:
+                whole[part] = next(parts)
+            done = function(whole).to(empty.dtype)
+            answers += [(rank, done[part]) for rank, part in job.holders]
+        back = _all_to_all(answers, [(owner, _shape(part)) for owner, _, part in got], empty, group)
+        for (_, weight, part), values in zip(got, back, strict=True):
+            results[weight][part] = values
     return [result.view_as(part) for result, part in zip(results, slices, strict=True)]
 
 
-def _exchange(
-    function: Callable[[Tensor], Tensor],
-    cuts: Sequence[Cut],
-    units: Sequence[Unit],
-    stacks: Sequence[Tensor],
-    results: Sequence[Tensor],
-    group: ProcessGroup,
-    device: torch.device,
-) -> None:
-    """One round: every rank computes at most one of the units."""
-    rank, ranks = group.rank(), range(group.size())
-    sent: dict[int, Tensor] = {}
-    for unit in units:
-        cut = cuts[unit.weight]
-        if cut.copy(unit.owner) == cut.copy(rank):
-            sent[unit.owner] = stacks[unit.weight][_within(unit, cut, rank)]
-    mine = next((unit for unit in units if unit.owner == rank), None)
-    parts: dict[int, Ranges] = {}
-    if mine is not None:
-        parts = {each: mine.part(cuts[mine.weight].held_by(each)) for each in ranks}
-    senders = {} if mine is None else {r: p for r, p in parts.items() if _same_copy(cuts[mine.weight], r, rank)}
-    received = _all_to_all(sent, {each: _size(part) for each, part in senders.items()}, stacks[0], group, device)
-    answers: dict[int, Tensor] = {}
-    if mine is not None:
-        whole = received[rank].new_empty(mine.last - mine.first, *cuts[mine.weight].shape[1:])
-        for each, part in senders.items():
-            whole[_from(part, mine.first)] = received[each].view(_shape(part))
-        done = function(whole).to(stacks[0].dtype)
-        answers = {each: done[_from(part, mine.first)] for each, part in parts.items()}
-    wanted = {unit.owner: _within(unit, cuts[unit.weight], rank) for unit in units}
-    sizes = {unit.owner: results[unit.weight][wanted[unit.owner]].numel() for unit in units}
-    for owner, values in _all_to_all(answers, sizes, stacks[0], group, device).items():
-        (unit,) = (unit for unit in units if unit.owner == owner)
-        target = results[unit.weight][wanted[owner]]
-        target.copy_(values.view(target.shape))
-
-
 def _all_to_all(
-    sent: dict[int, Tensor], sizes: dict[int, int], like: Tensor, group: ProcessGroup, device: torch.device
-) -> dict[int, Tensor]:
-    """What the ranks in `sizes` sent to this one, so many numbers each, in exchange for `sent`, by rank."""
-    ranks = range(group.size())
-    flat = [sent[rank].flatten().to(device) for rank in ranks if rank in sent]
-    to = [sent[rank].numel() if rank in sent else 0 for rank in ranks]
-    of = [sizes.get(rank, 0) for rank in ranks]
-    joined = torch.cat(flat) if flat else torch.empty(0, dtype=like.dtype, device=device)
-    got = functional.wait_tensor(functional.all_to_all_single(joined, of, to, group)).split(of)
-    return {rank: got[rank] for rank in sizes}
+    sent: list[tuple[int, Tensor]], wanted: list[tuple[int, tuple[int, ...]]], empty: Tensor, group: ProcessGroup
+) -> list[Tensor]:
+    """Tensors of the ranks and shapes that are wanted, in exchange for those that are sent, each to its rank.
 
-
-def _same_copy(cut: Cut, rank: int, other: int) -> bool:
-    return cut.copy(rank) == cut.copy(other)
-
-
-def _within(unit: Unit, cut: Cut, rank: int) -> Ranges:
-    """Where the slice of `rank` has what is in a unit, counted in the slice."""
-    held = cut.held_by(rank)
-    stack, rows, columns = unit.part(held)
-    start = held[0].start
-    return (
-        slice(stack.start - start, stack.stop - start),
-        slice(0, rows.stop - rows.start),
-        slice(0, columns.stop - columns.start),
-    )
-
-
-def _from(part: Ranges, first: int) -> Ranges:
-    """A part, its matrices counted from `first`."""
-    return slice(part[0].start - first, part[0].stop - first), part[1], part[2]
+    Those between two ranks are in the same order on both. `empty` has the type and device of all.
+    """
+    to, of = [0] * group.size(), [0] * group.size()
+    for rank, tensor in sent:
+        to[rank] += tensor.numel()
+    for rank, shape in wanted:
+        of[rank] += prod(shape)
+    flat = [tensor.flatten().to(empty.device) for _, tensor in sorted(sent, key=lambda pair: pair[0])]
+    joined = torch.cat(flat) if flat else empty
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place][0])
+    arrived = functional.wait_tensor(functional.all_to_all_single(joined, of, to, group))
+    found = dict(zip(order, arrived.split([prod(wanted[place][1]) for place in order]), strict=True))
+    return [found[place].view(shape) for place, (_, shape) in enumerate(wanted)]
 
 
 def _shape(part: Ranges) -> tuple[int, ...]:
     return tuple(each.stop - each.start for each in part)
-
-
-def _size(part: Ranges) -> int:
-    return prod(_shape(part))
