@@ -93,7 +93,7 @@ class Round(NamedTuple):
     got: list[tuple[int, int, Ranges]]
 
 
-class Schedule(NamedTuple):
+class RankPlan(NamedTuple):
     """What one rank does: the units that it computes for itself, and rounds with the others."""
 
     alone: list[Unit]
@@ -151,7 +151,7 @@ def _choices(cut: Cut) -> Iterator[tuple[int, int, list[int]]]:
 
 
 @lru_cache(maxsize=8)
-def schedule(cuts: tuple[Cut, ...], rank: int) -> Schedule:
+def rank_plan(cuts: tuple[Cut, ...], rank: int) -> RankPlan:
     """What `rank` does with matrices that are cut so; all ranks have equally many rounds."""
     alone, *rounds = deal(cuts)
     mine = []
@@ -168,7 +168,7 @@ def schedule(cuts: tuple[Cut, ...], rank: int) -> Schedule:
                 if cut.copy(unit.owner) == cut.copy(rank):
                     sent.append(got[-1])
         mine.append(Round(sent, [_job(unit, cuts[unit.weight]) for unit in owners[rank]], got))
-    return Schedule(alone[rank], mine)
+    return RankPlan(alone[rank], mine)
 
 
 def _job(unit: Unit, cut: Cut) -> Job:
@@ -196,7 +196,7 @@ def map_matrices(
     assert all(prod(cut.grid) == group.size() for cut in cuts), "the weights lie on other ranks than the group's"
     stacks = [each if each.dim() == 3 else each.unsqueeze(0) for each in slices]
     results = [torch.empty_like(stack) for stack in stacks]
-    alone, rounds = schedule(cuts, group.rank())
+    alone, rounds = rank_plan(cuts, group.rank())
     for weight, *_ in alone:
         results[weight].copy_(function(stacks[weight].to(device)))
     empty = torch.empty(0, dtype=slices[0].dtype, device=device)
