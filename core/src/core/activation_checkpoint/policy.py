@@ -1,4 +1,16 @@
-"""The one policy: what a checkpointed block saves for backward, and what it computes again."""
+"""The one policy: what a checkpointed block saves for backward, and what it computes again.
+
+Backward of a block needs what its forward computed. Keeping all of it takes the most memory; keeping the block's input
+alone and running the block again takes a second forward. In between, operations differ: a matrix product or attention
+is expensive to repeat for each byte of its output, a norm or an activation nearly free. So `selective` saves the
+outputs of expensive operations (`ops.py` has the list) and repeats the rest; of matrix products it saves every second
+one, which halves the memory that they take for half of their work. Choices that must not fall otherwise the second
+time, such as which experts a token goes to, are saved in every mode.
+
+The policy sees operations as PyTorch dispatches them, so it is one for all models and knows no layer: what a module
+wants otherwise it says where it computes (`region.py`). The repeated forward must be what the first was; `replay.py`
+records it, compares, and names the module where it is not.
+"""
 
 import hashlib
 import inspect

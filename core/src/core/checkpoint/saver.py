@@ -1,4 +1,20 @@
-"""Saves and loads the state of a run. Every method is a collective: all ranks call it."""
+"""Saves and loads the state of a run. Every method is a collective: all ranks call it.
+
+A save may end at any instruction: by a kill, a full disk, a lost machine. What must hold is that a folder called
+`step-N` is a whole checkpoint, always, and that the ones before are untouched until it is. So:
+
+1. All ranks write their pieces into `step-N.tmp`, which nothing reads; each file is flushed to the disk, read back,
+   compared and hashed: what a disk returns counts, not what was handed to it.
+2. The first rank, when all have succeeded, writes `manifest.json` with the size and hash of every file, and last its
+   own hash.
+3. The folder gets its name: one rename, which is there or not, and a flush of the folder above it. An object store has
+   no such rename; there the manifest is moved last, and a folder without one is no checkpoint.
+4. Only then are older checkpoints removed, and those under another name first, so that a removal that is cut off leaves
+   no half of a `step-M`.
+
+A run that goes on takes the newest `step-N` whose files are what its manifest says, tells why it passes over another,
+and removes what is called `.tmp`. An error of one rank is raised on all: none goes on alone.
+"""
 
 import logging
 import os

@@ -1,4 +1,22 @@
-"""The load of the experts over one step: counted by the routers, read here, and held even by their bias."""
+"""The load of the experts over one step: counted by the routers, read here, and held even by their bias.
+
+Left alone, a router sends more tokens to the experts that are already better, until a few get all of them. Two forces
+work against that, and a recipe may use either or both:
+
+* The bias (`load_balance_coeff`; arXiv:2408.15664) is added to the scores where experts are chosen, and nowhere else:
+  it changes who computes a token, not the weight of the result, and so no gradient. After each update the bias of an
+  expert with more than the mean load falls by one step, that of one with less rises by one.
+* The balance loss (`balance_loss_coeff`; arXiv:2412.19437, equations 17 to 20) is, per row, the coefficient times the
+  sum over experts of f P: f is the expert's share of the row's choices times the number of experts, P its mean
+  normalised score. It equals the coefficient when both are even, and is larger when the experts that are chosen most
+  also score most. f is a count without a gradient; the gradient goes through P, and lowers the scores of those that are
+  chosen most. It joins that of the scores in backward, so that a block returns nothing but its output, and it has the
+  denominator of the main loss: the valid tokens of the whole step.
+
+Counts are of a whole step: of all microbatches, summed over all ranks that read different tokens, each token once even
+where checkpointing repeats its forward. `debug.moe_force_load_balance` deals tokens out in turn instead, to measure
+speed without an effect of routing.
+"""
 
 from typing import NamedTuple
 

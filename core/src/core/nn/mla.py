@@ -25,9 +25,16 @@ LATENT_NORM_EPS = 1e-6
 class MLA(SelfAttention, Configurable):
     """Causal self-attention whose keys and values are drawn from one narrow latent per token (arXiv:2405.04434, 2.1).
 
-    Position enters through a separate part of each head, which all heads share on the key side:
+    Ordinary attention keeps 2 K H numbers per token to attend to later: all its keys and values. Here a token leaves
+    C + P: one latent, of which `wkv_b` makes the keys and values of all heads, and one short key that carries position.
 
         latent_C, k_P = split(wkv_a x)    k_S, v_V = split(wkv_b norm(latent))    k = [k_S, rotate(k_P)]
+
+    Position needs a key of its own because a rotation between `wkv_b` and the product with the query would be another
+    matrix for each distance, and the latent could not stand for all of them; all heads share that key. Queries are
+    drawn from a latent, too, where `q_lora_rank` says so: that saves activations, not cache. Their heads are [S, P]
+    wide, as the keys are, and values V: a kernel gets two widths. Tensor parallelism cuts `wq_b`, `wkv_b` and `wo` by
+    heads; the latents are narrow and whole on every rank.
     """
 
     AXES = {

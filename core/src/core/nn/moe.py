@@ -1,5 +1,12 @@
 """Mixture of experts: route -> dispatch -> experts -> combine.
 
+A gate, one matrix in fp32, gives each token a logit for each expert; softmax or sigmoid makes it a score, and the token
+goes to the K experts with the best ones. With groups, which lie on machines of their own, it chooses from the experts
+of the best groups alone. A token and a choice are a row: rows are sorted by expert, sent to where it lives, and
+multiplied group by group; the results return and are summed, each times its score. The score is the only path of a
+gradient to the gate: the choice itself has none, and is kept for backward, never made again. What keeps the gate from
+always choosing the same few experts is told in `core.nn.balance`.
+
 Letters: B rows, L length, T = B L tokens, D width, E experts, G groups of experts, K choices of a token, R = T K rows
 for experts, F hidden width of an expert.
 """

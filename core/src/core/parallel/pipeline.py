@@ -1,4 +1,12 @@
-"""Pipeline parallelism: a stage is the decoder without the children that live elsewhere."""
+"""Pipeline parallelism: a stage is the decoder without the children that live elsewhere.
+
+The loss of a step is one sum over all valid tokens of all ranks, divided by their number, which is counted before the
+first forward. PyTorch's schedules know microbatches alone: each returns its loss, and schedules may divide gradients by
+the number of microbatches, as if all had equally many valid tokens. Packed text and masks have not, so that a mean of
+means would give tokens of short microbatches a larger weight. Hence each microbatch's loss is its sum, already divided
+by the step's number; gradients of microbatches are added, and neither the schedule nor FSDP scales them. Only the last
+stage has a loss: what is reported is a sum over ranks to which the others add 0.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

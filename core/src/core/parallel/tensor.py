@@ -6,6 +6,18 @@ forward. Hence the gradient of a weight that is not cut is a partial sum: always
 Inside a region each rank sees all tokens, and its own heads, hidden columns or rows of the vocabulary. Modules compute
 with plain tensors; a DTensor is only the label on a stored weight, for FSDP, gradient norms and checkpoints.
 
+What follows from the three sentences, for a block of two regions on n ranks:
+
+    x (B, L/n, D) -> norm -> [gather -> wq wk wv -> attention of N/n heads -> wo -> scatter_sum] -> + x -> ...
+
+A region begins where a matrix is cut by its output axis: tokens are gathered, and backward sums the gradients of the
+ranks and returns each its tokens, because that is the transpose. It ends where a matrix is cut by its input axis: each
+rank has a part of every token's sum, and scatter_sum adds the parts and keeps its own tokens; backward gathers. So a
+region sends twice (n - 1)/n of its tokens, as an all-reduce would, and norms and residuals are computed once, not n
+times. A weight that is not cut, such as a norm's, saw its rank's tokens alone, or its rank's heads: either way its
+gradient is a part of a sum, which is added up over the ranks. A bias behind a sum (of `wo`) is added by the first rank
+alone. Nobody averages: the loss already has the denominator of the whole step.
+
 Letters: B rows, L length, D width, V vocabulary; what is cut is named by its local size.
 """
 
