@@ -31,6 +31,7 @@ from core.parallel.apply import dtensor_slice
 from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
+from core.runtime.meta import meta_model
 from core.step.assemble import assemble
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
@@ -86,8 +87,7 @@ def ours(layout: RankView, length: int) -> Step:
 
 
 def by_hand(length: int) -> Step:
-    with torch.device("meta"):
-        model: Decoder = network().build()
+    model: Decoder = meta_model(network())
     mesh = init_device_mesh("cpu", (2,))
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
