@@ -15,10 +15,10 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 import core.comm.ops
 import core.nn.grouped  # noqa: F401 - their operations are on the list, here and in other processes
-from core.activation_checkpoint import ops
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
 from core.activation_checkpoint.region import kept, recomputed
 from core.activation_checkpoint.replay import SAVED
+from core.activation_checkpoint.save_output import OURS, save_output
 from core.config.errors import UserError
 
 aten = torch.ops.aten
@@ -120,13 +120,13 @@ def test_operations_of_a_user_are_saved():
 
 def test_an_operation_that_registers_later_is_saved():
     assert decisions([(aten.cos.default, A)]) == "r"
-    ops.save_output(aten.cos.default)
+    save_output(aten.cos.default)
     try:
         assert decisions([(aten.cos.default, A)]) == "S"
         default_activation_checkpoint_policy.cache_clear()
         with_cos = default_activation_checkpoint_policy().cache_hash
     finally:
-        ops.OURS.remove(aten.cos.default)
+        OURS.remove(aten.cos.default)
         default_activation_checkpoint_policy.cache_clear()
     assert with_cos != default_activation_checkpoint_policy().cache_hash
 

@@ -118,7 +118,7 @@ def test_the_doctor_lists_all_that_is_optional(capsys: pytest.CaptureFixture[str
     fake_deep_ep.install("v2.1")
     found = {part.name: part for part in optional_parts()}
     assert list(found)[:6] == ["GPU", "NCCL", "flex attention", *(f"deep_ep {build}" for build in probe.CLASSES)]
-    assert list(found)[6:] == ["tokenizers", "datasets", "tensorboard", "wandb", "torchao"]
+    assert list(found)[6:] == ["tokenizers", "pyarrow", "datasets", "tensorboard", "wandb", "torchao"]
     assert found["deep_ep deepep_v2"].here == "ElasticBuffer of deep_ep 2.1.0"
     assert found["deep_ep hybridep"].here is None and "git checkout 94a9f8f" in found["deep_ep hybridep"].missing
     assert all(part.purpose and (part.here or part.missing) for part in found.values())

@@ -418,7 +418,7 @@ def test_a_function_that_is_no_recipe_is_a_defect():
     def number():
         return 3
 
-    with pytest.raises(TypeError, match="toy_configs.number gives no Config"):
+    with pytest.raises(TypeError, match="toy_configs.number returns no Config"):
         main(module_of(number), ["--config", "number"])
 
 

@@ -138,7 +138,7 @@ def test_what_is_missing_is_named(files: Path) -> None:
         f"{file}:STEPS": f"{file} has no recipe STEPS",
         file: f"--config {file}: name a recipe, --config {file}:NAME; it has small, large_one, number",
         f"{file}:": f"name a recipe, --config {file}:NAME",
-        f"{file}:number": "armature_recipes.number gives no Config: let the name of what is no recipe start with _",
+        f"{file}:number": "armature_recipes.number returns no Config: let the name of what is no recipe start with _",
         "nowhere.py:small": f"--config nowhere.py:small: there is no file {Path('nowhere.py').resolve()}",
         "armature_nowhere.recipes:small": "armature_nowhere.recipes cannot be imported: No module named",
         "armature_beside:small": "armature_beside has no recipe small; it has no function without arguments",

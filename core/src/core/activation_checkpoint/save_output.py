@@ -11,7 +11,7 @@ OURS: set[Op] = set()
 
 
 def save_output(op: OpT) -> OpT:
-    """Add a first-party operation to the list; returns it back, so that it stands on the line of the definition."""
+    """Add a first-party operation to the list; returns it, so that it stands on the line of the definition."""
     check_op(op)
     OURS.add(op)
     return op
