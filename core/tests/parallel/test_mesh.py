@@ -1,5 +1,7 @@
 """Three views of the same ranks, by their coordinates."""
 
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -87,3 +89,11 @@ def data_numbers() -> int:
 
 def test_context_ranks_read_the_same_rows_and_others_different_ones() -> None:
     assert run_ranks(data_numbers, 8) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_process_alone_loads_no_dtensor() -> None:
+    """torch.distributed.tensor takes a second to load, of which a start on one rank would have nothing."""
+    slow = ("torch.distributed.tensor", "torch._dynamo", "sympy")
+    code = f"import sys, core.train.trainer\nprint([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -20,7 +20,6 @@ from core.nn.module import Module
 from core.nn.start import Scale
 from core.parallel.settings import Degrees, Parallelism, describe_degrees, world_problems
 from core.runtime.meta import meta_model
-from core.step import checks
 from core.step.checks import check_layout
 from core.step.settings import Compile, Training
 from core.step.shares import check_shares
@@ -123,7 +122,7 @@ def test_experts_divide_the_ranks_that_hold_them() -> None:
 
 
 def test_experts_want_a_mesh_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "HAS_MESH_PER_WEIGHT", False)
+    monkeypatch.setattr("core.parallel.data.HAS_MESH_PER_WEIGHT", False)
     check(degrees(tensor=2), 4)
     check(degrees(context=2), 4, model=ToyMoE.Config())
     for axis in ("expert", "tensor"):

@@ -17,7 +17,6 @@ from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import check_kernels
 from core.nn.moe import MoE
 from core.optim.optimizer import Optimizer
-from core.parallel.data import HAS_MESH_PER_WEIGHT
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
@@ -102,10 +101,13 @@ def training_problems(training: Training, parallelism: Parallelism, degrees: Deg
 def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Degrees) -> Iterator[Problem]:
     """What keeps a model from being cut this way."""
     yield from share_problems(model, parallelism)
-    if degrees.expert * degrees.tensor > 1 and expert_parts(model) and not HAS_MESH_PER_WEIGHT:
-        name = "expert_parallel_degree" if degrees.expert > 1 else "tensor_parallel_degree"
-        degree = getattr(parallelism, name)
-        yield f"parallelism.{name}", f"{name} {degree} with experts needs torch 2.12, this is {torch.__version__}"
+    if degrees.expert * degrees.tensor > 1 and expert_parts(model):
+        from core.parallel import data  # loads torch.distributed.tensor: a second that a process alone saves
+
+        if not data.HAS_MESH_PER_WEIGHT:
+            name = "expert_parallel_degree" if degrees.expert > 1 else "tensor_parallel_degree"
+            degree = getattr(parallelism, name)
+            yield f"parallelism.{name}", f"{name} {degree} with experts needs torch 2.12, this is {torch.__version__}"
     if degrees.expert > 1 and not expert_parts(model):
         yield (
             "parallelism.expert_parallel_degree",
