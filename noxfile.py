@@ -129,7 +129,7 @@ def soak(session: nox.Session) -> None:
 @nox.session(default=False, requires=["shared"])
 def installs(session: nox.Session) -> None:
     """Install models by an old pip, the newest, and uv, from a checkout and from git (ten minutes, needs git)."""
-    install(session, "core")
+    see_shared(session)  # and none of our packages, which the environments of the test would see as installed
     session.install("uv")
     session.run("python", "-m", "pytest", "core/tests/test_installers.py", "-m", "installs", *session.posargs)
 
