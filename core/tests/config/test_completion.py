@@ -110,14 +110,15 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def completed(scripts: dict[str, Path]) -> dict[str, str]:
-    """What a real bash answers to each line, whose last word is being typed."""
+    """What a real bash, which ends at the first thing that fails, answers to each line, whose last word is typed."""
     lines = [
         f". {shlex.quote(str(scripts['bash']))}",
         'ask() { COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); COMPREPLY=(); _armature "$1"; echo "${COMPREPLY[*]}"; }',
         *(f"ask {shlex.join(case.split(' '))}" for case in CASES),
     ]
-    done = subprocess.run(["bash", "--norc", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
-    assert not done.stderr
+    strict = ["bash", "--norc", "-euo", "pipefail", "-c", "\n".join(lines)]
+    done = subprocess.run(strict, capture_output=True, text=True, timeout=60)
+    assert not done.stderr and done.returncode == 0
     return dict(zip(CASES, done.stdout.splitlines(), strict=True))
 
 

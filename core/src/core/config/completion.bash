@@ -11,7 +11,7 @@ _armature() {
         fi
     done
     if [[ -z $module ]] || ! declare -F "_armature_of_${module//./_}" > /dev/null; then
-        word=${_armature_before[${1##*/}]}
+        word=${_armature_before[${1##*/}]:-}
         if [[ -n $word ]]; then "$word" "$@"; fi
         return
     fi
@@ -31,17 +31,17 @@ _armature() {
     "_armature_of_${module//./_}" "$flag" "$recipe"
     COMPREPLY=()
     if [[ $current == -* ]]; then
-        COMPREPLY=($(compgen -W "$offered" -- "$current"))
+        COMPREPLY=($(compgen -W "$offered" -- "$current" || true))
         if [[ ${#COMPREPLY[@]} == 0 ]]; then # `-` and `_` are alike
             word=${current#--}
-            COMPREPLY=($(compgen -W "$offered" -- "--${word//-/_}"))
+            COMPREPLY=($(compgen -W "$offered" -- "--${word//-/_}" || true))
         fi
     elif ((given < most)); then
         if [[ -z $flag && $given != 0 ]]; then values=; fi
-        COMPREPLY=($(compgen -W "$values" -- "$current"))
-        if [[ -z $files ]]; then compopt +o default +o bashdefault 2> /dev/null; fi
+        COMPREPLY=($(compgen -W "$values" -- "$current" || true))
+        if [[ -z $files ]]; then compopt +o default +o bashdefault 2> /dev/null || true; fi
     elif [[ -z $current ]]; then
-        COMPREPLY=($(compgen -W "$offered" -- --))
+        COMPREPLY=($(compgen -W "$offered" -- -- || true))
     fi
 }
 
@@ -56,7 +56,7 @@ _armature_take_over() {
         fi
     done
     for name in @PROGRAMS@; do
-        before=$(complete -p "$name" 2> /dev/null)
+        before=$(complete -p "$name" 2> /dev/null) || true # a shell may end at what fails
         case $before in
         *' -F _armature '*) ;;
         *' -F '*) before=${before#* -F } _armature_before[$name]=${before%% *} ;;
