@@ -139,11 +139,10 @@ def test_an_engineer_with_text_and_two_ranks(newcomer: Newcomer) -> None:
         "--checkpoint.enable --checkpoint.interval 20"
     )
     newcomer.do(f"{train} --dump_folder whole")
-    process = newcomer.start(f"exec {train} --dump_folder stopped")
-    for line in process.stdout or []:
-        if line.startswith("step 30/60"):
-            process.send_signal(signal.SIGTERM)
-    process.wait()
+    with newcomer.start(f"exec {train} --dump_folder stopped") as process:
+        for line in process.stdout or []:
+            if line.startswith("step 30/60"):
+                process.send_signal(signal.SIGTERM)
     assert 30 <= newcomer.records("stopped")[-1]["step"] < 60
     newcomer.do(f"{train} --dump_folder stopped")
     whole, stopped = ([record["loss"] for record in newcomer.records(run)] for run in ("whole", "stopped"))
