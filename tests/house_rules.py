@@ -62,7 +62,6 @@ VAGUE_WORDS = {"base", "common", "helper", "helpers", "manager", "misc", "util",
 SHARED_NAMES = {  # public names that may be defined in two rooms of core, and why
     "log": "the logger, under one name in every module",
     "main": "the entry of a program",
-    "meta_model": "the same model without memory, by what the room knows of it",
 }
 MAX_FILE, MAX_FUNCTION, MAX_MODEL = 300, 60, 2000  # lines; the last one: first-party behind `import <m>.model`
 SHAPED_NAME = re.compile(r"_[A-Za-z]*[A-Z][A-Za-z0-9]*$")

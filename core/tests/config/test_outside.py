@@ -63,7 +63,7 @@ def here() -> Configurable.Config:
 
 
 here.__module__ = CONFIGS.__name__
-CONFIGS.here = here  # type: ignore[attr-defined]
+CONFIGS.here = here
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_function_in_a_file_is_a_recipe(files: Path, capsys: pytest.CaptureFix
     source = "../files/armature_recipes.py:small"
     config = load_config([source], CONFIGS)
     assert to_dict(config) == {"class": "armature_recipes:Run", "recipe": "small", "steps": 7}
-    assert load_config([f"{files}/armature_recipes.py:large-one"], CONFIGS).steps == 1000  # type: ignore[attr-defined]
+    assert load_config([f"{files}/armature_recipes.py:large-one"], CONFIGS).steps == 1000
     main(CONFIGS, ["--config", source, "--steps", "8"])
     assert json.loads(capsys.readouterr().out)["steps"] == 8
     assert NAMED == {"armature_recipes": "../files/armature_recipes.py"}
@@ -120,7 +120,7 @@ def test_files_change_it_and_may_name_it(files: Path, tmp_path: Path, monkeypatc
     source = "../files/armature_recipes.py:small"
     for data in ({"steps": 3}, {"recipe": "small", "steps": 3}, {"recipe": source, "steps": 3}):
         (tmp_path / "change.json").write_text(json.dumps(data))
-        assert load_config([source, "../change.json"], CONFIGS).steps == 3  # type: ignore[attr-defined]
+        assert load_config([source, "../change.json"], CONFIGS).steps == 3
     (tmp_path / "change.json").write_text(json.dumps({"recipe": "large_one"}))
     assert "changes the recipe 'large_one', not 'small'" in refusal(source, "../change.json")
     forget()
@@ -205,5 +205,5 @@ def test_what_a_run_writes_is_read_when_its_file_is_trusted(
 
 def test_a_file_in_the_working_directory_needs_no_folder(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
-    assert load_config(["armature_recipes.py:small"], CONFIGS).steps == 7  # type: ignore[attr-defined]
+    assert load_config(["armature_recipes.py:small"], CONFIGS).steps == 7
     assert import_outside("armature_recipes", "--trust") is sys.modules["armature_recipes"]

@@ -195,7 +195,7 @@ def test_a_part_that_has_no_place(write):
         pass
 
     Stray.__qualname__ = "Stray"
-    sys.modules[__name__].Stray = Stray  # type: ignore[attr-defined]
+    sys.modules[__name__].Stray = Stray
     file = write({"class": f"{__name__}:Stray"})
     assert "describes a" in refusal(file) and "no recipe has a place for it" in refusal(file)
     assert "which may stand nowhere in a run" in refusal("small", file)
@@ -291,6 +291,6 @@ def test_trust_is_an_option(stranger: str, write, capsys):
 
 def test_finding_a_class_asks_no_module_for_what_it_makes_on_demand(write, monkeypatch):
     lazy = ModuleType("armature_lazy")
-    lazy.__getattr__ = lambda name: pytest.fail(f"{name} was made")  # type: ignore[method-assign]
+    lazy.__getattr__ = lambda name: pytest.fail(f"{name} was made")
     monkeypatch.setitem(sys.modules, "armature_lazy", lazy)
     assert "armature_lazy:Odd is no Configurable" in refusal(write({"class": "armature_lazy:Odd"}))

@@ -163,7 +163,7 @@ def test_the_document_has_the_observer_that_is_tested() -> None:
 def test_the_settings_are_data(tmp_path: Path) -> None:
     config = observed(tmp_path, Perplexity.Config(enough=3.0), Scripted.Config())
     cli.override(config, cli.split_flags(["--observers.0.enough", "2.5"]))
-    assert config.observers[0].enough == 2.5  # type: ignore[attr-defined]
+    assert config.observers[0].enough == 2.5
     assert from_json(to_json(config)) == config
 
 

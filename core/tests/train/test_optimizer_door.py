@@ -232,7 +232,7 @@ def test_whole_matrices_of_a_vector_are_refused() -> None:
 def test_the_state_is_changed_in_place_or_not_at_all() -> None:
     optimizer: Optimizer = Lion.Config().build(weights=weights_of(meta_model(Toy.Config())), layout=SingleRank(CPU))
     with pytest.raises(TypeError, match="does not support item assignment"):
-        optimizer.weights["norm.weight"].state["mean"] = torch.zeros(())  # type: ignore[index]
+        optimizer.weights["norm.weight"].state["mean"] = torch.zeros(())
 
 
 def test_the_document_has_the_optimizer_that_is_tested() -> None:

@@ -201,7 +201,7 @@ def test_the_optimizers_that_were_one_class_are_read(tmp_path: Path, monkeypatch
     (tmp_path / "mine.json").write_text('{"recipe": "debug", "optimizer": {"name": "Adam", "beta1": 0.8}}')
     configs = ModuleType("toy_package.configs")
     monkeypatch.setattr(debug, "__module__", configs.__name__)
-    setattr(configs, "debug", debug)  # noqa: B010
+    configs.debug = debug
     assert load_config([str(tmp_path / "mine.json")], configs).optimizer == Adam.Config(lr=3e-3, beta1=0.8)
     changed = toy_run(tmp_path)
     override(changed, split_flags(["--optimizer.beta2", "0.9", "--optimizer.name", "Adam", "--optimizer.eps", "1e-7"]))
@@ -239,7 +239,7 @@ def broken(folder: Path) -> Trainer.Config:
     config.lr_scheduler.decay_ratio = 7.0
     config.optimizer.lr = -1.0
     config.training.steps = 0
-    config.debug.on_nonfinite = "never"  # type: ignore[assignment]
+    config.debug.on_nonfinite = "never"
     config.parallelism.tensor_parallel_degree = 3
     return config
 
@@ -320,7 +320,7 @@ def test_a_model_that_was_converted_trains_and_its_weights_are_read_when_asked_f
     monkeypatch.chdir(tmp_path)
     configs = ModuleType("toy_package.configs")
     debug.__module__ = configs.__name__
-    setattr(configs, "debug", debug)  # noqa: B010
+    configs.debug = debug
     ours = Toy.Config(n_layers=3, vocab_size=2048)
     save_weights(on_cpu(ours, seed=5), "converted")
     source = str(tmp_path / "converted/config.json")

@@ -70,7 +70,7 @@ def go(text: str, leaves_at: int = 0) -> str:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(number)
 
-    trainer.step = leaving  # type: ignore[method-assign]
+    trainer.step = leaving
     trainer.run()
     return trainer.loader.description
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args
 
 from core.config.errors import UserError
 from core.data.bad_lines import BadLines, field_text, reading
@@ -18,7 +18,7 @@ from core.data.sections import FILE_CHARACTERS, Section, split_sections
 from core.data.tables import arrow_sections, csv_sections, parquet_sections
 
 Format = Literal["txt", "md", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
-FORMATS: tuple[Format, ...] = ("txt", "md", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
+FORMATS: tuple[Format, ...] = get_args(Format)
 COMPRESSED_INSIDE = ("parquet", "arrow")
 READ = f"{', '.join(f'.{name}' for name in FORMATS)}, and all but the last two with {', '.join(COMPRESSIONS)} behind"
 """What names may end in, for errors."""

@@ -94,11 +94,9 @@ def make_layout(parallelism: Parallelism, device: torch.device) -> RankView:
     """The layout of the process group, or of a process alone."""
     if not dist.is_initialized():
         return SingleRank(device)
-    from core.parallel.many_ranks import (
-        ManyRanks,  # loads torch.distributed.tensor: a second that a process alone saves
-    )
+    from core.parallel import many_ranks  # loads torch.distributed.tensor: a second that a process alone saves
 
-    return ManyRanks(parallelism, device)
+    return many_ranks.ManyRanks(parallelism, device)
 
 
 def make_dispatcher(run: Run, device: torch.device, world_size: int) -> Callable[[ProcessGroup], Dispatcher]:
