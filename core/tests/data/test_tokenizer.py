@@ -119,13 +119,57 @@ def test_huggingface_tokenizer(json_folder):
     assert same.fingerprint == tokenizer.fingerprint
 
 
-def test_huggingface_tokenizer_without_settings_has_no_bos(json_folder):
+def test_huggingface_tokenizer_without_settings_has_what_its_post_processor_adds(json_folder):
     with_settings = Tokenizer.Config(path=str(json_folder)).build()
-    assert (with_settings.bos_id, with_settings.eos_id) == (None, None)
-    assert with_settings.encode_documents(["a"]) == [with_settings.encode("a")]
+    assert (with_settings.bos_id, with_settings.eos_id) == (0, None)
+    assert with_settings.encode_documents(["a"]) == [[0, *with_settings.encode("a")]]
     assert " tokens, none that ends a document (" in with_settings.description
     (json_folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<eos>"}')
     assert Tokenizer.Config(path=str(json_folder)).build().fingerprint != with_settings.fingerprint
+
+
+def post_processed(folder, template):
+    """The tokenizer of a folder with this post-processor, or None, in the words of tokenizers and in ours."""
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [("<bos>", 0), ("<eos>", 1)]
+    theirs.post_processor = template and tokenizers.processors.TemplateProcessing(template, special_tokens=ids)
+    theirs.no_truncation(), theirs.no_padding()
+    theirs.save(str(folder / "tokenizer.json"))
+    return theirs
+
+
+@pytest.mark.parametrize("template", [None, "$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>", "<bos> <bos> $A"])
+def test_documents_begin_with_bos_where_the_tokenizer_puts_it(json_folder, template):
+    theirs = post_processed(json_folder, template)
+    (json_folder / "special_tokens_map.json").write_text('{"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}')
+    found = Tokenizer.Config(path=str(json_folder)).build()
+    ids = theirs.encode("some text").ids
+    assert found.encode_documents(["some text"]) == [[*([0] if ids[0] == 0 else []), *found.encode("some text"), 1]]
+    for add in (False, True):
+        found = Tokenizer.Config(path=str(json_folder), add_bos=add, add_eos=add).build()
+        assert found.encode_documents(["a"]) == [[*[0] * add, *found.encode("a"), *[1] * add]]
+        assert found.encode_prompt("a") == [*[0] * add, *found.encode("a")]
+
+
+def test_a_tokenizer_without_a_post_processor_goes_by_add_bos_token(json_folder):
+    post_processed(json_folder, None)
+    for add in (False, True):
+        (json_folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "add_bos_token": add}))
+        found = Tokenizer.Config(path=str(json_folder)).build()
+        assert (found.encode_prompt("a")[0] == 0) is add
+    with pytest.raises(UserError, match=r"tokenizer.add_eos is set, and the tokenizer .* names no eos token"):
+        Tokenizer.Config(path=str(json_folder), add_eos=True).build()
+
+
+def test_special_tokens_that_are_written_in_a_document_are_text(json_folder):
+    found = Tokenizer.Config(path=str(json_folder)).build()
+    ids = found.encode("a<eos>b<bos>")
+    assert not {0, 1} & set(ids) and found.decode(ids) == "a<eos>b<bos>"
+    [a], [b] = found.encode("a"), found.encode("b")
+    assert found.encode_prompt("a<eos>b<bos>") == [0, a, 1, b, 0] and found.encode_prompt("<bos>a") == [0, a]
+    assert found.encode("a<eos>b<bos>") == ids
 
 
 def test_huggingface_tokenizer_with_wrong_files(json_folder, tmp_path):

@@ -59,9 +59,9 @@ def test_eos_ends_a_row_and_is_not_part_of_it() -> None:
     model, prompt = tiny("tied"), PROMPTS[0]
     free = one_by_one(model, prompt, Sampler(1, seed=1), 20)
     eos = next(token for i, token in enumerate(free) if i >= 5 and token not in free[:i])
-    [found] = generate(model, [prompt], Sampler(1, seed=1), limits=[20], n_tokens=64, eos_id=eos)
+    [found] = generate(model, [prompt], Sampler(1, seed=1), limits=[20], n_tokens=64, end_ids=[eos])
     assert found == Completion(free[: free.index(eos)], ended=True)
-    [other] = generate(model, [prompt], Sampler(1, seed=1), limits=[free.index(eos)], n_tokens=64, eos_id=eos)
+    [other] = generate(model, [prompt], Sampler(1, seed=1), limits=[free.index(eos)], n_tokens=64, end_ids=[eos])
     assert other == Completion(free[: free.index(eos)], ended=False)
 
 
@@ -69,7 +69,7 @@ def test_rows_that_ended_do_not_change_the_others() -> None:
     model = tiny("sinks, and a window in every second block")
     free = [one_by_one(model, prompt, Sampler(1, seed=row), 15) for row, prompt in enumerate(PROMPTS)]
     eos = free[0][3]
-    found = continued(model, Sampler(3), [15, 15, 15], eos_id=eos)
+    found = continued(model, Sampler(3), [15, 15, 15], end_ids=[eos])
     for completion, ids in zip(found, free, strict=True):
         assert completion == Completion(ids[: ids.index(eos)] if eos in ids else ids, ended=eos in ids)
 

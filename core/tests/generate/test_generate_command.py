@@ -184,6 +184,25 @@ def test_eos_ends_the_text(write, tmp_path) -> None:
     assert f"\n{place} tokens in" in err and "max_seq_len" not in err
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_every_end_token_that_a_folder_names_ends_the_text(write, tmp_path, name) -> None:
+    prompt = "def main"
+    ids = greedy_ids(prompt, 30)
+    place = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
+    save_hf(toy(), tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text()) if name == "config.json" else {}
+    (tmp_path / name).write_text(json.dumps({**stated, "eos_token_id": [3, ids[place]]}))
+    out, _ = write("--prompt", prompt, "--max-new-tokens", "64", "--temperature", "0", checkpoint=tmp_path)
+    assert out == decoded(prompt, ids[:place]) + "\n"
+
+
+def test_an_end_token_that_is_none(fails, tmp_path) -> None:
+    save_hf(toy(), tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    message = fails("--prompt", "x", checkpoint=tmp_path)
+    assert f"{tmp_path}/generation_config.json: eos_token_id: " in message
+
+
 def test_the_end_of_the_positions_ends_the_text_with_a_note(write) -> None:
     prompt = "def main"
     n = 64 - 1 - len(BUNDLED.encode(prompt))

@@ -5,10 +5,7 @@ The bundled model, `tokenizer.model`, was trained by `core.data.train_tokenizer`
 
 import hashlib
 import importlib.resources
-import importlib.util
-import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
@@ -17,13 +14,11 @@ from typing import Any, Protocol
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.fields import short_repr
-from core.config.json_file import read_json, typed
 from core.config.record import absolute
+from core.data.hf_tokenizer import HuggingFace
 from core.data.library import library_errors
 from core.data.sections import Section
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _MOST_MIB = 1024
 
 
@@ -32,19 +27,27 @@ class _Model(Protocol):
     bos_id: int | None
     eos_id: int | None
     kind: str
+    rules: str
+    adds_bos: bool
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_marked(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def n_bytes(self) -> list[float]: ...
 
 
 class Tokenizer(Configurable):
-    """Turns text into token ids and back. Adds no special tokens: whoever joins documents puts bos and eos between."""
+    """Turns text into token ids and back. `encode` adds no special tokens; those who join documents
+    put bos and eos between."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         path: str | None = None
         """A SentencePiece `.model`, a Hugging Face `tokenizer.json` or a folder with one; None is the bundled model."""
+        add_bos: bool | None = None
+        """Whether a document and a prompt begin with the bos token; None is what the tokenizer itself does."""
+        add_eos: bool | None = None
+        """Whether a document ends with the eos token; None is wherever the tokenizer has one."""
 
         def places(self) -> dict[str, Any]:
             return {"path": absolute(self.path)}
@@ -58,16 +61,28 @@ class Tokenizer(Configurable):
             path = Path(os.path.expanduser(config.path))
             path = path / "tokenizer.json" if os.path.isdir(path) else path
             content, name = _read(path), str(path)
-            self._model = _SentencePiece(content, name) if path.suffix == ".model" else _HuggingFace(content, path)
+            self._model = _SentencePiece(content, name) if path.suffix == ".model" else HuggingFace(content, path)
         self._name = f"the tokenizer {name}"
         self.vocab_size: int = self._model.vocab_size
-        self.bos_id: int | None = self._model.bos_id
-        self.eos_id: int | None = self._model.eos_id
-        self.fingerprint: str = hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()
+        bos = self._model.adds_bos if config.add_bos is None else config.add_bos
+        self.bos_id: int | None = self._token("bos", config.add_bos) if bos else None
+        """What a document and a prompt begin with; None where they begin with their text."""
+        self.eos_id: int | None = self._token("eos", config.add_eos) if config.add_eos is not False else None
+        """What a document ends with."""
+        self.fingerprint: str = hashlib.sha256(
+            content + f"{self.bos_id} {self.eos_id}{self._model.rules}".encode()
+        ).hexdigest()
         """Differs wherever the ids of a text may."""
         self._line_end: list[int] = self.encode("\n")
         no_eos = ", none that ends a document" if self.eos_id is None else ""
         self.description: str = f"{self._model.kind}, {self.vocab_size:,} tokens{no_eos} ({name})"
+
+    def _token(self, name: str, asked: bool | None) -> int | None:
+        """The id of bos or eos. Raises `UserError` where it is asked for and there is none."""
+        found: int | None = getattr(self._model, f"{name}_id")
+        if asked and found is None:
+            raise UserError(f"tokenizer.add_{name} is set, and {self._name} names no {name} token: leave it out")
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
@@ -77,6 +92,13 @@ class Tokenizer(Configurable):
         """The ids of each text, encoded on all cores."""
         with library_errors(f"{self._name} cannot encode a text"):
             return self._model.encode_batch(texts)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that a model continues: as of the beginning of a document, but special tokens that are
+        written in it, of a chat say, are those tokens. In documents they are text."""
+        with library_errors(f"{self._name} cannot encode a text"):
+            ids = self._model.encode_marked(text)
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each document as it stands in a token stream: bos, text, eos, as far as the tokenizer has them."""
@@ -138,6 +160,7 @@ class _SentencePiece:
     """
 
     kind = "SentencePiece"
+    rules = ""
     _SPACE = "\u2581"
 
     def __init__(self, content: bytes, name: str) -> None:
@@ -150,6 +173,7 @@ class _SentencePiece:
                 raise UserError(f"{name} is no SentencePiece model: it holds no pieces")
             self.bos_id = self._optional(self._processor.bos_id())
             self.eos_id = self._optional(self._processor.eos_id())
+            self.adds_bos = self.bos_id is not None
             spelling = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in self._SPACE.encode()]
             probe = "  a  b  "
             exact = self._processor.decode(self._processor.encode(probe)) == probe
@@ -168,6 +192,9 @@ class _SentencePiece:
                     encoded[number] = first + [token for ids in others for token in self._spelling + ids]
         return encoded
 
+    def encode_marked(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
@@ -181,68 +208,3 @@ class _SentencePiece:
         if processor.is_control(token) or processor.is_unused(token):
             return 0
         return 1 if processor.is_byte(token) else len(processor.id_to_piece(token).replace(self._SPACE, " ").encode())
-
-
-class _HuggingFace:
-    """A `tokenizer.json`; bos and eos are those of the `tokenizer_config.json` beside it, if there is one."""
-
-    kind = "Hugging Face tokenizer"
-
-    def __init__(self, content: bytes, path: Path) -> None:
-        if importlib.util.find_spec("tokenizers") is None:
-            raise UserError(f"{path} needs the package tokenizers: in the checkout run pip install './core[hf]'")
-        import tokenizers
-
-        with library_errors(f"{path} is no tokenizer.json of Hugging Face"):
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-            if not ids:
-                raise UserError(f"{path} has no tokens")
-            self.vocab_size = 1 + max(ids)
-        settings = path.with_name("tokenizer_config.json")
-        special = read_json(settings) if os.path.exists(settings) else {}
-        self.bos_id = self._special(special, "bos_token", settings)
-        self.eos_id = self._special(special, "eos_token", settings)
-
-    def _special(self, special: dict[str, Any], name: str, settings: Path) -> int | None:
-        token = typed(special.get(name), str | dict[str, Any] | None, f"{settings}: {name}")
-        text = typed(token.get("content"), str, f"{settings}: {name}.content") if isinstance(token, dict) else token
-        if text is None:
-            return None
-        number = self._tokenizer.token_to_id(text)
-        if number is None:
-            raise UserError(
-                f"{settings} names the token {short_repr(text)}, which the tokenizer.json beside it does not have"
-            )
-        return number
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def n_bytes(self) -> list[float]:
-        """Of a vocabulary over bytes a character of a token is a byte. In another one a token has the bytes by which
-        two others grow apart when it stands between them."""
-        stated = json.loads(self._tokenizer.to_str())
-        decoder = json.dumps(stated["decoder"])
-        tokens = [self._tokenizer.id_to_token(token) or "" for token in range(self.vocab_size)]
-        if '"ByteLevel"' in decoder:
-            counts = [float(len(token)) for token in tokens]
-        else:
-            side = self.encode_batch(["a"])[0][-1]
-            apart = self._tokenizer.decode_batch([[side, token, side] for token in range(self.vocab_size)], False)
-            together = len(self._tokenizer.decode([side, side], False).encode())
-            counts = [float(len(text.encode()) - together) for text in apart]
-            if '"ByteFallback"' in decoder:
-                counts = [1.0 if _BYTE.fullmatch(token) else n for token, n in zip(tokens, counts, strict=True)]
-        for token in stated["added_tokens"]:
-            counts[token["id"]] = float(len(token["content"].encode()))
-        model = stated["model"]
-        unknown = model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
-        if unknown is not None:
-            counts[unknown] = nan
-        return counts

@@ -25,7 +25,7 @@ from core.config.recipe import is_folder, recipe_module, recipes
 from core.config.recipe import load_config as load_config
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
-from core.generate.folder import check_tokenizer, described, existing, tokenizer_in
+from core.generate.folder import check_tokenizer, described, end_ids, existing, tokenizer_in
 from core.generate.generate import Completion, generate
 from core.generate.sample import Sampler
 from core.generate.text import Continuation
@@ -179,12 +179,12 @@ class Generation(Configurable):
         self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
+        self.end_ids = end_ids(self.tokenizer, self.folder)
         self.model = self.load_model()
 
     def encode(self, text: str, number: int) -> list[int]:
         """The ids of a prompt, as of the beginning of a document."""
-        before = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        ids = before + self.tokenizer.encode(text)
+        ids = self.tokenizer.encode_prompt(text)
         if not ids:
             raise UserError(f"prompt {number} has no tokens, and this tokenizer none to begin with: write something")
         if len(ids) >= (limit := self.config.model.max_seq_len):
@@ -259,7 +259,7 @@ class Generation(Configurable):
             sampler,
             limits=self.limits,
             n_tokens=self.tokenizer.vocab_size,
-            eos_id=self.tokenizer.eos_id,
+            end_ids=self.end_ids,
             emit=emit,
         )
 

@@ -12,6 +12,7 @@ from core.config.recipe import from_recipe, recipes
 from core.config.record import from_dict
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
+from core.weights.companions import stated_ids
 from core.weights.folder import hf_config, model_of, read_config
 from core.weights.saved import described_in
 
@@ -68,6 +69,12 @@ def tokenizer_in(folder: Path) -> str | None:
     """The file of the tokenizer in a folder, if there is one."""
     files = (file_in(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
     return next((str(file) for file in files if file is not None), None)
+
+
+def end_ids(tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's, and all that `generation_config.json` and `config.json` name."""
+    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return frozenset([*own, *stated_ids(folder)["eos_token_id"]])
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, folder: Path, *, found: bool) -> None:

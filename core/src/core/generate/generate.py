@@ -3,7 +3,7 @@
 Letters: B rows, L length of the longest prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from core.nn.decoder import Decoder
 
 @dataclass
 class Completion:
-    """The ids that follow a prompt, and whether the model ended the text there; its eos is not among them."""
+    """The ids that follow a prompt, and whether the model ended the text there, by a token that is not among them."""
 
     ids: list[int] = field(default_factory=list)
     ended: bool = False
@@ -29,10 +29,10 @@ def generate(
     *,
     limits: Sequence[int],
     n_tokens: int,
-    eos_id: int | None = None,
+    end_ids: Collection[int] = (),
     emit: Callable[[int, int | None], object] = lambda row, token: None,
 ) -> list[Completion]:
-    """Continue each prompt with ids below `n_tokens`, until `eos_id` comes or the prompt's limit is reached.
+    """Continue each prompt with ids below `n_tokens`, until one of `end_ids` comes or the prompt's limit is reached.
 
     `emit(row, token)` hears of every token as it comes, and of a row's end as token None. The model must be in
     evaluation mode; prompts are not empty, limits at least 1.
@@ -49,7 +49,7 @@ def generate(
             drawn = drawn_B.tolist()
             for row in sorted(going):
                 completion, token = completions[row], drawn[row]
-                completion.ended = token == eos_id
+                completion.ended = token in end_ids
                 if not completion.ended:
                     completion.ids.append(token)
                     emit(row, token)

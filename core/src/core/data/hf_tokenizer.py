@@ -1,0 +1,112 @@
+"""A Hugging Face `tokenizer.json`, with what the files beside it say of its special tokens."""
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from core.config.errors import UserError
+from core.config.fields import short_repr
+from core.config.json_file import read_json, typed
+from core.data.library import library_errors
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+ROLE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+"""The files beside a tokenizer.json that name its special tokens; the first that names one counts."""
+
+
+class HuggingFace:
+    """A `tokenizer.json`; bos and eos are those that the `tokenizer_config.json` beside it names, or else the
+    `special_tokens_map.json`, or else for bos the one that the tokenizer puts before a text.
+
+    A text begins with bos where the tokenizer itself puts it: by its post-processor, or without one by `add_bos_token`.
+    """
+
+    kind = "Hugging Face tokenizer"
+    rules = " special tokens are text"
+    """What the ids of a text hang on beside the file; part of the fingerprint."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        if importlib.util.find_spec("tokenizers") is None:
+            raise UserError(f"{path} needs the package tokenizers: in the checkout run pip install './core[hf]'")
+        import tokenizers
+
+        with library_errors(f"{path} is no tokenizer.json of Hugging Face"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            if not ids:
+                raise UserError(f"{path} has no tokens")
+            self.vocab_size = 1 + max(ids)
+            self._tokenizer.encode_special_tokens = True  # special tokens that are written in a text are text
+            begun = self._begun()
+        files = [path.with_name(name) for name in ROLE_FILES]
+        stated = {file: read_json(file) for file in files if os.path.exists(file)}
+        self.bos_id = self._special(stated, "bos_token")
+        self.eos_id = self._special(stated, "eos_token")
+        if self.bos_id is None and len(begun) == 1:
+            [self.bos_id] = begun
+        self.adds_bos = self.bos_id in begun[:1]
+        if self.bos_id is not None and self._tokenizer.post_processor is None:
+            self.adds_bos = stated.get(files[0], {}).get("add_bos_token") is True
+
+    def _begun(self) -> list[int]:
+        """The ids that the post-processor puts before a text."""
+        plain, whole = (self._tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        n_added = len(whole) - len(plain)
+        return next((whole[:n] for n in range(n_added + 1) if whole[n : n + len(plain)] == plain), [])
+
+    def _special(self, stated: dict[Path, dict[str, Any]], name: str) -> int | None:
+        settings, special = next(((file, each) for file, each in stated.items() if name in each), (Path(), {}))
+        token = typed(special.get(name), str | dict[str, Any] | None, f"{settings}: {name}")
+        text = typed(token.get("content"), str, f"{settings}: {name}.content") if isinstance(token, dict) else token
+        if text is None:
+            return None
+        number = self._tokenizer.token_to_id(text)
+        if number is None:
+            raise UserError(
+                f"{settings} names the token {short_repr(text)}, which the tokenizer.json beside it does not have"
+            )
+        return number
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens that are written there are those tokens."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def n_bytes(self) -> list[float]:
+        """Of a vocabulary over bytes a character of a token is a byte. In another one a token has the bytes by which
+        two others grow apart when it stands between them."""
+        stated = json.loads(self._tokenizer.to_str())
+        decoder = json.dumps(stated["decoder"])
+        tokens = [self._tokenizer.id_to_token(token) or "" for token in range(self.vocab_size)]
+        if '"ByteLevel"' in decoder:
+            counts = [float(len(token)) for token in tokens]
+        else:
+            side = self.encode_batch(["a"])[0][-1]
+            apart = self._tokenizer.decode_batch([[side, token, side] for token in range(self.vocab_size)], False)
+            together = len(self._tokenizer.decode([side, side], False).encode())
+            counts = [float(len(text.encode()) - together) for text in apart]
+            if '"ByteFallback"' in decoder:
+                counts = [1.0 if _BYTE.fullmatch(token) else n for token, n in zip(tokens, counts, strict=True)]
+        for token in stated["added_tokens"]:
+            counts[token["id"]] = float(len(token["content"].encode()))
+        model = stated["model"]
+        unknown = model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
+        if unknown is not None:
+            counts[unknown] = nan
+        return counts
