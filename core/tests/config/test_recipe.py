@@ -171,9 +171,7 @@ def test_a_file_is_told_from_a_whole_configuration(write):
     assert 'no "class"' in refusal(write({"training": {"steps": 3}}))
     assert "changes the recipe 'large', not 'small'" in refusal("small", write({"recipe": "large"}))
     assert "one recipe, in front, and .json files behind it, got large" in refusal("small", "large")
-    assert "is Hugging Face's: python -m toy_recipes_of_files.convert from-hf " in refusal(
-        write({"model_type": "qwen3"})
-    )
+    assert "no recipe here has a model that Hugging Face has: qwen3" in refusal(write({"model_type": "qwen3"}))
     nowhere = write({"class": f"{__name__}:Run", "net": {"dim": 1}, "training": {"recipe": "small"}})
     assert "Training has no field recipe" in refusal(nowhere)
 

@@ -427,7 +427,8 @@ def test_every_setting_is_explained() -> None:
         (["--prompt-file", "none.txt"], "cannot read the prompt in none.txt: No such file or directory"),
         (["--prompt", "word " * 90], "with model.max_seq_len 64 it may have 63: shorten it"),
         (["--model.vocab_size", "500"], "the tokenizer has 2,048 tokens, model.vocab_size is 500"),
-        (["--model.dim", "32"], "does not fit"),
+        (["--model.dim", "32"], "the weights are of a model with\n  dim 16, not 32"),
+        (["--model.dim", "32", "--allow-model-change"], "does not fit"),
     ],
 )
 def test_wrong_settings(fails, words: list[str], message: str) -> None:
@@ -477,7 +478,7 @@ def test_wrong_checkpoints(fails, tmp_path) -> None:
 
 def test_weights_of_another_shape(fails, tmp_path) -> None:
     save_hf(toy(dim=32), tmp_path)
-    message = fails("--prompt", "x", checkpoint=tmp_path)
+    message = fails("--prompt", "x", "--allow-model-change", checkpoint=tmp_path)
     assert "does not fit the model" in message and "[2048, 32], the model wants [2048, 16]" in message
 
 

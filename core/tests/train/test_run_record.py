@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from toy_run import toy_run
 
 from core.checkpoint.manifest import manifest_digest
@@ -23,6 +24,7 @@ from core.data.samples import OLD_MODES
 from core.data.text import StreamedText
 from core.data.tokenizer import Tokenizer
 from core.generate.command import Generation
+from core.nn.decoder import Decoder
 from core.optim.adam import Adam, AdamW
 from core.parallel.settings import Parallelism
 from core.testing.resume_suite import measured
@@ -30,7 +32,8 @@ from core.testing.toy import Toy, on_cpu
 from core.train import debug_run
 from core.train import trainer as trainer_module
 from core.train.trainer import Trainer
-from core.weights.folder import save_weights
+from core.weights.folder import load_folder, save_weights
+from core.weights.hf import save_hf
 
 
 def run(config: Trainer.Config) -> dict[str, Any]:
@@ -335,3 +338,58 @@ def test_a_model_that_was_converted_trains_and_its_weights_are_read_when_asked_f
         assert f"{source} describes the model alone: all else is as in recipe debug" in said
         assert f"--checkpoint.enable --checkpoint.initial_load_path {tmp_path}/converted" in said
     assert begun["new"] != begun["theirs"]
+
+
+@pytest.mark.parametrize("kind", ["theirs", "ours", "run"])
+def test_the_folder_decides_the_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--model.from takes the sizes from a folder of any kind, and the settings of the command line go before it."""
+    monkeypatch.chdir(tmp_path)
+    configs = ModuleType("toy_package.configs")
+    debug.__module__ = configs.__name__
+    configs.debug = debug
+    folder, model = tmp_path / kind, on_cpu(Toy.Config(n_layers=3, vocab_size=2048, norm_eps=1e-4), seed=5)
+    {"theirs": save_hf, "ours": save_weights, "run": save_weights}[kind](model, folder)
+    if kind == "run":
+        config = debug()
+        config.model, config.optimizer.lr = model.config, 1.0
+        (folder / "config.json").write_text(to_json(config))
+    words = ["--config", "debug", "--model.from", str(folder), "--model.max_seq_len", "32"]
+    main(configs, [*words, "--print-config"])
+    stated = json.loads(capsys.readouterr().out)
+    assert stated["optimizer"]["lr"] == 3e-3 and stated["recipe"] == "debug"
+    model.config.max_seq_len = 32
+    assert from_dict(stated["model"], Decoder.Config) == model.config
+    if kind == "theirs":
+        begin = ["--checkpoint.enable", "--checkpoint.initial_load_path", kind, "--training.steps", "1"]
+        main(configs, [*words, *begin, "--optimizer.lr", "0", "--dump_folder", "begun"])
+        load_folder(left := on_cpu(model.config), tmp_path / "begun")
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in left.state_dict().items())
+        for change in ([], ["--checkpoint.allow_model_change"]):
+            with pytest.raises(SystemExit):
+                main(configs, ["--config", "debug", *begin, *change, "--dump_folder", "refused"])
+            said = capsys.readouterr().err
+            assert ("does not fit" if change else "norm_eps 0.0001, not 1e-06") in said
+
+
+def test_a_folder_that_decides_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = ModuleType("toy_package.configs")
+    debug.__module__ = configs.__name__
+    configs.debug = debug
+    file = tmp_path / "config.json"
+    for data, said in {
+        "{}": f"{file} describes no model: it states neither a class nor a model_type",
+        '{"model_type": "llama"}': f"{file}: this config.json is not one of toy: model_type is 'llama', not 'toy'",
+        '{"class": "core.optim.adam:AdamW", "lr": 1.0}': "which stands at optimizer, not at model",
+    }.items():
+        file.write_text(data)
+        with pytest.raises(SystemExit):
+            main(configs, ["--config", "debug", "--model.from", str(tmp_path), "--print-config"])
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(configs, ["--model.from", str(tmp_path)])
+    assert "choose a recipe: --config NAME beside --model.from" in capsys.readouterr().err

@@ -65,13 +65,38 @@ def test_either_kind_of_folder_is_recognised(tmp_path: Path) -> None:
     assert_same(other, model)
 
 
-def test_settings_that_differ_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_hf(drawn(Toy.Config()), tmp_path / "theirs")
-    save_weights(drawn(Toy.Config()), tmp_path / "ours")
-    for folder in (tmp_path / "theirs", tmp_path / "ours"):
-        load_folder(drawn(Toy.Config(norm_eps=1e-3)), folder)
-        assert caplog.messages == [f"{folder}: the weights are of a model with norm_eps 1e-06, not 0.001"]
-        caplog.clear()
+@pytest.mark.parametrize("save", [save_hf, save_weights])
+def test_a_model_that_computes_something_else_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, save: Callable[[Decoder, Path], None]
+) -> None:
+    """Its weights fit all the same, as those of a Qwen3 of 2507 fit an older one, which has another rope base."""
+    save(drawn(Toy.Config()), tmp_path)
+    other = drawn(Toy.Config(norm_eps=1e-3, max_seq_len=32), seed=9)
+    other.config.rope.theta = 5e5
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_folder(other, tmp_path)
+    first, *lines, fix = str(caught.value).splitlines()
+    assert first == f"{tmp_path}: the weights are of a model with"
+    assert lines == ["  norm_eps 1e-06, not 0.001", "  rope.theta 10000.0, not 500000.0"]
+    assert fix == (
+        f"take that model (--model.from {tmp_path} in training, no --config in generate), or these settings "
+        "nevertheless: allow_model_change"
+    )
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+    load_folder(other, tmp_path, allow_model_change=True)
+    assert_same(other, drawn(Toy.Config()))
+    assert [line.partition("with ")[2] for line in caplog.messages] == [
+        "max_seq_len 64, not 32",
+        "norm_eps 1e-06, not 0.001",
+        "rope.theta 10000.0, not 500000.0",
+    ]
+
+
+def test_what_does_not_change_what_weights_compute_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_weights(drawn(Toy.Config()), tmp_path)
+    load_folder(drawn(Toy.Config(max_seq_len=32)), tmp_path)
+    assert caplog.messages == [f"{tmp_path}: the weights are of a model with max_seq_len 64, not 32"]
 
 
 def test_a_hugging_face_folder_of_another_family(tmp_path: Path) -> None:

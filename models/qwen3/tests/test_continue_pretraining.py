@@ -68,12 +68,12 @@ def test_the_document_word_for_word(
         monkeypatch.setattr(sys, "argv", words[2:])
         runpy.run_module(words[2], run_name="__main__")
         said.append(capsys.readouterr().out)
-        if words[2].endswith("from-hf"):
-            shutil.rmtree("Qwen3-0.6B")
     (before,), after = records("runs/before"), records("runs/continued")
     assert before["validation_loss"] == pytest.approx(torch.tensor(512.0).log().item(), rel=0.05)
     assert after[-1]["step"] == 30 and after[-1]["validation_loss"] < before["validation_loss"] - 0.3
-    assert len(said) == 5 and said[3].strip()
+    assert len(said) == 7 and said[2].strip() and said[5].strip()
+    (ours,) = records("runs/ours")
+    assert ours["loss"] == pytest.approx(before["loss"], rel=0.02)
     ((name, program),) = shown_files(DOCUMENT).items()
     Path(name).write_text(program)
     names = runpy.run_path(name)

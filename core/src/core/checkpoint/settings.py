@@ -31,13 +31,15 @@ class Checkpoint(Configurable.Config):
     load_step: int = -1
     """Go on from the checkpoint of this step; -1 is the newest."""
     initial_load_path: str | None = None
-    """Begin with the weights of this folder: a run, a checkpoint, or weights that `convert` wrote."""
+    """Begin with the weights of this folder: a run, a checkpoint, weights that `convert` wrote, or Hugging Face's."""
     initial_load_model_only: bool = True
     """Take the weights alone; without it also the optimizer, the step, and the place in the data."""
     initial_load_in_hf: bool = False
-    """initial_load_path is a Hugging Face folder."""
+    """initial_load_path must be a Hugging Face folder; such a one is recognised without it."""
     initial_load_in_hf_quantized: bool = False
     """Decode weights of that folder that are stored in few bits."""
+    allow_model_change: bool = False
+    """Begin with weights of a model that computes with other settings, such as another rope base or window."""
     exclude_from_loading: list[State] = field(default_factory=list)
     """What is left as a new run has it."""
     allow_config_change: bool = False
@@ -89,7 +91,7 @@ class Checkpoint(Configurable.Config):
             ("last_save_in_hf", "last_save_model_only"),
             ("initial_load_in_hf", "initial_load_path"),
             ("initial_load_in_hf", "initial_load_model_only"),
-            ("initial_load_in_hf_quantized", "initial_load_in_hf"),
+            ("initial_load_in_hf_quantized", "initial_load_path"),
         ):
             if getattr(self, name) and not getattr(self, needs):
                 yield name, f"{name} needs {needs}: set it, or leave {name} out"

@@ -17,6 +17,7 @@ from core.config.help import (
     CONFIG_OPTION,
     HELP,
     MANY,
+    MODEL_FROM,
     PRINT_COMPLETION,
     TRUST,
     VERSION,
@@ -30,7 +31,7 @@ from core.config.help import (
 )
 from core.config.older import apply_older
 from core.config.options import Option, comparable, options
-from core.config.recipe import load_config, recipe_module, recipes
+from core.config.recipe import load_config, recipe_module, recipes, take_part
 from core.config.record import to_json
 from core.config.validate import validate
 from core.config.version import version_lines
@@ -43,6 +44,7 @@ Own = dict[str, list[str]]
 
 RUN_OPTIONS = {
     "config": CONFIG_OPTION,
+    "model.from": MODEL_FROM,
     "trust": TRUST,
     "help": HELP,
     "version": VERSION,
@@ -81,7 +83,10 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         if "print_completion" in own:
             show(completion(own["print_completion"][0], RUN_OPTIONS, known, lambda name: load_config([name], configs)))
         elif "config" in own:
-            config = load_config(own["config"], configs, trust=trusted(own.get("trust", [])), of_part=WEIGHTS)
+            trust = trusted(own.get("trust", []))
+            config = load_config(own["config"], configs, trust=trust, of_part=WEIGHTS)
+            for folder in own.get("model.from", []):
+                take_part("model", folder, config, configs, trust)
             settle_and_run(config, " ".join(own["config"]), own, settings, RUN_OPTIONS)
         elif own.get("help") and known:
             name = next(iter(known))
@@ -91,7 +96,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
             line = "--config NAME|FILE.json [FILE.json ...] [--section.field VALUE ...]"
             show("\n".join([usage(line, RUN_OPTIONS), SYNTAX, recipe_list(known)]))
             if "help" not in own:
-                raise UserError("choose a recipe: --config NAME")
+                raise UserError(f"choose a recipe: --config NAME{' beside --model.from' * ('model.from' in own)}")
 
 
 def told_version(own: Own, configs: str | ModuleType) -> bool:

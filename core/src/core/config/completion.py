@@ -60,7 +60,7 @@ def program_of(own: Mapping[str, OwnOption], names: Iterable[str], configs: Mapp
     takes = {}
     for name, option in own.items():
         most = 1 if name == "config" else ANY if option.n_words in (None, MANY) else option.n_words
-        takes[f"--{name.replace('_', '-')}"] = Taken(known.get(name, ()), most, files=name == "config")
+        takes[f"--{name.replace('_', '-')}"] = Taken(known.get(name, ()), most, files=name in ("config", "model.from"))
     return Program(Taken(most=0), {**takes, **settings}, of_recipes)
 
 

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake of the user: its message says what is wrong, with the numbers or names, and what fixes it."""
 
 
+class OtherFamily(UserError):
+    """A published model is of another family than it was read as."""
+
+
 class LostRank(RuntimeError):
     """Another rank ended the run: its message says which, and why."""
 

@@ -37,6 +37,9 @@ CONFIG_OPTION = OwnOption(
     '{"training": {"steps": 50}}',
     MANY,
 )
+MODEL_FROM = OwnOption(
+    "FOLDER", "the model is what the config.json of this folder says: of ours, of a run, of Hugging Face"
+)
 TRUST = OwnOption("MODULE ...", "let files name classes of these modules or .py files, which are imported", MANY)
 HELP = OwnOption(
     "[WORD ...]", "this text; with --config its settings; --help SECTION, --help WORD or --help all explain them", None

@@ -1,12 +1,13 @@
 """What --config names: a recipe, a JSON file or a folder with a config.json, and files that change it.
 
 A recipe is a function of the program's own package, or one outside: `package.module:function`, `file.py:function`. A
-file is one of three things, which its text tells apart:
+file is one of four things, which its text tells apart:
 
     {"class": "core.train.trainer:Trainer", ...}     a whole configuration, as the config.json of a run
     {"class": "qwen3.model:Qwen3", ...}              a part of one, as the config.json that `convert` leaves
     {"recipe": "qwen3_debug", "training": {...}}     what differs from a recipe; behind another --config the recipe may
                                                      be left out
+    {"model_type": "qwen3", ...}                     a published model, as the config.json of Hugging Face
 """
 
 import inspect
@@ -19,7 +20,7 @@ from typing import Any
 from core.config.configurable import Configurable, field_names, owner_of
 from core.config.console import tell_user
 from core.config.decode import ConfigDecoder, is_inside
-from core.config.errors import UserError, did_you_mean, joined
+from core.config.errors import OtherFamily, UserError, did_you_mean, joined
 from core.config.fields import alternatives, field_types, is_config, short_repr
 from core.config.json_file import read_json
 from core.config.options import comparable
@@ -63,7 +64,7 @@ def load_config(
     if names_outside(first) and not first.endswith(".json"):
         trust = [*trust, module_name(place_and_name(first)[0]).partition(".")[0]]
     for source in others:
-        lay(source, config, trust, first)
+        lay(source, config, configs, trust, first)
     return config
 
 
@@ -94,15 +95,12 @@ def from_recipe(source: str, configs: ModuleType) -> Config:
 def from_file(source: str, configs: ModuleType, trust: Collection[str], of_part: str) -> Config:
     """The configuration of a file that stands first."""
     data = read_json(source)
-    if "class" in data:
-        config = of_record(source, data, trust)
+    if "class" in data or "model_type" in data:
+        config = stated(source, data, configs, trust)
         if not runs(config):
             return around(source, config, configs, of_part)
         tell_where(source, config)
         return config
-    if "model_type" in data:
-        convert = f"python -m {configs.__name__.partition('.')[0]}.convert from-hf {Path(source).parent} FOLDER"
-        raise UserError(f"{source} is Hugging Face's: {convert} makes one in our format")
     if "recipe" not in data:
         raise UserError(
             f'{source} has no "class", which a whole configuration has, and no "recipe" that it changes: put the '
@@ -127,25 +125,69 @@ def tell_where(source: str, config: Config) -> None:
         )
 
 
-def lay(source: str, config: Config, trust: Collection[str], first: str) -> None:
+def take_part(place: str, source: str, config: Config, configs: ModuleType, trust: Collection[str]) -> None:
+    """Put into this place of a configuration what the config.json of a folder says of it: the configuration of a run,
+    of that part, or of a published model. Raises `UserError` where it says nothing of it, or what cannot stand there.
+    """
+    path = Path(source).expanduser()
+    file = str(path / "config.json" if path.is_dir() else path)
+    data = read_json(file)
+    data = data[place] if isinstance(data.get(place), dict) else data
+    if not {"class", "model_type"} & data.keys():
+        raise UserError(f"{file} describes no {place}: it states neither a class nor a model_type")
+    part = stated(file, data, configs, [configs.__name__.partition(".")[0], *trust])
+    if (fits := place_of(file, part, config)) != place:
+        raise UserError(f"{file} describes a {type(part).__qualname__}, which stands at {fits}, not at {place}")
+    setattr(config, place, part)
+
+
+def lay(source: str, config: Config, configs: ModuleType, trust: Collection[str], first: str) -> None:
     """Change the configuration of the `first` source as a file behind it says."""
     if not source.endswith(".json"):
         raise UserError(f"--config takes one recipe, in front, and .json files behind it, got {source}")
     data = read_json(source)
-    if "class" in data:
-        part = of_record(source, data, trust)
+    if "class" in data or "model_type" in data:
+        part = stated(source, data, configs, trust)
         if runs(part):
             raise UserError(f"{source} is a whole configuration: put it in front of the files that change it")
         setattr(config, place_of(source, part, config), part)
         return
-    below, stated = getattr(config, "recipe", None), data.pop("recipe", None)
-    if stated not in (None, below, first):
-        raise UserError(f"{source} changes the recipe {short_repr(stated)}, not {short_repr(below)}")
+    below, named = getattr(config, "recipe", None), data.pop("recipe", None)
+    if named not in (None, below, first):
+        raise UserError(f"{source} changes the recipe {short_repr(named)}, not {short_repr(below)}")
     change(source, config, data, trust)
 
 
-def of_record(source: str, data: dict[str, Any], trust: Collection[str]) -> Config:
-    """The configuration, or the part of one, that was written as this data."""
+def published(data: dict[str, Any], configs: ModuleType) -> Config:
+    """The part of a run that a published model's config.json describes, by the first family of the recipes that knows
+    it: a class of theirs with a class method `from_published`, which raises `OtherFamily` for those of others.
+
+    Raises `UserError` where none knows it, or the one that does cannot be this model.
+    """
+    known: dict[Any, None] = {}
+    for name in recipes(configs):
+        try:
+            config = from_recipe(name, configs)
+        except UserError:  # a recipe that cannot be had
+            continue
+        parts = (getattr(config, field) for field in field_names(type(config)))
+        known |= {owner: None for part in parts if (owner := owner_of(type(part))) and hasattr(owner, "from_published")}
+    others: list[str] = []
+    for family in known:
+        try:
+            return family.from_published(data)
+        except OtherFamily as error:
+            others.append(str(error))
+    raise UserError("\n".join(others) or f"no recipe here has a model that Hugging Face has: {data['model_type']}")
+
+
+def stated(source: str, data: dict[str, Any], configs: ModuleType, trust: Collection[str]) -> Config:
+    """The configuration, or the part of one, that this data of a file states; ours or that of a published model."""
+    if "class" not in data:
+        try:
+            return published(data, configs)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
     try:
         return from_dict(data, trust=trust, say=lambda line: tell_user(f"{source}: {line}"))
     except UserError as error:

@@ -21,8 +21,7 @@ from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import HELP, MANY, PRINT_COMPLETION, TRUST, VERSION, OwnOption, show, usage
 from core.config.options import comparable
-from core.config.recipe import is_folder, recipe_module, recipes
-from core.config.recipe import load_config as load_config
+from core.config.recipe import is_folder, load_config, recipe_module, recipes
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.generate.folder import check_tokenizer, described, end_ids, existing, tokenizer_in
@@ -143,6 +142,8 @@ class Generation(Configurable):
         """Choose from the likeliest tokens only whose probabilities reach this sum."""
         seed: int = 0
         """Starts the draws of the first prompt, seed + 1 those of the second, and so on."""
+        allow_model_change: bool = False
+        """Write with settings of the model, such as another rope base or window, that are not those of the weights."""
         device: str = "auto"
         """auto (the accelerator, or else the CPU), cpu, or cuda."""
         model: Decoder.Config
@@ -209,7 +210,7 @@ class Generation(Configurable):
                 f"{size_text(free)} left: choose a smaller model or another device"
             )
         materialise(model, self.device, self.dtype)
-        load_folder(model, self.folder)
+        load_folder(model, self.folder, allow_model_change=self.config.allow_model_change)
         return model.eval()
 
     def run(self) -> None:

@@ -3,17 +3,16 @@
 from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
-from core.config.configurable import owner_of
 from core.config.errors import UserError
 from core.config.links import file_in
-from core.config.recipe import from_recipe, recipes
+from core.config.recipe import published
 from core.config.record import from_dict
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.weights.companions import stated_ids
-from core.weights.folder import hf_config, model_of, read_config
+from core.weights.folder import model_of, read_config
 from core.weights.saved import described_in
 
 
@@ -28,7 +27,10 @@ def described(
     place = described_in(folder)
     stated = read_config(place)
     if "model_type" in stated:
-        return of_hugging_face(place, configs), Tokenizer.Config()
+        try:
+            return cast(Decoder.Config, published(stated, configs)), Tokenizer.Config()
+        except UserError as error:
+            raise UserError(f"{place}/config.json: {error}") from error
     if "class" not in model_of(stated):
         raise UserError(f"{place}/config.json describes no model: it states neither a class nor a model_type")
     trust = [configs.__name__.partition(".")[0], *trust]
@@ -46,23 +48,6 @@ def existing(folder: str) -> Path:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: --checkpoint names one with config.json and weights")
     return path
-
-
-def of_hugging_face(folder: Path, configs: ModuleType) -> Decoder.Config:
-    """The model of a Hugging Face folder, by the first family of the recipes that knows it."""
-    problems: list[str] = []
-    for family in families(configs):
-        try:
-            return cast(Decoder.Config, hf_config(family, folder))
-        except UserError as error:
-            problems.append(str(error))
-    raise UserError("\n".join(problems))
-
-
-def families(configs: ModuleType) -> list[Any]:
-    """The models of the recipes, each once."""
-    models = [getattr(from_recipe(name, configs), "model", None) for name in recipes(configs)]
-    return list({owner_of(type(model)): None for model in models if isinstance(model, Decoder.Config)})
 
 
 def tokenizer_in(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from core.checkpoint.manifest import Damaged, Progress, read_manifest
 from core.checkpoint.saver import SaveKind, Saver
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.record import absolute, completed, place_paths, to_dict
+from core.config.record import absolute, completed, place_paths
 from core.data.samples import Samples
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
@@ -34,9 +34,8 @@ from core.train.state import (
     set_random,
 )
 from core.weights.convert import write_as_hf
-from core.weights.folder import hf_config, model_of, own_source, tell_differences
-from core.weights.key_map import hf_key_map
-from core.weights.source import WeightSource
+from core.weights.folder import folder_source, is_published, model_of
+from core.weights.same_model import check_same_model
 
 log = logging.getLogger("armature")
 
@@ -219,20 +218,19 @@ class RunCheckpoints:
         return [places[rank] for rank in range(self.layout.degrees.data)] if places[0] else []
 
     def _begin_with(self, path: str) -> None:
-        c = self.settings
-        if c.initial_load_in_hf:
-            source = WeightSource(hf_key_map(self.model), path)
-            if (few := source.in_few_bits()) and not c.initial_load_in_hf_quantized:
-                raise UserError(
-                    f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
-                )
-            tell_differences(self.model, to_dict(hf_config(type(self.model), path)), path)
-        elif self.ranks.first(lambda: next(candidates(path), None)):
+        c, allow = self.settings, self.settings.allow_model_change
+        if not c.initial_load_in_hf and self.ranks.first(lambda: next(candidates(path), None)):
             found = find_in(path, self.ranks)
-            tell_differences(self.model, model_of(found.config()), found)
+            check_same_model(self.model, model_of(found.config()), found, allow=allow)
             return self.saver.load(found, self._weights)
-        else:
-            source = own_source(self.model, path)
+        if c.initial_load_in_hf and not is_published(path):
+            raise UserError(f"{path} is no Hugging Face folder: leave initial_load_in_hf out")
+        source = folder_source(self.model, Path(path), allow_model_change=allow)
+        few = source.in_few_bits()
+        if few and not c.initial_load_in_hf_quantized:
+            raise UserError(
+                f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
+            )
         for name in source.pieces:
             if (weight := self._weights.get(f"model.{name}")) is not None:
                 with torch.no_grad():

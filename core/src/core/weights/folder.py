@@ -1,9 +1,8 @@
 """Weights in a folder in our format: `config.json`, which names the model's class, and safetensors under our own names
 or the pieces of a checkpoint."""
 
-import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -13,55 +12,55 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.json_file import read_json
 from core.config.links import file_in
-from core.config.record import completed, differences, to_dict, to_json
-from core.weights.hf import load_from, load_hf, save_by
+from core.config.record import to_dict, to_json
+from core.weights.hf import load_from, save_by
 from core.weights.hf_model import StoredModel, with_hf
-from core.weights.hf_types import check_types
-from core.weights.key_map import own_key_map
+from core.weights.key_map import hf_key_map, own_key_map
+from core.weights.same_model import check_same_model
 from core.weights.saved import newest
 from core.weights.source import WeightSource
 
-log = logging.getLogger("armature")
 
-
-def load_folder(model: StoredModel, folder: str | Path) -> None:
+def load_folder(model: StoredModel, folder: str | Path, *, allow_model_change: bool = False) -> None:
     """Copy the weights of a folder, ours, Hugging Face's, or that of a run or a checkpoint, into `model`.
 
-    `config.json` says which it is; settings of the model there which differ are logged. Raises `UserError`, before a
-    single weight is changed, when the folder is none of these, of another family, or does not fit the model.
+    `config.json` says which it is, and of which model. Raises `UserError`, before a single weight is changed, when the
+    folder is none of these, of another family, does not fit the model, or is of one that computes something else,
+    unless `allow_model_change`: see `check_same_model`.
     """
-    found = newest(folder)
-    if not isinstance(found, Found) and "model_type" in read_config(found):
-        tell_differences(model, to_dict(hf_config(type(model), found)), found)
-        load_hf(model, found)
-    else:
-        load_from(own_source(model, found))
+    load_from(folder_source(model, newest(folder), allow_model_change=allow_model_change))
+
+
+def folder_source(model: StoredModel, found: Path | Found, *, allow_model_change: bool = False) -> WeightSource:
+    """The weights of `load_folder` for `model`, which needs no memory; errors and logs as there."""
+    if not is_published(found):
+        return own_source(model, found, allow_model_change=allow_model_change)
+    check_same_model(model, to_dict(hf_config(type(model), found)), found, allow=allow_model_change)
+    return WeightSource(hf_key_map(model), found)
+
+
+def is_published(found: str | Path | Found) -> TypeGuard[str | Path]:
+    """Whether a folder is one of Hugging Face, as its `config.json` says. Raises `UserError` when there is none."""
+    return not isinstance(found, Found) and "model_type" in read_config(found)
 
 
 def load_weights(model: StoredModel, folder: str | Path) -> None:
     """Copy the weights of a folder in our format into `model`: one that `save_weights` or `python -m <model>.convert
     from-hf` wrote, a checkpoint, or a run, of which the newest whole checkpoint is taken.
 
-    Settings of that model which differ are logged. Raises `UserError`, before a single weight is changed, when it is no
-    such folder or does not fit the model.
+    Raises `UserError`, before a single weight is changed, when it is no such folder, does not fit the model, or is of
+    one that computes something else.
     """
     load_from(own_source(model, newest(folder)))
 
 
-def own_source(model: StoredModel, folder: str | Path | Found) -> WeightSource:
+def own_source(model: StoredModel, folder: str | Path | Found, *, allow_model_change: bool = False) -> WeightSource:
     """The weights in a folder in our format for `model`, which needs no memory; errors and logs as `load_weights`."""
     ours = f"{type(model).__module__}:{type(model).__qualname__}"
     if (found := class_of(folder)) != ours:
         raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
-    tell_differences(model, model_of(read_config(folder)), folder)
+    check_same_model(model, model_of(read_config(folder)), folder, allow=allow_model_change)
     return WeightSource(own_key_map(model), folder)
-
-
-def tell_differences(model: StoredModel, stated: dict[str, Any], place: object) -> None:
-    """Log in which settings the model whose weights lie at a place, as is stated there, differs from `model`."""
-    for setting, before, now in differences(to_dict(model.config), completed(stated, model.config)):
-        if setting != "class":
-            log.warning(f"{place}: the weights are of a model with {setting} {before}, not {now}")
 
 
 def save_weights(
@@ -80,11 +79,10 @@ def hf_config(family: type, folder: str | Path) -> Configurable.Config:
 
     Raises `UserError`, which names the file, when it is of another family or has a value that cannot be understood.
     """
-    stated = read_config(folder)
+    reader, stated = with_hf(family), read_config(folder)
     try:
-        check_types(stated)
-        return with_hf(family).from_hf_config(stated)
-    except (ValueError, TypeError, ArithmeticError) as error:
+        return reader.from_published(stated)
+    except UserError as error:
         raise UserError(f"{folder}/{CONFIG_FILE}: {error}") from error
 
 

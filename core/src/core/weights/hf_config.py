@@ -4,7 +4,7 @@ from operator import attrgetter
 from reprlib import repr as short_repr
 from typing import Any
 
-from core.config.errors import UserError
+from core.config.errors import OtherFamily, UserError
 
 
 class HFConfig(dict[str, Any]):
@@ -27,7 +27,8 @@ def checked_hf_config(hf: dict[str, Any], fixed: dict[str, Any]) -> HFConfig:
     if "model_type" not in hf:
         wrong.append("model_type is missing")
     if wrong:
-        raise UserError(f"this config.json is not one of {fixed['model_type']}: " + "; ".join(wrong))
+        kind = UserError if hf.get("model_type") == fixed["model_type"] else OtherFamily
+        raise kind(f"this config.json is not one of {fixed['model_type']}: " + "; ".join(wrong))
     return HFConfig(hf)
 
 

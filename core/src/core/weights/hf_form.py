@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.config.configurable import Configurable
+from core.config.errors import UserError
+from core.weights.hf_types import check_types
 from core.weights.keys import KeyTable
 
 
@@ -24,3 +26,16 @@ class HFForm:
     """Keys that are passed over: `*` is anything, `{n_layers+i}` the number of a block that the model does not have."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Keys that repeat the named weight of ours in each block behind the last one, `{n_layers+i}`."""
+
+    def published(self, stated: dict) -> Configurable.Config:
+        """The configuration that a `config.json` states which anybody may have written.
+
+        Raises `UserError` for what cannot be understood, `OtherFamily` for that of another family.
+        """
+        try:
+            check_types(stated)
+            return self.from_config(stated)
+        except UserError:
+            raise
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise UserError(str(error)) from error

@@ -38,6 +38,12 @@ class HFModel(StoredModel, Protocol):
         """The configuration that a `config.json` states; raises `UserError` for what it cannot express."""
         return cls.hf_form().from_config(hf)
 
+    @classmethod
+    def from_published(cls, stated: dict) -> Any:
+        """The configuration that a `config.json` states which anybody may have written; errors as `HFForm.published`
+        has them."""
+        return cls.hf_form().published(stated)
+
     def to_hf_config(self) -> dict:
         """The `config.json` of this model; raises `UserError` where Hugging Face has no such one."""
         return self.hf_form().to_config(self.config)
