@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from core.optim.optimizer import Optimizer
-from core.optim.weight import LocalWeight
+from core.optim.weight import LocalWeight, NamedWeight
 
 
 class TwoMoments(Optimizer, ABC):
@@ -36,6 +36,9 @@ class TwoMoments(Optimizer, ABC):
                 if not 0 <= getattr(self, name) < 1:
                     yield name, f"{name} {getattr(self, name)} must be in [0, 1)"
 
+        def has_betas(self, weight: NamedWeight) -> bool:
+            return True
+
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Optimizer
 
     @property
@@ -50,10 +53,10 @@ class TwoMoments(Optimizer, ABC):
 
     def update(self, weights: list[LocalWeight], lr_factor: float) -> None:
         c = self.config
-        groups: dict[float, list[LocalWeight]] = {}
+        alike: dict[tuple[float, tuple[float, float]], list[LocalWeight]] = {}
         for weight in weights:
-            groups.setdefault(self.weight_decay(weight), []).append(weight)
-        for weight_decay, group in groups.items():
+            alike.setdefault((self.weight_decay(weight), weight.group.betas or (c.beta1, c.beta2)), []).append(weight)
+        for (weight_decay, (beta1, beta2)), group in alike.items():
             adam(
                 [weight.value for weight in group],
                 [weight.grad for weight in group],
@@ -66,8 +69,8 @@ class TwoMoments(Optimizer, ABC):
                 decoupled_weight_decay=self.decouples_decay,
                 amsgrad=False,
                 maximize=False,
-                beta1=c.beta1,
-                beta2=c.beta2,
+                beta1=beta1,
+                beta2=beta2,
                 eps=c.eps,
                 lr=c.lr * lr_factor,
                 weight_decay=weight_decay,

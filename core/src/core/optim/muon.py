@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from core.optim.adam import AdamW
-from core.optim.optimizer import Optimizer, pattern_problems
-from core.optim.weight import LocalWeight, NamedWeight, WholeMatrices
+from core.optim.optimizer import Optimizer
+from core.optim.patterns import pattern_problems
+from core.optim.weight import LocalWeight, NamedAxes, NamedWeight, WholeMatrices, names_matrix
 
 NOT_MATRICES = {"vocab", "choices"}
 """Axes of matrices whose rows are a thing each, looked up or compared: embedding, head, and the gates of routers."""
@@ -67,10 +68,21 @@ class Muon(Optimizer):
             if not 1 <= self.ns_steps <= 20:
                 yield "ns_steps", f"ns_steps {self.ns_steps} must be from 1 to 20"
 
-        def weight_problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-            yield from super().weight_problems(names)
-            yield from pattern_problems("companion_weights", self.companion_weights, names)
-            for name, message in self.companion.weight_problems(names):
+            if self.companion.groups:
+                yield "companion.groups", "the companion follows optimizer.groups: state the groups there"
+
+        def orthogonalises(self, weight: NamedAxes) -> bool:
+            """Whether a weight is not the companion's."""
+            named = any(fnmatchcase(weight.name, glob) for glob in self.companion_weights)
+            return names_matrix(weight.axes) and NOT_MATRICES.isdisjoint(weight.axes) and not named
+
+        def has_betas(self, weight: NamedWeight) -> bool:
+            return not self.orthogonalises(weight)
+
+        def weight_problems(self, weights: Sequence[NamedWeight]) -> Iterator[tuple[str, str]]:
+            yield from super().weight_problems(weights)
+            yield from pattern_problems("companion_weights", self.companion_weights, [each.name for each in weights])
+            for name, message in self.companion.weight_problems(weights):
                 yield f"companion.{name}", message
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Optimizer
@@ -79,13 +91,9 @@ class Muon(Optimizer):
         self.companion: AdamW = config.companion.build(weights=[], layout=layout)
         super().__init__(config, weights=weights, layout=layout)
 
-    def orthogonalises(self, weight: LocalWeight) -> bool:
-        """Whether a weight is not the companion's."""
-        named = any(fnmatchcase(weight.name, glob) for glob in self.config.companion_weights)
-        return weight.is_matrix and NOT_MATRICES.isdisjoint(weight.axes) and not named
-
     def new_state(self, weight: LocalWeight) -> dict[str, Tensor]:
-        return {"momentum": weight.zeros()} if self.orthogonalises(weight) else self.companion.new_state(weight)
+        own = self.config.orthogonalises(weight)
+        return {"momentum": weight.zeros()} if own else self.companion.new_state(weight)
 
     def update(self, weights: list[LocalWeight], lr_factor: float) -> None:
         c = self.config

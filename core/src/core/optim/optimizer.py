@@ -1,6 +1,5 @@
 """What updates the weights: one class for each method, chosen in a recipe. docs/add-an-optimizer.md makes one."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from core.config.configurable import Configurable
-from core.config.errors import UserError, at_most, did_you_mean
+from core.config.errors import UserError
+from core.optim.groups import Group, group_problems, weight_group
+from core.optim.patterns import pattern_problems
 from core.optim.weight import LocalWeight, NamedWeight, WholeMatrices
 
 OLD_NAMES = {"AdamW": "core.optim.adam:AdamW", "Adam": "core.optim.adam:Adam"}
@@ -36,16 +37,30 @@ class Optimizer(Configurable, ABC):
         """Shrinkage per step, times the learning rate."""
         no_decay: list[str] = field(default_factory=lambda: ["*norm.weight", "*.bias", "*.sinks"])
         """Names of weights (globs) that are not shrunk. Of the default some fit no weight of some models."""
+        groups: list[Group] = field(default_factory=list)
+        """Weights, by pattern, that differ in learning rate, decay or betas, or are frozen; the first match counts."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             for name in ("lr", "weight_decay"):
                 if not 0 <= getattr(self, name) < inf:
                     yield name, f"{name} {getattr(self, name)} must be a finite number, not negative"
 
-        def weight_problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-            """What does not fit a model with weights of these names: pairs as of `problems`, before it has memory."""
+        def has_betas(self, weight: NamedWeight) -> bool:
+            """Whether the update of a weight has a beta1 and a beta2, which `weight.group.betas` replaces."""
+            del weight
+            return False
+
+        def weight_problems(self, weights: Sequence[NamedWeight]) -> Iterator[tuple[str, str]]:
+            """What does not fit a model with these weights: pairs as of `problems`, before it has memory."""
+            names = [weight.name for weight in weights]
             if self.no_decay != Optimizer.Config().no_decay:
                 yield from pattern_problems("no_decay", self.no_decay, names)
+            yield from group_problems(self.groups, names)
+            for i, group in enumerate(self.groups):
+                lost = [each.name for each in weights if weight_group(self.groups, each.name) is group]
+                lost = [each.name for each in weights if each.name in lost and not self.has_betas(each)]
+                if group.betas is not None and lost:
+                    yield f"groups.{i}.betas", f"the update of {lost[0]} has no betas: leave them out, or name others"
 
         @classmethod
         def upgrade(cls, data: dict[str, Any], now: Configurable.Config | None = None) -> dict[str, Any]:
@@ -61,7 +76,11 @@ class Optimizer(Configurable, ABC):
         """`weights` are those of the model that this rank has a slice of; without a gradient to come they are left out,
         and get no state."""
         self.config, self.layout = config, layout
-        self.weights = {weight.name: LocalWeight(weight) for weight in weights if weight.value.requires_grad}
+        self.weights: dict[str, LocalWeight] = {}
+        for weight in weights:
+            group = weight_group(config.groups, weight.name)
+            if weight.value.requires_grad and not group.frozen:
+                self.weights[weight.name] = LocalWeight(weight, group)
         with torch.no_grad():
             for weight in self.weights.values():
                 weight.start_state(self.new_state(weight))
@@ -77,12 +96,15 @@ class Optimizer(Configurable, ABC):
     def update(self, weights: list[LocalWeight], lr_factor: float) -> None:
         """Change `weight.value` and `weight.state` of all these weights, each of which has a `weight.grad`, in place.
 
-        `lr_factor` is the schedule's, from 0 to 1: every peak learning rate is multiplied by it. All ranks that share
-        the weights call with the same ones in the same order.
+        `lr_factor` is the schedule's, from 0 to 1, times that of the weights' group: every peak learning rate is
+        multiplied by it. It is called once for all weights of equal factors. All ranks that share the weights call with
+        the same ones in the same order.
         """
 
     def weight_decay(self, weight: LocalWeight) -> float:
         """Shrinkage of this weight per step, to be multiplied by the learning rate."""
+        if weight.group.weight_decay is not None:
+            return weight.group.weight_decay
         exempt = any(fnmatchcase(weight.name, glob) for glob in self.config.no_decay)
         return 0.0 if exempt else self.config.weight_decay
 
@@ -102,9 +124,12 @@ class Optimizer(Configurable, ABC):
     @torch.no_grad()
     def step(self, lr_factor: float) -> None:
         """Update every weight that has a gradient, with `lr_factor` times the peak learning rates."""
-        live = [weight for weight in self.weights.values() if weight.parameter.grad is not None]
-        if live:
-            self.update(live, lr_factor)
+        live: dict[float, list[LocalWeight]] = {}
+        for weight in self.weights.values():
+            if weight.parameter.grad is not None:
+                live.setdefault(weight.group.lr_factor, []).append(weight)
+        for factor, weights in live.items():
+            self.update(weights, lr_factor * factor)
 
     def zero_grad(self) -> None:
         for weight in self.weights.values():
@@ -123,12 +148,3 @@ class Optimizer(Configurable, ABC):
     def state_keys(self) -> list[str]:
         """The names that tensors of the state have beside the name of their weight, here on this rank."""
         return sorted({key for weight in self.weights.values() for key in weight.stored})
-
-
-def pattern_problems(field: str, globs: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Globs that fit none of these names of weights, with the nearest names."""
-    lost = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
-    if lost:
-        kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-        near = did_you_mean(lost[0], kinds, n=3, cutoff=0.4) or f"there are {', '.join(at_most(3, kinds))}"
-        yield field, f"no weight is called {', '.join(lost)}; {near}"

@@ -15,21 +15,27 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from core.optim.groups import EVERYTHING, Group
+
 STACK = "experts"
 """The axis that numbers equal matrices; it comes first."""
 
 
-class NamedWeight(Protocol):
-    """A weight of a model: its name, the parameter as it is stored, and the names of its axes."""
+class NamedAxes(Protocol):
+    """What a weight of a model is called, and its axes."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def value(self) -> nn.Parameter: ...
+    def axes(self) -> tuple[str, ...]: ...
+
+
+class NamedWeight(NamedAxes, Protocol):
+    """A weight of a model, with the parameter as it is stored."""
 
     @property
-    def axes(self) -> tuple[str, ...]: ...
+    def value(self) -> nn.Parameter: ...
 
 
 class WholeMatrices(Protocol):
@@ -48,8 +54,8 @@ class WholeMatrices(Protocol):
 class LocalWeight:
     """A weight, and what this rank holds of it, of its gradient and of its state."""
 
-    def __init__(self, weight: NamedWeight) -> None:
-        self.name, self.axes, self.parameter = weight.name, weight.axes, weight.value
+    def __init__(self, weight: NamedWeight, group: Group = EVERYTHING) -> None:
+        self.name, self.axes, self.parameter, self.group = weight.name, weight.axes, weight.value, group
         self.shape = self.parameter.shape
         """Of the whole weight."""
         self.stored: dict[str, Tensor] = {}
@@ -71,7 +77,7 @@ class LocalWeight:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix or a stack of matrices: by its axes, since a stack of vectors has two as well."""
-        return len(self.axes) - (STACK in self.axes) == 2
+        return names_matrix(self.axes)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros for the state, of the weight's shape and spread over the ranks like it; without `dtype` of its type."""
@@ -81,6 +87,11 @@ class LocalWeight:
         """Keep `state`, tensors of any shape, by the names under which it is saved."""
         self.stored = state
         self.state = MappingProxyType({key: local_tensor(tensor) for key, tensor in state.items()})
+
+
+def names_matrix(axes: Sequence[str]) -> bool:
+    """Whether a weight with these axes is a matrix or a stack of matrices."""
+    return len(axes) - (STACK in axes) == 2
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -157,6 +157,15 @@ def cut_stage(model: Decoder, stages: list[range], number: int) -> None:
         model.norm = model.output = None
 
 
+def stage_of(name: str, stages: list[range]) -> int:
+    """The number of the stage that `cut_stage` leaves a weight of this name to."""
+    first, _, rest = name.partition(".")
+    if first != "layers":
+        return 0 if first == "tok_embeddings" else len(stages) - 1
+    block = int(rest.partition(".")[0])
+    return next(number for number, blocks in enumerate(stages) if block in blocks)
+
+
 class Pipeline:
     """The stages of this rank under a schedule of torch.distributed.pipelining."""
 

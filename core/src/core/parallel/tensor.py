@@ -97,7 +97,8 @@ def store_as_dtensor(
     """Store a weight as a DTensor; a tied one stays one object."""
     weight = stored(owner, leaf)
     if weight not in placed:
-        placed[weight] = nn.Parameter(distribute_tensor(weight.data, mesh, [placement], src_data_rank=None))
+        spread = distribute_tensor(weight.data, mesh, [placement], src_data_rank=None)
+        placed[weight] = nn.Parameter(spread, weight.requires_grad)
     owner._parameters[leaf] = placed[weight]
 
 

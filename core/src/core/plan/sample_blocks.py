@@ -1,6 +1,9 @@
 """A model with some of its blocks, which stand for all: equal blocks between equal neighbours behave alike."""
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import or_
 from typing import NamedTuple, cast
 
 import torch
@@ -11,6 +14,7 @@ from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import trains_on_cpu
 from core.nn.weights import Weight, weights
+from core.optim.groups import Group
 from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
 from core.parallel.layout import RankView, Wrapping
@@ -43,11 +47,15 @@ class RestingBytes(NamedTuple):
 
 
 def sampled_models(
-    config: Decoder.Config, layout: RankView, activation_checkpoint: ActivationCheckpoint.Config, wrapping: Wrapping
+    config: Decoder.Config,
+    layout: RankView,
+    activation_checkpoint: ActivationCheckpoint.Config,
+    wrapping: Wrapping,
+    groups: Sequence[Group],
 ) -> dict[int, SampledModel]:
     """The model, or this rank's stages of it by their numbers, spread over the ranks and without memory.
 
-    Stages keep all their blocks.
+    Weights of frozen `groups` get no gradient. Stages keep all their blocks.
     """
     found: list[dict[int, int]] = []
 
@@ -61,7 +69,7 @@ def sampled_models(
             del model.layers[str(i)]
         found.append(stand_in)
 
-    models = spread_models(config, layout, wrapping, sample)
+    models = spread_models(config, layout, wrapping, groups, sample)
     sampled = map(SampledModel, models.values(), found)
     return dict(zip(models, sampled, strict=True))
 
@@ -75,12 +83,22 @@ def stand_ins(model: Decoder, activation_checkpoint: ActivationCheckpoint.Config
     """For every block the first one that is equal and has equal neighbours; for all of them themselves, where these
     firsts would be other neighbours to each other.
     """
-    kinds = {i: kind(block, i, model.config.n_layers, activation_checkpoint) for i, block in blocks(model).items()}
+    reached = accumulate([is_trained(each) for each in (model.tok_embeddings, *model.layers.values())], or_)
+    flows_back = dict(zip(blocks(model), list(reached)[1:], strict=True))
+    kinds = {
+        i: repr((flows_back[i], kind(block, i, model.config.n_layers, activation_checkpoint)))
+        for i, block in blocks(model).items()
+    }
     around = surroundings(kinds)
     first: dict[tuple, int] = {}
     stand_in = {i: first.setdefault(around[i], i) for i in kinds}
     left = surroundings({i: kinds[i] for i in first.values()})
     return stand_in if all(left[i] == around[i] for i in left) else {i: i for i in kinds}
+
+
+def is_trained(part: nn.Module | None) -> bool:
+    """Whether a part of a model has a weight that is not frozen."""
+    return part is not None and any(weight.requires_grad for weight in part.parameters())
 
 
 def surroundings(kinds: dict[int, str]) -> dict[int, tuple]:
@@ -93,7 +111,7 @@ def kind(block: Block, i: int, n_layers: int, activation_checkpoint: ActivationC
     """What makes block number i behave as it does, in words that are equal for equal blocks."""
     mtp_depth = max(i - n_layers + 1, 0)
     parts = [(name, type(part), getattr(part, "config", None)) for name, part in block.named_modules()]
-    shapes = [(name, weight.shape) for name, weight in block.named_parameters()]
+    shapes = [(name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters()]
     forced = sorted(forced_shapes(activation_checkpoint, f"layers.{i}", block))
     return repr((mtp_depth, parts, shapes, block.attention.kernel, forced))
 

@@ -133,7 +133,8 @@ def expand(segments: list[Segment], stand_in: Mapping[int, int]) -> Iterator[Seg
     falling = segments[places[0]].what == "backward"
     yield from segments[: places[0]]
     for number in sorted(stand_in, reverse=falling):
-        yield replace(known[stand_in[number]], block=number)
+        if stand_in[number] in known:  # below frozen weights alone there is no backward
+            yield replace(known[stand_in[number]], block=number)
     yield from segments[places[-1] + 1 :]
 
 

@@ -1,6 +1,6 @@
 """A model put together: built without memory, spread over ranks, given memory, started."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import init_weights, materialise
 from core.nn.weights import Weight, weights
+from core.optim.groups import Group, freeze
 from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
@@ -48,12 +49,14 @@ def assemble(
     dtype: torch.dtype,
     seed: int,
     n_microbatches: int,
+    groups: Sequence[Group] = (),
 ) -> BuiltModel:
     """The parts of this rank, their weights drawn by (seed, name), equal in every layout.
 
-    `n_microbatches` is how many travel a pipeline per step. Weights are stored in `dtype`.
+    `n_microbatches` is how many travel a pipeline per step. Weights are stored in `dtype`; those of
+    frozen `groups` get no gradient.
     """
-    models = spread_models(config, layout, wrapping)
+    models = spread_models(config, layout, wrapping, groups)
     for model in models.values():
         weights_on = torch.device("cpu") if layout.settings.cpu_offload else None
         materialise(model, layout.device, dtype, weights_on=weights_on)
@@ -65,11 +68,12 @@ def spread_models(
     config: Decoder.Config,
     layout: RankView,
     wrapping: Wrapping,
+    groups: Sequence[Group],
     change: Callable[[Decoder], object] = lambda model: None,
 ) -> dict[int, Decoder]:
     """The stages of this rank by their numbers, or the whole model as 0, spread over the ranks and without memory.
 
-    `change` sees each of them before it is spread.
+    Weights of frozen `groups` get no gradient. `change` sees each model before it is spread.
     """
     settings, piped = layout.settings, layout.degrees.pipeline > 1
     stages = split_layers(settings, config.n_layers) if piped else []
@@ -78,6 +82,7 @@ def spread_models(
         models[number] = model = meta_model(config)
         if piped:
             cut_stage(model, stages, number)
+        freeze(model.named_parameters(), groups)
         change(model)
         layout.parallelize(model, wrapping)
     return models

@@ -16,8 +16,10 @@ from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import check_kernels
 from core.nn.moe import MoE
+from core.nn.weights import weights
+from core.optim.groups import weight_group
 from core.optim.optimizer import Optimizer
-from core.parallel.pipeline import checkpoint_problem, pipeline_problems, splits_backward
+from core.parallel.pipeline import checkpoint_problem, pipeline_problems, split_layers, splits_backward, stage_of
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
 from core.step.settings import Compile, Debug, Training
@@ -180,6 +182,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_names, run.activation_checkpoint, model),
         partial(check_parts, run.activation_checkpoint, model),
         partial(check_optimizer, run.optimizer, model),
+        partial(check_stages, run, model),
         lambda: with_hf(model).to_hf_config() if run.checkpoint.last_save_in_hf else None,
     )
 
@@ -214,6 +217,20 @@ def check_pinned(checkpoint: Checkpoint, device: torch.device) -> None:
 
 def check_optimizer(optimizer: Optimizer.Config, model: Decoder) -> None:
     """Raise `UserError` for settings of the optimizer that do not fit the weights of a model."""
-    problems = list(optimizer.weight_problems([name for name, _ in model.named_parameters()]))
+    problems = list(optimizer.weight_problems(list(weights(model))))
     if problems:
         raise joined([(f"optimizer.{field}", message) for field, message in problems])
+
+
+def check_stages(run: Run, model: Decoder) -> None:
+    """Raise `UserError` for a stage of a pipeline whose weights are all frozen: nothing would flow back through it."""
+    if run.parallelism.pipeline_parallel_degree == 1 or not any(group.frozen for group in run.optimizer.groups):
+        return
+    stages = split_layers(run.parallelism, model.config.n_layers)
+    names = (name for name, _ in model.named_parameters())
+    trained = {stage_of(name, stages) for name in names if not weight_group(run.optimizer.groups, name).frozen}
+    if lost := sorted(set(range(len(stages))) - trained):
+        raise UserError(
+            f"optimizer.groups: all weights of stage {lost[0]} of {len(stages)} are frozen, and a pipeline needs some "
+            "to train in each: train some of them, or lower parallelism.pipeline_parallel_degree"
+        )

@@ -127,6 +127,7 @@ def build_case(case: Case, layout: RankView) -> BuiltModel:
         wrapping,
         dtype=case.weights_dtype,
         seed=7,
+        groups=case.optimizer.groups,
         n_microbatches=rows // case.parallelism.pipeline_parallel_microbatch_size,
     )
     widen(built)

@@ -40,19 +40,20 @@ class Estimate(NamedTuple):
 def estimate(
     model: Decoder, optimizer: Optimizer.Config, training: Training, degrees: Degrees | None = None
 ) -> Estimate:
-    """What one rank needs: weights and gradients in `training.dtype`, and what the optimizer keeps of them; logits of
-    one microbatch and their gradient in fp32."""
+    """What one rank needs: weights in `training.dtype`; of those that are trained the gradients, and what the optimizer
+    keeps; logits of one microbatch and their gradient in fp32."""
     degrees = degrees or Degrees()
     n_cut, dtype = degrees.world // degrees.replicate, getattr(torch, training.dtype)
     stored = parameter_count(model) * dtype.itemsize // n_cut
     typed = [
         each._replace(value=nn.Parameter(each.value.to(dtype), each.value.requires_grad)) for each in weights(model)
     ]
-    state = optimizer.build(weights=typed, layout=SingleRank(torch.device("meta"))).state
-    kept = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) // n_cut
+    updates: Optimizer = optimizer.build(weights=typed, layout=SingleRank(torch.device("meta")))
+    gradients = sum(weight.parameter.nbytes for weight in updates.weights.values()) // n_cut
+    kept = sum(tensor.nbytes for tensors in updates.state.values() for tensor in tensors.values()) // n_cut
     logits = training.local_batch_size * training.seq_len * model.config.vocab_size * 4
     logits //= degrees.context * degrees.tensor * degrees.pipeline
-    return Estimate(stored, stored, kept, 2 * logits)
+    return Estimate(stored, gradients, kept, 2 * logits)
 
 
 def check_memory(model: Decoder, run: Run, device: torch.device, world: World) -> None:

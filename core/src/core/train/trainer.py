@@ -179,7 +179,8 @@ class Trainer(Configurable):
             compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
         )
         dtype, n = getattr(torch, c.training.dtype), n_rows // c.parallelism.pipeline_parallel_microbatch_size
-        self.built = assemble(c.model, self.layout, wrapping, dtype=dtype, seed=c.debug.seed, n_microbatches=n)
+        start = {"dtype": dtype, "seed": c.debug.seed, "groups": c.optimizer.groups}
+        self.built = assemble(c.model, self.layout, wrapping, n_microbatches=n, **start)
         if c.debug.moe_force_load_balance:
             for model in self.built.models:
                 force_balance(model)
