@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from core.config.configurable import field_names
 from core.config.options import field_docs
 from core.config.record import to_json
 from core.data.text import IndexedText
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import Tokenizer, bundled_model
+from core.data.tokenizer_json import read_model, tokenizer_json
 from core.generate import command
 from core.generate.command import main
 from core.nn.decoder import Decoder
@@ -242,6 +244,50 @@ def test_weights_of_a_run(write, text, tmp_path) -> None:
     config.build().run()
     text()  # what the run has said
     assert text("--checkpoint", str(tmp_path / "other"), *words) == newest[0]
+
+
+def test_a_run_that_moved_has_its_tokenizer_and_what_it_began_with(capsys, tmp_path) -> None:
+    """What lay beside the tokenizer is in every checkpoint, and in what is exported of it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the hf extra is not installed")
+    base, config = tmp_path / "base", toy_recipes.toy()
+    base.mkdir()
+    made = tokenizers.Tokenizer.from_str(tokenizer_json(read_model(bundled_model()), 1))
+    made.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (base / "LICENSE").write_text("terms")
+    save_hf(toy(), base)
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 9], "top_k": 5}')
+    (tmp_path / "text.txt").write_text("one two three four five\n" * 200)
+    config.dump_folder, config.tokenizer.path = str(tmp_path / "run"), str(base / "tokenizer.json")
+    config.dataloader = IndexedText.Config(
+        dataset=str(tmp_path / "text.txt"), cache_folder=str(tmp_path / "cache"), validation_fraction=0.0
+    )
+    config.training = Training(steps=1, seq_len=16, local_batch_size=2, device="cpu")
+    config.checkpoint = Checkpoint(enable=True, initial_load_path=str(base), initial_load_in_hf=True)
+    config.build().run()
+    moved, left = tmp_path / "moved", {file.name: file.read_bytes() for file in base.iterdir()}
+    (tmp_path / "run").rename(moved), shutil.rmtree(base)
+    inside = {file.name: file.read_bytes() for file in (moved / "checkpoint/step-1/companions").iterdir()}
+    kept = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
+    assert inside == {name: left[name] for name in kept}
+    convert({"toy": Toy}, ["to-hf", str(moved), str(tmp_path / "hf")])
+    exported = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
+    stated = {"bos_token_id": 1, "eos_token_id": [2, 9]}
+    assert json.loads(exported["generation_config.json"]) == {"top_k": 5, **stated}
+    assert stated.items() < json.loads(exported["config.json"]).items()
+    assert {name: exported[name] for name in kept - {"generation_config.json"}}.items() < inside.items()
+    card = exported["README.md"].decode()
+    facts = (
+        "| data | text.txt |",
+        "| began with | base |",
+        "| tokens | 32 |",
+        "| training loss | ",
+        f"torch {torch.__version__}",
+    )
+    assert all(fact in card for fact in facts) and str(tmp_path) not in card
+    main(toy_recipes, ["--checkpoint", str(moved), "--prompt", "one", "--max-new-tokens", "3"])
+    assert f"({moved}/checkpoint/step-1/companions/tokenizer.json), that of the checkpoint\n" in capsys.readouterr().err
 
 
 def test_tokenizer_of_the_checkpoint_goes_before_the_recipes(write, tmp_path) -> None:

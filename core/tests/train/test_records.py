@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from core.runtime.records import read_records
 from core.train import records
 from core.train.metrics import Record, last_record
-from core.train.records import carry_on, read_records
+from core.train.records import carry_on
 
 FULL = {name: 1.5 for name in Record.__dataclass_fields__ if name != "numbers"}
 FOREIGN = {

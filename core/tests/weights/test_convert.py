@@ -101,8 +101,8 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """Everything in a folder, but for the model card."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -180,13 +180,28 @@ def test_weights_are_cast_and_buffers_are_not(sparse: Path, tmp_path: Path, way:
 def test_a_tokenizer_goes_along(dense: Path, tmp_path: Path) -> None:
     (dense / "tokenizer.json").write_text("{}")
     (dense / "tokenizer.model").write_bytes(b"\x00\x01")
+    (dense / "LICENSE").write_text("as it is")
     (dense / "README.md").write_text("not this")
     convert("from-hf", dense, tmp_path / "here")
     convert("to-hf", tmp_path / "here", tmp_path / "back")
     for folder in (tmp_path / "here", tmp_path / "back"):
         assert (folder / "tokenizer.json").read_text() == "{}"
         assert (folder / "tokenizer.model").read_bytes() == b"\x00\x01"
-        assert not (folder / "README.md").exists()
+        assert (folder / "LICENSE").read_text() == "as it is"
+    assert not (tmp_path / "here/README.md").exists()
+    assert "| model | Dense |" in (tmp_path / "back/README.md").read_text()
+
+
+def test_end_tokens_go_along(dense: Path, tmp_path: Path) -> None:
+    """Those that only config.json names, too; and what else generation_config.json says."""
+    stated = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**stated, "eos_token_id": [7, 5], "bos_token_id": 1}))
+    (dense / "generation_config.json").write_text('{"eos_token_id": 5, "temperature": 0.6}')
+    convert("from-hf", dense, tmp_path / "here")
+    convert("to-hf", tmp_path / "here", tmp_path / "back")
+    ends = {"bos_token_id": 1, "eos_token_id": [5, 7]}
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == {"temperature": 0.6, **ends}
+    assert json.loads((tmp_path / "back/config.json").read_text()) == {**stated, **ends, "pad_token_id": None}
 
 
 def quantised(sparse: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -60,10 +59,6 @@ def test_the_document_word_for_word(
         Path(f"books/{number:02}.txt").write_text(f"Chapter {number}.\n" + TEXT * 80)
     said = []
     for words in commands(DOCUMENT):
-        if words[0] == "cp":
-            for file in words[1:-1]:
-                shutil.copy(file, words[-1])
-            continue
         assert words[:2] == ["python", "-m"]
         monkeypatch.setattr(sys, "argv", words[2:])
         runpy.run_module(words[2], run_name="__main__")

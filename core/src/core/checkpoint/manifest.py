@@ -16,6 +16,8 @@ LAYOUT = 1
 MANIFEST = "manifest.json"
 CONFIG_FILE = "config.json"
 TENSORS = "tensors.json"
+COMPANIONS = "companions"
+"""The folder in a checkpoint of what goes along with its weights: a tokenizer, a license."""
 SHA256 = re.compile("[0-9a-f]{64}")
 FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 """The name of a file in a checkpoint, or in a folder of it."""

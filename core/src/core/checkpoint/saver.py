@@ -32,6 +32,7 @@ from torch import Tensor
 from core.checkpoint.find import Found, all_problems, find_checkpoint
 from core.checkpoint.index import NAMES
 from core.checkpoint.manifest import (
+    COMPANIONS,
     CONFIG_FILE,
     MANIFEST,
     Damaged,
@@ -76,6 +77,8 @@ class Saver:
     ) -> None:
         """`config` is the text of `config.json`; `export` writes weights that were saved as a Hugging Face folder."""
         self.settings, self.ranks, self.config, self.export = settings, ranks, config, export
+        self.companions: Mapping[str, bytes] = {}
+        """Files that go along with the weights, by name; the first rank writes them into every checkpoint."""
         self.run_folder, self.storage = run_folder, settings.storage(run_folder)
         self._removals = Removals(self.storage)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -213,9 +216,17 @@ class Saver:
         if self.storage.exists(growing):
             self._removals.remove(growing)
         self.storage.make(growing)
-        with self.storage.create(f"{growing}/{CONFIG_FILE}") as file:
-            file.write(self.config.encode())
-        return {CONFIG_FILE: Written(file.n_bytes, file.hex())}
+        if self.companions:
+            self.storage.make(f"{growing}/{COMPANIONS}")
+        beside = {f"{COMPANIONS}/{name}": content for name, content in self.companions.items()}
+        written = {}
+        for name, content in {CONFIG_FILE: self.config.encode(), **beside}.items():
+            with self.storage.create(f"{growing}/{name}") as file:
+                file.write(content)
+            written[name] = Written(file.n_bytes, file.hex())
+        if self.companions:
+            self.storage.flush(f"{growing}/{COMPANIONS}")
+        return written
 
     def _publish(self, growing: str, folder: str, made: Manifest) -> None:
         """Make a checkpoint of what was written; once it is one, nothing that goes wrong is an error of this save."""

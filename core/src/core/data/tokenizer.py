@@ -19,7 +19,7 @@ from core.data.hf_tokenizer import HuggingFace
 from core.data.library import library_errors
 from core.data.sections import Section
 
-_MOST_MIB = 1024
+MOST_MIB = 1024
 
 
 class _Model(Protocol):
@@ -55,7 +55,7 @@ class Tokenizer(Configurable):
     def __init__(self, config: Config) -> None:
         self._model: _Model
         if config.path is None:
-            content = (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
+            content = bundled_model()
             self._model, name = _SentencePiece(content, "the bundled model"), "bundled"
         else:
             path = Path(os.path.expanduser(config.path))
@@ -135,6 +135,11 @@ class Tokenizer(Configurable):
             return [0.0 if token in joins else n for token, n in enumerate(self._model.n_bytes())]
 
 
+def bundled_model() -> bytes:
+    """The SentencePiece model that comes along."""
+    return (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
+
+
 def _read(path: Path) -> bytes:
     if not os.path.exists(path):
         raise UserError(f"there is no tokenizer {path.absolute()}: give the place where it is, --tokenizer.path FILE")
@@ -144,11 +149,11 @@ def _read(path: Path) -> bytes:
         raise UserError(f"the tokenizer {path} is no regular file")
     try:
         with open(path, "rb") as file:
-            content = file.read(_MOST_MIB * 2**20 + 1)
+            content = file.read(MOST_MIB * 2**20 + 1)
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-    if len(content) > _MOST_MIB * 2**20:
-        raise UserError(f"{path} has more than {_MOST_MIB} MiB: it is no tokenizer")
+    if len(content) > MOST_MIB * 2**20:
+        raise UserError(f"{path} has more than {MOST_MIB} MiB: it is no tokenizer")
     return content
 
 

@@ -1,6 +1,7 @@
 """What a folder of weights says of the model in it, and of its tokenizer."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -11,7 +12,7 @@ from core.config.recipe import published
 from core.config.record import from_dict
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
-from core.weights.companions import stated_ids
+from core.weights.companions import SENTENCEPIECE, TOKENIZER_JSON, companions_place, stated_ids
 from core.weights.folder import model_of, read_config
 from core.weights.saved import described_in
 
@@ -36,10 +37,13 @@ def described(
     trust = [configs.__name__.partition(".")[0], *trust]
     try:
         model = from_dict(model_of(stated), Decoder.Config, trust=trust)
-        tokenizer = from_dict(stated.get("tokenizer", {"path": None}), Tokenizer.Config, trust=trust)
+        read = from_dict(stated.get("tokenizer", {"path": None}), Tokenizer.Config, trust=trust)
+        tokenizer = cast(Tokenizer.Config, read)
     except UserError as error:
         raise UserError(f"{place}/config.json describes no model:\n{error}") from error
-    return cast(Decoder.Config, model), cast(Tokenizer.Config, tokenizer)
+    if tokenizer_in(Path(folder)) is not None:
+        tokenizer = replace(tokenizer, path=None)  # the place in the configuration may be that of another machine
+    return cast(Decoder.Config, model), tokenizer
 
 
 def existing(folder: str) -> Path:
@@ -51,8 +55,9 @@ def existing(folder: str) -> Path:
 
 
 def tokenizer_in(folder: Path) -> str | None:
-    """The file of the tokenizer in a folder, if there is one."""
-    files = (file_in(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
+    """The file of the tokenizer in a folder of weights, if there is one; a run has it in its checkpoints."""
+    place = companions_place(folder)
+    files = (file_in(place, name) for name in (TOKENIZER_JSON, SENTENCEPIECE))
     return next((str(file) for file in files if file is not None), None)
 
 

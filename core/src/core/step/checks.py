@@ -12,6 +12,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem, walk
 from core.config.validate import problems_of, validate
+from core.data.tokenizer import Tokenizer
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import check_kernels
@@ -32,6 +33,7 @@ class Run(Protocol):
 
     recipe: str
     model: Decoder.Config
+    tokenizer: Tokenizer.Config
     loss: Loss.Config
     training: Training
     optimizer: Optimizer.Config

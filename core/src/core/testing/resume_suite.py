@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
@@ -15,6 +16,8 @@ from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
 from core.config.recipe import recipes
 from core.config.record import from_json, to_json
+from core.generate.generate import generate
+from core.generate.sample import Sampler
 from core.parallel.settings import Parallelism
 from core.step.checks import expert_parts
 from core.step.settings import Training
@@ -24,6 +27,9 @@ from core.train.validate import Validator
 from core.weights import convert
 from core.weights.files import SINGLE
 
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+"""What is exported of the bundled tokenizer."""
+
 
 class ResumeSuite:
     """The tests of a model whose runs are interrupted."""
@@ -32,6 +38,8 @@ class ResumeSuite:
     """The module of its recipes."""
     debug: ClassVar[str]
     """Name of the recipe that trains on a laptop."""
+    hf_model: ClassVar[Any]
+    """The class of transformers that computes the same."""
 
     def test_a_run_that_goes_on_equals_one_that_never_stopped(self, tmp_path: Path) -> None:
         """Bit for bit: every file of tensors, every loss and gradient norm, through accumulation and validation."""
@@ -50,8 +58,8 @@ class ResumeSuite:
         assert len(measured(tmp_path / "whole")) == 4
 
     def test_what_a_run_leaves_goes_to_hugging_face_and_back(self, tmp_path: Path) -> None:
-        """The last checkpoint's export and that of `convert` are equal, and what a new run begins with on two ranks;
-        weights in few bits must be asked for."""
+        """The last checkpoint's export and that of `convert` are equal, write the same text in transformers and here,
+        and are what a new run begins with on two ranks; weights in few bits must be asked for."""
         run = self.interrupted(tmp_path / "run")
         run.training.steps = 2
         run.checkpoint = Checkpoint(enable=True, last_save_model_only=True, last_save_in_hf=True)
@@ -60,8 +68,13 @@ class ResumeSuite:
         left, converted = tmp_path / "run/checkpoint/step-2/hf", tmp_path / "converted"
         family = {first.built.models[0].to_hf_config()["model_type"]: type(first.built.models[0])}
         convert.main(family, ["to-hf", str(tmp_path / "run"), str(converted)])
-        for name in (SINGLE, "config.json"):
-            assert (converted / name).read_bytes() == (left / name).read_bytes()
+        names = {SINGLE, "config.json", "generation_config.json", "README.md", *TOKENIZER}
+        assert names == {file.name for file in left.iterdir()} == {file.name for file in converted.iterdir()}
+        for name in names:
+            assert (converted / name).read_bytes() == (left / name).read_bytes(), name
+        assert written_by(
+            import_module(self.hf_model.__module__.partition(".")[0]), left, "The tensors of"
+        ) == written_here(first, "The tensors of")
         again = self.interrupted(tmp_path / "again")
         again.checkpoint = Checkpoint(enable=True, initial_load_path=str(left), initial_load_in_hf=True)
         n_expert_ranks = 2 if expert_parts(again.model) else 1
@@ -99,6 +112,24 @@ class ResumeSuite:
         config = recipes(self.configs)[recipe]()
         assert isinstance(config, Trainer.Config)
         return config
+
+
+def written_by(transformers: Any, folder: Path, prompt: str) -> str:
+    """The likeliest text behind a prompt, with what the folder alone says of its model and tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def written_here(trainer: Trainer, prompt: str) -> str:
+    """The likeliest text behind a prompt, with the weights that a run has."""
+    [model], tokenizer = trainer.built.models, trainer.tokenizer
+    ids, ends = tokenizer.encode_prompt(prompt), [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    settings = {"limits": [12], "n_tokens": tokenizer.vocab_size, "end_ids": ends}
+    [found] = generate(model.eval(), [ids], Sampler(1, temperature=0), **settings)
+    return tokenizer.decode([*ids, *found.ids])
 
 
 def weights_at_start(run: str, module: str) -> dict[str, Any]:

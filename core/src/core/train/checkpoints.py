@@ -33,6 +33,7 @@ from core.train.state import (
     random_tensors,
     set_random,
 )
+from core.weights.companions import run_companions
 from core.weights.convert import write_as_hf
 from core.weights.folder import folder_source, is_published, model_of
 from core.weights.same_model import check_same_model
@@ -64,12 +65,17 @@ class RunCheckpoints:
         text = config_text(run, layout.device)
         self.saver = Saver(self.settings, ranks, run_folder=folder, config=text, export=self._export)
         self.saver.check_writable()
+        ranks.first(self._read_companions)
         self.found = self._find()
         self.start = Progress(rows_per_step=n_rows, text=loader.fingerprint)
         """How far the run had come before."""
         if self.found is not None:
             self._go_on(self.found)
         self._last = self.start.step
+
+    def _read_companions(self) -> None:
+        if self.settings.saves:
+            self.saver.companions = run_companions(self.run.tokenizer.path, self.settings.initial_load_path)
 
     def progress(self, step: int, validation_loss: float | None = None) -> Progress:
         """How far the run is after `step`."""

@@ -15,8 +15,8 @@ from typing import Any
 from core.config.configurable import Configurable
 from core.runtime.disk import AppendedFile, OptionalFile, needed
 from core.runtime.ranks import ALONE, Ranks
+from core.runtime.records import RECORDS, read_records
 from core.train.folder import ANOTHER
-from core.train.records import RECORDS, read_records
 
 
 @dataclass(kw_only=True, slots=True)

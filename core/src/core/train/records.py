@@ -1,16 +1,13 @@
-"""The file of a run's records, metrics.jsonl: read whatever became of it, and carried on."""
+"""The file of a run's records, metrics.jsonl, carried on by a run that goes on."""
 
 import logging
 from pathlib import Path
-from typing import Any
 
-from core.config.errors import UserError
-from core.config.json_file import parse_json
 from core.runtime.disk import replace_file
+from core.runtime.records import RECORDS, parse_record
 
 log = logging.getLogger("armature")
 
-RECORDS = "metrics.jsonl"
 SET_ASIDE = "metrics.set-aside.jsonl"
 """Lines that are no records."""
 
@@ -38,22 +35,6 @@ def carry_on(folder: Path, step: int) -> None:
         log.warning(f"{file}: {len(others):,} of {len(lines):,} lines are no records, and are now in {SET_ASIDE}")
     if kept != data:
         replace_file(file, kept)
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records in a folder's metrics.jsonl, in order; lines that are none are left out. Raises `OSError`."""
-    file = folder / RECORDS
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    return [record for line in lines if (record := parse_record(line)) is not None]
-
-
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where there is none."""
-    try:
-        record = parse_json(line, RECORDS)
-    except UserError:
-        return None
-    return record if type(record.get("step")) is int else None
 
 
 def _joined(lines: list[bytes]) -> bytes:

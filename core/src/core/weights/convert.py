@@ -4,7 +4,6 @@ Tensor by tensor: no more than the files that are written, one at a time, is in 
 """
 
 import argparse
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,32 +17,24 @@ from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import PRINT_COMPLETION, VERSION, show
-from core.config.links import file_in
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
 from core.config.version import version_lines
 from core.runtime.meta import meta_model
 from core.weights.atomic_folder import atomic_folder, vacant
+from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
 from core.weights.export import dtypes, outputs
 from core.weights.files import Output, write_files
 from core.weights.folder import class_of, hf_config, model_of, read_config
-from core.weights.hf import write_hf_config
+from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
+from core.weights.model_card import CARD, model_card
 from core.weights.saved import newest
 from core.weights.source import WeightSource
 
 WAYS = ("from-hf", "to-hf")
 CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""Files that go along with the weights."""
 PROGRAM = Program(
     Taken(WAYS, most=3, files=True),
     {
@@ -124,7 +115,10 @@ def from_hf(
     with atomic_folder(dst) as folder:
         write_files(folder, made, shard_gib, say)
         (folder / "config.json").write_text(to_json(config))
-        copy_companions(src, folder)
+        companions = published_companions(src)
+        write_companions(companions, folder)
+        for name in companions:
+            say(f"{name}: copied")
 
 
 def to_hf(
@@ -147,7 +141,6 @@ def to_hf(
     model = meta_model(config)
     with atomic_folder(dst) as folder:
         write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, say=say)
-        copy_companions(Path(str(place)), folder)
 
 
 def write_as_hf(
@@ -159,7 +152,8 @@ def write_as_hf(
     shard_gib: float = 5.0,
     say: Callable[[str], object],
 ) -> None:
-    """Write the weights of a model, which needs no memory, from a folder in our format into one that exists already."""
+    """Write the weights of a model, which needs no memory, from a folder in our format into one that exists already,
+    with all that others expect beside them: a tokenizer, the tokens that end a text, a model card."""
     stated = with_hf(model).to_hf_config()  # raises before a file is written
     source, key_map = WeightSource(own_key_map(model), src), hf_key_map(model)
     types = dtypes(
@@ -167,9 +161,20 @@ def write_as_hf(
     )
     for name in [name for name in source.pieces if name not in types]:
         say(f"{name} has no place at Hugging Face: left out")
+    run = read_config(src)
+    add_bos = run.get("tokenizer", {}).get("add_bos")
+    companions, ids = complete_companions(
+        companions_of(src, run, say), max_length=stated.get("max_position_embeddings"), add_bos=add_bos, say=say
+    )
     made = outputs(key_map, types, source.read)
     write_files(dst, made, shard_gib, say)
-    write_hf_config(stated, made, dst)
+    write_hf_config({**stated, **ids}, made, dst)
+    write_companions(companions, dst)
+    name, n_parameters = type(model).__name__, sum(weight.numel() for weight in key_map.weights.values())
+    card = model_card(name, n_parameters, largest_dtype(made), src, run)
+    (dst / CARD).write_text(card)
+    for file in (*companions, CARD):
+        say(f"{file}: written")
 
 
 def say(line: str) -> None:
@@ -180,11 +185,3 @@ def say(line: str) -> None:
 def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     """The values of one of our weights in new memory."""
     return source.fill(name, torch.empty(shape, dtype=dtype))
-
-
-def copy_companions(src: Path, dst: Path) -> None:
-    """Copy the tokenizer and what else goes along with weights, where it is there."""
-    for name in COMPANIONS:
-        if file := file_in(src, name):
-            shutil.copyfile(file, dst / name)
-            say(f"{name}: copied")

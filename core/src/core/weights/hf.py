@@ -46,9 +46,13 @@ def save_hf(
 
 def write_hf_config(stated: dict, written: list[Output], folder: Path) -> None:
     """Write the Hugging Face `config.json` that a model states; the type it gives is that of the largest tensor."""
-    largest = max(written, key=lambda output: output.n_bytes)
-    config = {**stated, "dtype": str(largest.dtype).removeprefix("torch.")}
+    config = {**stated, "dtype": largest_dtype(written)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def largest_dtype(written: list[Output]) -> str:
+    """The name of the type of the largest tensor."""
+    return str(max(written, key=lambda output: output.n_bytes).dtype).removeprefix("torch.")
 
 
 def load_from(source: WeightSource) -> None:

@@ -46,6 +46,12 @@ def newest(folder: str | Path) -> Path | Found:
     return find_in(str(folder), Ranks())
 
 
+def checkpoint_in(folder: str | Path) -> Path:
+    """The newest checkpoint in the folder of a run, whole or not; any other folder is itself."""
+    inside = (Path(storage.path(name)) for storage, name in candidates(str(folder)))
+    return next(inside, Path(folder))
+
+
 def described_in(folder: str | Path) -> Path:
     """The folder whose `config.json` describes the weights in a folder: itself, or the newest checkpoint in it."""
     if file_in(folder, CONFIG_FILE) is None:
