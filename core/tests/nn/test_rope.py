@@ -238,7 +238,7 @@ def test_original_length_may_be_that_of_the_model() -> None:
         ({"scaling": "yarn", "scaling_factor": 0.5}, "scaling_factor: scaling_factor 0.5 must be at least 1"),
         ({"scaling": "llama", "original_seq_len": 0}, "original_seq_len: original_seq_len 0 must be at least 1"),
         ({"scaling": "llama", "high_freq_factor": 1.0}, "high_freq_factor 1.0 must be above low_freq_factor 1.0"),
-        ({"scaling": "yarn", "beta_slow": 32.0}, "beta_fast 32.0 must be above beta_slow 32.0"),
+        ({"scaling": "yarn", "beta_slow": 33.0}, "beta_fast 32.0 must be at least beta_slow 33.0"),
         ({"scaling": "yarn", "beta_slow": 0.0}, "beta_slow 0.0, both above 0"),
     ],
 )

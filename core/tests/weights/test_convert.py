@@ -82,7 +82,7 @@ class Sparse(Weights, Configurable):
         self.config = config
 
     @classmethod
-    def from_published(cls, hf: dict) -> Config:
+    def from_published(cls, hf: dict, *_: object) -> Config:
         return cls.Config(n_layers=hf["layers"], n_experts=hf["experts"])
 
     def to_hf_config(self) -> dict:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_deepseek import MSCALE, PLAIN, UNEVEN, YARN, HuggingFace, drawn, v2, v3
+from transformers import DeepseekV3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.config.errors import UserError
 from core.config.validate import validate
@@ -19,6 +21,7 @@ from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
 from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, randomise
+from core.weights.folder import hf_config
 from core.weights.hf import load_hf, save_hf
 from deepseek_v3 import configs
 from deepseek_v3.model import SIZES, DeepSeekV3, size
@@ -266,6 +269,54 @@ def test_reads_the_published_settings() -> None:
     assert DeepSeekV3.from_hf_config(PUBLISHED) == expected
     assert DeepSeekV3.from_hf_config(V2_LITE) == size("16B")
     assert DeepSeekV3.from_hf_config(V2) == size("236B")
+
+
+KIMI = PUBLISHED | {
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "rope_scaling": {**PUBLISHED["rope_scaling"], "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+"""Kimi K2's settings, whose YaRN has one border: pairs are stretched or not."""
+MOONLIGHT = V2_LITE | {
+    "max_position_embeddings": 8192,
+    "model_type": "deepseek_v3",
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "vocab_size": 163840,
+}
+
+
+@pytest.mark.parametrize("stated", [KIMI, MOONLIGHT], ids=["kimi_k2", "moonlight"])
+def test_reads_kin_of_deepseek_v3(stated: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    config = hf_config(DeepSeekV3, tmp_path)
+    validate(config)
+    theirs = DeepseekV3Config(**{key: value for key, value in stated.items() if key != "model_type"})
+    if stated is KIMI:
+        frequencies, amplitude = ROPE_INIT_FUNCTIONS["yarn"](theirs, None)
+        rope = config.rope.build(head_dim=64)
+        torch.testing.assert_close(rope.inverse_frequency, frequencies, rtol=1e-6, atol=0)
+        assert rope.amplitude == amplitude
+    written = meta_model(config).to_hf_config()
+    assert written["model_type"] == "deepseek_v3"
+    assert DeepSeekV3.from_hf_config(written) == config
 
 
 def test_balance_and_look_ahead_are_those_of_the_paper() -> None:

@@ -33,6 +33,7 @@ from core.step.update import train_step
 from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
 from core.testing.toy import on_cpu, randomise
+from core.weights.folder import hf_config, load_folder
 from core.weights.hf import load_hf, save_hf
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
@@ -65,6 +66,20 @@ def labelled(model: Decoder) -> Batch:
 
 def objective(model: Decoder, mask: Any) -> Objective:
     return Objective([model], CrossEntropy.Config().build(), layout=SingleRank(CPU), dtype=torch.float32, mask=mask)
+
+
+def test_blocks_whose_weights_are_not_there_are_left_out(tmp_path: Path) -> None:
+    """As in every folder that transformers writes, whose model has none and whose config.json states one."""
+    DeepseekV3ForCausalLM(v3(num_nextn_predict_layers=1)).save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs/config.json").read_text())["num_nextn_predict_layers"] == 1
+    said: list[str] = []
+    config = hf_config(DeepSeekV3, tmp_path / "theirs", said.append)
+    assert said == ["multi-token prediction: 1 of its blocks are stated, the weights of 0 are there: the model has 0"]
+    load_folder(on_cpu(config), tmp_path / "theirs")
+    save_hf(build(2), tmp_path / "ours")
+    assert hf_config(DeepSeekV3, tmp_path / "ours", said.append).n_mtp_layers == 2 and len(said) == 1
+    (tmp_path / "ours/model.safetensors").unlink()
+    assert hf_config(DeepSeekV3, tmp_path / "ours").n_mtp_layers == 2
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
 from core.runtime.meta import meta_model
-from core.testing.model_suite import ModelSuite, random_tokens
+from core.testing.model_suite import ModelSuite, assert_same_logits, random_tokens
 from core.testing.toy import on_cpu, randomise
-from core.weights.hf import load_hf
+from core.weights.folder import load_folder
+from core.weights.hf import load_hf, save_hf
 from llama3 import configs, hf
 from llama3.model import SIZES, Llama3, size
 
@@ -144,6 +145,49 @@ PUBLISHED = {
 """What version 4 of transformers wrote for the 8B size of Llama 3.1, which does not state head_dim."""
 
 
+FIRST = {
+    "architectures": ["LLaMAForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_sequence_length": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+"""What the first Llama stated, when it came to transformers."""
+
+
+def test_reads_what_transformers_assumes_of_the_first_llama() -> None:
+    """Its own class says the same of that file, and of one that states null."""
+    for stated in (FIRST, FIRST | {"num_key_value_heads": None, "rope_scaling": None, "tie_word_embeddings": False}):
+        config = Llama3.from_hf_config(stated)
+        validate(config)
+        assert config == Llama3.from_hf_config(LlamaConfig(**stated).to_dict())
+        assert (config.attention.n_kv_heads, config.attention.head_dim, config.rope.theta) == (32, 128, 10_000.0)
+        assert (config.max_seq_len, config.tie_embeddings) == (2048, False)
+    assert Llama3.from_hf_config(FIRST | {"rope_parameters": {"rope_theta": 5e5}}).rope.theta == 5e5
+
+
+@torch.no_grad()
+def test_biases_of_the_attention_are_a_setting(tmp_path: Path) -> None:
+    """Their rows stand in another order there, as those of the matrices do."""
+    theirs = LlamaForCausalLM(tiny(attention_bias=True)).eval()
+    randomise(theirs, seed=1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = on_cpu(Llama3.from_hf_config(theirs.config.to_dict()))
+    load_folder(ours, tmp_path / "theirs")
+    assert_same_logits(ours, theirs, ours.config)
+    save_hf(ours, tmp_path / "again")
+    assert_same_logits(ours, LlamaForCausalLM.from_pretrained(tmp_path / "again"), ours.config)
+
+
 SMALL = {"rope_scaling": {**PUBLISHED["rope_scaling"], "factor": 32.0}, "tie_word_embeddings": True}
 OTHERS = {
     "8B": {},
@@ -168,7 +212,7 @@ def test_reads_the_published_configs(name: str) -> None:
     ("change", "message"),
     [
         ({"mlp_bias": True}, "mlp_bias is True, not False"),
-        ({"attention_bias": True}, "attention_bias is True, not False"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope type "linear" is not supported'),
         ({"model_type": "qwen3"}, "not one of llama: model_type is 'qwen3'"),
     ],
 )
@@ -183,7 +227,7 @@ def test_unsupported_is_an_error(change: dict[str, Any], message: str) -> None:
         "n_mtp_layers": 1,
         "rope.layout": "half",
         "attention.qk_norm": True,
-        "attention.bias": True,
+        "attention.output_bias": False,
         "attention.sinks": True,
         "attention.window": 64,
     }.items(),

@@ -1,17 +1,23 @@
 """Qwen3 against its published numbers and against transformers."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, Qwen3ForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.module import Flops
 from core.nn.rope import RoPE
-from core.testing.model_suite import ModelSuite
+from core.runtime.meta import meta_model
+from core.testing.model_suite import ModelSuite, assert_same_logits
+from core.testing.toy import on_cpu, randomise
+from core.weights.folder import load_folder
+from core.weights.hf import save_hf
 from qwen3 import configs
 from qwen3.model import SIZES, Qwen3, size
 
@@ -184,13 +190,13 @@ def test_reads_scaling_of_both_versions() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True, not False"),
         ({"use_sliding_window": True}, "use_sliding_window is True, not False"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1, not 0.0"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
         ({"model_type": "llama"}, "not one of qwen3: model_type is 'llama'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, '"longrope" is not supported'),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, '"dynamic" is not supported'),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, '"linear" is not supported'),
         ({"rope_scaling": {**SCALED, "attention_factor": 1.0}}, r"attention_factor 1.0 is not the 1.1386"),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25 is not supported"),
@@ -202,8 +208,36 @@ def test_unsupported_is_an_error(change: dict[str, Any], message: str) -> None:
 
 
 def test_all_differences_are_named_at_once() -> None:
-    with pytest.raises(UserError, match="attention_bias is True.*use_sliding_window is True"):
-        Qwen3.from_hf_config(PUBLISHED | {"attention_bias": True, "use_sliding_window": True})
+    with pytest.raises(UserError, match="hidden_act is 'gelu'.*use_sliding_window is True"):
+        Qwen3.from_hf_config(PUBLISHED | {"hidden_act": "gelu", "use_sliding_window": True})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_biases_of_the_attention_are_a_setting(kind: str, tmp_path: Path) -> None:
+    """A Qwen2 has them but on its output, and does not normalise its heads."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(tiny(), name) for name in names} | {"num_key_value_heads": 2, "rope_parameters": PLAIN}
+    theirs = (
+        Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
+        if kind == "qwen2"
+        else Qwen3ForCausalLM(tiny(attention_bias=True))
+    ).eval()
+    randomise(theirs, seed=1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = on_cpu(Qwen3.from_hf_config(json.loads((tmp_path / "theirs/config.json").read_text())))
+    assert ours.config.attention.output_bias == ours.config.attention.qk_norm == (kind == "qwen3")
+    load_folder(ours, tmp_path / "theirs")
+    assert_same_logits(ours, theirs, ours.config)
+    save_hf(ours, tmp_path / "again")
+    assert_same_logits(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "again"), ours.config)
+
+
+def test_what_no_qwen_has_is_not_exported() -> None:
+    config = size("debug")
+    config.attention.qk_norm = False
+    with pytest.raises(UserError, match="a qwen2 of Hugging Face cannot be this model: .*attention.bias is False"):
+        meta_model(config).to_hf_config()
 
 
 @pytest.mark.parametrize(

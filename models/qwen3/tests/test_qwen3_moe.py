@@ -11,6 +11,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from core.config.errors import UserError
 from core.config.validate import validate
+from core.nn.balance import equal_balance_coeff, routers, start_step
 from core.nn.module import Flops
 from core.runtime.meta import meta_model
 from core.testing.balance_suite import BalanceSuite
@@ -185,7 +186,6 @@ def test_both_versions_read_ours(tmp_path: Path) -> None:
     [
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, not 1"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], not \[\]"),
-        ({"attention_bias": True}, "attention_bias is True, not False"),
         ({"use_sliding_window": True}, "use_sliding_window is True, not False"),
         ({"model_type": "qwen3"}, "not one of qwen3_moe: model_type is 'qwen3'"),
     ],
@@ -209,9 +209,33 @@ def test_what_hugging_face_has_no_name_for_is_not_exported(tmp_path: Path) -> No
         save_hf(on_cpu(config), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     dense = size("debug")
-    dense.attention.bias, dense.attention.window = True, 64
-    with pytest.raises(UserError, match="qwen3 .*: attention.bias is True, there always False; attention.window is 64"):
+    dense.attention.output_bias, dense.attention.window = False, 64
+    said = "qwen3 .*: attention.output_bias is False, there always True; attention.window is 64"
+    with pytest.raises(UserError, match=said):
         meta_model(dense).to_hf_config()
+
+
+def test_the_balance_loss_of_equal_strength(tmp_path: Path) -> None:
+    """In one block and one row transformers' loss and ours differ by a factor; its advice has it."""
+    theirs = Qwen3MoeForCausalLM(tiny(num_hidden_layers=1)).train()
+    randomise(theirs, seed=1)
+    theirs.save_pretrained(tmp_path)
+    config = Qwen3MoE.from_hf_config(theirs.config.to_dict())
+    router = config.moe.router
+    router.balance_loss_coeff = equal_balance_coeff(1.0, top_k=router.top_k, n_layers=1)
+    ours = on_cpu(config).train()
+    load_hf(ours, tmp_path)
+    tokens_BL = random_tokens(config)[:1]
+    start_step(ours, tokens_BL.numel())
+    (ours(tokens_BL).sum() * 0).backward()
+    theirs(tokens_BL, output_router_logits=True).aux_loss.backward()
+    (found,) = routers(ours).values()
+    expected = theirs.model.layers[0].mlp.gate.weight.grad
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found.gate.weight.grad, expected)
+    advice = Qwen3MoE.hf_form().advice(Qwen3MoE.from_hf_config(PUBLISHED))
+    assert advice.endswith("--model.moe.router.balance_loss_coeff 0.000167")
+    assert not Qwen3MoE.hf_form().advice(Qwen3MoE.from_hf_config(PUBLISHED | {"router_aux_loss_coef": 0.0}))
 
 
 @torch.no_grad()

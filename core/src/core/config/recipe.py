@@ -158,9 +158,10 @@ def lay(source: str, config: Config, configs: ModuleType, trust: Collection[str]
     change(source, config, data, trust)
 
 
-def published(data: dict[str, Any], configs: ModuleType) -> Config:
-    """The part of a run that a published model's config.json describes, by the first family of the recipes that knows
-    it: a class of theirs with a class method `from_published`, which raises `OtherFamily` for those of others.
+def published(data: dict[str, Any], configs: ModuleType, folder: str | Path, say: Callable[[str], object]) -> Config:
+    """The part of a run that a published model's config.json in this folder describes, by the first family of the
+    recipes that knows it: a class of theirs with a class method `from_published(data, folder, say)`, which raises
+    `OtherFamily` for those of others.
 
     Raises `UserError` where none knows it, or the one that does cannot be this model.
     """
@@ -175,7 +176,7 @@ def published(data: dict[str, Any], configs: ModuleType) -> Config:
     others: list[str] = []
     for family in known:
         try:
-            return family.from_published(data)
+            return family.from_published(data, Path(folder), say)
         except OtherFamily as error:
             others.append(str(error))
     raise UserError("\n".join(others) or f"no recipe here has a model that Hugging Face has: {data['model_type']}")
@@ -185,7 +186,7 @@ def stated(source: str, data: dict[str, Any], configs: ModuleType, trust: Collec
     """The configuration, or the part of one, that this data of a file states; ours or that of a published model."""
     if "class" not in data:
         try:
-            return published(data, configs)
+            return published(data, configs, Path(source).parent, lambda line: tell_user(f"{source}: {line}"))
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
     try:

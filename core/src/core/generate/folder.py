@@ -13,7 +13,7 @@ from core.config.record import from_dict
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.weights.companions import SENTENCEPIECE, TOKENIZER_JSON, companions_place, stated_ids
-from core.weights.folder import model_of, read_config
+from core.weights.folder import model_of, read_config, silent
 from core.weights.saved import described_in
 
 
@@ -29,7 +29,7 @@ def described(
     stated = read_config(place)
     if "model_type" in stated:
         try:
-            return cast(Decoder.Config, published(stated, configs)), Tokenizer.Config()
+            return cast(Decoder.Config, published(stated, configs, place, silent)), Tokenizer.Config()
         except UserError as error:
             raise UserError(f"{place}/config.json: {error}") from error
     if "class" not in model_of(stated):

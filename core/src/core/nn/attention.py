@@ -45,6 +45,8 @@ class Attention(SelfAttention, Configurable):
         """Normalise queries and keys per head before rotation (arXiv:2302.05442)."""
         bias: bool = False
         """Add a bias to queries, keys, values and output."""
+        output_bias: bool = True
+        """The output has one, too, where `bias` adds them."""
         sinks: bool = False
         """One learned logit per head joins the softmax's denominator (arXiv:2309.17453)."""
         window: int | None = None
@@ -72,7 +74,7 @@ class Attention(SelfAttention, Configurable):
         self.wq = Linear(dim, q_dim, std=scale.std, bias=config.bias)
         self.wk = Linear(dim, kv_dim, std=scale.std, bias=config.bias)
         self.wv = Linear(dim, kv_dim, std=scale.std, bias=config.bias)
-        self.wo = Linear(q_dim, dim, std=scale.residual, bias=config.bias)
+        self.wo = Linear(q_dim, dim, std=scale.residual, bias=config.bias and config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.n_heads)) if config.sinks else None

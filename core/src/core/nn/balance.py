@@ -32,6 +32,15 @@ def routers(model: nn.Module) -> dict[str, Router]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
+def equal_balance_coeff(coeff: float, *, top_k: int, n_layers: int) -> float:
+    """The coefficient of our balance loss that is as strong as transformers' with `coeff`.
+
+    `load_balancing_loss_func` there multiplies, over all tokens and blocks at once, E, the share of tokens that chose
+    an expert and its mean probability: at even loads K. Ours is one at even loads, in each of L blocks: K / L as much.
+    """
+    return coeff * top_k / n_layers
+
+
 def start_step(model: nn.Module, n_valid: float) -> None:
     """Forget what was counted, and give balance losses the denominator of a step of `n_valid` tokens."""
     for router in routers(model).values():

@@ -76,8 +76,11 @@ class RoPE(Module, Configurable):
                     "high_freq_factor",
                     f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}",
                 )
-            if self.scaling == "yarn" and not self.beta_fast > self.beta_slow > 0:
-                yield "beta_fast", f"beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}, both above 0"
+            if self.scaling == "yarn" and not self.beta_fast >= self.beta_slow > 0:
+                yield (
+                    "beta_fast",
+                    f"beta_fast {self.beta_fast} must be at least beta_slow {self.beta_slow}, both above 0",
+                )
 
     inverse_frequency: Tensor
 

@@ -103,7 +103,7 @@ def from_hf(
     if family is None:
         found = f"model_type {stated['model_type']}" if "model_type" in stated else "no model_type"
         raise UserError(f"{src}/config.json states {found}, not {' or '.join(families)}")
-    config = hf_config(family, src)
+    config = hf_config(family, src, say)
     validate(config)
     model = meta_model(config)
     source, key_map = WeightSource(hf_key_map(model), src), own_key_map(model)

@@ -1,6 +1,7 @@
 """The safetensors files of a folder: one, or several with an index. What is in them, single tensors, and new ones."""
 
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from core.config.json_file import read_json, typed
 from core.config.links import file_in
 from core.runtime.activity import advance
 from core.runtime.units import size_text
+
+log = logging.getLogger("armature")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,18 +43,25 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         self._open = lru_cache(maxsize=2)(partial(safe_open, framework="pt"))
         self.path = Path(path)
-        self.promised = indexed(self.path)
+        self.promised = promised(self.path)
         """The name of the file that has a key, as the index tells."""
         self.headers: dict[str, Header] = {}
+        self._stored_as: dict[str, str] = {}
         for file in files(self.path, self.promised):
             for key, header in self._headers(file):
                 if key in self.headers:
                     raise UserError(f"{key} stands in {self.headers[key].file.name} and in {file.name}")
                 self.headers[key] = header
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let each of these keys go by another name."""
+        self._stored_as = {new: old for old, new in names.items()}
+        self.headers = {names.get(key, key): header for key, header in self.headers.items()}
+        self.promised = {names.get(key, key): file for key, file in self.promised.items()}
+
     def read(self, key: str, row: int | None = None) -> Tensor:
         """A stored tensor, or one row of it; nothing else of it is read."""
-        tensors = self._open(self.headers[key].file)
+        tensors, key = self._open(self.headers[key].file), self._stored_as.get(key, key)
         return tensors.get_tensor(key) if row is None else tensors.get_slice(key)[row]
 
     def _headers(self, file: Path) -> Iterator[tuple[str, Header]]:
@@ -72,6 +82,25 @@ def files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
         of_them = f", which the index wants for {', '.join(keys)}" if keys else ""
         raise UserError(f"{folder} has no {', '.join(missing)}{of_them}")
     return [file for file in there.values() if file is not None]
+
+
+def promised(folder: Path) -> dict[str, str]:
+    """The name of the file of each key that is read from a folder, as its index tells; none where there is no index.
+
+    A whole file goes before an index that does not name it, as in transformers, and a warning says so.
+    """
+    names = indexed(folder)
+    if names and SINGLE not in names.values() and file_in(folder, SINGLE) is not None:
+        log.warning(f"{folder}: {SINGLE} is read, as transformers does, and nothing that the index beside it names")
+        return {}
+    return names
+
+
+def stored_keys(folder: Path) -> set[str]:
+    """The keys of the weights in a folder; none where there are no weights. Raises `UserError` as `Folder` does."""
+    if names := promised(folder):
+        return set(names)
+    return set(Folder(folder).headers) if file_in(folder, SINGLE) is not None else set()
 
 
 def indexed(folder: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Weights in a folder in our format: `config.json`, which names the model's class, and safetensors under our own names
 or the pieces of a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,6 +20,10 @@ from core.weights.key_map import hf_key_map, own_key_map
 from core.weights.same_model import check_same_model
 from core.weights.saved import newest
 from core.weights.source import WeightSource
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
 
 
 def load_folder(model: StoredModel, folder: str | Path, *, allow_model_change: bool = False) -> None:
@@ -74,14 +79,15 @@ def save_weights(
     (Path(folder) / "config.json").write_text(to_json(model.config))
 
 
-def hf_config(family: type, folder: str | Path) -> Configurable.Config:
-    """The configuration of a model of this family in the `config.json` of a Hugging Face folder.
+def hf_config(family: type, folder: str | Path, say: Callable[[str], object] = silent) -> Configurable.Config:
+    """The configuration of a model of this family in the `config.json` of a Hugging Face folder; `say` is told what of
+    it was left out.
 
     Raises `UserError`, which names the file, when it is of another family or has a value that cannot be understood.
     """
     reader, stated = with_hf(family), read_config(folder)
     try:
-        return reader.from_published(stated)
+        return reader.from_published(stated, Path(folder), say)
     except UserError as error:
         raise UserError(f"{folder}/{CONFIG_FILE}: {error}") from error
 

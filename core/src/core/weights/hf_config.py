@@ -5,6 +5,7 @@ from reprlib import repr as short_repr
 from typing import Any
 
 from core.config.errors import OtherFamily, UserError
+from core.nn.balance import equal_balance_coeff
 
 
 class HFConfig(dict[str, Any]):
@@ -41,6 +42,19 @@ def check_expressible(config: Any, fixed: dict[str, Any], family: str) -> None:
     told = [f"{path} is {found!r}, there always {value!r}" for path, found, value in wrong if found != value]
     if told:
         raise UserError(f"a {family} of Hugging Face cannot be this model: " + "; ".join(told))
+
+
+def balance_advice(config: Any) -> str:
+    """What the `router_aux_loss_coef` that a configuration was read from weighs in transformers, and the equal strength
+    here; "" where it is 0."""
+    coeff, router = config.moe.router.balance_loss_coeff, config.moe.router
+    if not coeff:
+        return ""
+    equal = equal_balance_coeff(coeff, top_k=router.top_k, n_layers=config.n_layers)
+    return (
+        f"router_aux_loss_coef {coeff:g} weighs another loss in transformers, where output_router_logits adds it: as "
+        f"strong as there it is with --model.moe.router.balance_loss_coeff {equal:.3g}"
+    )
 
 
 DECODER_KEYS = {

@@ -1,7 +1,8 @@
 """What a model must say of itself to be read from Hugging Face's folders and written as one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor
@@ -39,10 +40,10 @@ class HFModel(StoredModel, Protocol):
         return cls.hf_form().from_config(hf)
 
     @classmethod
-    def from_published(cls, stated: dict) -> Any:
-        """The configuration that a `config.json` states which anybody may have written; errors as `HFForm.published`
-        has them."""
-        return cls.hf_form().published(stated)
+    def from_published(cls, stated: dict, folder: Path, say: Callable[[str], object]) -> Any:
+        """The configuration that a `config.json` in this folder states, which anybody may have written; `say` and
+        errors as in `HFForm.published`."""
+        return cls.hf_form().published(stated, folder, say)
 
     def to_hf_config(self) -> dict:
         """The `config.json` of this model; raises `UserError` where Hugging Face has no such one."""

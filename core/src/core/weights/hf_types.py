@@ -18,7 +18,7 @@ FIELD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group", "num_nextn_predict_layers"), int),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor"), float),
     **dict.fromkeys(("router_aux_loss_coef", "aux_loss_alpha"), float),
-    **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob"), bool),
+    **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "attention_bias"), bool),
     **dict.fromkeys(("model_type", "topk_method"), str),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), dict[str, float | str | bool | None]),
     "layer_types": list[str],

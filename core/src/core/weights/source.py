@@ -1,5 +1,6 @@
 """The weights of a model in a folder: checked to be all there before any is read, and read piece by piece."""
 
+import logging
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -11,8 +12,12 @@ from core.checkpoint.find import Found
 from core.config.errors import UserError, at_most
 from core.weights.files import Folder
 from core.weights.key_map import KeyMap, KeyPart
+from core.weights.prefix import renamed
 from core.weights.quantised import EncodedWeight, stored_weights
 from core.weights.saved import Saved
+from core.weights.schemes import check_keys
+
+log = logging.getLogger("armature")
 
 MOST_PROBLEMS = 30
 """So many problems are listed."""
@@ -28,6 +33,12 @@ class WeightSource:
     def __init__(self, key_map: KeyMap, path: str | Path | Found) -> None:
         self.key_map = key_map
         self.folder = Saved(path) if isinstance(path, Found) else Folder(path)
+        if isinstance(self.folder, Folder):
+            check_keys(self.folder.headers, path)
+            if names := renamed(self.folder.headers, key_map.keys(), path):
+                self.folder.rename(names)
+                old, new = next((old, new) for old, new in sorted(names.items()) if old != new)
+                log.info(f"{path}: keys are read under other names, {old} as {new}")
         headers = {key: header for key, header in self.folder.headers.items() if not key_map.ignores(key)}
         self.stored = stored_weights(headers)
         problems: list[str] = []

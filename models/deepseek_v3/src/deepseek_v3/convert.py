@@ -4,4 +4,4 @@ from core.weights.convert import main
 from deepseek_v3.model import DeepSeekV3
 
 if __name__ == "__main__":
-    main({"deepseek_v3": DeepSeekV3, "deepseek_v2": DeepSeekV3})
+    main({"deepseek_v3": DeepSeekV3, "deepseek_v2": DeepSeekV3, "kimi_k2": DeepSeekV3})

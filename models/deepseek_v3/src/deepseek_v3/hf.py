@@ -1,7 +1,7 @@
 """DeepSeek at Hugging Face: names of weights, and what `config.json` states.
 
 There are two families there. `deepseek_v2` has softmax routers without a bias on the choice; `deepseek_v3` has sigmoid
-routers with one, and blocks for multi-token prediction.
+routers with one, and blocks for multi-token prediction. Kimi K2 is of the second under another name.
 """
 
 from typing import Any
@@ -76,6 +76,9 @@ V3 = FIXED | {
     "rope_interleave": True,
 }
 """What every DeepSeek-V2 and every DeepSeek-V3 states in its `config.json`."""
+
+KIMI = "kimi_k2"
+"""Kimi K2's `model_type`: its architecture is DeepSeek-V3's, and so it is written."""
 
 SETTINGS = {
     "moe.router.bias": False,
@@ -182,6 +185,8 @@ def check_exportable(config: Any) -> None:
 
 def from_hf_config(hf: dict) -> DeepSeekV3.Config:
     """The DeepSeek that a `config.json` states."""
+    if hf.get("model_type") == KIMI:
+        hf = hf | {"model_type": V3["model_type"]}
     hf = checked_hf_config(hf, V2 if hf.get("model_type") == V2["model_type"] else V3)
     return DeepSeekV3.Config(
         **decoder_from_hf(hf),
@@ -211,4 +216,11 @@ def to_hf_config(c: DeepSeekV3.Config) -> dict:
     }
 
 
-FORM = HFForm(keys=KEYS, ignored=IGNORED, copies=COPIES, from_config=from_hf_config, to_config=to_hf_config)
+FORM = HFForm(
+    keys=KEYS,
+    ignored=IGNORED,
+    mtp_key="model.layers.{i}.eh_proj.weight",
+    copies=COPIES,
+    from_config=from_hf_config,
+    to_config=to_hf_config,
+)

@@ -2,7 +2,7 @@
 
 from core.config.errors import UserError
 from core.nn.rope_hf import rope_from_hf, rope_to_hf
-from core.weights.hf_config import check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
+from core.weights.hf_config import balance_advice, check_expressible, checked_hf_config, decoder_from_hf, decoder_to_hf
 from core.weights.hf_form import HFForm
 from core.weights.keys import KeyTable, Stacked, below
 from gpt_oss.model import GptOss, attention, moe
@@ -51,6 +51,7 @@ EXPRESSIBLE = {
     "rope.layout": "half",
     "attention.qk_norm": False,
     "attention.bias": True,
+    "attention.output_bias": True,
     "attention.sinks": True,
     "moe.router.score": "softmax",
     "moe.router.normalise": True,
@@ -119,4 +120,4 @@ def layer_types(n_layers: int) -> list[str]:
     return ["full_attention" if i % 2 else "sliding_attention" for i in range(n_layers)]
 
 
-FORM = HFForm(keys=KEYS, from_config=from_hf_config, to_config=to_hf_config)
+FORM = HFForm(keys=KEYS, from_config=from_hf_config, to_config=to_hf_config, advice=balance_advice)

@@ -4,4 +4,4 @@ from core.weights.convert import main
 from qwen3.model import Qwen3, Qwen3MoE
 
 if __name__ == "__main__":
-    main({"qwen3": Qwen3, "qwen3_moe": Qwen3MoE})
+    main({"qwen3": Qwen3, "qwen2": Qwen3, "qwen3_moe": Qwen3MoE})
