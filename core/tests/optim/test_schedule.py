@@ -35,19 +35,27 @@ def test_a_share_decays() -> None:
 
 def test_warm_up_longer_than_the_run_is_cut(log: pytest.LogCaptureFixture) -> None:
     assert factors(5, warmup_steps=10) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert log.messages == ["5 steps are few for the learning rate's schedule: it warms up for 5 of 10 steps"]
-
-
-def test_what_a_short_run_of_a_debug_recipe_says(log: pytest.LogCaptureFixture) -> None:
-    factors(5, warmup_steps=10, decay_ratio=0.8)
-    words = "it warms up for 5 of 10 steps and decays for 0 of 4 steps"
-    assert log.messages == [f"5 steps are few for the learning rate's schedule: {words}"]
+    assert log.messages == [
+        "the learning rate rises for 10 steps, lr_scheduler.warmup_steps, and there are 5: it rises faster, for all of "
+        "them, and never falls; use --lr_scheduler.warmup_steps 0, or more steps"
+    ]
 
 
 def test_decay_that_overlaps_the_warm_up_is_cut(log: pytest.LogCaptureFixture) -> None:
     expected = [0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert factors(10, warmup_steps=5, decay_ratio=0.8) == pytest.approx(expected)
-    assert log.messages == ["10 steps are few for the learning rate's schedule: it decays for 5 of 8 steps"]
+    assert log.messages == [
+        "of 10 steps the learning rate rises for 5, lr_scheduler.warmup_steps, and falls for 5; "
+        "lr_scheduler.decay_ratio 0.8 asks for 8"
+    ]
+
+
+def test_a_run_that_goes_on_at_a_rate_of_zero_says_so(log: pytest.LogCaptureFixture) -> None:
+    factors(12, warmup_steps=2, total_steps=10, min_lr_factor=0.1)
+    assert log.messages == []
+    factors(12, warmup_steps=2, total_steps=10)
+    words = "the learning rate is 0 after step 10, lr_scheduler.total_steps, and the run has 12: nothing is learned in"
+    assert log.messages == [f"{words} the last 2"]
 
 
 def test_what_fits_is_not_warned_about(log: pytest.LogCaptureFixture) -> None:
@@ -89,6 +97,28 @@ def test_length_of_the_schedule_may_differ_from_that_of_the_run() -> None:
     assert factors(12, warmup_steps=2, total_steps=10) == pytest.approx([*whole, 0, 0])
 
 
+def test_the_inverse_root_falls_from_where_it_begins_and_has_no_end() -> None:
+    """Four steps of warm-up; the fifth is at the peak, the twentieth at half of it, whatever the length of the run."""
+    expected = [0.25, 0.5, 0.75, 1.0, *((5 / step) ** 0.5 for step in range(5, 21))]
+    settings = {"warmup_steps": 4, "decay_type": "inverse_sqrt"}
+    assert factors(20, **settings) == pytest.approx(expected) and expected[-1] == 0.5
+    assert factors(10, n=20, **settings) == factors(20, **settings)
+    assert factors(20, min_lr_factor=0.2, **settings)[-1] == pytest.approx(0.2 + 0.8 * 0.5)
+
+
+def test_the_picture_and_the_words_of_a_schedule() -> None:
+    schedule = Schedule.Config(warmup_steps=4, decay_ratio=0.4, min_lr_factor=0.2).build(steps=20)
+    assert schedule.picture(20, width=40) == [
+        "   ###########",
+        "  ##############",
+        " ##################",
+        "####################",
+    ]
+    assert schedule.picture(20, width=5) == [" ##", " ###", " ###", "#####"]  # of steps 1, 6, 10, 15 and 20
+    assert schedule.words(4e-3) == "up to 0.004, down to 0.0008 (linear)"
+    assert Schedule.Config(decay_ratio=0.0, warmup_steps=0).build(steps=9).words(1e-3) == "up to 0.001"
+
+
 def test_a_step_needs_no_other_step() -> None:
     schedule = Schedule.Config(warmup_steps=3, decay_ratio=0.3).build(steps=10)
     backwards = [schedule.factor(step) for step in range(10, 0, -1)]
@@ -102,7 +132,7 @@ def test_a_step_needs_no_other_step() -> None:
         ({"total_steps": 0}, "total_steps: total_steps 0 must be at least 1"),
         ({"decay_ratio": 1.5}, "decay_ratio: decay_ratio 1.5 must be between 0 and 1"),
         ({"min_lr_factor": -0.1}, "min_lr_factor: min_lr_factor -0.1 must be between 0 and 1"),
-        ({"decay_type": "exponential"}, "decay_type: expected 'linear' or 'sqrt' or 'cosine'"),
+        ({"decay_type": "exponential"}, "decay_type: expected 'linear' or 'sqrt' or 'cosine' or 'inverse_sqrt'"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> None:

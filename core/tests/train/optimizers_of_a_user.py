@@ -9,23 +9,20 @@ from core.optim.optimizer import Optimizer
 from core.optim.weight import LocalWeight
 
 
-class Lion(Optimizer):
-    """The sign of a mean of gradients as the update (arXiv:2302.06675)."""
+class Signum(Optimizer):
+    """The sign of a mean of gradients as the update (arXiv:1802.04434)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Optimizer.Config):
         lr: float = 2e-4
         """Peak learning rate; a third to a tenth of Adam's."""
-        beta1: float = 0.9
-        """Share of the mean in the update; the rest is the gradient's."""
-        beta2: float = 0.99
+        beta: float = 0.9
         """Decay of the mean of gradients."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             yield from super().problems()
-            for name in ("beta1", "beta2"):
-                if not 0 <= getattr(self, name) < 1:
-                    yield name, f"{name} {getattr(self, name)} must be in [0, 1)"
+            if not 0 <= self.beta < 1:
+                yield "beta", f"beta {self.beta} must be in [0, 1)"
 
     config: Config
 
@@ -35,10 +32,8 @@ class Lion(Optimizer):
     def update(self, weights: list[LocalWeight], lr_factor: float) -> None:
         c, lr = self.config, self.config.lr * lr_factor
         for weight in weights:
-            mean = weight.state["mean"]
-            weight.value.mul_(1 - lr * self.weight_decay(weight))
-            weight.value.sub_(mean.lerp(weight.grad, 1 - c.beta1).sign_(), alpha=lr)
-            mean.lerp_(weight.grad, 1 - c.beta2)
+            mean = weight.state["mean"].lerp_(weight.grad, 1 - c.beta)
+            weight.value.mul_(1 - lr * self.weight_decay(weight)).sub_(mean.sign(), alpha=lr)
 
 
 class Orthogonal(Optimizer):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from optimizers_of_a_user import Lion, Orthogonal, orthogonal
+from optimizers_of_a_user import Orthogonal, Signum, orthogonal
 from torch import Tensor
 from toy_run import toy_run
 
@@ -21,8 +21,10 @@ from core.config.validate import validate
 from core.nn.weights import weights as weights_of
 from core.optim.adam import AdamW
 from core.optim.groups import Group
+from core.optim.lion import Lion
 from core.optim.muon import Muon
 from core.optim.optimizer import Optimizer
+from core.optim.sgd import SGD
 from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
@@ -35,6 +37,7 @@ from core.testing.parity import Case, alone, batches_of, build_case, full
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE
 from core.train.memory import estimate
+from core.train.records import read_records
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -58,7 +61,7 @@ GROUPS = [
     Group(pattern="tok_embeddings.*", lr_factor=0.3),
     Group(pattern="*norm.weight", betas=(0.8, 0.9), weight_decay=0.2),
 ]
-OPTIMIZERS = [Orthogonal.Config(lr=2e-2), Muon.Config(lr=2e-2), Muon.Config(lr=2e-2, groups=GROUPS)]
+OPTIMIZERS = [Orthogonal.Config(lr=2e-2), Muon.Config(lr=2e-2, groups=GROUPS), Lion.Config(lr=1e-3), SGD.Config(lr=1.0)]
 """Those that are compared in these layouts; in the others the first alone."""
 MANY = ("fsdp2", "tp2", "fsdp2-pp2", "ep2-tp2")
 
@@ -192,7 +195,7 @@ def go(text: str, leaves_at: int = 0) -> tuple[dict[str, Tensor], dict[str, Tens
     return weights, {f"{name}.{key}": full(each) for name in state for key, each in state[name].items()}
 
 
-@pytest.mark.parametrize("kind", [Lion, Orthogonal])
+@pytest.mark.parametrize("kind", [Signum, Orthogonal, Lion, SGD])
 def test_the_state_is_saved_and_resumed_bit_for_bit(tmp_path: Path, kind: type[Optimizer]) -> None:
     whole = go(to_json(a_run(tmp_path / "whole", kind.Config(lr=1e-2))))
     parts = to_json(a_run(tmp_path / "parts", kind.Config(lr=1e-2)))
@@ -233,23 +236,30 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     assert not trainer.optimizer.state["norm.weight"]["exp_avg"].any()
 
 
+def test_records_have_the_learning_rate_of_a_companion(tmp_path: Path) -> None:
+    run = a_run(tmp_path, Muon.Config(lr=1e-2, companion=AdamW.Config(lr=3e-3)))
+    go(to_json(run))
+    rates = [(record["lr"], record["lr_companion"]) for record in read_records(Path(str(run.dump_folder)))]
+    assert rates == [pytest.approx((1e-2 * factor, 3e-3 * factor)) for factor in (0.5, 1.0, 1.0, 0.5)]
+
+
 def test_settings_are_checked_with_those_that_all_optimizers_have() -> None:
     with pytest.raises(UserError) as caught:
-        validate(Trainer.Config(model=Toy.Config(), optimizer=Lion.Config(lr=-1.0, beta2=1.0)))
+        validate(Trainer.Config(model=Toy.Config(), optimizer=Signum.Config(lr=-1.0, beta=1.0)))
     lines = str(caught.value).splitlines()
     assert "optimizer.lr: lr -1.0 must be a finite number, not negative" in lines
-    assert "optimizer.beta2: beta2 1.0 must be in [0, 1)" in lines
+    assert "optimizer.beta: beta 1.0 must be in [0, 1)" in lines
 
 
 def test_whole_matrices_of_a_vector_are_refused() -> None:
-    optimizer: Optimizer = Lion.Config().build(weights=weights_of(meta_model(Toy.Config())), layout=SingleRank(CPU))
+    optimizer: Optimizer = Signum.Config().build(weights=weights_of(meta_model(Toy.Config())), layout=SingleRank(CPU))
     vector = optimizer.weights["norm.weight"]
     with pytest.raises(AssertionError, match=r"norm.weight has axes \('embed',\): it is neither a matrix"):
         optimizer.map_matrices(lambda x: x, [vector], [vector.value])
 
 
 def test_the_state_is_changed_in_place_or_not_at_all() -> None:
-    optimizer: Optimizer = Lion.Config().build(weights=weights_of(meta_model(Toy.Config())), layout=SingleRank(CPU))
+    optimizer: Optimizer = Signum.Config().build(weights=weights_of(meta_model(Toy.Config())), layout=SingleRank(CPU))
     with pytest.raises(TypeError, match="does not support item assignment"):
         optimizer.weights["norm.weight"].state["mean"] = torch.zeros(())
 

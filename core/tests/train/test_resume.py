@@ -170,6 +170,15 @@ def test_another_run_is_refused_unless_one_insists(tmp_path, change, said):
     assert begun(run).checkpoints.start.step == 4
 
 
+def test_a_schedule_of_its_own_length_lets_a_run_become_longer_at_any_step(tmp_path):
+    run, longer = a_run(tmp_path), a_run(tmp_path, steps=8, load_step=2)
+    run.lr_scheduler.total_steps = 8
+    go(to_json(run))
+    assert "lr_scheduler.total_steps 8 -> None" in refusal(longer)
+    longer.lr_scheduler.total_steps = 8
+    assert begun(longer).checkpoints.start.step == 2
+
+
 def test_what_does_not_change_a_run_may_change(tmp_path):
     trained(tmp_path)
     run = a_run(tmp_path)

@@ -19,9 +19,10 @@ class Terminal(io.StringIO):
 
 
 def shape(line: str) -> str:
-    """A line without what differs between runs: numbers with their units, names of folders."""
+    """A line without what differs between runs: numbers with their units, names of folders, the length of bars."""
     line = re.sub(r"outputs/[\w./-]*\d{8}-\d{6}(-\d+)?", "FOLDER", line)
     line = re.sub(r"\S*/corpora/\S+", "CACHE", line)
+    line = re.sub(r"#+", "#", line)
     line = re.sub(r"[\d,.:]*\d(k|M|G| [KMG]iB| min \d+ s| s)?\b", "N", line)
     return re.sub(r" +", " ", line).replace("threads;", "thread;")
 

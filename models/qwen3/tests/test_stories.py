@@ -112,7 +112,7 @@ def test_a_student_with_a_laptop(newcomer: Newcomer) -> None:
         "python -m qwen3.train --print-completion bash > qwen3.bash; . ./qwen3.bash; "
         "COMP_WORDS=(python -m qwen3.train --config qwen3_d) COMP_CWORD=4; _armature python; echo ${COMPREPLY[*]}"
     )
-    assert completed.split() == ["qwen3_debug"]
+    assert completed.split() == ["qwen3_debug", "qwen3_debug_muon"]
     newcomer.write("books/moby-dick.txt", TEXT * 6000)
     train = "python -m qwen3.train --config qwen3_debug --training.steps 20"
     newcomer.do(f"{train} --dataloader.dataset books/moby-dick.txt")
@@ -157,7 +157,7 @@ def test_somebody_who_publishes_a_model(newcomer: Newcomer) -> None:
         newcomer.write(name, text)
     for words in commands(ROOT / "docs/own-package.md"):
         newcomer.do(shlex.join(words))
-    assert newcomer.records("runs/lion")[-1]["perplexity"] > 1
+    assert newcomer.records("runs/signum")[-1]["perplexity"] > 1
     newcomer.do("pip install 'armature/models/qwen3[hf]' transformers")
     newcomer.write("published.py", PUBLISHED)
     newcomer.do("python published.py")

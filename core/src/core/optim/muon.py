@@ -76,6 +76,9 @@ class Muon(Optimizer):
             named = any(fnmatchcase(weight.name, glob) for glob in self.companion_weights)
             return names_matrix(weight.axes) and NOT_MATRICES.isdisjoint(weight.axes) and not named
 
+        def further_lrs(self) -> dict[str, float]:
+            return {"lr_companion": self.companion.lr}
+
         def has_betas(self, weight: NamedWeight) -> bool:
             return not self.orthogonalises(weight)
 

@@ -45,6 +45,10 @@ class Optimizer(Configurable, ABC):
                 if not 0 <= getattr(self, name) < inf:
                     yield name, f"{name} {getattr(self, name)} must be a finite number, not negative"
 
+        def further_lrs(self) -> dict[str, float]:
+            """Peak learning rates besides `lr`, by the names that they have in a run's records."""
+            return {}
+
         def has_betas(self, weight: NamedWeight) -> bool:
             """Whether the update of a weight has a beta1 and a beta2, which `weight.group.betas` replaces."""
             del weight

@@ -96,12 +96,12 @@ def check_same_run(
     `step`.
 
     `before` is complete: a setting that is newer than the checkpoint stands there at its default. `places` are the
-    settings that name a place. A run that was
-    finished may have more steps now: what it learned is as it was, and the schedule goes on as that of the longer run.
+    settings that name a place. A run may have more steps now where it was finished, and the schedule goes on as that of
+    the longer run, and where `lr_scheduler.total_steps` says how long the schedule is: what it learned is as it was.
     Raises `UserError` when a difference makes another run of it and nothing overrides it.
     """
     steps = before["training"]["steps"]
-    longer = ["training.steps"] if step >= steps < now["training"]["steps"] else []
+    longer = ["training.steps"] if step >= steps < now["training"]["steps"] or has_own_length(before) else []
     free = (*MAY_CHANGE, *places, *longer)
     changes = [change for change in differences(now, before) if change[0] != "dump_folder"]  # one that is found there
     found = [(path, f"{path} {shown(old)} -> {shown(new)}") for path, old, new in changes]
@@ -119,6 +119,11 @@ def check_same_run(
             + "\nundo that, choose another folder, or go on nevertheless with --checkpoint.allow_config_change"
         )
     return [line for path, line in found if path.startswith(free)] + other
+
+
+def has_own_length(config: dict) -> bool:
+    """Whether the schedule of a run does not depend on its steps."""
+    return config["lr_scheduler"]["total_steps"] is not None
 
 
 def shown(value: Any) -> str:

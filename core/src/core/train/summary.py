@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from core.nn.module import Flops
+from core.optim.schedule import Schedule
 from core.parallel.settings import Degrees, describe_degrees
 from core.runtime.log import WIDTH
 from core.step.checks import Run
@@ -37,6 +38,7 @@ def summary(
     last_step: int,
     rows_per_step: int,
     folder: Path,
+    schedule: Schedule,
 ) -> str:
     """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device.
 
@@ -58,12 +60,16 @@ def summary(
         "ranks": describe_degrees(degrees, run.parallelism.expert_parallel_comm_backend),
         "backward": f"activation checkpoint {run.activation_checkpoint.mode}",
         "steps": steps,
+        "rate": schedule.words(run.optimizer.lr),
         "saved": saved if checkpoint.saves else "no weights",
         "written to": str(folder),
     }
     if run.metrics.enable_tensorboard:
         rows["curve"] = f"tensorboard --logdir {folder / run.metrics.save_tb_folder}"
-    return "\n".join(row(name, value) for name, value in rows.items())
+    head = {name: row(name, value) for name, value in rows.items()}
+    picture = schedule.picture(last_step, WIDTH - MARGIN)
+    head["rate"] = "\n".join([head["rate"], *(f"{'':<{MARGIN}}{line}".rstrip() for line in picture)])
+    return "\n".join(head.values())
 
 
 def row(name: str, value: str) -> str:

@@ -211,6 +211,7 @@ class Trainer(Configurable):
             last_step=self.last_step,
             rows_per_step=self.rows_per_step,
             folder=self.folder,
+            schedule=self.schedule,
         )
 
     def run(self) -> RunResult:

