@@ -11,9 +11,11 @@ import pytest
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.data import corpus as corpus_module
+from core.data import progress as progress_module
 from core.data import sections as sections_module
 from core.data import text_files
-from core.data.corpus import Corpus, ProgressLine
+from core.data.corpus import Corpus
+from core.data.progress import ProgressLine
 from core.data.sampling import SPLITS, held_out
 from core.data.shards import Extent, TokenManifest
 from core.data.tokenizer import Tokenizer
@@ -287,8 +289,8 @@ def test_preparation_needs_no_more_memory_for_more_text(tmp_path, tokenizer, mon
 
 
 def test_progress_is_a_live_line_on_a_terminal_only(monkeypatch, capsys, logged):
-    monkeypatch.setattr(corpus_module, "_LIVE_INTERVAL_S", 1e-9)
-    monkeypatch.setattr(corpus_module, "_LOG_INTERVAL_S", 1e-9)
+    monkeypatch.setattr(progress_module, "_LIVE_INTERVAL_S", 1e-9)
+    monkeypatch.setattr(progress_module, "_LOG_INTERVAL_S", 1e-9)
     with ProgressLine("set") as progress:
         progress.add(2000, 3_000_000)
     assert capsys.readouterr().err == ""
@@ -301,7 +303,7 @@ def test_progress_is_a_live_line_on_a_terminal_only(monkeypatch, capsys, logged)
     assert shown.startswith("\rtokenising set: 1 documents, 0.0 MB, ") and shown.endswith("\r\033[K")
     assert "\n" not in shown
     assert len(logged) == 1
-    monkeypatch.setattr(corpus_module, "_LIVE_INTERVAL_S", 100.0)
+    monkeypatch.setattr(progress_module, "_LIVE_INTERVAL_S", 100.0)
     with ProgressLine("set") as progress:
         progress.add(1, 1)
     assert capsys.readouterr().err == "\r\033[K"

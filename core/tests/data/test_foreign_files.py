@@ -16,8 +16,10 @@ import pytest
 from core.config.errors import UserError
 from core.data.bad_lines import BadLines
 from core.data.corpus import Corpus
+from core.data.dataset import open_source
 from core.data.library import library_errors
-from core.data.source import HubDataset, TextFiles, open_source
+from core.data.rows import TextField
+from core.data.source import HubDataset, TextFiles
 from core.data.text_files import read_sections
 from core.data.tokenizer import Tokenizer
 from core.data.train_tokenizer import TokenizerTraining
@@ -335,7 +337,7 @@ def test_a_name_that_is_not_unicode(tmp_path, tokenizer):
     corpus = Corpus.Config(dataset=str(path), validation_fraction=0.0).build(tokenizer=tokenizer)
     assert corpus.manifest.splits["train"].documents == 1
     path.write_bytes(b"\xff")
-    assert "not UTF-8" in told(lambda: list(read_sections(path, "text", BadLines("error"))))
+    assert "not UTF-8" in told(lambda: list(read_sections(path, TextField("text"), BadLines("error"))))
 
 
 @pytest.mark.parametrize("when", ["between", "inside"])
@@ -363,7 +365,7 @@ def test_a_text_that_goes_while_it_is_read(tmp_path):
 def test_a_row_of_many_fields_is_named_by_some(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({f"field {i}" * 50: 1 for i in range(5000)}))
-    assert "and 4980 more" in told(lambda: list(read_sections(path, "text", BadLines("error"))))
+    assert "and 4980 more" in told(lambda: list(read_sections(path, TextField("text"), BadLines("error"))))
 
 
 class Panic(BaseException):

@@ -18,7 +18,9 @@ from core.config.validate import problems_of
 from core.data import json_array
 from core.data.bad_lines import BadLines
 from core.data.corpus import Corpus
-from core.data.source import TextFiles, open_source
+from core.data.dataset import open_source
+from core.data.rows import TextField
+from core.data.source import TextFiles
 from core.data.text_files import read_sections
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -77,7 +79,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def documents(path: Path, policy: Any = "error", field: str = "text") -> list[str]:
-    return [section.text for section in read_sections(path, field, BadLines(policy))]
+    return [section.text for section in read_sections(path, TextField(field), BadLines(policy))]
 
 
 def said(path: Path, field: str = "text") -> str:
@@ -164,7 +166,7 @@ def test_rows_without_text_are_told_with_their_number(tmp_path: Path, name: str)
     path.write_bytes(WRITTEN[name](["one", None, "three", None]))
     assert said(path).startswith(f"{path}, row 2: expected text in the field 'text', got a value of type NoneType. Fix")
     bad = BadLines("skip")
-    assert [section.text for section in read_sections(path, "text", bad)] == ["one", "three"]
+    assert [section.text for section in read_sections(path, TextField("text"), bad)] == ["one", "three"]
     assert bad.count == 2 and bad.first.startswith(f"{path}, row 2: ")
     assert said(path, "id").startswith(f"{path}, row 1: expected text in the field 'id', got a value of type int")
     assert (
@@ -189,7 +191,7 @@ def test_bad_rows_of_csv(tmp_path: Path, fault: str) -> None:
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert said(path).startswith(f"{path}{expected}")
     bad = BadLines("skip")
-    assert [section.text for section in read_sections(path, "text", bad)] == ["ok", "fine"]
+    assert [section.text for section in read_sections(path, TextField("text"), bad)] == ["ok", "fine"]
     assert bad.count == 1 and bad.first.startswith(f"{path}{expected}")
 
 

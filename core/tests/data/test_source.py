@@ -8,7 +8,8 @@ from pydoc_data.topics import topics
 import pytest
 
 from core.config.errors import UserError
-from core.data.source import Source, StandardLibrary, TextFiles, open_source
+from core.data.dataset import open_source
+from core.data.source import Source, StandardLibrary, TextFiles
 
 
 def texts(source: Source) -> list[str]:

@@ -8,13 +8,14 @@ import pytest
 from core.config.errors import UserError
 from core.data import sections, text_files
 from core.data.bad_lines import BadLines
+from core.data.rows import TextField
 from core.data.sections import Section
 from core.data.text_files import find_files, read_sections
 
 
 def documents(path: Path, policy="error", field="text") -> list[str]:
     """The documents of a file, none of which is long."""
-    sections = list(read_sections(path, field, BadLines(policy)))
+    sections = list(read_sections(path, TextField(field), BadLines(policy)))
     assert all(section.opens and section.closes for section in sections)
     return [section.text for section in sections]
 
@@ -64,7 +65,7 @@ def test_unreadable_json_line(tmp_path, line, reason):
     with pytest.raises(UserError, match=rf"a\.jsonl:3: {reason}.*on_bad_line skip"):
         documents(path)
     bad = BadLines("skip")
-    assert [section.text for section in read_sections(path, "text", bad)] == ["before", "after"]
+    assert [section.text for section in read_sections(path, TextField("text"), bad)] == ["before", "after"]
     assert bad.count == 1 and bad.first.startswith(f"{path}:3: ")
 
 
@@ -83,7 +84,7 @@ def test_bad_utf8_in_text(tmp_path):
     with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8 \(invalid start byte\)"):
         documents(path)
     bad = BadLines("skip")
-    assert [section.text for section in read_sections(path, "text", bad)] == ["one\nthree "]
+    assert [section.text for section in read_sections(path, TextField("text"), bad)] == ["one\nthree "]
     assert bad.count == 2
 
 
@@ -105,7 +106,7 @@ def test_a_long_document_comes_in_sections(tmp_path, monkeypatch, name):
     text = "".join(f"paragraph {i}\nwith two lines\n\n" for i in range(40))
     rows = [text, "short"] if "jsonl" in name else [text]
     content = "".join(json.dumps({"text": row}) + "\n" for row in rows) if "jsonl" in name else text
-    found = list(read_sections(write(tmp_path / name, content), "text", BadLines("error")))
+    found = list(read_sections(write(tmp_path / name, content), TextField("text"), BadLines("error")))
     if "jsonl" in name:
         assert found.pop() == Section("short")
     assert "".join(section.text for section in found) == text and len(found) > 10
@@ -120,7 +121,7 @@ def test_file_larger_than_memory_is_read_in_bounded_memory(tmp_path, name):
     path = write(tmp_path / name, line * 12_000)
     tracemalloc.start()
     try:
-        size = sum(len(section.text) for section in read_sections(path, "text", BadLines("error")))
+        size = sum(len(section.text) for section in read_sections(path, TextField("text"), BadLines("error")))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (place / "export/all.data").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in rows["body"])])
     stated = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    for name, text in zip(("tokens", "mixture"), stated, strict=True):
+    for name, text in zip(("tokens", "mixture", "chat"), stated, strict=True):
         (place / f"{name}.json").write_text(text)
     (place / "tokens").mkdir()
     for name in ("train", "val"):
@@ -97,6 +97,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet)
     pieces.train_from_iterator([story(2)], trainer)
     pieces.save(str(place / "Qwen3-0.6B/tokenizer.json"))
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    (place / "Qwen3-0.6B/tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    talk = [{"messages": [{"role": "assistant", "content": story(number, 40)}]} for number in range(200)]
+    (place / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
     return place
 
 
@@ -146,7 +150,7 @@ def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         return
     assert "whale" in tokenizer.decode(tokens_BL[0].tolist())
     assert train.n_rows is None or train.n_rows >= run.training.steps * run.training.local_batch_size
-    if isinstance(run.dataloader, IndexedText.Config):
+    if type(run.dataloader) is IndexedText.Config:
         extents = Corpus(run.dataloader, tokenizer=tokenizer).manifest.splits
         assert sum(extent.sections for extent in extents.values()) == N_SECTIONS[run.dataloader.dataset]
 

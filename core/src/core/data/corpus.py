@@ -3,15 +3,12 @@
 import logging
 import os
 import re
-import shutil
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,23 +16,31 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute, located, to_dict
 from core.data import integrity, shards
-from core.data.bad_lines import OnBadLine
+from core.data.bad_lines import BadLines, OnBadLine
+from core.data.dataset import absolute_dataset, open_source
+from core.data.progress import ProgressLine
+from core.data.rows import RowReader
 from core.data.sampling import SPLITS, Split, held_out
-from core.data.sections import batches, settled
+from core.data.sections import LeftOut, Section, batches, settled
 from core.data.shards import DamagedError, SplitWriter, TokenManifest, TokenStream, json_digest
-from core.data.source import Source, absolute_dataset, open_source
+from core.data.source import RowSource, Source
 from core.data.staging import staging_folder
 from core.data.text_files import Format
-from core.data.tokenizer import Tokenizer
-from core.runtime.activity import advance
 from core.runtime.disk import flush
 from core.runtime.units import rate
 
 log = logging.getLogger("armature")
 
 _ANOTHER_PLACE = "choose another place with cache_folder"
-_LOG_INTERVAL_S = 10.0
-_LIVE_INTERVAL_S = 0.2
+
+
+class SectionEncoder(Protocol):
+    """What makes tokens of text: a `Tokenizer`, say."""
+
+    vocab_size: int
+    fingerprint: str
+
+    def encode_sections(self, sections: Sequence[Section]) -> Sequence[list[int] | LeftOut]: ...
 
 
 class Corpus(Configurable):
@@ -75,12 +80,20 @@ class Corpus(Configurable):
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
             if self.format and (not isinstance(self.dataset, str) or self.dataset.startswith(("hf:", "stdlib"))):
                 yield "format", f"format {self.format} is of files, and dataset names none: leave it out"
-            if not isinstance(self.dataset, str) and (self.text_field, self.on_bad_line) != ("text", "error"):
+            usual = (type(self).__dataclass_fields__["text_field"].default, "error")
+            if not isinstance(self.dataset, str) and (self.text_field, self.on_bad_line) != usual:
                 yield "dataset", "a Config has text_field and on_bad_line of its own, if any: set those"
 
-    def __init__(self, config: Config, *, tokenizer: Tokenizer, verify: bool = True) -> None:
-        """`verify` is false on ranks that follow another one of their machine, which has compared every byte."""
+    def __init__(
+        self, config: Config, *, tokenizer: SectionEncoder, reader: RowReader | None = None, verify: bool = True
+    ) -> None:
+        """`reader` says what is read of a row, where that is no text; `verify` is false on ranks that follow another
+        one of their machine, which has compared every byte."""
         source = open_source(config.dataset, config.text_field, config.on_bad_line, config.format)
+        if reader is not None:
+            if not isinstance(source, RowSource):
+                raise UserError(f"{source.name} has no rows: name files such as .jsonl or .parquet, or hf:NAME")
+            source.reader = reader
         if isinstance(config.dataset, str):
             stated = os.fsencode(absolute_dataset(config.dataset)).decode(errors="backslashreplace")
             title = Path(config.dataset).name
@@ -133,7 +146,7 @@ class Corpus(Configurable):
         integrity.check_files(self.folder, manifest, hashes=self._verify)
         return manifest
 
-    def _prepare(self, source: Source, tokenizer: Tokenizer, fraction: float) -> TokenManifest:
+    def _prepare(self, source: Source, tokenizer: SectionEncoder, fraction: float) -> TokenManifest:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with staging_folder(self.folder) as staging:
@@ -189,11 +202,12 @@ def _cache_folder(chosen: str | None) -> Path:
 
 
 def _write(
-    folder: Path, source: Source, tokenizer: Tokenizer, fraction: float
+    folder: Path, source: Source, encoder: SectionEncoder, fraction: float
 ) -> tuple[dict[str, shards.Extent], dict[str, str]]:
     """Tokenise all documents into the files of both splits; returns the extent of each, and the hashes of the files."""
     size = shards.SHARD_TOKENS
-    writers = {split: SplitWriter(folder, split, tokenizer.vocab_size, size) for split in SPLITS}
+    writers = {split: SplitWriter(folder, split, encoder.vocab_size, size) for split in SPLITS}
+    left = _Left(source)
     with ExitStack() as opened:
         for writer in writers.values():
             opened.callback(writer.close)
@@ -202,17 +216,20 @@ def _write(
             for batch in batches(source.sections()):
                 held = held_out(first, len(batch) + 1, fraction)
                 sections = settled(batch, [before, *held.tolist()])
-                encoded = tokenizer.encode_sections(sections)
+                encoded = encoder.encode_sections(sections)
                 sizes = np.array([len(section.text.encode()) for section in sections])
+                there = np.array([not left.out(each) for each in encoded])
                 validation = held[:-1]
-                for split, chosen in (("train", ~validation), ("validation", validation)):
-                    places = np.flatnonzero(chosen)
+                for split, chosen in (("train", there & ~validation), ("validation", there & validation)):
+                    places = np.flatnonzero(chosen).tolist()
                     opens = [sections[i].opens for i in places]
-                    writers[split].write([encoded[i] for i in places], opens, int(sizes[chosen].sum()))
+                    tokens = [ids for i in places if not isinstance(ids := encoded[i], LeftOut)]
+                    writers[split].write(tokens, opens, int(sizes[chosen].sum()))
                 first, before = first + len(batch), bool(validation[-1])
                 long["documents"] += sum(section.opens and not section.closes for section in batch)
                 long["sections"] += sum(not section.opens or not section.closes for section in batch)
                 progress.add(sum(section.opens for section in batch), int(sizes.sum()))
+    left.summarise()
     if long["documents"]:
         counts = f"{long['documents']:,} long documents were tokenised in {long['sections']:,} sections"
         log.info("%s: %s, with nothing between them", source.name, counts)
@@ -220,36 +237,18 @@ def _write(
     return {split: writer.extent for split, writer in writers.items()}, files
 
 
-class ProgressLine:
-    """Says how far long work is: one live line on a terminal, otherwise a logged line every ten seconds."""
+class _Left:
+    """The documents that become no tokens: none is left out without a count."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.documents = self.bytes = 0
-        self._live = sys.stderr.isatty()
-        self._started = self._said = time.monotonic()
+    def __init__(self, source: Source) -> None:
+        self.name, self.bad, self.fitting = source.name, BadLines(source.on_bad_line), BadLines("skip")
 
-    def __enter__(self) -> "ProgressLine":
-        return self
+    def out(self, encoded: list[int] | LeftOut) -> bool:
+        """Whether this is such a document. Raises `UserError` where it is a mistake that ends the preparation."""
+        if isinstance(encoded, LeftOut):
+            (self.bad if encoded.unreadable else self.fitting).add(encoded.place, encoded.reason)
+        return isinstance(encoded, LeftOut)
 
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-    def add(self, documents: int, n_bytes: int) -> None:
-        """Count documents and bytes of text as done."""
-        self.documents += documents
-        self.bytes += n_bytes
-        advance(f"{self.bytes / 1e6:,.1f} MB of text done")
-        now = time.monotonic()
-        if now - self._said < (_LIVE_INTERVAL_S if self._live else _LOG_INTERVAL_S):
-            return
-        self._said = now
-        megabytes = self.bytes / 1e6
-        rate = megabytes / (now - self._started)
-        line = f"tokenising {self.name}: {self.documents:,} documents, {megabytes:,.1f} MB, {rate:.1f} MB/s"
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]}\033[K", end="", file=sys.stderr, flush=True)
-        else:
-            log.info(line)
+    def summarise(self) -> None:
+        self.bad.summarise(self.name)
+        self.fitting.summarise(self.name, "conversations")

@@ -12,9 +12,11 @@ from typing import Any
 from core.config.errors import UserError
 from core.config.fields import short_repr
 from core.config.json_file import read_json, typed
+from core.config.text_file import read_text
 from core.data.library import library_errors
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_TEMPLATE_MIB = 1
 ROLE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """The files beside a tokenizer.json that name its special tokens; the first that names one counts."""
 
@@ -27,10 +29,12 @@ class HuggingFace:
     """
 
     kind = "Hugging Face tokenizer"
-    rules = " special tokens are text"
+    rules: str
     """What the ids of a text hang on beside the file; part of the fingerprint."""
 
-    def __init__(self, content: bytes, path: Path) -> None:
+    def __init__(self, content: bytes, path: Path, *, allow_special: bool) -> None:
+        """Special tokens that are written in a text are text, unless `allow_special`."""
+        self._as_text, self.rules = not allow_special, " special tokens are text" * (not allow_special)
         if importlib.util.find_spec("tokenizers") is None:
             raise UserError(f"{path} needs the package tokenizers: in the checkout run pip install './core[hf]'")
         import tokenizers
@@ -43,12 +47,16 @@ class HuggingFace:
             if not ids:
                 raise UserError(f"{path} has no tokens")
             self.vocab_size = 1 + max(ids)
-            self._tokenizer.encode_special_tokens = True  # special tokens that are written in a text are text
+            self._tokenizer.encode_special_tokens = self._as_text
+            added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
+            self.special_texts: list[str] = [token.content for token in added.values() if token.special]
             begun = self._begun()
         files = [path.with_name(name) for name in ROLE_FILES]
         stated = {file: read_json(file) for file in files if os.path.exists(file)}
         self.bos_id = self._special(stated, "bos_token")
         self.eos_id = self._special(stated, "eos_token")
+        self.special_tokens = special_tokens(stated)
+        self.chat_templates = find_templates(path.parent, stated.get(files[0], {}))
         if self.bos_id is None and len(begun) == 1:
             [self.bos_id] = begun
         self.adds_bos = self.bos_id in begun[:1]
@@ -79,11 +87,16 @@ class HuggingFace:
 
     def encode_marked(self, text: str) -> list[int]:
         """The ids of a text in which special tokens that are written there are those tokens."""
-        self._tokenizer.encode_special_tokens = False
+        return self.encode_placed(text, special=True)[0]
+
+    def encode_placed(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the characters that each is of; special tokens in it are such if `special`."""
+        self._tokenizer.encode_special_tokens = not special
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         finally:
-            self._tokenizer.encode_special_tokens = True
+            self._tokenizer.encode_special_tokens = self._as_text
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -110,3 +123,27 @@ class HuggingFace:
         if unknown is not None:
             counts[unknown] = nan
         return counts
+
+
+def special_tokens(stated: dict[Path, dict[str, Any]]) -> dict[str, str]:
+    """The texts of special tokens by their roles, `bos_token` say, as a chat template knows them."""
+    found: dict[str, str] = {}
+    for settings in reversed(stated.values()):
+        for name, token in settings.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                found[name] = text
+    return found
+
+
+def find_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """The chat templates beside a tokenizer by their names: of files, else of `tokenizer_config.json`."""
+    file, others = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    if os.path.isfile(file):
+        found = {"default": file, **{each.stem: each for each in sorted(others.glob("*.jinja"))}}
+        return {name: read_text(path, _TEMPLATE_MIB) for name, path in found.items()}
+    stated = settings.get("chat_template")
+    if isinstance(stated, list):
+        named = typed(stated, list[dict[str, str]], "chat_template")
+        return {each.get("name", ""): each.get("template", "") for each in named}
+    return {"default": stated} if isinstance(stated, str) else {}

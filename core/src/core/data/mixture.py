@@ -16,7 +16,7 @@ import torch
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.packing import Batch
-from core.data.samples import Samples
+from core.data.samples import MaskKind, Samples
 from core.data.shards import json_digest
 
 PERIOD = 1000
@@ -77,6 +77,9 @@ class Mixture(Samples):
                     if n == 0:
                         share = weights[number] / sum(weights)
                         yield f"sources.{number}.weight", f"a share of {share:.2g} is no row in {PERIOD:,}: raise it"
+
+        def mask(self) -> MaskKind:
+            return "document" if any(source.data.mask() == "document" for source in self.sources) else "causal"
 
         def validation_problems(self) -> Iterator[tuple[str, str]]:
             """None of the sources has rows for validation."""

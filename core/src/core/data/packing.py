@@ -31,13 +31,17 @@ class Batch(NamedTuple):
     documents_BL: Tensor
 
 
-def pack_rows(windows: np.ndarray, starts: np.ndarray) -> Batch:
-    """The samples of `windows`: (B, L+1) tokens, with `starts` (B, L+1) true where a token opens a document."""
+def pack_rows(windows: np.ndarray, starts: np.ndarray, counts: np.ndarray | None = None) -> Batch:
+    """The samples of `windows`: (B, L+1) tokens, with `starts` (B, L+1) true where a token opens a document.
+
+    Only the tokens of `counts` (B, L+1) are labels; None says all.
+    """
     opens_BL = starts[:, :-1].copy()
     opens_BL[:, :1] = False
     column_L = np.arange(opens_BL.shape[1])
     opened_at_BL = np.maximum.accumulate(np.where(opens_BL, column_L, 0), axis=1)
-    labels_BL = np.where(starts[:, 1:], IGNORE, windows[:, 1:].astype(np.int64))
+    left_out_BL = starts[:, 1:] if counts is None else starts[:, 1:] | ~counts[:, 1:]
+    labels_BL = np.where(left_out_BL, IGNORE, windows[:, 1:].astype(np.int64))
     return Batch(
         tokens_BL=torch.from_numpy(windows[:, :-1].astype(np.int64)),
         labels_BL=torch.from_numpy(labels_BL),

@@ -6,7 +6,7 @@ Letters: B rows, L tokens of a row (the sequence length).
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from core.data.packing import IGNORE, Batch
 from core.data.sampling import Split, shuffled
 from core.data.tokenizer import Tokenizer
 
+MaskKind = Literal["causal", "document"]
+"""What a token may look at: all before it in its row, or only those of its own document."""
 OLD_MODES = {"indexed": "core.data.text:IndexedText", "streaming": "core.data.text:StreamedText"}
 """The classes that `mode` chose before there was a choice of classes."""
 
@@ -34,6 +36,10 @@ class Samples(Configurable, ABC):
         def validation_problems(self) -> Iterator[tuple[str, str]]:
             """What leaves a validator without rows: pairs as of `problems`, asked for where one is enabled."""
             yield from ()
+
+        def mask(self) -> MaskKind:
+            """What training.mask auto stands for."""
+            return "causal"
 
         @classmethod
         def upgrade(cls, data: dict[str, Any], now: Configurable.Config | None = None) -> dict[str, Any]:

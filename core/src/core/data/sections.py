@@ -17,6 +17,15 @@ _BATCH_CHARACTERS = 2**20
 _PART_CHARACTERS = 2**16
 
 
+class LeftOut(NamedTuple):
+    """A document that becomes no tokens."""
+
+    place: str
+    reason: str
+    unreadable: bool
+    """Whether that is a mistake in the data, as a bad line is."""
+
+
 class Section(NamedTuple):
     """A stretch of a document: the whole of it, unless that is long."""
 

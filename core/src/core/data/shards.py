@@ -231,6 +231,15 @@ class TokenStream:
         shards = [np.concatenate([np.asarray(ids, "<u4") for ids in sections])] if extent.tokens else []
         return cls(shards, starts, extent, vocab_size=vocab_size)
 
+    def document_starts(self) -> np.ndarray:
+        """Where documents begin, in ascending order, (documents,)."""
+        return np.asarray(self._starts)
+
+    def read(self, first: int, target: np.ndarray) -> None:
+        """Fill `target`, of shape (n,), with the tokens from `first` on. Raises `UserError` as `windows` does."""
+        self._copy(first, target)
+        self._check_ids(target)
+
     def windows(self, numbers: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and document starts (bool) of windows, both of shape (len(numbers), seq_len + 1).
 
@@ -250,9 +259,12 @@ class TokenStream:
             if places.size and (places[0] < 0 or places[-1] > seq_len or (places[1:] < places[:-1]).any()):
                 raise self._changed(f"document starts that do not ascend, in tokens {first:,} to {first + seq_len:,}")
             opens[row, places] = True
+        self._check_ids(tokens)
+        return tokens, opens
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
         if tokens.size and (largest := int(tokens.max())) >= self._vocab_size:
             raise self._changed(f"the id {largest:,} in a vocabulary of {self._vocab_size:,}")
-        return tokens, opens
 
     def _changed(self, found: str) -> UserError:
         """What is said of files that have changed since they were verified; the next start verifies them again."""

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import sys
 import sysconfig
 import tokenize
@@ -17,8 +16,9 @@ from typing import Any
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
-from core.data.bad_lines import BadLines, OnBadLine, field_text, reading
+from core.data.bad_lines import BadLines, OnBadLine, reading
 from core.data.library import library_errors
+from core.data.rows import RowReader, TextField
 from core.data.sections import Section, cut_row
 from core.data.text_files import Format, find_files, read_sections
 
@@ -75,6 +75,13 @@ class Source(Configurable, ABC):
             raise UserError(f"{self.name} yields no text{left_out}")
 
 
+class RowSource(Source):
+    """A source whose documents lie in rows."""
+
+    reader: RowReader
+    """What is read of a row; `open` states it, and who opened the source may state another."""
+
+
 class StandardLibrary(Source):
     """The .py files of the running Python's standard library without its tests, then the topics of `help()`.
 
@@ -118,11 +125,11 @@ class StandardLibrary(Source):
             yield from cut_row(topics[topic])
 
 
-class TextFiles(Source):
+class TextFiles(RowSource):
     """Local files named by a path, a folder or a glob pattern."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Source.Config):
+    class Config(RowSource.Config):
         path: str
         """A file, a folder or a glob pattern."""
         format: Format | None = None
@@ -139,6 +146,7 @@ class TextFiles(Source):
 
     def open(self) -> None:
         self.name, self.on_bad_line = self.config.path, self.config.on_bad_line
+        self.reader = TextField(self.config.text_field)
         with reading(self.name):
             self.files = find_files(self.name, self.config.format)
         self._found = [self._state(file) for file in self.files]
@@ -155,7 +163,7 @@ class TextFiles(Source):
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
         for file, found in zip(self.files, self._found, strict=True):
             self._check_unchanged(file, found)
-            yield from read_sections(file, self.config.text_field, bad, self.config.format)
+            yield from read_sections(file, self.reader, bad, self.config.format)
             self._check_unchanged(file, found)
 
     def _check_unchanged(self, file: Path, found: list[Any]) -> None:
@@ -164,11 +172,11 @@ class TextFiles(Source):
             raise UserError(f"{file} has changed since the run began to read: start again once nothing writes there")
 
 
-class HubDataset(Source):
+class HubDataset(RowSource):
     """A Hugging Face dataset, streamed."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Source.Config):
+    class Config(RowSource.Config):
         dataset: str
         """Its name at Hugging Face, or a local folder that the package `datasets` can read."""
         subset: str = ""
@@ -187,7 +195,7 @@ class HubDataset(Source):
 
     def open(self) -> None:
         c = self.config
-        self.on_bad_line = c.on_bad_line
+        self.on_bad_line, self.reader = c.on_bad_line, TextField(c.text_field)
         dataset = self.name = f"{HUB}{c.dataset}{':' * bool(c.subset)}{c.subset}{f'@{c.split}' * (c.split != 'train')}"
         if importlib.util.find_spec("datasets") is None:
             raise UserError(f"{dataset} needs the package datasets: in the checkout run pip install './core[hf]'")
@@ -208,34 +216,4 @@ class HubDataset(Source):
                 row = next(rows, _END)
             if row is _END:
                 return
-            yield from field_text(row, self.config.text_field, f"{self.name}, row {number}", bad)
-
-
-def absolute_dataset(dataset: str) -> str:
-    """A word of a `dataset` setting that names the same text in any directory."""
-    if dataset == STANDARD_LIBRARY:
-        return dataset
-    hub = HUB if dataset.startswith(HUB) else ""
-    name = re.split("[:@]", dataset.removeprefix(HUB))[0] if hub else dataset
-    if hub and not os.path.isdir(name):  # a name at Hugging Face
-        return dataset
-    return f"{hub}{absolute(name)}{dataset[len(hub) + len(name) :]}"
-
-
-def source_of(dataset: str, text_field: str, on_bad_line: OnBadLine, format: Format | None) -> Source.Config:
-    """What a word stands for: `stdlib`; `hf:NAME` or `hf:NAME:SUBSET`, either with `@SPLIT` behind; else files."""
-    if dataset == STANDARD_LIBRARY:
-        return StandardLibrary.Config()
-    if dataset.startswith(HUB):
-        address, _, split = dataset.removeprefix(HUB).partition("@")
-        name, _, subset = address.partition(":")
-        rows = {"text_field": text_field, "on_bad_line": on_bad_line}
-        return HubDataset.Config(dataset=name, subset=subset, split=split or "train", **rows)
-    return TextFiles.Config(path=dataset, format=format, text_field=text_field, on_bad_line=on_bad_line)
-
-
-def open_source(
-    dataset: str | Source.Config, text_field: str, on_bad_line: OnBadLine, format: Format | None = None
-) -> Source:
-    """The source that a `dataset` setting names; UserError when it is not there."""
-    return (source_of(dataset, text_field, on_bad_line, format) if isinstance(dataset, str) else dataset).build()
+            yield from self.reader.sections(row, f"{self.name}, row {number}", bad)

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from core.config.errors import UserError
+from core.data.bins import PackedRows
 from core.data.corpus import Corpus
+from core.data.dataset import open_source
 from core.data.packing import Batch, pack_rows
-from core.data.samples import IndexedSamples, Samples
+from core.data.samples import IndexedSamples, MaskKind, Samples
 from core.data.shards import FORMAT, TokenStream, json_digest
-from core.data.source import open_source
 from core.data.streaming import TextStream, reserved_documents
 
 
@@ -20,6 +21,13 @@ class IndexedText(IndexedSamples):
 
     @dataclass(kw_only=True, slots=True)
     class Config(IndexedSamples.Config, Corpus.Config):
+        packing: Literal["concatenate", "best_fit"] = "concatenate"
+        """concatenate cuts rows out of one document behind the other; best_fit puts whole documents into rows, cuts
+        only those that are longer than one, and fills rows up with padding, which does not count."""
+
+        def mask(self) -> MaskKind:
+            return "document" if self.packing == "best_fit" else "causal"
+
         def validation_problems(self) -> Iterator[tuple[str, str]]:
             if self.validation_fraction == 0:
                 yield (
@@ -34,9 +42,16 @@ class IndexedText(IndexedSamples):
         self.description = corpus.describe(self.split)
         self.fingerprint = corpus.manifest.splits[self.split].sha256
         self._tokens = corpus.split(self.split)
-        self.rows_per_epoch = n_windows(self._tokens, self)
+        self._packed = PackedRows(self._tokens, self.seq_len) if self.config.packing == "best_fit" else None
+        if self._packed is None:
+            self.rows_per_epoch = n_windows(self._tokens, self)
+        else:
+            self.rows_per_epoch = self._packed.n_rows
+            self.description += f", {self._packed.padding:.1%} padding"
 
     def rows_at(self, numbers: np.ndarray) -> Batch:
+        if self._packed is not None:
+            return pack_rows(*self._packed.windows(numbers))
         return pack_rows(*self._tokens.windows(numbers, self.seq_len))
 
 
@@ -54,6 +69,8 @@ class StreamedText(Samples):
             yield from super().problems()
             if self.shuffle:
                 yield "shuffle", "a stream is read in order: set shuffle to false, or mode to indexed"
+            if self.packing != "concatenate":
+                yield "packing", "a stream is cut into rows as it comes: best_fit needs mode indexed"
             if self.epochs is not None:
                 yield "epochs", "a stream has no known length and repeats without end: set epochs to None"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from core.config.errors import UserError
-from core.data.bad_lines import BadLines, field_text, reading
+from core.data.bad_lines import BadLines, reading
 from core.data.compressed import COMPRESSIONS, open_bytes
 from core.data.json_array import array_values
+from core.data.rows import RowReader, TextField
 from core.data.sections import FILE_CHARACTERS, Section, split_sections
 from core.data.tables import arrow_sections, csv_sections, parquet_sections
 
@@ -105,27 +106,31 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_sections(path: Path, text_field: str, bad: BadLines, format: Format | None = None) -> Iterator[Section]:
+def read_sections(path: Path, reader: RowReader, bad: BadLines, format: Format | None = None) -> Iterator[Section]:
     """The documents of one file, in order and in sections: a text is one, and so is every line or row of the others."""
     kind = format or format_of(path)
     with reading(path):
         if kind == "parquet":
-            yield from parquet_sections(path, text_field, bad)
+            yield from parquet_sections(path, reader, bad)
         elif kind == "arrow":
-            yield from arrow_sections(path, text_field, bad)
+            yield from arrow_sections(path, reader, bad)
         else:
             with open_bytes(path) as file:
-                yield from _sections_of(kind, file, path, text_field, bad)
+                yield from _sections_of(kind, file, path, reader, bad)
 
 
-def _sections_of(kind: Format | None, file: IO[bytes], path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
+def _sections_of(
+    kind: Format | None, file: IO[bytes], path: Path, reader: RowReader, bad: BadLines
+) -> Iterator[Section]:
     if kind in ("csv", "tsv"):
-        yield from csv_sections(file, path, text_field, bad, "," if kind == "csv" else "\t")
+        yield from csv_sections(file, path, reader, bad, "," if kind == "csv" else "\t")
     elif kind == "json" and _begins_an_array(path):
         for number, row in array_values(file, path):
-            yield from field_text(row, text_field, f"{path}, value {number}", bad)
+            yield from reader.sections(row, f"{path}, value {number}", bad)
     elif kind in ("json", "jsonl"):
-        yield from _json_lines(file, path, text_field, bad)
+        yield from _json_lines(file, path, reader, bad)
+    elif not isinstance(reader, TextField):
+        raise UserError(f"{path} is one text, and has no rows with fields: give lines of JSON, or a table")
     else:
         yield from split_sections(_text_parts(file, path, bad), FILE_CHARACTERS)
 
@@ -135,7 +140,7 @@ def _begins_an_array(path: Path) -> bool:
         return file.read(_PART_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _json_lines(file: IO[bytes], path: Path, text_field: str, bad: BadLines) -> Iterator[Section]:
+def _json_lines(file: IO[bytes], path: Path, reader: RowReader, bad: BadLines) -> Iterator[Section]:
     number = 0
     while line := file.readline(LINE_BYTES):
         number += 1
@@ -156,7 +161,7 @@ def _json_lines(file: IO[bytes], path: Path, text_field: str, bad: BadLines) -> 
                 bad.add(f"{path}:{number}", f"not JSON ({error})")
             else:
                 text = ""
-                yield from field_text(row, text_field, f"{path}:{number}", bad)
+                yield from reader.sections(row, f"{path}:{number}", bad)
 
 
 def _text_parts(file: IO[bytes], path: Path, bad: BadLines) -> Iterator[str]:

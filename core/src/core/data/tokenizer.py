@@ -48,6 +48,9 @@ class Tokenizer(Configurable):
         """Whether a document and a prompt begin with the bos token; None is what the tokenizer itself does."""
         add_eos: bool | None = None
         """Whether a document ends with the eos token; None is wherever the tokenizer has one."""
+        allow_special: bool = False
+        """Read special tokens that are written out in a document (<|endoftext|>) as such; otherwise they are text, as
+        they always are for SentencePiece."""
 
         def places(self) -> dict[str, Any]:
             return {"path": absolute(self.path)}
@@ -61,7 +64,10 @@ class Tokenizer(Configurable):
             path = Path(os.path.expanduser(config.path))
             path = path / "tokenizer.json" if os.path.isdir(path) else path
             content, name = _read(path), str(path)
-            self._model = _SentencePiece(content, name) if path.suffix == ".model" else HuggingFace(content, path)
+            if path.suffix == ".model":
+                self._model = _SentencePiece(content, name)
+            else:
+                self._model = HuggingFace(content, path, allow_special=config.allow_special)
         self._name = f"the tokenizer {name}"
         self.vocab_size: int = self._model.vocab_size
         bos = self._model.adds_bos if config.add_bos is None else config.add_bos
@@ -119,6 +125,17 @@ class Tokenizer(Configurable):
                 encoded[i] = encoded[i][len(self._line_end) :] if joins else self.encode(section.text)
             encoded[i] = before * section.opens + encoded[i] + after * section.closes
         return encoded
+
+    @property
+    def templating(self) -> HuggingFace:
+        """The tokenizer as chat templates need it. Raises `UserError` for SentencePiece, which reads no special tokens
+        in a text."""
+        if not isinstance(self._model, HuggingFace):
+            raise UserError(
+                f"{self._name} is a SentencePiece model, which reads no special tokens in the text of a chat template: "
+                "give a folder with a tokenizer.json, --tokenizer.path FOLDER"
+            )
+        return self._model
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bos, eos and other control tokens give none."""

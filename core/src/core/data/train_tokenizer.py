@@ -17,8 +17,8 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.data.bad_lines import OnBadLine
+from core.data.dataset import open_source
 from core.data.library import library_errors
-from core.data.source import open_source
 from core.runtime.log import start_logging
 
 log = logging.getLogger("armature")

@@ -88,7 +88,11 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
             every = every_weight(sampled)
             optimizer = run.optimizer.build(weights=[weight for weight, _ in every.values()], layout=layout)
             objective = Objective(
-                list(models.values()), run.loss.build(), layout=layout, dtype=dtype, mask=training.mask
+                list(models.values()),
+                run.loss.build(),
+                layout=layout,
+                dtype=dtype,
+                mask=training.mask_of(run.dataloader),
             )
             with Meter() as entering:
                 passes = passes_of(training, layout, models, objective)

@@ -65,7 +65,7 @@ def passes_of(training: Training, layout: RankView, models: dict[int, Decoder], 
         return WholeModel(objective, batch, n_rows // n_each)
     pipeline = layout.pipeline(models, n_rows // n_each)
     assert pipeline is not None
-    microbatch = Microbatch(*layout.to_rank_tokens(batch, documents=training.mask == "document"))
+    microbatch = Microbatch(*layout.to_rank_tokens(batch, documents=objective.mask == "document"))
     (dim,) = {model.config.dim for model in models.values()}
     length = microbatch.tokens_BL.shape[1] // degrees.tensor
     residual_BLD = torch.zeros(n_each, length, dim, dtype=objective.dtype, requires_grad=True)

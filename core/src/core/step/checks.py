@@ -12,6 +12,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError, check_all, joined
 from core.config.fields import Problem, walk
 from core.config.validate import problems_of, validate
+from core.data.samples import Samples
 from core.data.tokenizer import Tokenizer
 from core.nn.balance import check_routers
 from core.nn.decoder import Block, Decoder
@@ -34,6 +35,7 @@ class Run(Protocol):
     recipe: str
     model: Decoder.Config
     tokenizer: Tokenizer.Config
+    dataloader: Samples.Config
     loss: Loss.Config
     training: Training
     optimizer: Optimizer.Config
@@ -198,7 +200,7 @@ def check_attention(model: Decoder, run: Run, device: torch.device) -> None:
         device=device,
         dtype=run.training.compute_dtype(device),
         trains=True,
-        documents=run.training.mask == "document",
+        documents=run.training.mask_of(run.dataloader) == "document",
         reordered=parallelism.context_parallel_degree > 1,
     )
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from core.config.configurable import Configurable, range_problems
+from core.data.samples import MaskKind, Samples
 
 MOST_TOKENS_PER_STEP = 2**30
 """They lie in the host's memory, and no published run came near."""
@@ -25,8 +26,9 @@ class Training(Configurable.Config):
     global_batch_size: int = -1
     """Rows in one step over all ranks and microbatches; -1 is one microbatch per rank. Gradients of more microbatches
     are accumulated."""
-    mask: Literal["causal", "document"] = "causal"
-    """What a token may look at: all before it in its row, or only those of its own document (positions restart)."""
+    mask: Literal["auto", "causal", "document"] = "auto"
+    """What a token may look at: all before it in its row, or only those of its own document (positions restart); auto
+    is document where rows hold whole documents, as of conversations."""
     max_norm: float = 1.0
     """Gradients are scaled down to this joint norm; inf leaves them as they are."""
     device: str = "auto"
@@ -62,6 +64,10 @@ class Training(Configurable.Config):
     def rows_per_step(self, n_data: int = 1) -> int:
         """Rows in one step when `n_data` ranks read different ones."""
         return self.local_batch_size * n_data if self.global_batch_size == -1 else self.global_batch_size
+
+    def mask_of(self, data: Samples.Config) -> MaskKind:
+        """What a token may look at in rows of such data."""
+        return data.mask() if self.mask == "auto" else self.mask
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The type of matrix products on `device`."""

@@ -74,10 +74,11 @@ def make_run_folder(dump_folder: str | None, recipe: str, environ: Mapping[str, 
 
 
 def resolved(config: Any, device: torch.device) -> Any:
-    """The configuration of a run on `device`, with the generation of DeepEP that it has."""
+    """The configuration of a run on `device`, with the generation of DeepEP that it has, and the mask of its rows."""
     backend = installed(config.parallelism.expert_parallel_comm_backend, device)
     parallelism = replace(config.parallelism, expert_parallel_comm_backend=backend)
-    return replace(config, parallelism=parallelism)
+    training = replace(config.training, mask=config.training.mask_of(config.dataloader))
+    return replace(config, parallelism=parallelism, training=training)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class Trainer(Configurable):
         self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=self.layout)
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
         loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
-        settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask}
+        settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask_of(c.dataloader)}
         self.objective = Objective(self.built.models, loss, pipeline=self.built.pipeline, **settings)
         self.validator = None
         if c.validator.enable:
