@@ -75,6 +75,21 @@ def test_file_that_is_no_sentencepiece_model(tmp_path, content):
         Tokenizer.Config(path=str(path)).build()
 
 
+def test_a_vocabulary_of_tiktoken_is_named(tmp_path):
+    """As Llama 3 and Kimi publish theirs, under the name of a SentencePiece model."""
+    for name in ("tokenizer.model", "qwen.tiktoken"):
+        (tmp_path / name).write_text("IQ== 0\nIg== 1\nIw== 2\n")
+        with pytest.raises(UserError, match=f"{name} is a vocabulary of tiktoken, .*: take the tokenizer.json"):
+            Tokenizer.Config(path=str(tmp_path / name)).build()
+
+
+def test_a_folder_with_a_sentencepiece_model_alone(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(
+        (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
+    )
+    assert Tokenizer.Config(path=str(tmp_path)).build().fingerprint == tokenizer.fingerprint
+
+
 def test_wrong_paths(tmp_path):
     with pytest.raises(UserError, match="there is no tokenizer .*none.model"):
         Tokenizer.Config(path=str(tmp_path / "none.model")).build()
@@ -170,6 +185,28 @@ def test_special_tokens_that_are_written_in_a_document_are_text(json_folder):
     [a], [b] = found.encode("a"), found.encode("b")
     assert found.encode_prompt("a<eos>b<bos>") == [0, a, 1, b, 0] and found.encode_prompt("<bos>a") == [0, a]
     assert found.encode("a<eos>b<bos>") == ids
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("<eos>", ""),
+        ({"content": "<eos>", "lstrip": False, "__type": "AddedToken"}, ""),
+        ({"lstrip": False}, "eos_token.content: expected str, got None"),
+        ({"content": 1}, "eos_token.content: expected str, got 1"),
+        (["<eos>"], r"eos_token: expected .*, got \['<eos>'\]"),
+        (1, "eos_token: expected .*, got 1"),
+    ],
+)
+def test_every_shape_of_a_special_token_is_read_or_refused(json_folder, file, token, said):
+    others = {"model_max_length": 1e30, "additional_special_tokens": ["<a>", {"content": "<b>"}], "pad_token": 0}
+    (json_folder / file).write_text(json.dumps({"eos_token": token, "chat_template": [{"name": "a"}], **others}))
+    if not said:
+        assert Tokenizer.Config(path=str(json_folder)).build().eos_id == 1
+        return
+    with pytest.raises(UserError, match=f"{file}: {said}"):
+        Tokenizer.Config(path=str(json_folder)).build()
 
 
 def test_huggingface_tokenizer_with_wrong_files(json_folder, tmp_path):

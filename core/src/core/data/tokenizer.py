@@ -6,6 +6,7 @@ The bundled model, `tokenizer.model`, was trained by `core.data.train_tokenizer`
 import hashlib
 import importlib.resources
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
@@ -20,6 +21,12 @@ from core.data.library import library_errors
 from core.data.sections import Section
 
 MOST_MIB = 1024
+TIKTOKEN = (
+    "is a vocabulary of tiktoken, which does not say how text is split: take the tokenizer.json of the model's Hugging "
+    "Face folder, or one that transformers writes from it, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
+)
+"""What is said of a file that Llama 3, Qwen and Kimi published, often as tokenizer.model."""
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 class _Model(Protocol):
@@ -43,7 +50,8 @@ class Tokenizer(Configurable):
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         path: str | None = None
-        """A SentencePiece `.model`, a Hugging Face `tokenizer.json` or a folder with one; None is the bundled model."""
+        """A SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder with one, where the latter goes first;
+        None is the bundled model."""
         add_bos: bool | None = None
         """Whether a document and a prompt begin with the bos token; None is what the tokenizer itself does."""
         add_eos: bool | None = None
@@ -62,7 +70,7 @@ class Tokenizer(Configurable):
             self._model, name = _SentencePiece(content, "the bundled model"), "bundled"
         else:
             path = Path(os.path.expanduser(config.path))
-            path = path / "tokenizer.json" if os.path.isdir(path) else path
+            path = _file_in(path) if os.path.isdir(path) else path
             content, name = _read(path), str(path)
             if path.suffix == ".model":
                 self._model = _SentencePiece(content, name)
@@ -157,9 +165,17 @@ def bundled_model() -> bytes:
     return (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
 
 
+def _file_in(folder: Path) -> Path:
+    """The file of a folder's tokenizer."""
+    whole, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
+    return pieces if not os.path.exists(whole) and os.path.exists(pieces) else whole
+
+
 def _read(path: Path) -> bytes:
     if not os.path.exists(path):
         raise UserError(f"there is no tokenizer {path.absolute()}: give the place where it is, --tokenizer.path FILE")
+    if path.suffix == ".tiktoken":
+        raise UserError(f"{path} {TIKTOKEN}")
     if path.suffix not in (".model", ".json"):
         raise UserError(f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer.json or a folder with one")
     if not path.is_file():  # opening a pipe would wait for its writer
@@ -188,6 +204,8 @@ class _SentencePiece:
     def __init__(self, content: bytes, name: str) -> None:
         import sentencepiece
 
+        if _TIKTOKEN_LINE.match(content):
+            raise UserError(f"{name} {TIKTOKEN}")
         with library_errors(f"{name} is no SentencePiece model"):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = self._processor.get_piece_size()
