@@ -1,6 +1,14 @@
 """What a test run says at its end: how far each layout was from one rank."""
 
+import gc
+
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that was imported out of the collections of garbage of the tests, each of which would look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

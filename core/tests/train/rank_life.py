@@ -1,5 +1,6 @@
 """What a launcher gives a rank, and the life of a process that is one."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def torchrun_environ(rank: int, n_ranks: int, port: int) -> dict[str, str]:
 
 def live(program: ModuleType, words: list[str], environ: dict[str, str], output: Path) -> None:
     """Run `program`, told `words` on its command line, and leave in `output` all that is printed."""
+    gc.freeze()  # what the server imported is no garbage
     os.environ.update(environ)
     with output.open("w", encoding="utf-8", buffering=1) as stream:
         for number in (1, 2):

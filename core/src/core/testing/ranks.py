@@ -1,6 +1,7 @@
 """Ranks for tests: processes joined by gloo, forked from a server that imports torch once per pytest run."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import re
@@ -24,9 +25,11 @@ import torch.distributed as dist
 
 PRELOAD = [
     "core.testing.ranks",
+    "core.parallel.many_ranks",
     "core.train.trainer",
     "pytest",
     "torch._dynamo",
+    "torch._functorch.partitioners",  # what checkpointed blocks import
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
@@ -100,6 +103,7 @@ def _environ(world_size: int, port: int) -> dict[str, str]:
 
 def _rank(rank: int, call: Call) -> None:
     """The life of one rank: whatever goes wrong ends up in its files."""
+    gc.freeze()  # what the server imported is no garbage
     output = call.file("output", rank).open("w", encoding="utf-8", buffering=1)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
