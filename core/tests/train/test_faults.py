@@ -221,10 +221,9 @@ def every_step(folder) -> Callable[[int, int], dict[int, dict[str, str]]]:
     return functools.cache(functools.partial(undisturbed_hashes, folder))
 
 
-@VICTIMS
-def test_a_killed_run_goes_on(run, every_step, n_ranks, victims):
+def test_a_killed_run_goes_on(run, every_step):
     run.training.steps = 30
-    print(kill_again_and_again(run, every_step(n_ranks, 30), victims, 2))
+    print(kill_again_and_again(run, every_step(2, 30), (1,), 2))
 
 
 @pytest.mark.faults

@@ -279,6 +279,7 @@ def last_words(agent: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.faults  # test_faults has torchrun go on from a checkpoint
 def test_torchrun_starts_again_after_a_rank_was_killed(tmp_path, alone):
     file = troubled_run(tmp_path, "run", trouble="SIGKILL")
     agent = torchrun(file, "--nproc-per-node", "2", "--max-restarts", "2")

@@ -55,6 +55,8 @@ LAYOUTS = {
     "ep2-tp2": (4, SPARSE, Parallelism(expert_parallel_degree=2, tensor_parallel_degree=2)),
     "ep4-pp2": (8, SPARSE, Parallelism(expert_parallel_degree=4, pipeline_parallel_degree=2)),
 }
+FEW = ["fsdp2", "tp2", "pp2", "fsdp2-tp2", "hsdp2x2", "ep2-tp2"]
+"""The layouts of every test run: each axis, and two that cut the same matrices."""
 STEPS = 4
 GROUPS = [
     Group(pattern="layers.0.*", frozen=True),
@@ -123,7 +125,9 @@ ONE_RANK: dict[type, list[Trained]] = {}
 
 
 @pytest.mark.layout
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in FEW else pytest.mark.matrix) for name in LAYOUTS]
+)
 def test_optimizers_train_the_same_in_every_layout(layout: str) -> None:
     """Also where ranks hold slices of matrices that two axes of the mesh cut, or experts whole or in copies."""
     n, model, parallelism = LAYOUTS[layout]

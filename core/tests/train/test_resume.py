@@ -101,8 +101,15 @@ def test_a_run_goes_on_in_any_layout(tmp_path):
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
-@pytest.mark.parametrize("degrees", [{}, {"tensor_parallel_degree": 2}], ids=["FSDP 2", "TP 2"])
+@pytest.mark.parametrize(
+    ("degrees", "mode"),
+    [
+        pytest.param({}, "async", id="FSDP 2-async"),
+        pytest.param({"tensor_parallel_degree": 2}, "disabled", id="TP 2-disabled"),
+        pytest.param({}, "disabled", id="FSDP 2-disabled", marks=pytest.mark.matrix),
+        pytest.param({"tensor_parallel_degree": 2}, "async", id="TP 2-async", marks=pytest.mark.matrix),
+    ],
+)
 def test_the_same_ranks_go_on_bit_for_bit(tmp_path, degrees, mode):
     for folder, leaves in ((tmp_path / "whole", [0]), (tmp_path / "again", [2, 0])):
         for leaves_at in leaves:

@@ -64,10 +64,12 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for every size, tiny configuration and recipe, where a test asks for one."""
+        *others, last = self.recipes()  # a plan takes seconds: every test run makes one, `nox -s matrix` all
         choices = {
             "size": self.sizes,
             "tiny": self.hf_configs,
-            "recipe": self.recipes(),
+            "recipe": [*others, last],
+            "planned": [*(pytest.param(name, marks=pytest.mark.matrix) for name in others), last],
             "layout": self.layout_parameters(),
         }
         for argument, names in choices.items():
@@ -222,8 +224,8 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
         assert (config.dataloader, config.tokenizer) == (IndexedText.Config(), Tokenizer.Config())
         assert config.tokenizer.build().vocab_size <= config.model.vocab_size
 
-    def test_recipe_can_be_planned(self, recipe: str) -> None:
-        config = self.run_config(recipe)
+    def test_recipe_can_be_planned(self, planned: str) -> None:
+        config = self.run_config(planned)
         sparse = bool(expert_parts(config.model))
         degrees = {"tensor_parallel_degree": 2 - config.compile.enable, "expert_parallel_degree": 8 if sparse else 1}
         config.parallelism = Parallelism(**degrees)
