@@ -3,13 +3,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from core.config.errors import UserError
-from core.data.dataset import open_source
-from core.data.source import Source, StandardLibrary, TextFiles
+from core.config.validate import problems_of
+from core.data.corpus import Corpus
+from core.data.dataset import open_source, source_of
+from core.data.source import HubDataset, Source, StandardLibrary, TextFiles
 
 
 def texts(source: Source) -> list[str]:
@@ -127,7 +130,9 @@ def test_hub_dataset_is_streamed(hub):
 
 def test_hub_dataset_with_wrong_names(hub):
     for dataset in (f"hf:{hub}/none", f"hf:{hub}:none", f"hf:{hub}@none"):
-        with pytest.raises(UserError, match="cannot open the Hugging Face dataset hf:.*none"):
+        with pytest.raises(
+            UserError, match="cannot open the Hugging Face dataset hf:.*none|no split 'none'; there are: train, test"
+        ):
             open_source(dataset, "text", "error")
     with pytest.raises(UserError, match="row 1: expected text in the field 'n', got a value of type int"):
         texts(open_source(f"hf:{hub}", "n", "error"))
@@ -148,3 +153,38 @@ def test_no_optional_or_slow_package_is_imported_before_it_is_chosen():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split("\n") == ["[]", "[]", ""]
+
+
+def test_a_saved_folder_is_read_and_its_splits_are_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "held": rows.select([1])}).save_to_disk(tmp_path / "both")
+    assert texts(open_source(f"hf:{tmp_path}/one", "text", "error")) == ["one", "two"]
+    assert texts(open_source(f"hf:{tmp_path}/both@held", "text", "error")) == ["two"]
+    before = open_source(f"hf:{tmp_path}/one", "text", "error").fingerprint()
+    assert before == open_source(f"hf:{tmp_path}/one", "text", "error").fingerprint()
+    with pytest.raises(UserError, match=r"both@nope has no split 'nope'; there are: train, held"):
+        open_source(f"hf:{tmp_path}/both@nope", "text", "error")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="hf:json is a format and no dataset: name the files, without hf:"):
+        open_source("hf:json", "text", "error")
+
+
+def test_several_sources_are_one_behind_the_other(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.jsonl").write_text('{"text": "second"}\n{"text": 3}\n')
+    words = [str(tmp_path / "b.jsonl"), str(tmp_path / "*.txt")]
+    source = open_source(words, "text", "skip")
+    assert texts(source) == ["second", "first"] and source.name == ", ".join(words)
+    with pytest.raises(UserError, match=r"b\.jsonl:2: expected text"):
+        texts(open_source(words, "text", "error"))
+    with pytest.raises(UserError, match=r"a\.txt is named twice: it would be read twice"):
+        open_source([words[1], str(tmp_path / "a.txt")], "text", "error")
+    config = Corpus.Config(dataset=words, on_bad_line="skip", validation_fraction=0.0)
+    assert config.build(tokenizer=tokenizer).manifest.splits["train"].documents == 2
+    assert [where for where, _ in problems_of(Corpus.Config(dataset=[]))] == ["dataset"]
+    places = Corpus.Config(dataset=["books", "hf:name#main", "stdlib"]).places()["dataset"]
+    assert places == [str(Path("books").absolute()), "hf:name#main", "stdlib"]
+    stated = HubDataset.Config(dataset="a", subset="b", split="c", revision="d")
+    assert source_of("hf:a:b@c#d", "text", "error", None) == stated

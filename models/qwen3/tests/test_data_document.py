@@ -47,6 +47,8 @@ N_SECTIONS = {
     "hf:roneneldan/TinyStories": 15,
     "hf:allenai/c4:en@train": 15,
     "hf:tables": 15,
+    "hf:allenai/c4:en@train#v1": 15,
+    "books/reviews.jsonl books/old/*.gz hf:tables": 40 + 30 + 15,
 }
 """Documents in everything that the document names, of long ones the sections."""
 
@@ -112,7 +114,8 @@ def there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real, asked = datasets.load_dataset_builder, {("roneneldan/TinyStories", None), ("allenai/c4", "en")}
 
-    def builder(name: str, config: str | None) -> Any:
+    def builder(name: str, config: str | None, revision: str | None) -> Any:
+        assert revision in (None, "v1")
         local = name if (name, config) not in asked else str(folder / "tables")
         return real(local, cache_dir=str(tmp_path / "hub"))
 
@@ -152,11 +155,15 @@ def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert train.n_rows is None or train.n_rows >= run.training.steps * run.training.local_batch_size
     if type(run.dataloader) is IndexedText.Config:
         extents = Corpus(run.dataloader, tokenizer=tokenizer).manifest.splits
-        assert sum(extent.sections for extent in extents.values()) == N_SECTIONS[run.dataloader.dataset]
+        assert (
+            sum(extent.sections for extent in extents.values())
+            == N_SECTIONS[" ".join([dataset] if isinstance(dataset, str) else dataset)]
+        )
 
 
 def test_the_lines_name_everything_that_is_read() -> None:
-    trained = {words[words.index("--dataloader.dataset") + 1] for words in COMMANDS if "--dataloader.dataset" in words}
+    flags = [dict(cli.split_flags(words[3:])) for words in COMMANDS]
+    trained = {" ".join(each["--dataloader.dataset"]) for each in flags if "--dataloader.dataset" in each}
     assert trained == set(N_SECTIONS)
     assert {words[2] for words in COMMANDS} == {"qwen3.train", *PROGRAMS}
 

@@ -17,13 +17,13 @@ from core.config.errors import UserError
 from core.config.record import absolute, located, to_dict
 from core.data import integrity, shards
 from core.data.bad_lines import BadLines, OnBadLine
-from core.data.dataset import absolute_dataset, open_source
+from core.data.dataset import absolute_dataset, absolute_word, open_source
 from core.data.progress import ProgressLine
 from core.data.rows import RowReader
 from core.data.sampling import SPLITS, Split, held_out
 from core.data.sections import LeftOut, Section, batches, settled
 from core.data.shards import DamagedError, SplitWriter, TokenManifest, TokenStream, json_digest
-from core.data.source import RowSource, Source
+from core.data.source import Source
 from core.data.staging import staging_folder
 from core.data.text_files import Format
 from core.runtime.disk import flush
@@ -54,10 +54,10 @@ class Corpus(Configurable):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
-        dataset: str | Source.Config = "stdlib"
+        dataset: str | list[str] | Source.Config = "stdlib"
         """stdlib (the running Python's standard library), a file, folder or glob pattern (.txt, .md, .jsonl, .json,
-        .csv, .tsv, .parquet, .arrow; also .gz, .zst, .xz, .bz2), or hf:NAME[:CONFIG][@SPLIT]; in a recipe also the
-        Config of a `Source`."""
+        .csv, .tsv, .parquet, .arrow; also .gz, .zst, .xz, .bz2), or hf:NAME[:CONFIG][@SPLIT][#REVISION]; or several of
+        these, read one behind the other; in a recipe also the Config of a `Source`."""
         format: Format | None = None
         """What all the files are, whatever their names say; None goes by their names."""
         text_field: str = "text"
@@ -71,17 +71,20 @@ class Corpus(Configurable):
         streaming none is kept."""
 
         def places(self) -> dict[str, Any]:
-            dataset = absolute_dataset(self.dataset) if isinstance(self.dataset, str) else self.dataset
-            return {"dataset": dataset, "cache_folder": absolute(self.cache_folder)}
+            return {"dataset": absolute_dataset(self.dataset), "cache_folder": absolute(self.cache_folder)}
 
         def problems(self) -> Iterator[tuple[str, str]]:
             """A share that is none, and settings of lines where a source has its own."""
             if not 0 <= self.validation_fraction < 1:
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
-            if self.format and (not isinstance(self.dataset, str) or self.dataset.startswith(("hf:", "stdlib"))):
+            words = [self.dataset] if isinstance(self.dataset, str) else self.dataset
+            if words == []:
+                yield "dataset", "names nothing to read: give stdlib, a file, a folder, a glob pattern or hf:NAME"
+            others = not isinstance(words, list) or any(word.startswith(("hf:", "stdlib")) for word in words)
+            if self.format and others:
                 yield "format", f"format {self.format} is of files, and dataset names none: leave it out"
             usual = (type(self).__dataclass_fields__["text_field"].default, "error")
-            if not isinstance(self.dataset, str) and (self.text_field, self.on_bad_line) != usual:
+            if not isinstance(words, list) and (self.text_field, self.on_bad_line) != usual:
                 yield "dataset", "a Config has text_field and on_bad_line of its own, if any: set those"
 
     def __init__(
@@ -91,12 +94,13 @@ class Corpus(Configurable):
         one of their machine, which has compared every byte."""
         source = open_source(config.dataset, config.text_field, config.on_bad_line, config.format)
         if reader is not None:
-            if not isinstance(source, RowSource):
-                raise UserError(f"{source.name} has no rows: name files such as .jsonl or .parquet, or hf:NAME")
-            source.reader = reader
+            source.read_rows_by(reader)
         if isinstance(config.dataset, str):
-            stated = os.fsencode(absolute_dataset(config.dataset)).decode(errors="backslashreplace")
+            stated: Any = _printable(absolute_word(config.dataset))
             title = Path(config.dataset).name
+        elif isinstance(config.dataset, list):
+            stated = [_printable(absolute_word(word)) for word in config.dataset]
+            title = f"{Path(config.dataset[0]).name}-and-{len(stated) - 1}-more"
         else:
             stated, title = to_dict(located(config.dataset)), type(source).__name__
         self._made_from = {
@@ -189,6 +193,10 @@ class Corpus(Configurable):
                 except DamagedError:
                     if self.folder.lstat().st_ino == there:
                         self.folder.rename(staging / f"damaged-{there}")
+
+
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _cache_folder(chosen: str | None) -> Path:

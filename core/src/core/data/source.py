@@ -6,15 +6,16 @@ import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, cast
 
 from core.config.configurable import Configurable
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
 from core.config.record import absolute
 from core.data.bad_lines import BadLines, OnBadLine, reading
 from core.data.library import library_errors
@@ -24,7 +25,10 @@ from core.data.text_files import Format, find_files, read_sections
 
 STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
+_SAVED = ("dataset_dict.json", "state.json")
+"""One of these lies in a folder that `save_to_disk` wrote, of several splits or of one."""
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_MOST_NAMES = 5
 _TOPICS = "pydoc_data/topics.py"
 _END = object()
 
@@ -53,6 +57,10 @@ class Source(Configurable, ABC):
     def fingerprint(self) -> list[Any]:
         """What changes when the text does (data for JSON), found without reading the text."""
 
+    def read_rows_by(self, reader: RowReader) -> None:
+        """Read something else of a row than its text. Raises `UserError` where there are no rows."""
+        raise UserError(f"{self.name} has no rows with fields: name files such as .jsonl or .parquet, or hf:NAME")
+
     @abstractmethod
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
         """One pass over all documents, each by `cut_row` if it is in memory; what cannot be read goes to `bad`."""
@@ -79,7 +87,10 @@ class RowSource(Source):
     """A source whose documents lie in rows."""
 
     reader: RowReader
-    """What is read of a row; `open` states it, and who opened the source may state another."""
+    """What is read of a row; `open` states it."""
+
+    def read_rows_by(self, reader: RowReader) -> None:
+        self.reader = reader
 
 
 class StandardLibrary(Source):
@@ -149,13 +160,7 @@ class TextFiles(RowSource):
         self.reader = TextField(self.config.text_field)
         with reading(self.name):
             self.files = find_files(self.name, self.config.format)
-        self._found = [self._state(file) for file in self.files]
-
-    @staticmethod
-    def _state(file: Path) -> list[Any]:
-        with reading(file):
-            found = file.stat()
-        return [str(file), found.st_size, found.st_mtime_ns]
+        self._found = [_file_state(file) for file in self.files]
 
     def fingerprint(self) -> list[Any]:
         return self._found
@@ -168,7 +173,7 @@ class TextFiles(RowSource):
 
     def _check_unchanged(self, file: Path, found: list[Any]) -> None:
         """Text that changes under a run would be read as something that its fingerprint does not stand for."""
-        if self._state(file) != found:
+        if _file_state(file) != found:
             raise UserError(f"{file} has changed since the run began to read: start again once nothing writes there")
 
 
@@ -181,6 +186,8 @@ class HubDataset(RowSource):
         """Its name at Hugging Face, or a local folder that the package `datasets` can read."""
         subset: str = ""
         """One of its configurations; empty is the one that there is."""
+        revision: str = ""
+        """A branch, tag or commit at Hugging Face; empty is the newest of its main branch."""
         split: str = "train"
         """One of its splits."""
         text_field: str = "text"
@@ -196,17 +203,31 @@ class HubDataset(RowSource):
     def open(self) -> None:
         c = self.config
         self.on_bad_line, self.reader = c.on_bad_line, TextField(c.text_field)
-        dataset = self.name = f"{HUB}{c.dataset}{':' * bool(c.subset)}{c.subset}{f'@{c.split}' * (c.split != 'train')}"
+        subset, split, revision = f":{c.subset}" * bool(c.subset), f"@{c.split}" * (c.split != "train"), c.revision
+        dataset = self.name = f"{HUB}{c.dataset}{subset}{split}{f'#{revision}' * bool(revision)}"
         if importlib.util.find_spec("datasets") is None:
             raise UserError(f"{dataset} needs the package datasets: in the checkout run pip install './core[hf]'")
         import datasets
 
-        with library_errors(f"cannot open the Hugging Face dataset {dataset}"):
-            self._builder = datasets.load_dataset_builder(c.dataset, c.subset or None)
-            self._rows = self._builder.as_streaming_dataset(c.split)
+        if saved := [name for name in _SAVED if os.path.isfile(os.path.join(c.dataset, name))]:
+            with library_errors(f"cannot open the saved dataset {dataset}"):
+                found: Any = datasets.load_from_disk(c.dataset)
+                splits = found if saved[0] == _SAVED[0] else {"train": found, str(found.split or "train"): found}
+                files = [each["filename"] for split in splits.values() for each in split.cache_files]
+                self._found: list[Any] = [_file_state(Path(file)) for file in files]
+        else:
+            if not os.path.isdir(c.dataset) and "/" not in c.dataset and _is_format(c.dataset):
+                raise UserError(f"{dataset} is a format and no dataset: name the files, without {HUB}")
+            with library_errors(f"cannot open the Hugging Face dataset {dataset}"):
+                builder = datasets.load_dataset_builder(c.dataset, c.subset or None, revision=c.revision or None)
+                self._found = [builder.config_id, builder.hash]
+                splits = cast(dict[str, Any], builder.as_streaming_dataset(None))
+        if c.split not in splits:
+            raise UserError(f"{dataset} has no split {c.split!r}; there are: {', '.join(splits) or 'none'}")
+        self._rows = splits[c.split]
 
     def fingerprint(self) -> list[Any]:
-        return [self._builder.config_id, self._builder.hash]
+        return self._found
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
         with library_errors(f"cannot read the Hugging Face dataset {self.name}"):
@@ -217,3 +238,50 @@ class HubDataset(RowSource):
             if row is _END:
                 return
             yield from self.reader.sections(row, f"{self.name}, row {number}", bad)
+
+
+class SeveralSources(Source):
+    """Sources one behind the other, as one."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        sources: list[Source.Config] = field(default_factory=list)
+        """What is read, in this order."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if not self.sources:
+                yield "sources", "names nothing to read"
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+
+    def open(self) -> None:
+        self.parts: list[Source] = [source.build() for source in self.config.sources]
+        self.on_bad_line = "error" if any(part.on_bad_line == "error" for part in self.parts) else "skip"
+        self.name = ", ".join(at_most(_MOST_NAMES, [part.name for part in self.parts]))
+        files = Counter(file for part in self.parts if isinstance(part, TextFiles) for file in part.files)
+        if twice := [file for file, n in files.items() if n > 1]:
+            raise UserError(f"{twice[0]} is named twice: it would be read twice")
+
+    def read_rows_by(self, reader: RowReader) -> None:
+        for part in self.parts:
+            part.read_rows_by(reader)
+
+    def fingerprint(self) -> list[Any]:
+        return [part.fingerprint() for part in self.parts]
+
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        for part in self.parts:
+            yield from part.sections_of(bad)
+
+
+def _file_state(file: Path) -> list[Any]:
+    with reading(file):
+        found = file.stat()
+    return [str(file), found.st_size, found.st_mtime_ns]
+
+
+def _is_format(name: str) -> bool:
+    """Whether `datasets` takes a name for a way of reading files: all in the working directory."""
+    from datasets import packaged_modules
+
+    return name in packaged_modules._PACKAGED_DATASETS_MODULES

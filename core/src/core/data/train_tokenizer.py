@@ -31,8 +31,8 @@ class TokenizerTraining(Configurable):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
-        dataset: str = "stdlib"
-        """What to train on: stdlib, a file, a folder, a glob pattern or hf:NAME, as for `--dataloader.dataset`."""
+        dataset: str | list[str] = "stdlib"
+        """What to train on: stdlib, files, folders, glob patterns or hf:NAME, as for `--dataloader.dataset`."""
         text_field: str = "text"
         """The field of a .jsonl line or dataset row that holds the text."""
         on_bad_line: OnBadLine = "error"
