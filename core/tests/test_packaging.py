@@ -25,7 +25,7 @@ MODELS = sorted(path.parent for path in ROOT.glob("models/*/pyproject.toml"))
 EXPERIMENTS = sorted(path.parent for path in ROOT.glob("experiments/*/pyproject.toml"))
 RANGE, QWEN3 = "armature-core>=0.1,<0.2", "armature-qwen3>=0.1,<0.2"
 DEPENDENCIES = {
-    "": {"numpy", "safetensors", "sentencepiece", "torch", "tyro"},
+    "": {"jinja2", "numpy", "safetensors", "sentencepiece", "torch", "tyro"},
     "data": {"pyarrow"},
     "hf": {"datasets", "huggingface-hub", "tokenizers"},
     "tensorboard": {"tensorboard"},

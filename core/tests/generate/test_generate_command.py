@@ -25,6 +25,7 @@ from core.data.tokenizer import Tokenizer, bundled_model
 from core.data.tokenizer_json import read_model, tokenizer_json
 from core.generate import command
 from core.generate.command import main
+from core.generate.printed import PrintedText
 from core.nn.decoder import Decoder
 from core.runtime.device import describe
 from core.runtime.log import log as LOGGER
@@ -144,6 +145,33 @@ def test_several_prompts_come_under_headings(write, tmp_path) -> None:
     ]
     assert out == "".join(blocks)
     assert "48 tokens in" in err
+
+
+def test_several_prompts_stream_in_their_order(monkeypatch) -> None:
+    """The second one's text is kept until the first has ended, and then goes on from where it is."""
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    ids = BUNDLED.encode("red blue")
+    output = PrintedText(BUNDLED, ["one", "two"], [[1], [1]], [9, 9], as_json=False)
+    steps = [(0, ids[0]), (1, ids[0]), (1, ids[1]), (0, None), (1, ids[1]), (1, None)]
+    told = []
+    for row, token in steps:
+        output(row, token)
+        told.append(shown.getvalue())
+    first, both, again = (BUNDLED.decode(some) for some in (ids[:1], ids[:2], [*ids[:2], ids[1]]))
+    beginning = f"[1] one\n{first}"
+    assert told[:3] == [beginning] * 3
+    assert told[3:] == [f"{beginning}\n\n[2] two\n{text}" for text in (both, again, f"{again}\n\n")]
+
+
+def test_json(write) -> None:
+    out, err = write("--prompt", "日本", "--prompt", "x" * 40, "--max-new-tokens", "60", "--temperature", "0", "--json")
+    said = [json.loads(line) for line in out.splitlines()]
+    assert sorted(each["number"] for each in said) == [1, 2] and "tokenizer  " in err
+    for each in said:
+        prompt, n = {1: ("日本", 60), 2: ("x" * 40, 64 - len(BUNDLED.encode("x" * 40)) - 1)}[each["number"]]
+        n = min(n, 64 - 1 - len(BUNDLED.encode(prompt)))
+        assert each == {**each, "prompt": prompt, "text": greedy_text(prompt, n), "tokens": n, "ended": False}
 
 
 def test_long_prompts_have_short_headings(write) -> None:
@@ -473,7 +501,7 @@ def test_every_setting_is_explained() -> None:
         (["--prompt-file", "none.txt"], "cannot read the prompt in none.txt: No such file or directory"),
         (["--prompt", "word " * 90], "with model.max_seq_len 64 it may have 63: shorten it"),
         (["--model.vocab_size", "500"], "the tokenizer has 2,048 tokens, model.vocab_size is 500"),
-        (["--model.dim", "32"], "the weights are of a model with\n  dim 16, not 32"),
+        (["--model.dim", "32"], "the weights are of a model with\n         dim 16, not 32"),
         (["--model.dim", "32", "--allow-model-change"], "does not fit"),
     ],
 )

@@ -90,6 +90,11 @@ class ChatTemplate:
             raise TemplateError("the chat template writes the prompt in another way once the completion follows")
         return _after(spans, len(prompt))
 
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[Span]:
+        """A conversation up to where the assistant's next turn begins. Raises `TemplateError`."""
+        marked = [self._mark(message) for message in messages]
+        return list(_spans(self._render(marked, None, add_generation_prompt=True)))
+
     def _find_turns(self, text: str, messages: list[ChatMessage], tools: Any) -> str:
         """The text with marks around what the assistant wrote, of a template that does not say what that is.
 

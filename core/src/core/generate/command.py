@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from types import ModuleType
 from typing import cast
 
@@ -15,7 +14,6 @@ import torch
 
 from core.config import cli
 from core.config.configurable import Configurable
-from core.config.console import lost
 from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
@@ -24,10 +22,11 @@ from core.config.options import comparable
 from core.config.recipe import is_folder, load_config, recipe_module, recipes
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
+from core.generate.chat import ChatPrompts
 from core.generate.folder import check_tokenizer, described, end_ids, existing, tokenizer_in
 from core.generate.generate import Completion, generate
+from core.generate.printed import PrintedText
 from core.generate.sample import Sampler
-from core.generate.text import Continuation
 from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.kernel_checks import check_kernels
@@ -132,6 +131,10 @@ class Generation(Configurable):
         """Beginnings of texts; on the command line one for each --prompt."""
         prompt_file: str | None = None
         """A UTF-8 file whose text is one prompt more; a line end at its end does not count."""
+        chat: bool = False
+        """Each prompt is what a user says to open a chat, in the words of the tokenizer's chat template."""
+        json: bool = False
+        """Print a line of JSON for each prompt when its text ends: number, prompt, text, tokens, ended (or cut off)."""
         max_new_tokens: int = 128
         """Tokens that follow a prompt at most."""
         temperature: float = 1.0
@@ -178,14 +181,15 @@ class Generation(Configurable):
         found = self.own_tokenizer is not None or config.tokenizer.path is not None
         check_tokenizer(self.tokenizer, config.model.vocab_size, self.folder, found=found)
         self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
+        self.begin = ChatPrompts(self.tokenizer) if config.chat else self.tokenizer.encode_prompt
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
         self.end_ids = end_ids(self.tokenizer, self.folder)
         self.model = self.load_model()
 
     def encode(self, text: str, number: int) -> list[int]:
-        """The ids of a prompt, as of the beginning of a document."""
-        ids = self.tokenizer.encode_prompt(text)
+        """The ids of a prompt, as of the beginning of a document; of a chat, as its template begins it."""
+        ids = self.begin(text)
         if not ids:
             raise UserError(f"prompt {number} has no tokens, and this tokenizer none to begin with: write something")
         if len(ids) >= (limit := self.config.model.max_seq_len):
@@ -214,7 +218,7 @@ class Generation(Configurable):
         return model.eval()
 
     def run(self) -> None:
-        """Print the one continuation as it comes, or each of several when it ends."""
+        """Print the continuations as they come, or each as JSON when it ends."""
         for line in self.summary():
             note(line)
         started = time.perf_counter()
@@ -236,24 +240,8 @@ class Generation(Configurable):
     def write(self) -> list[Completion]:
         """Generate, and print to standard output."""
         c = self.config
-        streams = [Continuation(self.tokenizer, ids) for ids in self.prompts]
-        texts = ["" for _ in self.prompts]
-
-        def emit(row: int, token: int | None) -> None:
-            ended = token is None
-            piece = streams[row].finish() + "\n" if ended else streams[row].add(token)
-            if len(texts) > 1:
-                texts[row] += piece
-                piece = f"[{row + 1}] {shorten(self.texts[row], 100)}\n{texts[row]}\n" if ended else ""
-            if piece:
-                piece.encode(
-                    sys.stdout.encoding or "utf-8"
-                )  # text is no message: it is printed as it is, or not at all
-                print(piece, end="", flush=True)
-                if (error := lost(sys.stdout)) is not None:
-                    raise error
-
-        sampler = Sampler(len(texts), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed)
+        output = PrintedText(self.tokenizer, self.texts, self.prompts, self.limits, as_json=c.json)
+        sampler = Sampler(len(self.texts), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, seed=c.seed)
         return generate(
             self.model,
             self.prompts,
@@ -261,7 +249,7 @@ class Generation(Configurable):
             limits=self.limits,
             n_tokens=self.tokenizer.vocab_size,
             end_ids=self.end_ids,
-            emit=emit,
+            emit=output,
         )
 
     def summary(self) -> list[str]:
