@@ -18,7 +18,9 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "house", "typecheck", "train", "tests"]
+nox.options.sessions = ["lint", "house", "typecheck", "tests"]
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all that it imports
 
 ROOT = Path(__file__).parent
 TRAINED = {
@@ -34,13 +36,12 @@ TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "pytest-xdist>=3.
 SIDE_BY_SIDE = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]  # docs/decisions/0012
 
 each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in FOLDERS])
-each_trained = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in TRAINED])
 
 
 @nox.session(default=False)
 def shared(session: nox.Session) -> None:
     """Install core's dependencies, its extras and the test tools, once for all sessions."""
-    session.install(TORCH, *third_party())
+    session.install("--no-compile", TORCH, *third_party())  # what is imported, a third of it, is compiled then
 
 
 def third_party() -> list[str]:
@@ -92,8 +93,13 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(requires=["shared"])
 @each_package
 def tests(session: nox.Session, package: str) -> None:
-    """Run one package's tests against its installed copy; arguments after -- go to pytest."""
+    """Train a package's debug recipe for five steps, then run its tests, both from its installed copy.
+
+    Arguments after -- go to pytest, and with such nothing is trained.
+    """
     install(session, package)
+    if package in TRAINED and not session.posargs:
+        run_debug(session, package, "--training.steps", "5")
     # Tests and their ranks share the cores: a pool of threads in each would have them wait for one another.
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *SIDE_BY_SIDE, *session.posargs, env=threads)
@@ -209,14 +215,6 @@ def run_debug(session: nox.Session, package: str, *options: str) -> None:
     """Train a package's debug recipe in a folder outside the checkout."""
     with tempfile.TemporaryDirectory() as away, session.chdir(away):
         session.run("python", "-m", f"{package}.train", "--config", f"{package}_debug", *options)
-
-
-@nox.session(requires=["shared"])
-@each_trained
-def train(session: nox.Session, package: str) -> None:
-    """Train a package's debug recipe for five steps."""
-    install(session, package)
-    run_debug(session, package, "--training.steps", "5")
 
 
 @nox.session(default=False, reuse_venv=False)
