@@ -18,8 +18,6 @@ from core.step.settings import Compile, Debug, Training
 from core.testing.toy import Toy, ToyMoE
 from core.train.trainer import Trainer
 
-BUDGET = ActivationCheckpoint.Config(mode="memory_budget")
-
 
 def run_of(model: Any = None, **parts: Any) -> Trainer.Config:
     training = Training(seq_len=32, local_batch_size=2)
@@ -29,6 +27,12 @@ def run_of(model: Any = None, **parts: Any) -> Trainer.Config:
 def lines_of(found: Plan) -> dict[str, list[str]]:
     """The words of each line behind its first."""
     return {words[0]: words[1:] for line in str(found).splitlines() if (words := line.split())}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plan:
+    """The plan of a run that takes nothing for granted."""
+    return plan(run_of(), world_size=2, rank=1)
 
 
 def test_says_what_was_asked():
@@ -101,11 +105,11 @@ def test_types_are_those_of_the_device_of_the_run():
         ({"parallelism": Parallelism(cpu_offload=True)}, "lie in the host's memory"),
     ],
 )
-def test_says_what_it_takes_for_granted(parts: dict[str, Any], note: str):
+def test_says_what_it_takes_for_granted(plain: Plan, parts: dict[str, Any], note: str):
     found = plan(run_of(**parts), world_size=2, rank=1)
     assert any(note in line for line in found.notes)
     assert found.peak_bytes > 0
-    assert not any(note in line for line in plan(run_of(), world_size=2, rank=1).notes)
+    assert not any(note in line for line in plain.notes)
 
 
 def test_flex_attention_is_planned_though_a_cpu_cannot_train_it():
