@@ -109,7 +109,10 @@ def test_groups_that_do_not_fit_the_model(config: Optimizer.Config, message: str
         (AdamW.Config(groups=[Group(lr_factor=-1.0)]), "groups.0.lr_factor: lr_factor -1.0 must be a finite number"),
         (AdamW.Config(groups=[Group(betas=(0.9, 1.0))]), r"groups.0.betas: betas \(0.9, 1.0\) must be in"),
         (AdamW.Config(groups=[Group(frozen=True, lr_factor=0.1)]), "groups.0.frozen: frozen weights are not updated"),
-        (Muon.Config(companion=AdamW.Config(groups=[Group()])), "companion.groups: the companion follows optimizer"),
+        (
+            Muon.Config(companion=AdamW.Config(groups=[Group()])),
+            "companion.groups: the companion follows",
+        ),
     ],
 )
 def test_groups_that_make_no_sense(config: Optimizer.Config, message: str) -> None:

@@ -64,12 +64,11 @@ def pytorch_optimizer(config: TwoMoments.Config, weights: dict[str, nn.Parameter
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
 @pytest.mark.parametrize("kind", [AdamW, Adam])
-def test_equals_pytorch_bit_for_bit(kind: type[TwoMoments], implementation: Any, dtype: torch.dtype) -> None:
+def test_equals_pytorch_bit_for_bit(kind: type[TwoMoments], implementation: Any) -> None:
     config = kind.Config(lr=PEAK, implementation=implementation, weight_decay=0.3, beta1=0.8, beta2=0.9)
-    ours, theirs = some_weights(dtype), some_weights(dtype)
+    ours, theirs = some_weights(), some_weights()
     optimizer, reference = built(config, ours), pytorch_optimizer(config, theirs)
     for step, factor in enumerate(FACTORS):
         absent = frozenset({"w1.weight", "norm.weight"}) if step in (0, 3) else frozenset()

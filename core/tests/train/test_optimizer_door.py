@@ -30,6 +30,7 @@ from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
 from core.plan.plan import plan
 from core.runtime.meta import meta_model
+from core.runtime.records import read_records
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.update import train_step
@@ -37,7 +38,6 @@ from core.testing.parity import Case, alone, batches_of, build_case, full
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE
 from core.train.memory import estimate
-from core.train.records import read_records
 from core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -64,8 +64,10 @@ GROUPS = [
     Group(pattern="*norm.weight", betas=(0.8, 0.9), weight_decay=0.2),
 ]
 OPTIMIZERS = [Orthogonal.Config(lr=2e-2), Muon.Config(lr=2e-2, groups=GROUPS), Lion.Config(lr=1e-3), SGD.Config(lr=1.0)]
-"""Those that are compared in these layouts; in the others the first alone."""
-MANY = ("fsdp2", "tp2", "fsdp2-pp2", "ep2-tp2")
+OPTIMIZERS += [AdamW.Config(lr=2e-3, state_dtype="bfloat16"), AdamW.Config(lr=2e-3, state_dtype="8-bit")]
+COMPARED = {"fsdp2": 6, "ep2": 6, "tp2": 5, "fsdp2-pp2": 5, "ep2-tp2": 5}
+"""How many of the optimizers are compared in a layout; in the others the first alone. Eight bits are not for toys whose
+rows are cut."""
 
 
 class Trained(NamedTuple):
@@ -134,7 +136,7 @@ def test_optimizers_train_the_same_in_every_layout(layout: str) -> None:
     case = Case(model, parallelism, n)
     if type(model) not in ONE_RANK:
         ONE_RANK[type(model)] = all_trained(alone(case), OPTIMIZERS)
-    here = OPTIMIZERS if layout in MANY else OPTIMIZERS[:1]
+    here = OPTIMIZERS[: COMPARED.get(layout, 1)]
     ranks = run_ranks(all_trained, n, case, here, timeout_s=60.0 * len(here))
     for expected, *found in zip(ONE_RANK[type(model)][: len(here)], *ranks, strict=True):
         check_equal(expected, found)
@@ -199,12 +201,27 @@ def go(text: str, leaves_at: int = 0) -> tuple[dict[str, Tensor], dict[str, Tens
     return weights, {f"{name}.{key}": full(each) for name in state for key, each in state[name].items()}
 
 
-@pytest.mark.parametrize("kind", [Signum, Orthogonal, Lion, SGD])
-def test_the_state_is_saved_and_resumed_bit_for_bit(tmp_path: Path, kind: type[Optimizer]) -> None:
-    whole = go(to_json(a_run(tmp_path / "whole", kind.Config(lr=1e-2))))
-    parts = to_json(a_run(tmp_path / "parts", kind.Config(lr=1e-2)))
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        (Signum.Config(lr=1e-2), "float32"),
+        (Orthogonal.Config(lr=1e-2), "float32"),
+        (Lion.Config(lr=1e-2), "float32"),
+        (SGD.Config(lr=1e-2), "float32"),
+        (AdamW.Config(lr=1e-2, state_dtype="8-bit"), "float32"),
+        (AdamW.Config(lr=1e-2, state_dtype="bfloat16"), "float32"),
+        (Muon.Config(lr=1e-2, state_dtype="8-bit"), "bfloat16"),
+        (AdamW.Config(lr=1e-2), "bfloat16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{type(value).__qualname__}-{value.state_dtype}",
+)
+def test_the_state_is_saved_and_resumed_bit_for_bit(tmp_path: Path, optimizer: Optimizer.Config, dtype: Any) -> None:
+    runs = a_run(tmp_path / "whole", optimizer), a_run(tmp_path / "parts", optimizer)
+    for run in runs:
+        run.training.dtype = dtype
+    whole, parts = go(to_json(runs[0])), to_json(runs[1])
     left = go(parts, leaves_at=3)
-    assert not torch.equal(left[0]["norm.weight"], whole[0]["norm.weight"])
+    assert not torch.equal(left[0]["output.weight"], whole[0]["output.weight"])
     for found, expected in zip(go(parts), whole, strict=True):
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 

@@ -41,6 +41,8 @@ class TwoMoments(Optimizer, ABC):
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Optimizer
 
+    never_negative = ("exp_avg_sq",)
+
     @property
     @abstractmethod
     def decouples_decay(self) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor
 from core.optim.adam import AdamW
 from core.optim.optimizer import Optimizer
 from core.optim.patterns import pattern_problems
-from core.optim.weight import LocalWeight, NamedAxes, NamedWeight, WholeMatrices, names_matrix
+from core.optim.weight import LocalWeight, NamedAxes, NamedWeight, WeightLayout, names_matrix
 
 NOT_MATRICES = {"vocab", "choices"}
 """Axes of matrices whose rows are a thing each, looked up or compared: embedding, head, and the gates of routers."""
@@ -68,8 +68,9 @@ class Muon(Optimizer):
             if not 1 <= self.ns_steps <= 20:
                 yield "ns_steps", f"ns_steps {self.ns_steps} must be from 1 to 20"
 
-            if self.companion.groups:
-                yield "companion.groups", "the companion follows optimizer.groups: state the groups there"
+            for name in ("groups", "state_dtype"):
+                if getattr(self.companion, name) != getattr(AdamW.Config(), name):
+                    yield f"companion.{name}", f"the companion follows optimizer.{name}: state it there"
 
         def orthogonalises(self, weight: NamedAxes) -> bool:
             """Whether a weight is not the companion's."""
@@ -90,9 +91,11 @@ class Muon(Optimizer):
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Optimizer
 
-    def __init__(self, config: Config, *, weights: Iterable[NamedWeight], layout: WholeMatrices) -> None:
+    def __init__(self, config: Config, *, weights: Iterable[NamedWeight], layout: WeightLayout) -> None:
         self.companion: AdamW = config.companion.build(weights=[], layout=layout)
         super().__init__(config, weights=weights, layout=layout)
+
+    never_negative = AdamW.never_negative
 
     def new_state(self, weight: LocalWeight) -> dict[str, Tensor]:
         own = self.config.orthogonalises(weight)

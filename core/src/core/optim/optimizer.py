@@ -1,7 +1,7 @@
 """What updates the weights: one class for each method, chosen in a recipe. docs/add-an-optimizer.md makes one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import inf
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.optim.few_bits import StateDtype
 from core.optim.groups import Group, group_problems, weight_group
 from core.optim.patterns import pattern_problems
-from core.optim.weight import LocalWeight, NamedWeight, WholeMatrices
+from core.optim.weight import LocalWeight, NamedWeight, WeightLayout
 
 OLD_NAMES = {"AdamW": "core.optim.adam:AdamW", "Adam": "core.optim.adam:Adam"}
 """The classes that `name` chose before there was a choice of classes."""
+AT_ONCE = 2**24
+"""Numbers whose copies hardly matter."""
 
 
 class Optimizer(Configurable, ABC):
@@ -37,6 +40,9 @@ class Optimizer(Configurable, ABC):
         """Shrinkage per step, times the learning rate."""
         no_decay: list[str] = field(default_factory=lambda: ["*norm.weight", "*.bias", "*.sinks"])
         """Names of weights (globs) that are not shrunk. Of the default some fit no weight of some models."""
+        state_dtype: StateDtype = "weights"
+        """What means of gradients are kept in: the type of the weights, float32, bfloat16 that is rounded
+        stochastically, or 8 bits in blocks of 256 (those of vectors stay in float32)."""
         groups: list[Group] = field(default_factory=list)
         """Weights, by pattern, that differ in learning rate, decay or betas, or are frozen; the first match counts."""
 
@@ -76,7 +82,7 @@ class Optimizer(Configurable, ABC):
                 raise UserError(f"optimizer.name: expected {' or '.join(OLD_NAMES)}, got {name}")
             return {"class": OLD_NAMES[name], **{key: value for key, value in data.items() if key != "name"}}
 
-    def __init__(self, config: Config, *, weights: Iterable[NamedWeight], layout: WholeMatrices) -> None:
+    def __init__(self, config: Config, *, weights: Iterable[NamedWeight], layout: WeightLayout) -> None:
         """`weights` are those of the model that this rank has a slice of; without a gradient to come they are left out,
         and get no state."""
         self.config, self.layout = config, layout
@@ -87,13 +93,17 @@ class Optimizer(Configurable, ABC):
                 self.weights[weight.name] = LocalWeight(weight, group)
         with torch.no_grad():
             for weight in self.weights.values():
-                weight.start_state(self.new_state(weight))
+                weight.start_state(self.new_state(weight), layout, config.state_dtype, self.never_negative)
+
+    never_negative: Collection[str] = ()
+    """Names of states of which no number is below 0: in 8 bits these have twice as many values."""
 
     @abstractmethod
     def new_state(self, weight: LocalWeight) -> dict[str, Tensor]:
         """The tensors that are kept of a weight, by the names under which checkpoints keep them.
 
-        `weight.zeros()` makes one that is spread over the ranks like the weight; any other must be equal on all ranks.
+        `weight.zeros()` makes one that is spread over the ranks like the weight, and that is kept in
+        `Config.state_dtype`; any other must be equal on all ranks.
         """
 
     @abstractmethod
@@ -126,14 +136,20 @@ class Optimizer(Configurable, ABC):
         return self.layout.map_matrices(function, [weight.parameter for weight in weights], slices)
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
-        """Update every weight that has a gradient, with `lr_factor` times the peak learning rates."""
+    def step(self, lr_factor: float, number: int = 1) -> None:
+        """Update every weight that has a gradient, with `lr_factor` times the peak learning rates; `number`, the
+        step's, decides how numbers in bfloat16 are rounded."""
         live: dict[float, list[LocalWeight]] = {}
         for weight in self.weights.values():
             if weight.parameter.grad is not None:
                 live.setdefault(weight.group.lr_factor, []).append(weight)
         for factor, weights in live.items():
-            self.update(weights, lr_factor * factor)
+            for batch in updated_at_once(weights):
+                for weight in batch:
+                    weight.open()
+                self.update(batch, lr_factor * factor)
+                for weight in batch:
+                    weight.close(self.layout, number)
 
     def zero_grad(self) -> None:
         for weight in self.weights.values():
@@ -152,3 +168,19 @@ class Optimizer(Configurable, ABC):
     def state_keys(self) -> list[str]:
         """The names that tensors of the state have beside the name of their weight, here on this rank."""
         return sorted({key for weight in self.weights.values() for key in weight.stored})
+
+
+def updated_at_once(weights: Sequence[LocalWeight]) -> Iterator[list[LocalWeight]]:
+    """The weights that are updated at once: all of them, or, where copies of what is kept in few bits are made, as many
+    as have no more numbers than the largest weight or `AT_ONCE`. By whole weights, so that all ranks have the same."""
+    if not any(weight.in_few_bits for weight in weights):
+        yield list(weights)
+        return
+    most, batch, n = max(AT_ONCE, *(weight.shape.numel() for weight in weights)), [], 0
+    for weight in weights:
+        if batch and n + weight.shape.numel() > most:
+            yield batch
+            batch, n = [], 0
+        batch.append(weight)
+        n += weight.shape.numel()
+    yield batch

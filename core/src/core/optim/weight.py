@@ -8,13 +8,14 @@
 Letters: N matrices of a stack (1 where there is none), R rows, C columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from core.optim.few_bits import NUMBERS_PER_SCALE, AsItIs, Draw, InBlocks, Kept, Rounded, StateDtype
 from core.optim.groups import EVERYTHING, Group
 
 STACK = "experts"
@@ -38,8 +39,8 @@ class NamedWeight(NamedAxes, Protocol):
     def value(self) -> nn.Parameter: ...
 
 
-class WholeMatrices(Protocol):
-    """What the layout of a run does for an optimizer whose update needs whole matrices."""
+class WeightLayout(Protocol):
+    """What the layout of a run does for an optimizer."""
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
@@ -48,6 +49,15 @@ class WholeMatrices(Protocol):
 
         `slices` are this rank's of tensors that are cut as `weights` are, matrices or stacks of them. A collective.
         """
+        ...
+
+    def local_slice(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The piece of a weight, of any shape, that lies on this rank, and where it begins in the whole."""
+        ...
+
+    def row_blocks(self, weight: Tensor, size: int) -> Tensor:
+        """Zeros in fp32, one for each block of `size` numbers in the rows of a weight (..., C), on the ranks that have
+        these."""
         ...
 
 
@@ -61,18 +71,26 @@ class LocalWeight:
         self.stored: dict[str, Tensor] = {}
         """The state as it is saved: tensors that are spread over the ranks like the weight, or equal on all."""
         self.state: MappingProxyType[str, Tensor] = MappingProxyType({})
-        """This rank's slices of the state, to be changed in place."""
+        """This rank's slices of the state, to be changed in place; those in few bits are there during an update."""
+        self._kept: dict[str, Kept] = {}
+        self._rounded = self.parameter.dtype == torch.bfloat16
+        self._opened: tuple[Tensor, Tensor] | None = None
 
     @property
     def value(self) -> Tensor:
-        """This rank's slice of the weight."""
-        return local_tensor(self.parameter)
+        """This rank's slice of the weight, in an update of at least fp32."""
+        return local_tensor(self.parameter) if self._opened is None else self._opened[0]
 
     @property
     def grad(self) -> Tensor:
         """This rank's slice of the gradient. Of a weight without one there is none to ask for."""
         assert self.parameter.grad is not None, f"{self.name} has no gradient"
-        return local_tensor(self.parameter.grad)
+        return local_tensor(self.parameter.grad) if self._opened is None else self._opened[1]
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether an update works on copies of what is kept."""
+        return self._rounded or not all(isinstance(each, AsItIs) for each in self._kept.values())
 
     @property
     def is_matrix(self) -> bool:
@@ -83,10 +101,43 @@ class LocalWeight:
         """Zeros for the state, of the weight's shape and spread over the ranks like it; without `dtype` of its type."""
         return torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
 
-    def start_state(self, state: dict[str, Tensor]) -> None:
-        """Keep `state`, tensors of any shape, by the names under which it is saved."""
-        self.stored = state
-        self.state = MappingProxyType({key: local_tensor(tensor) for key, tensor in state.items()})
+    def start_state(
+        self, state: dict[str, Tensor], layout: WeightLayout, dtype: StateDtype, never_negative: Collection[str]
+    ) -> None:
+        """Keep `state`, tensors of any shape, by the names that it is saved by; those like the weight in `dtype`."""
+        for key, tensor in state.items():
+            of_weight = tensor.dim() > 0 and tensor.shape == self.shape and tensor.is_floating_point()
+            if of_weight and dtype == "8-bit" and self.is_matrix:
+                codes = torch.zeros_like(tensor, dtype=torch.uint8)
+                self.stored |= {key: codes, f"{key}_scale": layout.row_blocks(self.parameter, NUMBERS_PER_SCALE)}
+                scales = local_tensor(self.stored[f"{key}_scale"])
+                self._kept[key] = InBlocks(local_tensor(codes), scales, signed=key not in never_negative)
+                continue
+            if of_weight and dtype != "weights":
+                tensor = tensor.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+            self.stored[key] = tensor
+            kind = Rounded if tensor.dtype == torch.bfloat16 else AsItIs
+            self._kept[key] = kind(local_tensor(tensor))
+        if not self.in_few_bits:
+            self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
+
+    def open(self) -> None:
+        """Have `value`, `grad` and `state` be what an update changes."""
+        if self.in_few_bits:
+            value, grad = self.value, self.grad
+            self._opened = (value.float(), grad.float()) if self._rounded else (value, grad)
+            self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
+
+    def close(self, layout: WeightLayout, step: int) -> None:
+        """Keep what an update made of them, in a step of this number."""
+        if self._opened is None:
+            return
+        value, start = layout.local_slice(self.parameter)
+        if self._rounded:
+            Rounded(value).write(self._opened[0], Draw(f"{step}/{self.name}", start, self.shape))
+        for key, each in self._kept.items():
+            each.write(self.state[key], Draw(f"{step}/{self.name}.{key}", start, self.shape))
+        self._opened, self.state = None, MappingProxyType({})
 
 
 def names_matrix(axes: Sequence[str]) -> bool:

@@ -70,3 +70,16 @@ def dtensor_slice(weight: torch.Tensor) -> LocalSlice:
     piece = weight.to_local()
     assert piece.shape == shape, f"piece of shape {tuple(piece.shape)}, expected {shape}"
     return LocalSlice(piece, start)
+
+
+def row_blocks(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Zeros in fp32, one for each block of `size` numbers in the rows of a weight (..., C), cut as the weight is.
+
+    Of a cut row each rank must have whole blocks.
+    """
+    assert isinstance(weight, DTensor)
+    shape = torch.Size((*weight.shape[:-1], -(-weight.shape[-1] // size)))
+    own = weight.to_local()
+    zeros = own.new_zeros((*own.shape[:-1], -(-own.shape[-1] // size)), dtype=torch.float32)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(zeros, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride)

@@ -101,7 +101,11 @@ class RankView(ABC):
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
     ) -> list[Tensor]:
-        """This rank's slices of `function` of whole matrices (N, R, C): see `core.optim.weight.WholeMatrices`."""
+        """This rank's slices of `function` of whole matrices (N, R, C): see `core.optim.weight.WeightLayout`."""
+
+    @abstractmethod
+    def row_blocks(self, weight: Tensor, size: int) -> Tensor:
+        """Zeros in fp32 for each block of `size` numbers in the rows of a weight (..., C), on the ranks with these."""
 
     @abstractmethod
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
@@ -154,6 +158,9 @@ class SingleRank(RankView):
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
     ) -> list[Tensor]:
         return [function(x) if x.dim() == 3 else function(x.unsqueeze(0)).squeeze(0) for x in slices]
+
+    def row_blocks(self, weight: Tensor, size: int) -> Tensor:
+        return weight.new_zeros((*weight.shape[:-1], -(-weight.shape[-1] // size)), dtype=torch.float32)
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> None:
         return None

@@ -13,7 +13,7 @@ from core.nn.decoder import Decoder
 from core.nn.init import LocalSlice
 from core.nn.kernel import Positions
 from core.optim.clip import scale_down
-from core.parallel.apply import dtensor_slice, parallelize
+from core.parallel.apply import dtensor_slice, parallelize, row_blocks
 from core.parallel.context import split_rows
 from core.parallel.data import local_parts, squared_norm
 from core.parallel.layout import RankView, Wrapping, whole_rows
@@ -93,6 +93,9 @@ class ManyRanks(RankView):
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
     ) -> list[Tensor]:
         return map_matrices(function, weights, slices, self.stage_group, self.device)
+
+    def row_blocks(self, weight: Tensor, size: int) -> Tensor:
+        return row_blocks(weight, size)
 
     def pipeline(self, stages: dict[int, Decoder], n_microbatches: int) -> Pipeline | None:
         if self.degrees.pipeline == 1:

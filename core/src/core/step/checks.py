@@ -19,8 +19,10 @@ from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import check_kernels
 from core.nn.moe import MoE
 from core.nn.weights import weights
+from core.optim.few_bits import NUMBERS_PER_SCALE
 from core.optim.groups import weight_group
 from core.optim.optimizer import Optimizer
+from core.optim.weight import names_matrix
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, split_layers, splits_backward, stage_of
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.step.loss import Loss
@@ -187,6 +189,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_parts, run.activation_checkpoint, model),
         partial(check_optimizer, run.optimizer, model),
         partial(check_stages, run, model),
+        partial(check_blocks, run, model),
         lambda: with_hf(model).to_hf_config() if run.checkpoint.last_save_in_hf else None,
     )
 
@@ -224,6 +227,19 @@ def check_optimizer(optimizer: Optimizer.Config, model: Decoder) -> None:
     problems = list(optimizer.weight_problems(list(weights(model))))
     if problems:
         raise joined([(f"optimizer.{field}", message) for field, message in problems])
+
+
+def check_blocks(run: Run, model: Decoder) -> None:
+    """Raise `UserError` for states in 8 bits of weights whose rows are cut within a block, which has one scale."""
+    if run.optimizer.state_dtype != "8-bit":
+        return
+    for weight in weights(model):
+        (n, words), columns = ranks_that_share(weight.axes[-1], run.parallelism), weight.value.shape[-1]
+        if names_matrix(weight.axes) and n > 1 and columns % (n * NUMBERS_PER_SCALE):
+            raise UserError(
+                f"optimizer.state_dtype 8-bit has a scale for {NUMBERS_PER_SCALE} numbers of a row, and {words} cuts "
+                f"the {columns:,} columns of {weight.name} into {n}, no multiple of it: use bfloat16, or a lower degree"
+            )
 
 
 def check_stages(run: Run, model: Decoder) -> None:

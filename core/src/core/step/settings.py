@@ -34,7 +34,7 @@ class Training(Configurable.Config):
     device: str = "auto"
     """auto (the accelerator, or else the CPU), cpu, or cuda."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored weights and of the optimizer's moments."""
+    """Type of the stored weights; bfloat16 is rounded stochastically, so that small updates are not lost."""
     mixed_precision_param: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that matrix products compute in; auto is bfloat16 on an accelerator and the type of the weights on a CPU,
     where bfloat16 is many times slower."""

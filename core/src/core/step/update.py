@@ -67,7 +67,7 @@ def train_step(
             )
         log.warning(f"step {step} left out: loss {info.loss}, gradient norm {info.grad_norm}")
         return info._replace(updated=False)
-    optimizer.step(lr_factor)
+    optimizer.step(lr_factor, step)
     for part in objective.stages:
         update_selection_bias(part)
     return info
