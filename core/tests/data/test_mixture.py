@@ -10,7 +10,7 @@ import torch
 from core.config.errors import UserError
 from core.config.record import from_dict, to_dict
 from core.config.validate import problems_of
-from core.data.mixture import PERIOD, Mixture, MixtureSource
+from core.data.mixture import PERIOD, Mixture, MixtureSource, MixtureStage
 from core.data.packing import Batch, pack_rows
 from core.data.samples import IndexedSamples, Samples
 from core.data.text import IndexedText, StreamedText
@@ -107,11 +107,50 @@ def test_where_a_source_ends_the_others_go_on(tokenizer: Tokenizer) -> None:
         ends.read(100, 1)
 
 
+def test_weights_change_at_steps(tokenizer: Tokenizer) -> None:
+    sources = [source(0, 50, 1), source(100, 333, 1), source(500, 60, 1, epochs=1)]
+    stages = [MixtureStage(step=101, weights=[0, 9, 1]), MixtureStage(step=301, weights=[1, 0, 0])]
+    config = Mixture.Config(sources=sources, schedule=stages)
+    assert problems_of(config) == []
+    mixture = config.build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=5, rows_per_step=3)
+    rows = read(mixture, 0, 2000)
+    owners = np.array([0 if row < 100 else 1 if row < 500 else 2 for row in rows])
+    ends = rows.index(559)  # the last row of the third source, which has one epoch
+    assert np.abs(np.bincount(owners[:150], minlength=3) - 50).max() <= 1
+    assert set(owners[300:900]) == {1} and set(owners[900:]) == {0} and ends < 300
+    counted = {name: SEQ_LEN * n for name, n in zip("012", np.bincount(owners[:1234]).tolist(), strict=True)}
+    assert mixture.tokens_by_source(1234) == counted and "other weights from step 101" in mixture.description
+    assert [row for row in rows if 100 <= row < 500] == [100 + n % 333 for n in range(sum(owners == 1))]
+    assert read(mixture, 250, 700) == rows[250:950]
+    late = Mixture.Config(sources=sources[:2], schedule=[MixtureStage(step=2, weights=[1, 0])])
+    late.sources[0] = source(0, 50, 1, epochs=1)
+    assert late.build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=5, rows_per_step=10).n_rows == 5 + 50
+
+
+def test_schedules_that_are_none_are_refused() -> None:
+    config = Mixture.Config(sources=[source(0, 9, 1), source(9, 9, 1)])
+    for stages, where in (
+        ([MixtureStage(step=1, weights=[1, 1])], "schedule.0.step"),
+        ([MixtureStage(step=5, weights=[1, 1]), MixtureStage(step=5, weights=[1, 1])], "schedule.1.step"),
+        ([MixtureStage(step=5, weights=[1])], "schedule.0.weights"),
+        ([MixtureStage(step=5, weights=[0, 0])], "schedule.0.weights"),
+        ([MixtureStage(step=5, weights=[1, -1])], "schedule.0.weights"),
+        ([MixtureStage(step=5, weights=[1, 1e-6])], "schedule.0.weights"),
+    ):
+        config.schedule = stages
+        assert [path for path, _ in problems_of(config)] == [where]
+    config.schedule, config.sources[1].name = [], "0"
+    assert problems_of(config) == [("sources", "two sources have the name 0: the record could not tell them apart")]
+
+
 def test_validation_is_that_of_all_sources_that_have_one(tokenizer: Tokenizer) -> None:
     sources = [source(0, 30, 1, held=3), source(50, 30, 1), source(100, 30, 5, held=2)]
     held = built(tokenizer, *sources, split="validation")
     assert held.n_rows == 5 and read(held, 0, 5) == [1500, 1501, 1502, 1600, 1601] and read(held, 2, 2) == [1502, 1600]
+    assert held.parts_of_rows == {"0": range(3), "2": range(3, 5)}
     config = Mixture.Config(sources=sources)
+    whole = config.held_out().build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=5)
+    assert whole.n_rows == 90 and sorted(read(whole, 0, 90)) == sorted([*range(30), *range(50, 80), *range(100, 130)])
     assert list(config.validation_problems()) == []
     config.sources = [source(0, 30, 1), source(50, 30, 1)]
     assert [name for name, _ in config.validation_problems()] == ["sources.0.data.n_held", "sources.1.data.n_held"]

@@ -92,5 +92,5 @@ def test_the_first_rank_of_every_machine_verifies_the_text(monkeypatch, number, 
     for name, value in places.items():
         monkeypatch.setenv(name, str(value))
     config: Any = SimpleNamespace(build=lambda **live: live)
-    opened: Any = open_samples(config, None, rank(number, 4), "train", seq_len=8, seed=0)
+    opened: Any = open_samples(config, None, rank(number, 4), "train", seq_len=8, seed=0, rows_per_step=4)
     assert opened["verify"] is verifies and (opened["rank"], opened["n_ranks"]) == (number, 4)

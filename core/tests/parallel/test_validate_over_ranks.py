@@ -31,7 +31,7 @@ HELD_OUT = 13
 class Rows:
     """The held-out text."""
 
-    n_rows, in_order = HELD_OUT, False
+    n_rows, in_order, parts_of_rows = HELD_OUT, False, {}
 
     def __init__(self, model: Decoder.Config) -> None:
         self.all = drawn_batch(model, HELD_OUT, 16, empty_rows=2)
@@ -57,7 +57,7 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     )
     local = case.n_rows // layout.degrees.data if case.local_batch_size == -1 else case.local_batch_size
     validator = Validator.Config(enable=True, steps=steps).build(
-        loader=Rows(case.model),
+        loaders={"validation": Rows(case.model)},
         objective=objective,
         text_bytes=bytes_of,
         rows_per_step=case.n_rows,

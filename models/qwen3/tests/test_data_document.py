@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (place / "export/all.data").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in rows["body"])])
     stated = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    for name, text in zip(("tokens", "mixture", "chat"), stated, strict=True):
+    for name, text in zip(("tokens", "sets", "mixture", "chat"), stated, strict=True):
         (place / f"{name}.json").write_text(text)
     (place / "tokens").mkdir()
     for name in ("train", "val"):
@@ -142,6 +142,9 @@ def test_a_run_reads(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = run.tokenizer.build()
     check_vocabulary(tokenizer, run.model.vocab_size)
     splits = ("train", "validation") if run.validator.enable else ("train",)
+    if run.validator.datasets:
+        live = {"tokenizer": tokenizer, "seq_len": 32, "seed": 0}
+        assert [data.held_out().build(**live).n_rows > 0 for data in run.validator.datasets.values()] == [True, True]
     loaders = {
         split: run.dataloader.build(tokenizer=tokenizer, seq_len=run.training.seq_len, seed=0, split=split)
         for split in splits

@@ -6,9 +6,10 @@ in a pattern of their own.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -30,6 +31,18 @@ class MixtureSource(Configurable.Config):
     """What is read, and how often: a source whose `epochs` are over has no more rows."""
     weight: float = 1.0
     """Its share of the rows, beside the weights of the others."""
+    name: str = ""
+    """What the record calls it; empty is its number."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureStage(Configurable.Config):
+    """Other weights from a step on."""
+
+    step: int
+    """The first step with these weights."""
+    weights: list[float] = field(default_factory=list)
+    """One for each source; 0 leaves a source out."""
 
 
 class Phase(NamedTuple):
@@ -63,11 +76,24 @@ class Mixture(Samples):
     class Config(Samples.Config):
         sources: list[MixtureSource] = field(default_factory=list)
         """What is mixed, and in which proportions."""
+        schedule: list[MixtureStage] = field(default_factory=list)
+        """Weights that change in the course of the run."""
+
+        def names(self) -> list[str]:
+            """What the record calls the sources."""
+            return [source.name or str(number) for number, source in enumerate(self.sources)]
+
+        def held_out(self) -> Self:
+            sources = [replace(source, data=source.data.held_out()) for source in self.sources]
+            return replace(self, sources=sources, schedule=[])
 
         def problems(self) -> Iterator[tuple[str, str]]:
             """Mixtures of nothing, and sources that would have no row in 1,000."""
             if not self.sources:
                 yield "sources", "a mixture has at least one source"
+            names = self.names()
+            if twice := [name for name in names if names.count(name) > 1]:
+                yield "sources", f"two sources have the name {twice[0]}: the record could not tell them apart"
             weights = [source.weight for source in self.sources]
             wrong = [(i, weight) for i, weight in enumerate(weights) if not 0 < weight < inf]
             for number, weight in wrong:
@@ -77,6 +103,22 @@ class Mixture(Samples):
                     if n == 0:
                         share = weights[number] / sum(weights)
                         yield f"sources.{number}.weight", f"a share of {share:.2g} is no row in {PERIOD:,}: raise it"
+            yield from self._stage_problems()
+
+        def _stage_problems(self) -> Iterator[tuple[str, str]]:
+            before = 1
+            for number, stage in enumerate(self.schedule):
+                if stage.step <= before:
+                    yield f"schedule.{number}.step", f"step {stage.step} must be later than step {before}"
+                before = stage.step
+                weights = stage.weights
+                if len(weights) != len(self.sources):
+                    yield f"schedule.{number}.weights", f"{len(weights)} weights for {len(self.sources)} sources"
+                elif not all(0 <= weight < inf for weight in weights) or not any(weights):
+                    yield f"schedule.{number}.weights", "weights must be finite, not below 0, and not all 0"
+                elif lost := [w for w, n in zip(weights, shares(weights).tolist(), strict=True) if w and not n]:
+                    share = lost[0] / sum(weights)
+                    yield f"schedule.{number}.weights", f"a share of {share:.2g} is no row in {PERIOD:,}: raise it"
 
         def mask(self) -> MaskKind:
             return "document" if any(source.data.mask() == "document" for source in self.sources) else "causal"
@@ -91,11 +133,13 @@ class Mixture(Samples):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Samples
 
     def open(self) -> None:
-        sources = self.config.sources
+        sources, names = self.config.sources, self.config.names()
         if self.split == "validation":
-            sources = [source for source in sources if not list(source.data.validation_problems())]
+            held = [not list(source.data.validation_problems()) for source in sources]
+            sources, names = list(compress(sources, held)), list(compress(names, held))
         live: dict[str, Any] = {"tokenizer": self.tokenizer, "seq_len": self.seq_len, "seed": self.seed}
         live |= {"split": self.split, "rank": self.rank, "n_ranks": self.n_ranks, "verify": self.verify}
+        live["rows_per_step"] = self.rows_per_step
         self.parts: list[Samples] = [source.data.build(**live) for source in sources]
         for part in self.parts:
             if part.in_order:
@@ -103,12 +147,17 @@ class Mixture(Samples):
         n_rows = [part.n_rows for part in self.parts]
         if self.split == "train":
             weights = [source.weight for source in sources]
-            self.phases, self.n_rows = phases(weights, n_rows)
+            changes = [((stage.step - 1) * self.rows_per_step, stage.weights) for stage in self.config.schedule]
+            self.phases, self.n_rows = phases([(0, weights), *changes], n_rows)
             said = [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
-            ends = ", ".join(f"{phase.first:,}" for phase in self.phases[1:])
+            at = [phase.first for phase in self.phases[1:]]
+            ends = ", ".join(f"{row:,}" for row in at if row not in {row for row, _ in changes})
             after = f"; sources end at the rows {ends}, and the others go on" if ends else ""
+            after += "".join(f"; other weights from step {stage.step:,}" for stage in self.config.schedule)
         else:
             self._firsts = np.cumsum([0, *(n or 0 for n in n_rows)])
+            stretches = zip(names, self._firsts.tolist(), self._firsts[1:].tolist(), strict=False)
+            self.parts_of_rows = {name: range(first, last) for name, first, last in stretches}
             self.n_rows = self.rows_per_epoch = int(self._firsts[-1])
             said, after = [f"{n:,} rows" for n in n_rows], ""
         parts = [f"{share} {part.description}" for share, part in zip(said, self.parts, strict=True)]
@@ -126,6 +175,14 @@ class Mixture(Samples):
             inside = which == number
             sources[inside], rows[inside] = self.phases[number].turns(numbers[inside])
         return sources, rows
+
+    def tokens_by_source(self, n_rows: int) -> dict[str, int]:
+        counts = np.zeros(len(self.parts), np.int64)
+        for phase, after in zip(self.phases, [*self.phases[1:], None], strict=True):
+            last = n_rows if after is None else min(n_rows, after.first)
+            blocks, rest = divmod(max(last - phase.first, 0), PERIOD)
+            counts += blocks * phase.counts + np.bincount(phase.pattern[:rest], minlength=len(self.parts))
+        return {name: n * self.seq_len for name, n in zip(self.config.names(), counts.tolist(), strict=True)}
 
     def rows(self, first: int, count: int) -> Batch:
         mixed = Batch(*torch.empty(4, count, self.seq_len, dtype=torch.int64).unbind())
@@ -157,12 +214,22 @@ def spread_evenly(counts: np.ndarray) -> np.ndarray:
     return pattern
 
 
-def phases(weights: Sequence[float], n_rows: Sequence[int | None]) -> tuple[list[Phase], int | None]:
-    """The phases of a mixture of sources with so many rows, and the rows of the whole; None where it does not end."""
+def phases(
+    changes: Sequence[tuple[int, Sequence[float]]], n_rows: Sequence[int | None]
+) -> tuple[list[Phase], int | None]:
+    """The phases of a mixture of sources with so many rows, and the rows of the whole; None where it does not end.
+
+    `changes` are the weights from a row on, in ascending order, the first from row 0. Where no source that has a weight
+    has rows left, the mixture ends.
+    """
     found: list[Phase] = []
-    first, bases = 0, np.zeros(len(weights), np.int64)
+    first, bases = 0, np.zeros(len(n_rows), np.int64)
     limits = [inf if n is None else n for n in n_rows]
-    while active := [number for number, limit in enumerate(limits) if bases[number] < limit]:
+    while True:
+        weights = [weights for row, weights in changes if row <= first][-1]
+        active = [number for number, limit in enumerate(limits) if bases[number] < limit and weights[number] > 0]
+        if not active:
+            return found, first
         counts = np.zeros_like(bases)
         counts[active] = shares([weights[number] for number in active])
         pattern = spread_evenly(counts)
@@ -171,7 +238,7 @@ def phases(weights: Sequence[float], n_rows: Sequence[int | None]) -> tuple[list
         for places in turns:
             earlier[places] = np.arange(places.size)
         found.append(Phase(first, pattern, earlier, counts, bases.copy()))
-        ends = []
+        ends = [row - first for row, _ in changes if row > first][:1]
         for number in active:
             if n_rows[number] is not None and counts[number]:
                 blocks, place = divmod(int(limits[number] - bases[number]) - 1, int(counts[number]))
@@ -181,4 +248,3 @@ def phases(weights: Sequence[float], n_rows: Sequence[int | None]) -> tuple[list
         blocks, rest = divmod(min(ends), PERIOD)
         bases += blocks * counts + np.bincount(pattern[:rest], minlength=len(weights))
         first += min(ends)
-    return found, first

@@ -4,9 +4,10 @@ Letters: B rows, L tokens of a row (the sequence length).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ class Samples(Configurable, ABC):
             """What training.mask auto stands for."""
             return "causal"
 
+        def held_out(self) -> Self:
+            """The same data as a set that is read for validation: all of it, once."""
+            return self
+
         @classmethod
         def upgrade(cls, data: dict[str, Any], now: Configurable.Config | None = None) -> dict[str, Any]:
             """Text was all that there was, in one of two modes: data without a class is about that."""
@@ -58,6 +63,8 @@ class Samples(Configurable, ABC):
     """Rows in the whole run; None where they never end."""
     rows_per_epoch: int | None = None
     """Rows in one pass over the data; None where that is not known, or where nothing is passed over."""
+    parts_of_rows: Mapping[str, range] = MappingProxyType({})
+    """Stretches of a validation split by name whose losses are also reported apart."""
     description: str
     """One line for the head of a run: what is read, and how much of it."""
     fingerprint: str
@@ -73,12 +80,13 @@ class Samples(Configurable, ABC):
         split: Split = "train",
         rank: int = 0,
         n_ranks: int = 1,
+        rows_per_step: int = 1,
         verify: bool = True,
     ) -> None:
-        """`rank` of `n_ranks` that read different rows; `verify` is false on ranks that follow another one of their
-        machine, which has compared what lies in a cache with what was written there."""
+        """`rank` of `n_ranks` that read different rows, `rows_per_step` in a step together; `verify` is false on ranks
+        that follow another one of their machine, which has compared what lies in a cache with what was written."""
         self.config, self.tokenizer, self.seq_len, self.seed, self.split = config, tokenizer, seq_len, seed, split
-        self.rank, self.n_ranks, self.verify = rank, n_ranks, verify
+        self.rank, self.n_ranks, self.rows_per_step, self.verify = rank, n_ranks, rows_per_step, verify
         self.open()
 
     @abstractmethod
@@ -86,7 +94,7 @@ class Samples(Configurable, ABC):
         """State `description`, `fingerprint` and the lengths of `self.split`; called once, when this is built.
 
         Raises `UserError` for data that cannot be read. `self.config`, `tokenizer`, `seq_len`, `seed`, `split`, `rank`,
-        `n_ranks` and `verify` are there.
+        `n_ranks`, `rows_per_step` and `verify` are there.
         """
 
     @abstractmethod
@@ -122,6 +130,11 @@ class Samples(Configurable, ABC):
                 "tokenizer that made these tokens"
             )
 
+    def tokens_by_source(self, n_rows: int) -> dict[str, int]:
+        """Tokens in the first `n_rows` rows by the names of what they are read from; nothing where that is one."""
+        del n_rows
+        return {}
+
     def state_dict(self) -> dict[str, int]:
         """The place of this rank where rows are read `in_order`: integers that JSON can hold; otherwise nothing."""
         return {}
@@ -152,6 +165,9 @@ class IndexedSamples(Samples):
             yield from super().problems()
             if self.epochs is not None and self.epochs < 1:
                 yield "epochs", f"must be at least 1, or None to repeat without end, not {self.epochs}"
+
+        def held_out(self) -> Self:
+            return replace(self, shuffle=False, epochs=1)
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Samples
     rows_per_epoch: int  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by `open`

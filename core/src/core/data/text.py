@@ -1,8 +1,8 @@
 """The rows of a text: windows of its tokens, indexed in a cache, or streamed while training."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class IndexedText(IndexedSamples):
 
         def mask(self) -> MaskKind:
             return "document" if self.packing == "best_fit" else "causal"
+
+        def held_out(self) -> Self:
+            return replace(super().held_out(), validation_fraction=0.0)
 
         def validation_problems(self) -> Iterator[tuple[str, str]]:
             if self.validation_fraction == 0:

@@ -13,12 +13,20 @@ from core.runtime.launcher import World, find_world
 
 @working("preparing text")
 def open_samples(
-    config: Samples.Config, tokenizer: Tokenizer, layout: RankView, split: Split, *, seq_len: int, seed: int
+    config: Samples.Config,
+    tokenizer: Tokenizer,
+    layout: RankView,
+    split: Split,
+    *,
+    seq_len: int,
+    seed: int,
+    rows_per_step: int,
 ) -> Samples:
     """The rows of a run, as this rank reads them; the first rank of a machine verifies what is in the cache."""
     place = {"rank": layout.data_rank, "n_ranks": layout.degrees.data}
     leads = (find_world() or World()).local_rank == 0
-    return config.build(tokenizer=tokenizer, seq_len=seq_len, seed=seed, split=split, verify=leads, **place)
+    sizes = {"seq_len": seq_len, "seed": seed, "rows_per_step": rows_per_step}
+    return config.build(tokenizer=tokenizer, split=split, verify=leads, **sizes, **place)
 
 
 def microbatches(

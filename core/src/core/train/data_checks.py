@@ -22,7 +22,7 @@ def data_problems(
             f"seq_len {training.seq_len} exceeds model.max_seq_len {model.max_seq_len}: "
             "shorten the rows or raise the model's limit",
         )
-    if validator.enable:
+    if validator.enable and not validator.datasets:
         yield from ((f"dataloader.{name}", message) for name, message in dataloader.validation_problems())
 
 

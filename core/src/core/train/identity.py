@@ -13,7 +13,6 @@ from core.config.configurable import Configurable
 from core.config.fields import walk
 from core.config.record import flatten
 from core.data.samples import Samples
-from core.data.sampling import Split
 from core.data.tokenizer import Tokenizer
 
 MAY_DIFFER = {
@@ -40,7 +39,7 @@ def run_facts(config: Configurable.Config, tokenizer: Tokenizer, device: torch.d
     }
 
 
-def text_facts(loaders: Mapping[Split, Samples]) -> dict[str, str]:
+def text_facts(loaders: Mapping[str, Samples]) -> dict[str, str]:
     """What is known of the text when it is open, by its splits."""
     rows = {split: loader.rows_per_epoch or "endless" for split, loader in loaders.items()}
     return {f"text ({split})": f"{rows[split]} rows, {loader.fingerprint[:16]}" for split, loader in loaders.items()}

@@ -19,7 +19,7 @@ from core.config.errors import UserError
 from core.config.record import to_dict
 from core.data.packing import Batch
 from core.data.samples import Samples
-from core.data.sampling import SPLITS, Split
+from core.data.sampling import Split
 from core.data.text import IndexedText
 from core.data.text_bytes import TextBytes
 from core.data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ from core.train.outcome import Outcome, RunResult
 from core.train.profile import Profiler
 from core.train.step_report import StepReport
 from core.train.summary import summary
-from core.train.validate import Validator
+from core.train.validate import Validator, held_out_sets
 
 log = logging.getLogger("armature")
 
@@ -136,7 +136,8 @@ class Trainer(Configurable):
             check_agreement(lambda: run_facts(resolved(c, self.device), self.tokenizer, self.device), ranks)
             self.layout = make_layout(c.parallelism, self.device)
             with ranks.leader_first(self.world.local_rank):
-                self.loaders = {split: self._open(split) for split in SPLITS if split == "train" or c.validator.enable}
+                self.loaders = {"train": self._open(c.dataloader, "train")}
+                self.loaders |= held_out_sets(c.validator, c.dataloader, self._open)
             check_agreement(lambda: text_facts(self.loaders), ranks)
             self.loader = self.loaders["train"]
             n_rows = self.rows_per_step = c.training.rows_per_step(self.layout.degrees.data)
@@ -163,9 +164,10 @@ class Trainer(Configurable):
 
         return plan(config, world_size=world_size, rank=rank)
 
-    def _open(self, split: Split) -> Samples:
-        sizes = {"seq_len": self.config.training.seq_len, "seed": self.config.debug.seed}
-        return open_samples(self.config.dataloader, self.tokenizer, self.layout, split, **sizes)
+    def _open(self, data: Samples.Config, split: Split) -> Samples:
+        training = self.config.training
+        sizes = {"seq_len": training.seq_len, "rows_per_step": training.rows_per_step(self.layout.degrees.data)}
+        return open_samples(data, self.tokenizer, self.layout, split, seed=self.config.debug.seed, **sizes)
 
     def _start_model(self) -> None:
         c = self.config
@@ -192,8 +194,9 @@ class Trainer(Configurable):
         self.validator = None
         if c.validator.enable:
             sizes = {"rows_per_step": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
-            loader, text_bytes = self.loaders["validation"], TextBytes(self.tokenizer)
-            self.validator = c.validator.build(loader=loader, objective=self.objective, text_bytes=text_bytes, **sizes)
+            loaders = {name: loader for name, loader in self.loaders.items() if name != "train"}
+            live = {"objective": self.objective, "text_bytes": TextBytes(self.tokenizer), **sizes}
+            self.validator = c.validator.build(loaders=loaders, **live)
         names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers")
         live = {name: getattr(self, name) for name in names}
         self.report = StepReport(c, self.built.models, self.flops_per_token, **live)

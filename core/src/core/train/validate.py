@@ -1,17 +1,20 @@
 """The loss on text that training never sees."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.packing import Batch
 from core.data.samples import Samples
+from core.data.sampling import Split
 from core.runtime.activity import working
 from core.step.objective import Objective, valid_tokens
 from core.step.rows import microbatches
+
+_PREFIX = "validation/"
 
 
 class Validation(NamedTuple):
@@ -22,6 +25,16 @@ class Validation(NamedTuple):
     bits_per_byte: float | None
     """The same loss over the bytes of text in UTF-8 that those tokens stand for, in bits: it compares between
     tokenizers. None where that text is not known, as of an unknown token."""
+    by_name: dict[str, float] = {}  # noqa: RUF012 - never changed
+    """The same loss of each set that has a name, and of each source of a mixture."""
+
+
+class Stretch(NamedTuple):
+    """Rows of a set that is read for validation."""
+
+    name: str
+    loader: Samples
+    rows: range
 
 
 class Validator(Configurable):
@@ -34,33 +47,45 @@ class Validator(Configurable):
         freq: int = 100
         """Steps between two validations; the last step is always validated."""
         steps: int = -1
-        """Batches per validation, each of as many rows as a step, always the same ones; -1 is all held-out text."""
+        """Batches per validation, each of as many rows as a step, always the same ones; -1 is all held-out text. Of
+        several sets so many of each."""
+        datasets: dict[str, Samples.Config] = field(default_factory=dict)
+        """Sets of one's own by their names, each read whole, in place of what the training data hold out."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             if self.freq < 1:
                 yield "freq", f"freq {self.freq} must be at least 1"
             if self.steps != -1 and self.steps < 1:
                 yield "steps", f"steps {self.steps} must be at least 1, or -1 for all"
+            for name in self.datasets:
+                if not name or "/" in name:
+                    yield "datasets", f"{name!r} is no name: it stands in the record, without a slash"
 
     def __init__(
         self,
         config: Config,
         *,
-        loader: Samples,
+        loaders: Mapping[str, Samples],
         objective: Objective,
         text_bytes: Callable[[Batch], float],
         rows_per_step: int,
         local_batch_size: int,
     ) -> None:
-        """`text_bytes` says how many bytes of text the labels of a batch stand for."""
-        self.config, self.loader, self.objective, self.text_bytes = config, loader, objective, text_bytes
+        """`loaders` are the sets by their names; `text_bytes` says how many bytes of text the labels of a batch stand
+        for."""
+        self.config, self.loaders, self.objective, self.text_bytes = config, dict(loaders), objective, text_bytes
         self.rows_per_step, self.local_batch_size = rows_per_step, local_batch_size
-        available = loader.n_rows
-        if available is None or loader.in_order:
+        self.stretches = [stretch for name, loader in loaders.items() for stretch in self._stretches(name, loader)]
+
+    def _stretches(self, name: str, loader: Samples) -> Iterator[Stretch]:
+        if loader.n_rows is None or loader.in_order:
             raise UserError(
                 f"{loader.description}: held-out rows must have an end, and be had in any order, on any rank"
             )
-        self.rows = available if config.steps == -1 else min(config.steps * rows_per_step, available)
+        own = name.removeprefix(_PREFIX) if self.config.datasets else ""
+        for part, rows in (loader.parts_of_rows or {"": range(loader.n_rows)}).items():
+            n = len(rows) if self.config.steps == -1 else min(self.config.steps * self.rows_per_step, len(rows))
+            yield Stretch("/".join(filter(None, (own, part))), loader, rows[:n])
 
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or step % self.config.freq == 0
@@ -68,29 +93,47 @@ class Validator(Configurable):
     @working("validation")
     def measure(self, stop: Callable[[], bool]) -> Validation | None:
         """The loss on all rows, every token weighing the same; None when `stop` asked to give up half-way."""
-        total, count, n_bytes = 0.0, 0, 0.0
+        sums = {stretch.name: [0.0, 0, 0.0] for stretch in self.stretches}
         layout = self.objective.layout
         for part in self.objective.stages:
             part.eval()
         try:
-            for first in range(0, self.rows, self.rows_per_step):
-                if stop():
-                    return None
-                batches = microbatches(
-                    self.loader,
-                    layout,
-                    first=first,
-                    n_rows=self.rows_per_step,
-                    local_batch_size=self.local_batch_size,
-                    end=self.rows,
-                )
-                total += self.objective.evaluate(batches)
-                count += valid_tokens(batches)
-                n_bytes += math.fsum(map(self.text_bytes, batches))
+            for stretch in self.stretches:
+                total, rows = sums[stretch.name], stretch.rows
+                for first in range(rows.start, rows.stop, self.rows_per_step):
+                    if stop():
+                        return None
+                    batches = microbatches(
+                        stretch.loader,
+                        layout,
+                        first=first,
+                        n_rows=self.rows_per_step,
+                        local_batch_size=self.local_batch_size,
+                        end=rows.stop,
+                    )
+                    total[0] += self.objective.evaluate(batches)
+                    total[1] += valid_tokens(batches)
+                    total[2] += math.fsum(map(self.text_bytes, batches))
         finally:
             for part in self.objective.stages:
                 part.train()
-        (total,), n_valid, n_bytes = layout.sums(total), layout.sum_of_data(count), layout.sum_of_data(n_bytes)
+        found = {
+            name: (*layout.sums(loss), layout.sum_of_data(count), layout.sum_of_data(n_bytes))
+            for name, (loss, count, n_bytes) in sums.items()
+        }
+        loss, n_valid, n_bytes = (math.fsum(each) for each in zip(*found.values(), strict=True))
         if n_valid == 0:
             raise UserError("the held-out text has no token that counts for the loss")
-        return Validation(total / n_valid, total / n_bytes / math.log(2) if n_bytes > 0 else None)
+        by_name = {name: loss / n for name, (loss, n, _) in found.items() if name and n}
+        return Validation(loss / n_valid, loss / n_bytes / math.log(2) if n_bytes > 0 else None, by_name)
+
+
+def held_out_sets(
+    config: Validator.Config, dataloader: Samples.Config, open: Callable[[Samples.Config, Split], Samples]
+) -> dict[str, Samples]:
+    """What a validator reads, by name: the sets that it names, or else what the training data hold out."""
+    if not config.enable:
+        return {}
+    if not config.datasets:
+        return {"validation": open(dataloader, "validation")}
+    return {f"{_PREFIX}{name}": open(data.held_out(), "train") for name, data in config.datasets.items()}
