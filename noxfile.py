@@ -140,6 +140,21 @@ def installs(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "core/tests/test_installers.py", "-m", "installs", *session.posargs)
 
 
+PEERS = ["litgpt==0.5.13", "torchtitan==0.3.0", "megatron-core==0.16.1"]
+THEIR_NEEDS = [
+    "lightning", "torchmetrics", "lightning-utilities", "pytorch-lightning", "jsonargparse", "psutil", "requests",
+    "torchdata", "torch_checkpointing", "einops", "spmd_types==0.2.3",
+]  # fmt: skip
+
+
+@nox.session(default=False, requires=["shared"])
+def peers(session: nox.Session) -> None:
+    """Let litgpt, torchtitan and megatron-core write tiny models, and read them (minutes)."""
+    install(session, "llama3")
+    session.install("--no-deps", *PEERS, *THEIR_NEEDS)  # their requirements would bring another torch's world
+    session.run("python", "-m", "pytest", "models/llama3/tests/test_peer_programs.py", "-m", "peers", *session.posargs)
+
+
 @nox.session(default=False, requires=["shared"])
 def stories(session: nox.Session) -> None:
     """Follow the documents as three newcomers do, each in a fresh environment, and say how long it took (minutes)."""

@@ -1,4 +1,5 @@
-"""The command of every model package that turns weights of Hugging Face into ours, and back: python -m <model>.convert.
+"""The command of every model package that turns weights of Hugging Face into ours, and back, and those of other
+programs into ours: python -m <model>.convert.
 
 Tensor by tensor: no more than the files that are written, one at a time, is in memory.
 """
@@ -6,6 +7,7 @@ Tensor by tensor: no more than the files that are written, one at a time, is in 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import torch
 
 from core.checkpoint.find import Found
 from core.config.completion import SHELLS, Program, Taken, script
+from core.config.configurable import owner_of
 from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import PRINT_COMPLETION, VERSION, show
+from core.config.recipe import load_config
 from core.config.record import from_dict, to_json
 from core.config.validate import validate
 from core.config.version import version_lines
@@ -30,10 +34,11 @@ from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
 from core.weights.model_card import CARD, model_card
+from core.weights.peers import PEERS, peer_source
 from core.weights.saved import newest
 from core.weights.source import WeightSource
 
-WAYS = ("from-hf", "to-hf")
+WAYS = ("from-hf", "to-hf", *(f"from-{peer}" for peer in PEERS))
 CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROGRAM = Program(
     Taken(WAYS, most=3, files=True),
@@ -41,6 +46,7 @@ PROGRAM = Program(
         "--dtype": Taken(tuple(CAST_DTYPES)),
         "--shard-gib": Taken(),
         "--trust": Taken(),
+        "--config": Taken(files=True),
         "--version": Taken(most=0),
         "--print-completion": Taken(SHELLS),
         "--help": Taken(most=0),
@@ -50,17 +56,21 @@ PROGRAM = Program(
 
 
 def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = None) -> None:
-    """The command line: from-hf SRC DST, or to-hf SRC DST. `families` has the package's models by their `model_type`.
+    """The command line: from-hf SRC DST, to-hf SRC DST, or from-dcp SRC DST --config RECIPE and its like.
+
+    `families` has the package's models by their `model_type`, its module `configs` the recipes.
 
     A mistake of the user ends the program with code 2 and a line that says what to do; nothing stands at DST then.
     """
     parser = argparse.ArgumentParser(description=f"Convert weights of {', '.join(families)}, both ways.")
-    parser.add_argument("way", choices=WAYS, help="out of Hugging Face's form into ours, or back")
+    ways = "out of Hugging Face's form into ours, or back; or out of that of torchtitan (dcp) or another program"
+    parser.add_argument("way", choices=WAYS, help=ways)
     parser.add_argument("src", type=Path, help="the folder to read")
     parser.add_argument("dst", type=Path, help="the folder to write; it must be empty or not exist")
     parser.add_argument(
         "--dtype", choices=CAST_DTYPES, help="cast the weights (default: as stored; bfloat16 for fewer bits)"
     )
+    parser.add_argument("--config", nargs="+", help="what the model is, where another program's folder does not say it")
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
     parser.add_argument(
         "--trust",
@@ -81,8 +91,14 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
             with_hf(family)
         if not asked.shard_gib > 0:
             raise UserError(f"--shard-gib {asked.shard_gib} must be above 0")
-        dst = vacant(asked.dst)
-        convert = from_hf if asked.way == "from-hf" else partial(to_hf, trust=trusted(asked.trust))
+        dst, trust = vacant(asked.dst), trusted(asked.trust)
+        peer = asked.way.removeprefix("from-")
+        if (peer in PEERS) != (asked.config is not None):
+            raise UserError(f"{asked.way} {'needs' if peer in PEERS else 'takes no'} --config")
+        convert: Any = {"from-hf": from_hf, "to-hf": partial(to_hf, trust=trust)}.get(asked.way)
+        if convert is None:
+            config = load_config(asked.config, import_module(f"{package}.configs"), trust=trust)
+            convert = partial(from_peer, peer=peer, config=getattr(config, "model", config))
         convert(families, asked.src, dst, dtype=CAST_DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
 
 
@@ -106,7 +122,33 @@ def from_hf(
     config = hf_config(family, src, say)
     validate(config)
     model = meta_model(config)
-    source, key_map = WeightSource(hf_key_map(model), src), own_key_map(model)
+    write_as_own(model, WeightSource(hf_key_map(model), src), src, dst, dtype=dtype, shard_gib=shard_gib)
+
+
+def from_peer(
+    families: Mapping[str, type[HFModel]],
+    src: Path,
+    dst: Path,
+    *,
+    peer: str,
+    config: Any,
+    dtype: torch.dtype | None,
+    shard_gib: float,
+) -> None:
+    """Write the weights of a folder that another program wrote as a folder in our format."""
+    family = owner_of(type(config))
+    if family not in families.values():
+        raise UserError(f"--config is no model of {', '.join(families)}")
+    model, source = peer_source(peer, family, config, src, say)
+    write_as_own(model, source, src, dst, dtype=dtype, shard_gib=shard_gib)
+
+
+def write_as_own(
+    model: StoredModel, source: WeightSource, src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+) -> None:
+    """Write the weights of a model, which needs no memory, as a folder in our format that is there whole or not at all,
+    and what goes along with them at `src`."""
+    key_map = own_key_map(model)
     types = dtypes(model, key_map, {name: source.dtype(name) for name in source.pieces}, dtype)
     made = []
     for name, kind in types.items():
@@ -114,7 +156,7 @@ def from_hf(
         made.append(Output(name, shape, kind, partial(new, source, name, shape, kind)))
     with atomic_folder(dst) as folder:
         write_files(folder, made, shard_gib, say)
-        (folder / "config.json").write_text(to_json(config))
+        (folder / "config.json").write_text(to_json(model.config))
         companions = published_companions(src)
         write_companions(companions, folder)
         for name in companions:

@@ -1,7 +1,7 @@
 """How Hugging Face has a model: names of weights, and `config.json`."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.weights.files import stored_keys
 from core.weights.hf_types import check_types
-from core.weights.keys import KeyTable
+from core.weights.keys import KeyForm
 from core.weights.schemes import check_scheme
 
 
@@ -19,25 +19,17 @@ def no_advice(config: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HFForm:
+class HFForm(KeyForm):
     """How Hugging Face has a model: names of weights, and `config.json` both ways."""
 
-    keys: KeyTable
-    """Where each weight is kept: a table as `core.weights.keys` describes it."""
     from_config: Callable[[dict], Configurable.Config]
     """The configuration that a `config.json` states; raises `UserError` for what it cannot express."""
     to_config: Callable[[Any], dict]
     """The `config.json` of a model of this configuration; raises `UserError` where there is none."""
-    halves: frozenset[str] = frozenset()
-    """Those of our names whose rows, head by head, are pairs (0, 1), (2, 3), ... here and halves there."""
-    ignored: tuple[str, ...] = ("*rotary_emb.inv_freq",)
-    """Keys that are passed over: `*` is anything, `{n_layers+i}` the number of a block that the model does not have."""
     mtp_key: str = ""
     """A key that every block for multi-token prediction has; its number is `{i}`. "" where the family has none."""
     advice: Callable[[Any], str] = no_advice
     """What one should know about a configuration that was read, in a line; "" is nothing."""
-    copies: Mapping[str, str] = field(default_factory=dict)
-    """Keys that repeat the named weight of ours in each block behind the last one, `{n_layers+i}`."""
 
     def published(self, stated: dict, folder: Path, say: Callable[[str], object]) -> Any:
         """The configuration that a `config.json` in this folder states, which anybody may have written.

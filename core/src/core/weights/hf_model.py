@@ -34,6 +34,15 @@ class HFModel(StoredModel, Protocol):
         module, _, name = cls.HF.partition(":")
         return getattr(import_module(module), name)
 
+    PEERS: ClassVar[str] = ""
+    """Where the forms of other programs that keep this model stand, as "package.peers:FORMS", by the name of each."""
+
+    @classmethod
+    def peer_forms(cls) -> Any:
+        """How other programs keep this model: a `core.weights.keys.KeyForm` for each that `convert` reads."""
+        module, _, name = cls.PEERS.partition(":")
+        return getattr(import_module(module), name) if module else {}
+
     @classmethod
     def from_hf_config(cls, hf: dict) -> Any:
         """The configuration that a `config.json` states; raises `UserError` for what it cannot express."""

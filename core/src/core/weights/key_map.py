@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from core.weights.hf_model import StoredModel, with_hf
-from core.weights.keys import Half, KeyPlace, Stacked, places_of
+from core.weights.keys import Half, Joined, KeyForm, KeyPlace, Stacked, places_of
 
 
 class KeyPart(NamedTuple):
@@ -23,11 +23,18 @@ class KeyPart(NamedTuple):
     transposed: bool = False
     head_dim: int | None = None
     """Our rows, head by head, are pairs (0, 1), (2, 3), ... and those there are halves."""
+    band: "Band | None" = None
+    """Our rows are these of the stored ones."""
+    n_stored: int | None = None
+    """How many rows the stored tensor has of which ours is the `stored_row`; as many as our weight where None."""
 
     def view(self, stored: Tensor) -> Tensor:
         """A view of the stored part, of any shape, that has our values in our order, if not in our shape."""
         if self.transposed:
             stored = stored.mT
+        if self.band is not None:
+            groups = stored.unflatten(0, (self.band.n_groups, -1))
+            stored = groups[:, self.band.first : self.band.last].flatten(0, 1)
         if self.half is not None:
             middle = stored.shape[0] // 2
             rows = {"first": slice(middle), "second": slice(middle, None), "even": slice(0, None, 2)}
@@ -41,9 +48,20 @@ class KeyPart(NamedTuple):
         part = list(shape if self.row is None else shape[1:])
         if self.half is not None:
             part[0] *= 2
+        if self.band is not None:
+            part[0] = self.band.n_groups * self.band.size
         if self.transposed:
             part.reverse()
-        return part if self.stored_row is None else [shape[0], *part]
+        return part if self.stored_row is None else [self.n_stored or shape[0], *part]
+
+
+class Band(NamedTuple):
+    """Of each of so many groups of `size` rows those from `first` to before `last`."""
+
+    n_groups: int
+    size: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,20 +108,25 @@ def own_key_map(model: StoredModel) -> KeyMap:
 
 def hf_key_map(model: StoredModel) -> KeyMap:
     """As Hugging Face has it, by the key table of the model; raises `KeyError` for a weight that is not in it."""
-    (weights, tied), form = untied(model), with_hf(model).hf_form()
+    return form_key_map(model, with_hf(model).hf_form())
+
+
+def form_key_map(model: StoredModel, form: KeyForm) -> KeyMap:
+    """As folders of this form have it; raises `KeyError` for a weight that is not in its table."""
+    weights, tied = untied(model)
     places = {}
     for name, weight in weights.items():
         pattern, number = pattern_of(name)
         head_dim = model.rope_dim() if pattern in form.halves else None
         if found := places_of(form.keys[pattern]):
-            places[name] = [key_parts(place, number, len(weight), head_dim) for place in found]
+            places[name] = [key_parts(place, number, len(weight), head_dim, model.config) for place in found]
     numbers = sorted({pattern_of(found[0][0].key)[1] for found in places.values()} - {""})
     behind = [number for number in numbers if int(number) >= model.config.n_layers]
     return KeyMap(
         owner=type(model).__name__,
         weights={name: weights[name] for name in places},
         places=places,
-        repeats={str(form.keys[name]): source for name, source in tied.items()},
+        repeats={str(place): source for name, source in tied.items() for place in places_of(form.keys[name])},
         copies={k.replace("{n_layers+i}", i): tied.get(name, name) for k, name in form.copies.items() for i in behind},
         ignored=re.compile("|".join(ignored(template, numbers) for template in form.ignored)),
     )
@@ -123,14 +146,28 @@ def pattern_of(name: str) -> tuple[str, str]:
     return (name, "") if number is None else (name[: number.start(1)] + "{i}" + name[number.end(1) :], number[1])
 
 
-def key_parts(place: KeyPlace, number: str, n_rows: int, head_dim: int | None = None) -> list[KeyPart]:
-    """The pieces of one of our weights in this place."""
+def key_parts(
+    place: KeyPlace, number: str, n_rows: int, head_dim: int | None = None, config: Any = None
+) -> list[KeyPart]:
+    """The pieces of one of our weights in this place; `config` is that of the model, which joined weights need."""
     key = (place if isinstance(place, str) else place.key).replace("{i}", number)
     if isinstance(place, Stacked):
         return [KeyPart(key, row, row, place.half, place.transposed) for row in range(n_rows)]
+    if isinstance(place, Joined):
+        row, n_blocks = (int(number), config.n_layers) if place.of_blocks else (None, None)
+        band = heads_band(place, config.attention) if place.heads else None
+        return [KeyPart(key, stored_row=row, half=place.half, head_dim=head_dim, band=band, n_stored=n_blocks)]
     if "{e}" in key:
         return [KeyPart(key.replace("{e}", str(row)), row) for row in range(n_rows)]
     return [KeyPart(key, head_dim=head_dim)]
+
+
+def heads_band(place: Joined, attention: Any) -> Band:
+    """The rows of queries, keys or values of an attention in a tensor that holds all three."""
+    n_groups = attention.n_kv_heads if place.grouped else 1
+    q, kv = (n // n_groups * attention.head_dim for n in (attention.n_heads, attention.n_kv_heads))
+    first, last = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[str(place.heads)]
+    return Band(n_groups, q + 2 * kv, first, last)
 
 
 def ignored(template: str, numbers: list[str]) -> str:

@@ -4,13 +4,14 @@ import logging
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from core.checkpoint.find import Found
 from core.config.errors import UserError, at_most
-from core.weights.files import Folder
+from core.weights.files import Folder, Header
 from core.weights.key_map import KeyMap, KeyPart
 from core.weights.prefix import renamed
 from core.weights.quantised import EncodedWeight, stored_weights
@@ -23,6 +24,16 @@ MOST_PROBLEMS = 30
 """So many problems are listed."""
 
 
+class StoredFiles(Protocol):
+    """Stored tensors by key, whatever their files are."""
+
+    headers: dict[str, Header]
+    promised: dict[str, str]
+    """The file of a key that ought to be there."""
+
+    def read(self, key: str, row: int | None = None) -> Tensor: ...
+
+
 class WeightSource:
     """The weights of a model in a folder, which was found to hold them all, whatever the types they are stored in.
 
@@ -30,9 +41,13 @@ class WeightSource:
     stored in few bits without its scales, or tied in the model and not equal here.
     """
 
-    def __init__(self, key_map: KeyMap, path: str | Path | Found) -> None:
+    def __init__(self, key_map: KeyMap, path: str | Path | Found | StoredFiles) -> None:
         self.key_map = key_map
-        self.folder = Saved(path) if isinstance(path, Found) else Folder(path)
+        self.folder: StoredFiles
+        if isinstance(path, Found):
+            self.folder = Saved(path)
+        else:
+            self.folder = Folder(path) if isinstance(path, str | Path) else path
         if isinstance(self.folder, Folder):
             check_keys(self.folder.headers, path)
             if names := renamed(self.folder.headers, key_map.keys(), path):

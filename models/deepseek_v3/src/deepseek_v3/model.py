@@ -18,6 +18,7 @@ class DeepSeekV3(Decoder, HFModel):
     """The decoder of DeepSeek-V3, and of DeepSeek-V2, which differs in its router alone."""
 
     HF = "deepseek_v3.hf:FORM"
+    PEERS = "deepseek_v3.peers:FORMS"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):

@@ -14,6 +14,7 @@ class GptOss(Decoder, HFModel):
     """The GPT-OSS decoder."""
 
     HF = "gpt_oss.hf:FORM"
+    PEERS = "gpt_oss.peers:FORMS"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):

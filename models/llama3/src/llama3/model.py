@@ -14,6 +14,7 @@ class Llama3(Decoder, HFModel):
     """The Llama 3 decoder."""
 
     HF = "llama3.hf:FORM"
+    PEERS = "llama3.peers:FORMS"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):

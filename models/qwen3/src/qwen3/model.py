@@ -16,6 +16,7 @@ class Qwen3(Decoder, HFModel):
     """The dense Qwen3 decoder."""
 
     HF = "qwen3.hf:FORM"
+    PEERS = "qwen3.peers:FORMS"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
@@ -37,6 +38,7 @@ class Qwen3MoE(Decoder, HFModel):
     """The Qwen3 decoder with a mixture of experts in every block."""
 
     HF = "qwen3.hf:MOE_FORM"
+    PEERS = "qwen3.peers:MOE_FORMS"
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):

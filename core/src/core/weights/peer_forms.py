@@ -1,0 +1,119 @@
+"""Where other programs keep the weights of a decoder: torchtitan, litgpt, megatron-core and nanotron.
+
+Most families share most names, so a table has more of them than one model has weights.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from core.weights.keys import Half, Heads, Joined, KeyForm, KeyPlace, KeyTable
+
+QKV: tuple[tuple[str, Heads], ...] = (("wq", "q"), ("wk", "k"), ("wv", "v"))
+
+TITAN = {
+    "output.weight": ("lm_head.weight",),
+    **{
+        f"layers.{{i}}.attention.{w}.{kind}": (f"layers.{{i}}.attention.qkv_linear.{w}.{kind}",)
+        for w, _ in QKV
+        for kind in ("weight", "bias")
+    },
+    **{
+        f"layers.{{i}}.moe.experts.{w}.weight": (
+            f"layers.{{i}}.moe.experts.{w}",
+            f"layers.{{i}}.moe.experts.{w}_{axes}",
+            f"layers.{{i}}.moe.routed_experts.inner_experts.{w}_{axes}",
+        )
+        for w, axes in (("w1", "EFD"), ("w2", "EDF"), ("w3", "EFD"))
+    },
+    "layers.{i}.moe.router.selection_bias": ("layers.{i}.moe.expert_bias", "layers.{i}.moe.expert_bias_E"),
+    "ahead.{i}.enorm.weight": ("layers.{i}.enorm.weight",),
+    "ahead.{i}.hnorm.weight": ("layers.{i}.hnorm.weight",),
+    "ahead.{i}.eh_proj.weight": ("layers.{i}.eh_proj.weight",),
+    "ahead.{i}.norm.weight": ("layers.{i}.mtp_norm.weight",),
+}
+"""What torchtitan has called otherwise, up to 0.3.0; all else goes by our names."""
+
+
+def titan_form(names: Iterable[str], others: Mapping[str, tuple[KeyPlace, ...]] | None = None) -> KeyForm:
+    """torchtitan's, for a family with these names of weights; `others` are places that the family alone has."""
+    keys: dict[str, tuple[KeyPlace, ...]] = {name: (name, *TITAN.get(name, ())) for name in names}
+    ignored = ("optimizer*", "lr_scheduler*", "dataloader*", "train_state*")
+    return KeyForm(keys=keys | dict(others or {}), ignored=ignored)
+
+
+def litgpt_form(halves: frozenset[str] = frozenset()) -> KeyForm:
+    """litgpt's `lit_model.pth`: queries, keys and values lie behind one another, and rotate as at Hugging Face."""
+    block: dict[str, KeyPlace] = {
+        "attention_norm.weight": "norm_1.weight",
+        "attention.wo.weight": "attn.proj.weight",
+        "attention.q_norm.weight": "attn.norm_q.weight",
+        "attention.k_norm.weight": "attn.norm_k.weight",
+        "ffn_norm.weight": "norm_2.weight",
+        "feed_forward.w1.weight": "mlp.fc_1.weight",
+        "feed_forward.w3.weight": "mlp.fc_2.weight",
+        "feed_forward.w2.weight": "mlp.proj.weight",
+        "moe.router.gate.weight": "mlp.gate.weight",
+        "moe.experts.w1.weight": "mlp.experts.{e}.fc_1.weight",
+        "moe.experts.w3.weight": "mlp.experts.{e}.fc_2.weight",
+        "moe.experts.w2.weight": "mlp.experts.{e}.proj.weight",
+    }
+    keys: dict[str, KeyPlace] = {
+        "tok_embeddings.weight": "transformer.wte.weight",
+        **{f"layers.{{i}}.{name}": f"transformer.h.{{i}}.{place}" for name, place in block.items()},
+        **{
+            f"layers.{{i}}.attention.{w}.{kind}": Joined(f"transformer.h.{{i}}.attn.qkv.{kind}", heads=heads)
+            for w, heads in QKV
+            for kind in ("weight", "bias")
+        },
+        "norm.weight": "transformer.ln_f.weight",
+        "output.weight": "lm_head.weight",
+    }
+    return KeyForm(keys=keys, halves=halves)
+
+
+def megatron_form(halves: frozenset[str] = frozenset()) -> KeyForm:
+    """megatron-core's `torch_dist`: the blocks lie along an axis of their own, or have a number each; a norm goes by
+    the name of the linear layer behind it where the two are one module."""
+
+    def in_blocks(*names: str, heads: Heads | None = None, half: Half | None = None) -> tuple[KeyPlace, ...]:
+        each = [(f"decoder.layers.{name}", True) for name in names]
+        each += [(f"decoder.layers.{{i}}.{name}", False) for name in names]
+        return tuple(Joined(key, heads=heads, grouped=True, half=half, of_blocks=whole) for key, whole in each)
+
+    block: dict[str, tuple[KeyPlace, ...]] = {
+        "attention_norm.weight": in_blocks("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        **{f"attention.{w}.weight": in_blocks("self_attention.linear_qkv.weight", heads=h) for w, h in QKV},
+        **{f"attention.{w}.bias": in_blocks("self_attention.linear_qkv.bias", heads=h) for w, h in QKV},
+        "attention.wo.weight": in_blocks("self_attention.linear_proj.weight"),
+        "attention.q_norm.weight": in_blocks("self_attention.q_layernorm.weight"),
+        "attention.k_norm.weight": in_blocks("self_attention.k_layernorm.weight"),
+        "ffn_norm.weight": in_blocks("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+        "feed_forward.w1.weight": in_blocks("mlp.linear_fc1.weight", half="first"),
+        "feed_forward.w3.weight": in_blocks("mlp.linear_fc1.weight", half="second"),
+        "feed_forward.w2.weight": in_blocks("mlp.linear_fc2.weight"),
+    }
+    keys: KeyTable = {
+        "tok_embeddings.weight": "embedding.word_embeddings.weight",
+        **{f"layers.{{i}}.{name}": places for name, places in block.items()},
+        "norm.weight": "decoder.final_layernorm.weight",
+        "output.weight": "output_layer.weight",
+    }
+    ignored = ("*_extra_state*", "optimizer*", "chained_*", "rng_state*", "opt_param_scheduler*", "*inv_freq")
+    return KeyForm(keys=keys, halves=halves, ignored=ignored)
+
+
+def nanotron_form() -> KeyForm:
+    """nanotron's Llama, which rotates neighbours, as ours does."""
+    here = "model.decoder.{i}.pp_block"
+    keys: KeyTable = {
+        "tok_embeddings.weight": "model.token_position_embeddings.pp_block.token_embedding.weight",
+        "layers.{i}.attention_norm.weight": f"{here}.input_layernorm.weight",
+        **{f"layers.{{i}}.attention.{w}.weight": Joined(f"{here}.attn.qkv_proj.weight", heads=h) for w, h in QKV},
+        "layers.{i}.attention.wo.weight": f"{here}.attn.o_proj.weight",
+        "layers.{i}.ffn_norm.weight": f"{here}.post_attention_layernorm.weight",
+        "layers.{i}.feed_forward.w1.weight": Joined(f"{here}.mlp.gate_up_proj.weight", half="first"),
+        "layers.{i}.feed_forward.w3.weight": Joined(f"{here}.mlp.gate_up_proj.weight", half="second"),
+        "layers.{i}.feed_forward.w2.weight": f"{here}.mlp.down_proj.weight",
+        "norm.weight": "model.final_layer_norm.pp_block.weight",
+        "output.weight": "model.lm_head.pp_block.weight",
+    }
+    return KeyForm(keys=keys)

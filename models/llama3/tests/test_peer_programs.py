@@ -1,0 +1,160 @@
+"""Folders that other programs wrote themselves, and their logits. `nox -s peers` installs them; nothing needs a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+
+from core.config.record import to_json
+from core.nn.decoder import Decoder
+from core.testing.toy import on_cpu
+from core.weights.convert import main
+from core.weights.folder import load_folder
+from llama3.model import Llama3
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings of other programs are theirs
+SIZES = dict(
+    model_type="llama", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+)  # fmt: skip
+
+
+def converted(peer: str, folder: Path, stated: dict[str, Any]) -> Decoder:
+    """What `convert` makes of a folder."""
+    config = Llama3.from_hf_config(stated)
+    (folder / "model.json").write_text(to_json(config))
+    words = [f"from-{peer}", str(folder / "theirs"), str(folder / "ours"), "--config", str(folder / "model.json")]
+    main({"llama": Llama3}, words)
+    model = on_cpu(config)
+    load_folder(model, folder / "ours")
+    return model.eval()
+
+
+@torch.no_grad()
+def draw(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1 + (weight.dim() == 1))
+
+
+@torch.no_grad()
+def assert_same_logits(ours: Decoder, theirs: nn.Module) -> None:
+    tokens_BL = torch.randint(0, ours.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(2))
+    expected = theirs(tokens_BL)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours(tokens_BL), expected, rtol=0, atol=2e-5)
+
+
+def test_litgpt(tmp_path: Path) -> None:
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import save_config
+
+    config = Config(
+        name="tiny", n_layer=3, n_embd=32, n_head=4, n_query_groups=2, head_size=8, vocab_size=128, block_size=64,
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=1e-5,
+        mlp_class_name="LLaMAMLP", intermediate_size=48, rope_base=10000, padding_multiple=64,
+    )  # fmt: skip
+    model = GPT(config)
+    draw(model)
+    (tmp_path / "theirs").mkdir()
+    torch.save({"model": model.state_dict()}, tmp_path / "theirs/lit_model.pth")
+    save_config(config, tmp_path / "theirs")
+    assert_same_logits(converted("litgpt", tmp_path, SIZES), model)
+
+
+def test_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels want Triton when they are imported, and are not used here."""
+    monkeypatch.setitem(sys.modules, "torchtitan.distributed.minimal_async_ep.kernels", MagicMock())
+    from torchtitan.components.checkpoint import ModelWrapper
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+    from torchtitan.models.llama3 import llama3_configs
+
+    config = llama3_configs["debugmodel"]("flex")
+    for layer in config.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    model = config.build()
+    draw(model)
+    state = ModelWrapper(model).state_dict() | {
+        "train_state": {"step": torch.tensor(7)},
+        "lr_scheduler": {"last_epoch": 7},
+    }
+    optimizer = {"state": {"norm.weight": {"exp_avg": torch.ones(256)}}}
+    dcp.save(state | {"optimizer": optimizer}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    rope = config.layers[0].attention.rope
+    scaling = {"rope_type": "llama3", "factor": rope.scaling_factor, "low_freq_factor": rope.low_freq_factor}
+    scaling |= {
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
+        "rope_theta": float(rope.theta),
+    }
+    stated = SIZES | dict(
+        vocab_size=2048, hidden_size=256, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=16,
+        intermediate_size=768, max_position_embeddings=131072, rope_parameters=scaling,
+    )  # fmt: skip
+    assert_same_logits(converted("dcp", tmp_path, stated), model)
+
+
+MEGATRON = """
+import os, sys, torch
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    torch.cuda.synchronize, torch.cuda.current_device = lambda *_: None, lambda: "cpu"  # it asks a GPU when it saves
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.initialize_model_parallel(1, 1)
+    config = TransformerConfig(
+        num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8, ffn_hidden_size=48,
+        use_cpu_initialization=True, add_bias_linear=False, gated_linear_unit=True, normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu, layernorm_epsilon=1e-5, bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    model = GPTModel(
+        config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=128, max_sequence_length=64,
+        position_embedding_type="rope", share_embeddings_and_output_weights=False,
+    )
+    for number, weight in enumerate(model.parameters()):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(number))
+    os.mkdir(folder)
+    dist_checkpointing.save(model.sharded_state_dict(), folder)
+    torch.save({name: each for name, each in model.state_dict().items() if each is not None}, sys.argv[2])
+"""
+
+
+def test_megatron(tmp_path: Path) -> None:
+    """Its model is built and saved, but does not run, on a CPU: the values are compared, row by row."""
+    (tmp_path / "write.py").write_text(MEGATRON)
+    words = [sys.executable, str(tmp_path / "write.py"), str(tmp_path / "theirs"), str(tmp_path / "state.pt")]
+    done = subprocess.run(
+        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs: dict[str, Tensor] = torch.load(tmp_path / "state.pt", weights_only=True)
+    found = converted("megatron", tmp_path, SIZES).state_dict()
+    assert torch.equal(found["tok_embeddings.weight"], theirs["embedding.word_embeddings.weight"])
+    assert torch.equal(found["output.weight"], theirs["output_layer.weight"])
+    for i in range(3):
+        at = f"decoder.layers.{i}"
+        heads = theirs[f"{at}.self_attention.linear_qkv.weight"].view(2, 4, 8, 32)  # group, [q, q, k, v], row, column
+        q, k, v = heads[:, :2].reshape(4, 8, 32), heads[:, 2], heads[:, 3]
+        for name, rows in (("wq", q), ("wk", k)):
+            ours = found[f"layers.{i}.attention.{name}.weight"].view(-1, 8, 32)
+            assert torch.equal(ours[:, 0::2], rows[:, :4]) and torch.equal(ours[:, 1::2], rows[:, 4:])
+        assert torch.equal(found[f"layers.{i}.attention.wv.weight"], v.reshape(16, 32))
+        gate, up = theirs[f"{at}.mlp.linear_fc1.weight"].split(48)
+        assert torch.equal(found[f"layers.{i}.feed_forward.w1.weight"], gate)
+        assert torch.equal(found[f"layers.{i}.feed_forward.w3.weight"], up)
+        assert torch.equal(found[f"layers.{i}.attention_norm.weight"], theirs[f"{at}.input_layernorm.weight"])
