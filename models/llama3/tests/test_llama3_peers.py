@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from core.checkpoint.find import find_in
+from core.checkpoint.index import read_tensor
 from core.config.record import to_json
+from core.runtime.meta import meta_model
+from core.runtime.ranks import Ranks
 from core.testing.model_suite import assert_same_logits
 from core.testing.toy import on_cpu, randomise
 from core.weights.convert import main
@@ -74,7 +78,15 @@ def write_titan(model: LlamaForCausalLM, folder: Path) -> None:
         state |= {f"{at}.attention.qkv_linear.wv.weight": p["v_proj"], f"{at}.attention.wo.weight": p["o_proj"]}
         for name, place in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
             state[f"{at}.feed_forward.{place}.weight"] = p[f"{name}_proj"]
-    state["optimizer"] = {"state": {"norm.weight": {"exp_avg": torch.ones(32), "step": torch.tensor(3.0)}}}
+    moments: dict[str, Any] = {}
+    for name in [name for name in state if "qkv_linear.wk" not in name and "qkv_linear.wv" not in name]:
+        value = state[name] * 2
+        if "qkv_linear" in name:  # of each key/value head the queries, the key, the value
+            of_all = [state[name.replace("wq", w)].view(GROUPS, -1, 32) for w in ("wq", "wk", "wv")]
+            name, value = name.replace("wq", "wqkv"), torch.cat(of_all, 1).flatten(0, 1) * 2
+        moments |= {f"state.{name}.exp_avg": value, f"state.{name}.exp_avg_sq": value + 1}
+        moments |= {f"state.{name}.step": torch.tensor(3.0), f"param_groups.{name}.lr": 1e-3}
+    state["optimizer"] = moments
     state |= {"train_state.step": torch.tensor(3), "lr_scheduler": {"last_epoch": 3}, "dataloader": {"dp_rank_0": b"0"}}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
 
@@ -193,6 +205,23 @@ def test_logits_are_those_of_the_model_that_was_written(peer: str, theirs: Llama
     assert_same_logits(ours, theirs, ours.config)
 
 
+def test_the_state_of_the_optimizer_and_the_step(theirs: LlamaForCausalLM, tmp_path: Path) -> None:
+    write_titan(theirs, tmp_path / "theirs")
+    words = ["from-dcp", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--config", config_of(theirs, tmp_path)]
+    main(FAMILIES, [*words, "--with-optimizer"])
+    found = find_in(str(tmp_path / "ours"), Ranks())
+    assert found.manifest.progress.step == 3 and found.manifest.kind == "full"
+    index = found.tensors()
+    stored = {name: read_tensor(found.storage, found.folder, each) for name, each in index.items()}
+    weights = {name.removeprefix("model."): each for name, each in stored.items() if name.startswith("model.")}
+    assert weights.keys() == dict(meta_model(Llama3.from_hf_config(theirs.config.to_dict())).named_parameters()).keys()
+    for name, weight in weights.items():
+        assert torch.equal(stored[f"optimizer.{name}.exp_avg"], weight * 2)
+        assert torch.equal(stored[f"optimizer.{name}.exp_avg_sq"], weight * 2 + 1)
+        assert stored[f"optimizer.{name}.step"] == 3
+    assert len(stored) == 4 * len(weights)
+
+
 def test_a_padded_vocabulary_is_kept_and_told(
     theirs: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +245,11 @@ def test_what_the_folder_says_must_agree(
     wide = config_of(theirs, tmp_path, intermediate_size=64)
     said = refusal(capsys, "from-litgpt", src, dst, "--config", wide)
     assert "transformer.h.0.mlp.fc_1.weight has shape [48, 32], the model wants [64, 32]" in said
+    biased = config_of(theirs, tmp_path, attention_bias=True)
+    (tmp_path / "nanotron").mkdir()
+    write_nanotron(theirs, tmp_path / "nanotron")
+    said = refusal(capsys, "from-nanotron", tmp_path / "nanotron", dst, "--config", biased)
+    assert "what nanotron writes has no place for weights such as layers.{i}.attention.wq.bias" in said
     assert "from-litgpt needs --config" in refusal(capsys, "from-litgpt", src, dst)
     assert "from-hf takes no --config" in refusal(capsys, "from-hf", src, dst, "--config", wide)
     assert not dst.exists()

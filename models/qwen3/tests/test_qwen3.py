@@ -111,6 +111,7 @@ class TestQwen3(ModelSuite):
         "wide_heads": tiny(head_dim=64, tie_word_embeddings=False),
         "llama": tiny(rope_parameters=LLAMA),
         "yarn": tiny(rope_parameters=YARN),
+        "biases": tiny(attention_bias=True),
         "yarn_exact": tiny(rope_parameters={**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}),
         "yarn_mscale": tiny(rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}),
         **{f"drawn_{seed}": drawn(seed) for seed in range(4)},
@@ -213,20 +214,13 @@ def test_all_differences_are_named_at_once() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_biases_of_the_attention_are_a_setting(kind: str, tmp_path: Path) -> None:
-    """A Qwen2 has them but on its output, and does not normalise its heads."""
+def test_a_qwen2_has_biases_but_on_its_output_and_does_not_normalise_its_heads(tmp_path: Path) -> None:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(tiny(), name) for name in names} | {"num_key_value_heads": 2, "rope_parameters": PLAIN}
-    theirs = (
-        Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
-        if kind == "qwen2"
-        else Qwen3ForCausalLM(tiny(attention_bias=True))
-    ).eval()
+    theirs = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).eval()
     randomise(theirs, seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = on_cpu(Qwen3.from_hf_config(json.loads((tmp_path / "theirs/config.json").read_text())))
-    assert ours.config.attention.output_bias == ours.config.attention.qk_norm == (kind == "qwen3")
     load_folder(ours, tmp_path / "theirs")
     assert_same_logits(ours, theirs, ours.config)
     save_hf(ours, tmp_path / "again")

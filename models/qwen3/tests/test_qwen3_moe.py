@@ -99,6 +99,7 @@ class TestQwen3MoE(ModelSuite, BalanceSuite):
         "no_groups": tiny(num_key_value_heads=4),
         "narrow_heads": tiny(head_dim=6),
         "yarn": tiny(rope_parameters=YARN),
+        "biases": tiny(attention_bias=True),
         **{f"drawn_{seed}": drawn(seed) for seed in range(4)},
     }
 

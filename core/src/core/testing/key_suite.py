@@ -20,7 +20,7 @@ from core.testing.toy import on_cpu, randomise
 from core.weights.convert import main
 from core.weights.folder import hf_config, load_folder
 from core.weights.hf import load_hf
-from core.weights.key_map import hf_key_map, pattern_of
+from core.weights.key_map import form_key_map, hf_key_map, pattern_of
 
 
 class KeySuite:
@@ -60,6 +60,12 @@ class KeySuite:
         used = {pattern_of(name)[0] for config in configs for name in meta_model(config).state_dict()}
         needed = {name for name, place in table.items() if place is not None}
         assert needed <= used <= table.keys(), f"entries for no weight: {needed - used}"
+
+    def test_other_programs_have_a_place_for_every_weight(self) -> None:
+        for name, form in self.decoder.peer_forms().items():
+            for config in self.sizes.values():
+                found = form_key_map(meta_model(config), form)
+                assert found.places.keys() == found.weights.keys(), name
 
     def test_converts_there_and_back(self, tiny: str, tmp_path: Path) -> None:
         """The command reads what transformers wrote as `load_hf` does, and writes the same bytes again."""

@@ -34,6 +34,7 @@ from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
 from core.weights.model_card import CARD, model_card
+from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
 from core.weights.saved import newest
 from core.weights.source import WeightSource
@@ -47,6 +48,7 @@ PROGRAM = Program(
         "--shard-gib": Taken(),
         "--trust": Taken(),
         "--config": Taken(files=True),
+        "--with-optimizer": Taken(most=0),
         "--version": Taken(most=0),
         "--print-completion": Taken(SHELLS),
         "--help": Taken(most=0),
@@ -71,6 +73,8 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
         "--dtype", choices=CAST_DTYPES, help="cast the weights (default: as stored; bfloat16 for fewer bits)"
     )
     parser.add_argument("--config", nargs="+", help="what the model is, where another program's folder does not say it")
+    with_optimizer = "from-dcp: the state of AdamW and the step as well, as the checkpoint of a run"
+    parser.add_argument("--with-optimizer", action="store_true", help=with_optimizer)
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
     parser.add_argument(
         "--trust",
@@ -95,10 +99,12 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
         peer = asked.way.removeprefix("from-")
         if (peer in PEERS) != (asked.config is not None):
             raise UserError(f"{asked.way} {'needs' if peer in PEERS else 'takes no'} --config")
+        if asked.with_optimizer and peer != "dcp":
+            raise UserError(f"--with-optimizer is for from-dcp, not for {asked.way}")
         convert: Any = {"from-hf": from_hf, "to-hf": partial(to_hf, trust=trust)}.get(asked.way)
         if convert is None:
             config = load_config(asked.config, import_module(f"{package}.configs"), trust=trust)
-            convert = partial(from_peer, peer=peer, config=getattr(config, "model", config))
+            convert = partial(from_peer, peer=peer, config=config, with_optimizer=asked.with_optimizer)
         convert(families, asked.src, dst, dtype=CAST_DTYPES.get(asked.dtype), shard_gib=asked.shard_gib)
 
 
@@ -132,14 +138,20 @@ def from_peer(
     *,
     peer: str,
     config: Any,
+    with_optimizer: bool,
     dtype: torch.dtype | None,
     shard_gib: float,
 ) -> None:
-    """Write the weights of a folder that another program wrote as a folder in our format."""
-    family = owner_of(type(config))
+    """Write the weights of a folder that another program wrote as a folder in our format, or with what its optimizer
+    keeps as that of a run. `config` is that of a run, or of a model."""
+    stated = getattr(config, "model", config)
+    family = owner_of(type(stated))
     if family not in families.values():
         raise UserError(f"--config is no model of {', '.join(families)}")
-    model, source = peer_source(peer, family, config, src, say)
+    model, source = peer_source(peer, family, stated, src, say)
+    if with_optimizer:
+        with atomic_folder(dst) as folder:
+            return write_run(model, source, config, folder, say)
     write_as_own(model, source, src, dst, dtype=dtype, shard_gib=shard_gib)
 
 

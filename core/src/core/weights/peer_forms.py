@@ -9,11 +9,14 @@ from core.weights.keys import Half, Heads, Joined, KeyForm, KeyPlace, KeyTable
 
 QKV: tuple[tuple[str, Heads], ...] = (("wq", "q"), ("wk", "k"), ("wv", "v"))
 
-TITAN = {
+TITAN: dict[str, tuple[KeyPlace, ...]] = {
     "output.weight": ("lm_head.weight",),
     **{
-        f"layers.{{i}}.attention.{w}.{kind}": (f"layers.{{i}}.attention.qkv_linear.{w}.{kind}",)
-        for w, _ in QKV
+        f"layers.{{i}}.attention.{w}.{kind}": (
+            f"layers.{{i}}.attention.qkv_linear.{w}.{kind}",
+            Joined(f"layers.{{i}}.attention.qkv_linear.wqkv.{kind}", heads=heads, grouped=True),
+        )
+        for w, heads in QKV
         for kind in ("weight", "bias")
     },
     **{
@@ -30,7 +33,8 @@ TITAN = {
     "ahead.{i}.eh_proj.weight": ("layers.{i}.eh_proj.weight",),
     "ahead.{i}.norm.weight": ("layers.{i}.mtp_norm.weight",),
 }
-"""What torchtitan has called otherwise, up to 0.3.0; all else goes by our names."""
+"""What torchtitan has called otherwise, up to 0.3.0; all else goes by our names. Where it computes queries, keys and
+values at once, the weights are saved one by one, and what its optimizer keeps of them is not."""
 
 
 def titan_form(names: Iterable[str], others: Mapping[str, tuple[KeyPlace, ...]] | None = None) -> KeyForm:
@@ -45,6 +49,7 @@ def litgpt_form(halves: frozenset[str] = frozenset()) -> KeyForm:
     block: dict[str, KeyPlace] = {
         "attention_norm.weight": "norm_1.weight",
         "attention.wo.weight": "attn.proj.weight",
+        "attention.wo.bias": "attn.proj.bias",
         "attention.q_norm.weight": "attn.norm_q.weight",
         "attention.k_norm.weight": "attn.norm_k.weight",
         "ffn_norm.weight": "norm_2.weight",
@@ -84,6 +89,7 @@ def megatron_form(halves: frozenset[str] = frozenset()) -> KeyForm:
         **{f"attention.{w}.weight": in_blocks("self_attention.linear_qkv.weight", heads=h) for w, h in QKV},
         **{f"attention.{w}.bias": in_blocks("self_attention.linear_qkv.bias", heads=h) for w, h in QKV},
         "attention.wo.weight": in_blocks("self_attention.linear_proj.weight"),
+        "attention.wo.bias": in_blocks("self_attention.linear_proj.bias"),
         "attention.q_norm.weight": in_blocks("self_attention.q_layernorm.weight"),
         "attention.k_norm.weight": in_blocks("self_attention.k_layernorm.weight"),
         "ffn_norm.weight": in_blocks("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),

@@ -70,7 +70,10 @@ def peer_source(
         check_stated(read_json(file), NANOTRON, config, file)
     validate(config)
     form = forms[peer]
-    found = form_key_map(meta_model(config), form).places["tok_embeddings.weight"]
+    try:
+        found = form_key_map(meta_model(config), form).places["tok_embeddings.weight"]
+    except KeyError as error:
+        raise UserError(f"what {peer} writes has no place for weights such as {error.args[0]}") from error
     rows = next((files.headers[part.key].shape[0] for [part] in found if part.key in files.headers), config.vocab_size)
     if rows > config.vocab_size and rows % PADDED_TO == 0:
         say(f"the vocabulary of {config.vocab_size:,} tokens is padded to {rows:,} rows: the model has as many")

@@ -3,4 +3,6 @@
 from core.weights.peer_forms import titan_form
 from deepseek_v3.hf import KEYS
 
-FORMS = {"dcp": titan_form(KEYS)}
+WQ = "layers.{i}.attention.wq.weight"
+FORMS = {"dcp": titan_form(KEYS, {WQ: (WQ,)})}
+"""torchtitan's joins no projections of this attention."""
