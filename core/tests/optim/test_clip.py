@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.optim.clip import joint_norm, scale_down
+from core.optim.clip import cut_values, joint_norm, scale_down
 
 
 def gradients(size: float) -> list[Tensor]:
@@ -47,3 +47,13 @@ def test_a_norm_that_is_not_finite_is_given() -> None:
 
 def test_the_norm_of_none_is_zero() -> None:
     assert joint_norm([]) == 0.0
+
+
+@pytest.mark.parametrize("max_value", [0.1, 1.0, math.inf])
+def test_numbers_are_cut_as_by_pytorch(max_value: float) -> None:
+    ours, theirs = gradients(1.0), [nn.Parameter(torch.zeros_like(g)) for g in gradients(1.0)]
+    for weight, gradient in zip(theirs, gradients(1.0), strict=True):
+        weight.grad = gradient
+    cut_values(ours, max_value)
+    nn.utils.clip_grad_value_(theirs, max_value)
+    assert all(torch.equal(gradient, weight.grad) for gradient, weight in zip(ours, theirs, strict=True))

@@ -15,6 +15,7 @@ from core.nn.kernel import Positions
 from core.nn.mtp import Predictions
 from core.nn.weights import weights
 from core.optim.adam import AdamW
+from core.optim.groups import Group
 from core.parallel.layout import SingleRank
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, labels_ahead, valid_tokens
@@ -49,9 +50,10 @@ def split(batch: Batch, sizes: list[int]) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*(t.split(sizes) for t in batch), strict=True)]
 
 
-def step(model, batches, *, mask="causal", max_norm=math.inf, lr=0.0, on_nonfinite="stop"):
-    optimizer = AdamW.Config(lr=lr, weight_decay=0.0).build(weights=weights(model), layout=SingleRank(CPU))
-    settings = {"lr_factor": 1.0, "max_norm": max_norm, "on_nonfinite": on_nonfinite}
+def step(model, batches, *, mask="causal", max_norm=math.inf, lr=0.0, on_nonfinite="stop", groups=(), **more):
+    config = AdamW.Config(lr=lr, weight_decay=0.0, groups=list(groups))
+    optimizer = config.build(weights=weights(model), layout=SingleRank(CPU))
+    settings = {"lr_factor": 1.0, "max_norm": max_norm, "on_nonfinite": on_nonfinite, **more}
     return train_step(objective(model, mask=mask), optimizer, batches, step=7, **settings)
 
 
@@ -378,3 +380,26 @@ def test_balance_loss_is_no_part_of_evaluation():
     for a, b in zip_routers(model, plain):
         torch.testing.assert_close(a.gate.weight.grad, b.gate.weight.grad)
     assert load_metrics(layer_loads(model), balance_loss(model)) == before
+
+
+def joint(weights_) -> float:
+    return torch.stack([weight.grad.norm() for weight in weights_]).norm().item()
+
+
+def test_a_group_is_clipped_by_itself_and_values_one_by_one() -> None:
+    """Norms before clipping are told of the group and of all; each is scaled to its own limit."""
+    batch, plain, model = rows(4), build(), build()
+    whole = step(plain, [batch])
+    info = step(model, [batch], max_norm=0.5 * whole.grad_norm, groups=[Group(pattern="layers.*", max_norm=1e-3)])
+    inside = {name: weight for name, weight in model.named_parameters() if name.startswith("layers.")}
+    outside = {name: weight for name, weight in model.named_parameters() if name not in inside}
+    before = dict(plain.named_parameters())
+    assert info.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
+    assert info.group_norms == {"layers.*": pytest.approx(joint(before[name] for name in inside), rel=1e-6)}
+    assert joint(inside.values()) == pytest.approx(1e-3, rel=1e-2)
+    rest = joint(before[name] for name in outside)
+    assert joint(outside.values()) == pytest.approx(min(rest, 0.5 * whole.grad_norm), rel=1e-4)
+    cut, most = build(), 0.5 * before["norm.weight"].grad.abs().max().item()
+    step(cut, [batch], max_value=most)
+    for name, weight in cut.named_parameters():
+        assert torch.equal(weight.grad, before[name].grad.clamp(-most, most)), name

@@ -63,6 +63,8 @@ class Progress:
     """That of the step, if it was measured."""
     observers: dict[str, dict[str, float]] = field(default_factory=dict)
     """What the observers of the run remember."""
+    spikes: dict[str, list[float]] = field(default_factory=dict)
+    """Losses and gradient norms that the next steps are compared with, and how many steps were left out."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Clipping by the global norm."""
+"""Clipping: by a joint norm, or number by number."""
 
 import torch
 from torch import Tensor
@@ -14,3 +14,10 @@ def joint_norm(gradients: list[Tensor]) -> float:
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Scale in place gradients, of any shape, whose joint norm is `norm` so that it is at most `max_norm`."""
     torch._foreach_mul_(gradients, min(max_norm / (norm + 1e-6), 1.0))
+
+
+def cut_values(gradients: list[Tensor], max_value: float) -> None:
+    """Cut each number of gradients, of any shape, to at most `max_value` in size, in place."""
+    if gradients:
+        torch._foreach_clamp_max_(gradients, max_value)
+        torch._foreach_clamp_min_(gradients, -max_value)

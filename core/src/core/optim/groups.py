@@ -24,6 +24,8 @@ class Group(Configurable.Config):
     """Shrinkage per step, times the learning rate, whatever `no_decay` names; without it as all other weights."""
     betas: tuple[float, float] | None = None
     """The optimizer's beta1 and beta2, where it has these."""
+    max_norm: float | None = None
+    """Scale the gradients of the group down to this joint norm of their own, instead of together with all others."""
     frozen: bool = False
     """Leave the weights as they are: they get no gradient and no state."""
 
@@ -31,6 +33,8 @@ class Group(Configurable.Config):
         for name in ("lr_factor", "weight_decay"):
             if (value := getattr(self, name)) is not None and not 0 <= value < inf:
                 yield name, f"{name} {value} must be a finite number, not negative"
+        if self.max_norm is not None and not self.max_norm > 0:
+            yield "max_norm", f"max_norm {self.max_norm} must be above 0; inf leaves gradients as they are"
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             yield "betas", f"betas {self.betas} must be in [0, 1)"
         if self.frozen and self != Group(pattern=self.pattern, frozen=True):

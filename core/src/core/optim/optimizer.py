@@ -155,10 +155,17 @@ class Optimizer(Configurable, ABC):
         for weight in self.weights.values():
             weight.parameter.grad = None
 
-    def gradients(self) -> list[Tensor]:
-        """Gradients of all weights that have one, as they are spread over the ranks, in the order of registration."""
-        gradients = (weight.parameter.grad for weight in self.weights.values())
-        return [gradient for gradient in gradients if gradient is not None]
+    def gradients(self, group: Group | None = None) -> list[Tensor]:
+        """Gradients of the weights that have one, as they are spread over the ranks, in the order of registration.
+
+        Those of a group that is clipped by itself, or, without one, of all weights that are in no such group.
+        """
+        chosen = (
+            weight.parameter.grad
+            for weight in self.weights.values()
+            if (weight.group is group if group else weight.group.max_norm is None)
+        )
+        return [gradient for gradient in chosen if gradient is not None]
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:

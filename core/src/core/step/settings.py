@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 import torch
@@ -30,7 +31,10 @@ class Training(Configurable.Config):
     """What a token may look at: all before it in its row, or only those of its own document (positions restart); auto
     is document where rows hold whole documents, as of conversations."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this joint norm; inf leaves them as they are."""
+    """Gradients are scaled down to this joint norm, but for groups of the optimizer with a norm of their own; inf
+    leaves them as they are."""
+    max_value: float | None = None
+    """Instead of a norm (set max_norm inf): each number of a gradient is cut to this size."""
     device: str = "auto"
     """auto (the accelerator, or else the CPU), cpu, or cuda."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -43,8 +47,14 @@ class Training(Configurable.Config):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from range_problems(self, steps=2**40, seq_len=2**30, local_batch_size=2**20, gc_freq=2**40)
-        if not self.max_norm > 0:
-            yield "max_norm", f"max_norm {self.max_norm} must be above 0"
+        for name in ("max_norm", "max_value"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                yield name, f"{name} {value} must be above 0; inf leaves gradients as they are"
+        if self.max_value is not None and self.max_norm < inf:
+            yield (
+                "max_value",
+                f"max_value {self.max_value} and max_norm {self.max_norm}: choose one, and set the other inf",
+            )
         if self.global_batch_size != -1 and (
             self.global_batch_size < 1 or self.global_batch_size % max(self.local_batch_size, 1)
         ):
@@ -114,6 +124,12 @@ class Debug(Configurable.Config):
     """End with a traceback to the operation whose backward made the first NaN (slow)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient norm that is not finite does: end the run before the update, or leave the step out."""
+    on_spike: Literal["keep", "skip"] = "keep"
+    """What a finite loss or gradient norm far above those before it does: nothing, or leave the step out."""
+    spike_z_score: float = 6.0
+    """How far: in standard deviations above the mean of the window."""
+    spike_window: int = 128
+    """Steps that a step is compared with; the first ones have nothing to be compared with."""
     log_every_rank: bool = False
     """Each rank writes its messages to logs/rank-<number>.log in the run's folder; without it only the first speaks."""
     moe_force_load_balance: bool = False
@@ -122,5 +138,8 @@ class Debug(Configurable.Config):
     def problems(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.seed < 2**63:
             yield "seed", f"seed {self.seed} must be from 0 to 2^63 - 1"
+        if not 0 < self.spike_z_score < inf:
+            yield "spike_z_score", f"spike_z_score {self.spike_z_score} must be a finite number above 0"
+        yield from range_problems(self, low=2, spike_window=2**20)
         if self.detect_anomaly and self.on_nonfinite == "skip":
             yield "on_nonfinite", "detect_anomaly ends the run at the first NaN, skip goes on: choose one of the two"

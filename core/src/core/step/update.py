@@ -2,15 +2,20 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from core.config.errors import UserError
 from core.data.packing import Batch
 from core.nn.balance import routers, start_step, update_selection_bias
+from core.optim.clip import cut_values
 from core.optim.optimizer import Optimizer
+from core.optim.weight import local_tensor
+from core.parallel.layout import RankView
 from core.runtime.activity import begin
 from core.step.objective import Objective, valid_tokens
+from core.step.spikes import SpikeDetector
 
 log = logging.getLogger("armature")
 
@@ -27,9 +32,11 @@ class StepInfo(NamedTuple):
     grad_norm: float
     """Before clipping."""
     updated: bool
-    """Whether the step counted; false where it was left out because its numbers were not finite."""
+    """Whether the step counted; false where it was left out because its numbers were not finite, or a spike."""
     validation_loss: float | None = None
     """The loss on held-out text, where it was measured after the step."""
+    group_norms: Mapping[str, float] = MappingProxyType({})
+    """The norms, before clipping, of groups of weights that are clipped by themselves, by their patterns."""
 
 
 def train_step(
@@ -41,12 +48,15 @@ def train_step(
     lr_factor: float,
     max_norm: float,
     on_nonfinite: Literal["stop", "skip"],
+    max_value: float | None = None,
+    spikes: SpikeDetector | None = None,
 ) -> StepInfo:
     """Accumulate the gradient of the mean loss over all valid tokens of all `batches`, clip it, and update once.
 
     The denominator is the step's, over all ranks and microbatches: the gradient does not depend on how the step is
     split. Raises `UserError` before any update when the step has no valid token, or when its loss or gradient norm is
-    not finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are.
+    not finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are, as in a step that is a spike to
+    `spikes`.
     """
     begin(f"step {step}")
     layout = objective.layout
@@ -58,16 +68,42 @@ def train_step(
         start_step(part, n_valid)
     loss, total = layout.sums(*objective.accumulate(batches, n_valid))
     layout.sum_counts([router.tokens_E for part in objective.stages for router in routers(part).values()])
-    info = StepInfo(step, loss, total, layout.clip(optimizer.gradients(), max_norm), updated=True)
+    norm, group_norms = clip(optimizer, layout, max_norm, max_value)
+    info = StepInfo(step, loss, total, norm, updated=True, group_norms=group_norms)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
             raise UserError(
                 f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped before the update; "
                 "lower optimizer.lr, or override this with --debug.on_nonfinite skip"
             )
-        log.warning(f"step {step} left out: loss {info.loss}, gradient norm {info.grad_norm}")
-        return info._replace(updated=False)
+        return left_out(info, f"loss {info.loss}, gradient norm {info.grad_norm}", spikes)
+    if spikes is not None and (spike := spikes.spike(info.loss, info.grad_norm)):
+        return left_out(info, spike, spikes)
     optimizer.step(lr_factor, step)
     for part in objective.stages:
         update_selection_bias(part)
     return info
+
+
+def clip(
+    optimizer: Optimizer, layout: RankView, max_norm: float, max_value: float | None
+) -> tuple[float, dict[str, float]]:
+    """Clip the gradients of a step; returns the joint norm of all of them before, and those of groups that are clipped
+    by themselves, by their patterns."""
+    norms = {
+        group.pattern: layout.clip(optimizer.gradients(group), group.max_norm)
+        for group in optimizer.config.groups
+        if group.max_norm is not None
+    }
+    rest = layout.clip(optimizer.gradients(), max_norm)
+    if max_value is not None:
+        cut_values([local_tensor(gradient) for gradient in optimizer.gradients()], max_value)
+    return (math.hypot(rest, *norms.values()) if norms else rest), norms
+
+
+def left_out(info: StepInfo, reason: str, spikes: SpikeDetector | None) -> StepInfo:
+    """What a step did that changes no weight, which is told and counted."""
+    log.warning(f"step {info.step} left out: {reason}")
+    if spikes is not None:
+        spikes.skipped += 1
+    return info._replace(updated=False)

@@ -22,6 +22,7 @@ from core.runtime.disk import needed
 from core.runtime.ranks import Ranks
 from core.step.assemble import BuiltModel
 from core.step.checks import Run
+from core.step.spikes import SpikeDetector
 from core.train.folder import ANOTHER, config_text
 from core.train.observers import Observers
 from core.train.records import carry_on
@@ -67,6 +68,7 @@ class RunCheckpoints:
         self.saver.check_writable()
         ranks.first(self._read_companions)
         self.found = self._find()
+        self.spikes = SpikeDetector(run.debug)
         self.start = Progress(rows_per_step=n_rows, text=loader.fingerprint)
         """How far the run had come before."""
         if self.found is not None:
@@ -124,6 +126,7 @@ class RunCheckpoints:
         tensors |= random_tensors(self.ranks.rank, self.layout.device)
         progress = self.progress(step, validation_loss)
         progress.places, progress.observers = self._places(), self.observers.state()
+        progress.spikes = self.spikes.state()
         kind: SaveKind = "model" if last and c.last_save_model_only else "full"
         self.saver.save(progress, tensors, kind=kind, wait=last or stopping)
         self._last = step
@@ -208,6 +211,7 @@ class RunCheckpoints:
         if "train_state" not in left:
             self.start.step, self.start.tokens = saved.step, saved.tokens
             self.observers.restore(saved.observers)
+            self.spikes.restore(saved.spikes)
         if "dataloader" not in left:
             self.start.rows = saved.rows
             if saved.places:

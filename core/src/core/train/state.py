@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "debug.deterministic",
     "debug.log_every_rank",
     "debug.on_nonfinite",
+    "debug.on_spike",
+    "debug.spike_",
 )
 """Settings, or beginnings of their paths, that may change when a run goes on: what it learns stays the same. So may
 those that name a place: what lies there is compared as the fingerprint of the text."""

@@ -64,7 +64,7 @@ class StepReport:
             else self.flops_per_token.total * tokens_per_second / peak / self.checkpoints.ranks.size,
             validation_loss=None if validation is None else validation.loss,
             validation_bits_per_byte=None if validation is None else validation.bits_per_byte,
-            numbers=self._numbers(step, validation),
+            numbers=self._numbers(info, validation),
         )
         if self.layout.is_first:
             self.metrics.write(record)
@@ -73,13 +73,16 @@ class StepReport:
         fields += [f"{name} {value:.4g}" for name, value in record.numbers.items() if self.observers.on_console(name)]
         log.info("  ".join(fields), extra={"fields": fields})
 
-    def _numbers(self, step: int, validation: Validation | None) -> dict[str, float]:
-        """The loads of the experts, further learning rates, tokens by source, validation losses by name, and what
-        observers returned."""
-        factor, numbers = self.schedule.factor(step), self.observers.take()
+    def _numbers(self, info: StepInfo, validation: Validation | None) -> dict[str, float]:
+        """The loads of the experts, further learning rates and norms, steps left out, tokens by source, validation
+        losses by name, and what observers returned."""
+        factor, numbers = self.schedule.factor(info.step), self.observers.take()
         own = expert_loads(self.models, self.layout)
         own |= {name: peak * factor for name, peak in self.run.optimizer.further_lrs().items()}
-        tokens = self.checkpoints.loader.tokens_by_source(self.checkpoints.progress(step).rows)
+        own |= {f"grad_norm/{pattern}": norm for pattern, norm in info.group_norms.items()}
+        if skipped := self.checkpoints.spikes.skipped:
+            own["skipped_steps"] = skipped
+        tokens = self.checkpoints.loader.tokens_by_source(self.checkpoints.progress(info.step).rows)
         own |= {f"data/{name}/tokens": float(n) for name, n in tokens.items()}
         own |= {f"validation/{name}/loss": loss for name, loss in (validation.by_name if validation else {}).items()}
         if both := sorted(own.keys() & numbers.keys()):

@@ -279,15 +279,14 @@ class Trainer(Configurable):
     def step(self, step: int) -> StepInfo:
         """Train step number `step`, counted from 1."""
         c = self.config
-        return train_step(
-            self.objective,
-            self.optimizer,
-            self.batches(step),
-            step=step,
-            lr_factor=self.schedule.factor(step),
-            max_norm=c.training.max_norm,
-            on_nonfinite=c.debug.on_nonfinite,
-        )
+        settings: dict[str, Any] = {
+            "lr_factor": self.schedule.factor(step),
+            "max_norm": c.training.max_norm,
+            "max_value": c.training.max_value,
+            "on_nonfinite": c.debug.on_nonfinite,
+            "spikes": self.checkpoints.spikes,
+        }
+        return train_step(self.objective, self.optimizer, self.batches(step), step=step, **settings)
 
     def batches(self, step: int) -> list[Batch]:
         """The microbatches of `step`, counted from 1: rows are numbered over the whole run."""
