@@ -18,6 +18,7 @@ from core.data.corpus import Corpus
 from core.data.progress import ProgressLine
 from core.data.sampling import SPLITS, held_out
 from core.data.shards import Extent, TokenManifest
+from core.data.split_writer import SplitWriter
 from core.data.tokenizer import Tokenizer
 from core.runtime.units import rate
 
@@ -58,8 +59,8 @@ def check_content(corpus, tokenizer) -> None:
 
 def count_preparations(monkeypatch) -> list[str]:
     """Each preparation from now on adds an entry."""
-    counted, write = [], corpus_module._write
-    monkeypatch.setattr(corpus_module, "_write", lambda *a: counted.append("prepared") or write(*a))
+    counted, write = [], corpus_module.write_splits
+    monkeypatch.setattr(corpus_module, "write_splits", lambda *a: counted.append("prepared") or write(*a))
     return counted
 
 
@@ -211,7 +212,7 @@ def test_two_preparations_at_once_end_with_one_right_cache(config, tokenizer, tm
 
 
 def test_the_slower_of_two_preparations_takes_what_the_quicker_made(config, tokenizer, monkeypatch):
-    write, quicker = corpus_module._write, []
+    write, quicker = corpus_module.write_splits, []
 
     def slow(*args):
         if not quicker:
@@ -219,7 +220,7 @@ def test_the_slower_of_two_preparations_takes_what_the_quicker_made(config, toke
             quicker[0] = config.build(tokenizer=tokenizer).folder.stat().st_ino
         return write(*args)
 
-    monkeypatch.setattr(corpus_module, "_write", slow)
+    monkeypatch.setattr(corpus_module, "write_splits", slow)
     corpus = config.build(tokenizer=tokenizer)
     assert corpus.folder.stat().st_ino == quicker[0]
     check_content(corpus, tokenizer)
@@ -246,7 +247,7 @@ def test_cache_folder_that_cannot_be_written(config, tokenizer, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     config.cache_folder = str(tmp_path / "kept")
-    monkeypatch.setattr(corpus_module.SplitWriter, "write", full)
+    monkeypatch.setattr(SplitWriter, "write", full)
     with pytest.raises(
         UserError, match=r"cannot keep .*No space left on device.*choose another place with cache_folder"
     ):

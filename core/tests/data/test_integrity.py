@@ -121,7 +121,7 @@ def test_a_cache_that_may_not_be_read_is_not_prepared_again(config, tokenizer, m
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(text_file, "open", forbid, raising=False)
-    monkeypatch.setattr(corpus_module, "_write", forbid)
+    monkeypatch.setattr(corpus_module, "write_splits", forbid)
     with pytest.raises(
         UserError, match=r"cannot read .*manifest\.json cannot be read: Permission denied; choose another place"
     ):

@@ -11,12 +11,12 @@ from core.data.shards import (
     VERIFIED,
     DamagedError,
     Extent,
-    SplitWriter,
     TokenManifest,
     TokenStream,
     json_digest,
     read_token_manifest,
 )
+from core.data.split_writer import SplitWriter
 
 
 def random_documents(n, vocab_size, seed=0):

@@ -22,22 +22,42 @@ def check_arrow(path: Path) -> None:
         raise UserError(f"{path} needs the package pyarrow: in the checkout run pip install './core[data]'")
 
 
+class Place:
+    """How far a file is read, in bytes on the disk."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self._file is None or self._file.closed else self._file.tell()
+
+    def of(self, file: IO[bytes]) -> IO[bytes]:
+        """The file, which is watched from now on."""
+        self._file = file
+        return file
+
+
 @contextmanager
-def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+def open_bytes(path: Path, place: Place | None = None) -> Iterator[IO[bytes]]:
     """A file that is read from front to back; one that is cut off is an `OSError` or an `EOFError` at its end.
 
     A file of several members or frames, one behind the other, is read to the end of the last.
     """
     suffix = path.suffix.lower()
-    if suffix == ".zst":
-        check_arrow(path)
-        import pyarrow
+    with open(path, "rb") as packed:
+        (place or Place()).of(packed)
+        if suffix == ".zst":
+            check_arrow(path)
+            import pyarrow
 
-        with open(path, "rb") as packed:
             stream: Any = pyarrow.CompressedInputStream(packed, "zstd")
             with io.BufferedReader(stream) as file:
                 yield file
-        return
-    opened: Any = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)
-    with opened(path, "rb") as file:
-        yield file
+            return
+        opened: Any = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix)
+        if opened is None:
+            yield packed
+            return
+        with opened(packed, "rb") as file:
+            yield file

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,7 @@ class ConversationEncoder:
     def __init__(
         self, tokenizer: Tokenizer, *, template: str | None, day: str | None, counted: Counted, most_tokens: int
     ) -> None:
+        self._made_of = {"template": template, "day": day, "counted": counted, "most_tokens": most_tokens}
         self.tokenizer, self.counted, self.most_tokens = tokenizer, counted, most_tokens
         self.model = model = tokenizer.templating
         self._templates = model.chat_templates if template is None else {"default": template}
@@ -107,6 +109,9 @@ class ConversationEncoder:
         self.fingerprint = json_digest(
             [_VERSION, tokenizer.fingerprint, model.special_tokens, self._templates, day, counted, most_tokens]
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), self.tokenizer, **self._made_of), ()
 
     def encode_sections(self, sections: Sequence[Section]) -> list[list[int] | LeftOut]:
         """The tokens of each conversation, or why there are none."""

@@ -3,29 +3,26 @@
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from core.config.configurable import Configurable
+from core.config.configurable import Configurable, range_problems
 from core.config.errors import UserError
 from core.config.record import absolute, located, to_dict
 from core.data import integrity, shards
-from core.data.bad_lines import BadLines, OnBadLine
+from core.data.bad_lines import OnBadLine
 from core.data.dataset import absolute_dataset, absolute_word, open_source
-from core.data.progress import ProgressLine
+from core.data.preparation import write_splits
 from core.data.rows import RowReader
-from core.data.sampling import SPLITS, Split, held_out
-from core.data.sections import LeftOut, Section, batches, settled
-from core.data.shards import DamagedError, SplitWriter, TokenManifest, TokenStream, json_digest
+from core.data.sampling import SPLITS, Split
+from core.data.shards import DamagedError, TokenManifest, TokenStream, json_digest
 from core.data.source import Source
 from core.data.staging import staging_folder
 from core.data.text_files import Format
+from core.data.workers import SectionEncoder
 from core.runtime.disk import flush
 from core.runtime.units import rate
 
@@ -34,21 +31,13 @@ log = logging.getLogger("armature")
 _ANOTHER_PLACE = "choose another place with cache_folder"
 
 
-class SectionEncoder(Protocol):
-    """What makes tokens of text: a `Tokenizer`, say."""
-
-    vocab_size: int
-    fingerprint: str
-
-    def encode_sections(self, sections: Sequence[Section]) -> Sequence[list[int] | LeftOut]: ...
-
-
 class Corpus(Configurable):
     """The tokenised documents of a source, prepared when they are first asked for and found in the cache from then on.
 
     The cache is keyed by everything that the tokens depend on: the source and its fingerprint (for files their sizes
     and times of change), the tokenizer, the split. A preparation writes beside its place and is moved there complete,
-    so that one that is interrupted leaves nothing that looks complete, and of two at once either may win. What the
+    so that one that is interrupted leaves nothing that looks complete, and is continued where it was; of two at once
+    either may win. What the
     cache holds is compared with what was written (`core.data.integrity`), and prepared again where it is damaged.
     """
 
@@ -70,6 +59,9 @@ class Corpus(Configurable):
         """Where tokenised text is kept; None is $XDG_CACHE_HOME/armature, or ~/.cache/armature. With --dataloader.mode
         streaming none is kept."""
 
+        processes: int | None = None
+        """Processes that tokenise; None is one for each core where there is much text. The tokens are the same."""
+
         def places(self) -> dict[str, Any]:
             return {"dataset": absolute_dataset(self.dataset), "cache_folder": absolute(self.cache_folder)}
 
@@ -77,6 +69,7 @@ class Corpus(Configurable):
             """A share that is none, and settings of lines where a source has its own."""
             if not 0 <= self.validation_fraction < 1:
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
+            yield from range_problems(self, processes=1024)
             words = [self.dataset] if isinstance(self.dataset, str) else self.dataset
             if words == []:
                 yield "dataset", "names nothing to read: give stdlib, a file, a folder, a glob pattern or hf:NAME"
@@ -116,7 +109,7 @@ class Corpus(Configurable):
         name = re.sub(r"\W+", "-", f"{title[:40]}-{json_digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
         self.name = source.name
-        self._verify, self._vocab_size = verify, tokenizer.vocab_size
+        self._verify, self._vocab_size, self._processes = verify, tokenizer.vocab_size, config.processes
         self.manifest: TokenManifest = self._find() or self._prepare(source, tokenizer, config.validation_fraction)
 
     def split(self, split: Split) -> TokenStream:
@@ -155,8 +148,8 @@ class Corpus(Configurable):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with staging_folder(self.folder) as staging:
                 complete = staging / "complete"
-                complete.mkdir()
-                splits, files = _write(complete, source, tokenizer, fraction)
+                complete.mkdir(exist_ok=True)
+                splits, files = write_splits(complete, source, tokenizer, fraction, self._processes)
                 TokenManifest(
                     made_from=self._made_from,
                     vocab_size=tokenizer.vocab_size,
@@ -207,56 +200,3 @@ def _cache_folder(chosen: str | None) -> Path:
     except RuntimeError as error:
         raise UserError("no home folder to keep a cache in: choose a place with cache_folder") from error
     return home / "armature"
-
-
-def _write(
-    folder: Path, source: Source, encoder: SectionEncoder, fraction: float
-) -> tuple[dict[str, shards.Extent], dict[str, str]]:
-    """Tokenise all documents into the files of both splits; returns the extent of each, and the hashes of the files."""
-    size = shards.SHARD_TOKENS
-    writers = {split: SplitWriter(folder, split, encoder.vocab_size, size) for split in SPLITS}
-    left = _Left(source)
-    with ExitStack() as opened:
-        for writer in writers.values():
-            opened.callback(writer.close)
-        with ProgressLine(source.name) as progress:
-            first, before, long = 0, False, Counter[str]()
-            for batch in batches(source.sections()):
-                held = held_out(first, len(batch) + 1, fraction)
-                sections = settled(batch, [before, *held.tolist()])
-                encoded = encoder.encode_sections(sections)
-                sizes = np.array([len(section.text.encode()) for section in sections])
-                there = np.array([not left.out(each) for each in encoded])
-                validation = held[:-1]
-                for split, chosen in (("train", there & ~validation), ("validation", there & validation)):
-                    places = np.flatnonzero(chosen).tolist()
-                    opens = [sections[i].opens for i in places]
-                    tokens = [ids for i in places if not isinstance(ids := encoded[i], LeftOut)]
-                    writers[split].write(tokens, opens, int(sizes[chosen].sum()))
-                first, before = first + len(batch), bool(validation[-1])
-                long["documents"] += sum(section.opens and not section.closes for section in batch)
-                long["sections"] += sum(not section.opens or not section.closes for section in batch)
-                progress.add(sum(section.opens for section in batch), int(sizes.sum()))
-    left.summarise()
-    if long["documents"]:
-        counts = f"{long['documents']:,} long documents were tokenised in {long['sections']:,} sections"
-        log.info("%s: %s, with nothing between them", source.name, counts)
-    files = {name: sha256 for writer in writers.values() for name, sha256 in writer.files.items()}
-    return {split: writer.extent for split, writer in writers.items()}, files
-
-
-class _Left:
-    """The documents that become no tokens: none is left out without a count."""
-
-    def __init__(self, source: Source) -> None:
-        self.name, self.bad, self.fitting = source.name, BadLines(source.on_bad_line), BadLines("skip")
-
-    def out(self, encoded: list[int] | LeftOut) -> bool:
-        """Whether this is such a document. Raises `UserError` where it is a mistake that ends the preparation."""
-        if isinstance(encoded, LeftOut):
-            (self.bad if encoded.unreadable else self.fitting).add(encoded.place, encoded.reason)
-        return isinstance(encoded, LeftOut)
-
-    def summarise(self) -> None:
-        self.bad.summarise(self.name)
-        self.fitting.summarise(self.name, "conversations")

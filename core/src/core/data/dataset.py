@@ -2,22 +2,62 @@
 
 import os
 import re
-from typing import TypeAlias
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
+from core.config.errors import UserError, at_most
 from core.config.record import absolute
-from core.data.bad_lines import OnBadLine
-from core.data.source import (
-    HUB,
-    STANDARD_LIBRARY,
-    HubDataset,
-    SeveralSources,
-    Source,
-    StandardLibrary,
-    TextFiles,
-)
+from core.data.bad_lines import BadLines, OnBadLine
+from core.data.rows import RowReader
+from core.data.sections import Section
+from core.data.source import HUB, STANDARD_LIBRARY, HubDataset, Source, StandardLibrary, TextFiles
 from core.data.text_files import Format
 
 Dataset: TypeAlias = str | list[str] | Source.Config
+_MOST_NAMES = 5
+
+
+class SeveralSources(Source):
+    """Sources one behind the other, as one."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        sources: list[Source.Config] = field(default_factory=list)
+        """What is read, in this order."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if not self.sources:
+                yield "sources", "names nothing to read"
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+
+    def open(self) -> None:
+        self._number = 0
+        self.parts: list[Source] = [source.build() for source in self.config.sources]
+        self.on_bad_line = "error" if any(part.on_bad_line == "error" for part in self.parts) else "skip"
+        self.name = ", ".join(at_most(_MOST_NAMES, [part.name for part in self.parts]))
+        files = Counter(file for part in self.parts if isinstance(part, TextFiles) for file in part.files)
+        if twice := [file for file, n in files.items() if n > 1]:
+            raise UserError(f"{twice[0]} is named twice: it would be read twice")
+
+    def read_rows_by(self, reader: RowReader) -> None:
+        for part in self.parts:
+            part.read_rows_by(reader)
+
+    def fingerprint(self) -> list[Any]:
+        return [part.fingerprint() for part in self.parts]
+
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        for number, part in enumerate(self.parts):
+            self._number = number
+            yield from part.sections_of(bad)
+
+    def done(self) -> float | None:
+        found = [part.done() for part in self.parts]
+        known = [1.0 if n < self._number else each for n, each in enumerate(found) if each is not None]
+        return sum(known) / len(found) if len(known) == len(found) else None
 
 
 def absolute_dataset(dataset: Dataset) -> Dataset:

@@ -12,9 +12,8 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -45,77 +44,6 @@ class Extent:
     sha256: str = field(default="", compare=False)
     """Hash of the tokens and of the places where documents begin, whatever files hold them; empty for what was not
     written."""
-
-
-class SplitWriter:
-    """Writes one split: files of bounded size, so that a corpus of any size is written in bounded memory."""
-
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
-        self.extent = Extent()
-        self.files: dict[str, str] = {}
-        """SHA-256 of every file that is complete."""
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._dtype = token_type(vocab_size)
-        self._starts = HashedFile(folder / f"{split}.starts")
-        self._shard: HashedFile | None = None
-        self._hash = hashlib.sha256()
-
-    def write(self, sections: Sequence[list[int]], opens: Sequence[bool], n_bytes: int) -> None:
-        """Append sections of documents, each opening one or going on, whose text has `n_bytes` in UTF-8."""
-        lengths = np.array([len(ids) for ids in sections], dtype=STARTS)
-        starts = self.extent.tokens + np.cumsum(lengths) - lengths
-        opening = starts[np.array(opens, np.bool_)].astype(STARTS).tobytes()
-        self._starts.write(opening)
-        self._hash.update(opening)
-        tokens = np.fromiter(chain.from_iterable(sections), self._dtype, count=int(lengths.sum()))
-        while tokens.size:
-            filled = self.extent.tokens % self._shard_tokens
-            if filled == 0:
-                self._next_shard()
-            part, tokens = tokens[: self._shard_tokens - filled], tokens[self._shard_tokens - filled :]
-            assert self._shard is not None
-            self._shard.write(part.tobytes())
-            self._hash.update(part.tobytes())
-            self.extent.tokens += part.size
-        self.extent.documents += sum(opens)
-        self.extent.sections += len(sections)
-        self.extent.bytes += n_bytes
-
-    def _next_shard(self) -> None:
-        if self._shard is not None:
-            self._finish(self._shard)
-        number = self.extent.tokens // self._shard_tokens
-        self._shard = HashedFile(self._folder / shard_name(self._split, number))
-
-    def _finish(self, file: "HashedFile") -> None:
-        self.files[file.name] = file.finish()
-
-    def close(self) -> None:
-        """Bring everything to the disk."""
-        self.extent.sha256 = self._hash.hexdigest()
-        self._finish(self._starts)
-        if self._shard is not None:
-            self._finish(self._shard)
-
-
-class HashedFile:
-    """A file that is written once, and hashed on the way."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self._file: IO[bytes] = open(path, "wb")
-        self._hash = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-
-    def finish(self) -> str:
-        """Bring the file to the disk and close it; returns the SHA-256 of its bytes."""
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        return self._hash.hexdigest()
 
 
 def shard_name(split: str, number: int) -> str:

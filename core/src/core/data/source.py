@@ -6,18 +6,18 @@ import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, cast
 
 from core.config.configurable import Configurable
-from core.config.errors import UserError, at_most
+from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.bad_lines import BadLines, OnBadLine, reading
+from core.data.compressed import Place
 from core.data.library import library_errors
 from core.data.rows import RowReader, TextField
 from core.data.sections import Section, cut_row
@@ -28,7 +28,6 @@ HUB = "hf:"
 _SAVED = ("dataset_dict.json", "state.json")
 """One of these lies in a folder that `save_to_disk` wrote, of several splits or of one."""
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-_MOST_NAMES = 5
 _TOPICS = "pydoc_data/topics.py"
 _END = object()
 
@@ -56,6 +55,10 @@ class Source(Configurable, ABC):
     @abstractmethod
     def fingerprint(self) -> list[Any]:
         """What changes when the text does (data for JSON), found without reading the text."""
+
+    def done(self) -> float | None:
+        """Which share of a pass is read, from 0 to 1; None where that is not known."""
+        return None
 
     def read_rows_by(self, reader: RowReader) -> None:
         """Read something else of a row than its text. Raises `UserError` where there are no rows."""
@@ -161,15 +164,21 @@ class TextFiles(RowSource):
         with reading(self.name):
             self.files = find_files(self.name, self.config.format)
         self._found = [_file_state(file) for file in self.files]
+        self._number, self._place = 0, Place()
 
     def fingerprint(self) -> list[Any]:
         return self._found
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
-        for file, found in zip(self.files, self._found, strict=True):
+        for number, (file, found) in enumerate(zip(self.files, self._found, strict=True)):
+            self._number, self._place = number, Place()
             self._check_unchanged(file, found)
-            yield from read_sections(file, self.reader, bad, self.config.format)
+            yield from read_sections(file, self.reader, bad, self.config.format, self._place)
             self._check_unchanged(file, found)
+
+    def done(self) -> float | None:
+        sizes = [size for _, size, _ in self._found]
+        return (sum(sizes[: self._number]) + self._place.n_bytes) / max(sum(sizes), 1)
 
     def _check_unchanged(self, file: Path, found: list[Any]) -> None:
         """Text that changes under a run would be read as something that its fingerprint does not stand for."""
@@ -238,40 +247,6 @@ class HubDataset(RowSource):
             if row is _END:
                 return
             yield from self.reader.sections(row, f"{self.name}, row {number}", bad)
-
-
-class SeveralSources(Source):
-    """Sources one behind the other, as one."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Source.Config):
-        sources: list[Source.Config] = field(default_factory=list)
-        """What is read, in this order."""
-
-        def problems(self) -> Iterator[tuple[str, str]]:
-            if not self.sources:
-                yield "sources", "names nothing to read"
-
-    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
-
-    def open(self) -> None:
-        self.parts: list[Source] = [source.build() for source in self.config.sources]
-        self.on_bad_line = "error" if any(part.on_bad_line == "error" for part in self.parts) else "skip"
-        self.name = ", ".join(at_most(_MOST_NAMES, [part.name for part in self.parts]))
-        files = Counter(file for part in self.parts if isinstance(part, TextFiles) for file in part.files)
-        if twice := [file for file, n in files.items() if n > 1]:
-            raise UserError(f"{twice[0]} is named twice: it would be read twice")
-
-    def read_rows_by(self, reader: RowReader) -> None:
-        for part in self.parts:
-            part.read_rows_by(reader)
-
-    def fingerprint(self) -> list[Any]:
-        return [part.fingerprint() for part in self.parts]
-
-    def sections_of(self, bad: BadLines) -> Iterator[Section]:
-        for part in self.parts:
-            yield from part.sections_of(bad)
 
 
 def _file_state(file: Path) -> list[Any]:

@@ -6,39 +6,75 @@ file system may not show locks, and a file system may have none: there a folder 
 """
 
 import fcntl
+import glob
 import logging
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from core.config.errors import UserError
 
 log = logging.getLogger("armature")
 
 
 _NAME = re.compile(r".+\.[0-9a-f]{12}")
 _LOCK = "lock"
+JOURNAL = "journal.json"
+"""Says how far the work in a folder is: it is continued when the same is asked for again."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _STALE_S = 24 * 3600.0
+_KEPT_S = 7 * 24 * 3600.0
+"""So long work waits to be continued."""
 
 
 @contextmanager
 def staging_folder(place: Path) -> Iterator[Path]:
-    """A new folder beside `place`, which is to become something there; removed at the end with what is still in it."""
+    """A folder beside `place`, which is to become something there; removed at the end with what is still in it.
+
+    It is new, or what an interrupted process left for the same place, with a journal. With one it stays where the work
+    is interrupted, unless by a mistake of the user's.
+    """
     remove_stale(place.parent)
-    folder = place.with_name(f"{place.name}.{uuid.uuid4().hex[:12]}")
-    folder.mkdir()
-    try:
-        with open(folder / _LOCK, "w", encoding="utf-8") as lock:
+    keeps = False
+    with ExitStack() as opened:
+        folder = _left_for(place, opened)
+        if folder is None:
+            folder = place.with_name(f"{place.name}.{uuid.uuid4().hex[:12]}")
+            folder.mkdir()
+            lock = opened.enter_context(open(folder / _LOCK, "w", encoding="utf-8"))
             with suppress(OSError):  # without a lock the folder has its age
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 lock.write(_boot_id())
                 lock.flush()
+        try:
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        except UserError:
+            raise
+        except BaseException:
+            keeps = (folder / JOURNAL).exists()
+            raise
+        finally:
+            if not keeps:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left_for(place: Path, opened: ExitStack) -> Path | None:
+    """The folder with a journal that a dead process left for the same place, which this process has locked."""
+    for folder in sorted(place.parent.glob(f"{glob.escape(place.name)}.*")):
+        if not _NAME.fullmatch(folder.name) or not (folder / JOURNAL).is_file():
+            continue
+        with suppress(OSError), ExitStack() as held:
+            lock = held.enter_context(open(folder / _LOCK, "r+", encoding="utf-8"))
+            if lock.read() == _boot_id() != "":
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (folder / JOURNAL).is_file():  # not removed by who had the lock before
+                    opened.push(held.pop_all())
+                    return folder
+    return None
 
 
 def remove_stale(parent: Path) -> None:
@@ -59,6 +95,8 @@ def remove_stale(parent: Path) -> None:
 def _is_stale(folder: Path) -> bool:
     touched = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
     untouched = touched < time.time() - _STALE_S
+    if (folder / JOURNAL).is_file() and touched > time.time() - _KEPT_S:
+        return False
     try:
         lock = open(folder / _LOCK, "r+", encoding="utf-8")
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from typing import IO, Literal, get_args
 
 from core.config.errors import UserError
 from core.data.bad_lines import BadLines, reading
-from core.data.compressed import COMPRESSIONS, open_bytes
+from core.data.compressed import COMPRESSIONS, Place, open_bytes
 from core.data.json_array import array_values
 from core.data.rows import RowReader, TextField
 from core.data.sections import FILE_CHARACTERS, Section, split_sections
@@ -106,7 +106,9 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_sections(path: Path, reader: RowReader, bad: BadLines, format: Format | None = None) -> Iterator[Section]:
+def read_sections(
+    path: Path, reader: RowReader, bad: BadLines, format: Format | None = None, place: Place | None = None
+) -> Iterator[Section]:
     """The documents of one file, in order and in sections: a text is one, and so is every line or row of the others."""
     kind = format or format_of(path)
     with reading(path):
@@ -115,7 +117,7 @@ def read_sections(path: Path, reader: RowReader, bad: BadLines, format: Format |
         elif kind == "arrow":
             yield from arrow_sections(path, reader, bad)
         else:
-            with open_bytes(path) as file:
+            with open_bytes(path, place) as file:
                 yield from _sections_of(kind, file, path, reader, bad)
 
 

@@ -64,6 +64,7 @@ class Tokenizer(Configurable):
             return {"path": absolute(self.path)}
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self._model: _Model
         if config.path is None:
             content = bundled_model()
@@ -90,6 +91,10 @@ class Tokenizer(Configurable):
         self._line_end: list[int] = self.encode("\n")
         no_eos = ", none that ends a document" if self.eos_id is None else ""
         self.description: str = f"{self._model.kind}, {self.vocab_size:,} tokens{no_eos} ({name})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads the same file, and encodes on one core."""
+        return one_threaded, (self.config,)
 
     def _token(self, name: str, asked: bool | None) -> int | None:
         """The id of bos or eos. Raises `UserError` where it is asked for and there is none."""
@@ -160,6 +165,14 @@ class Tokenizer(Configurable):
             return [0.0 if token in joins else n for token, n in enumerate(self._model.n_bytes())]
 
 
+def one_threaded(config: Tokenizer.Config) -> Tokenizer:
+    """A tokenizer that encodes on one core, for one of several processes."""
+    tokenizer: Tokenizer = config.build()
+    if isinstance(tokenizer._model, _SentencePiece):
+        tokenizer._model.n_threads = 1
+    return tokenizer
+
+
 def bundled_model() -> bytes:
     """The SentencePiece model that comes along."""
     return (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
@@ -200,6 +213,8 @@ class _SentencePiece:
     kind = "SentencePiece"
     rules = ""
     _SPACE = "\u2581"
+    n_threads = -1
+    """Threads that encode a batch; -1 is one for each core."""
 
     def __init__(self, content: bytes, name: str) -> None:
         import sentencepiece
@@ -224,7 +239,7 @@ class _SentencePiece:
         return token if token >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._processor.encode(list(texts))
+        encoded = self._processor.encode(list(texts), num_threads=self.n_threads)
         if self._spelling is not None:
             for number, text in enumerate(texts):
                 if self._SPACE in text:

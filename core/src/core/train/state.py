@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "compile.",
     "checkpoint.",
     "validator.",
+    "dataloader.processes",
     "training.device",
     "training.gc_freq",
     "training.local_batch_size",
