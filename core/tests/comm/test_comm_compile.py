@@ -69,7 +69,7 @@ def compiled_and_eager(carrier: str, settings: dict[str, Any]) -> list[Any]:
     ("carrier", "settings"),
     [
         pytest.param("deepep reference", {}, marks=pytest.mark.matrix),
-        ("hybridep reference", {"pad_multiple": 2}),
+        pytest.param("hybridep reference", {"pad_multiple": 2}, marks=pytest.mark.matrix),
         pytest.param("hybridep reference", {"capacity_factor": 1.0, "pad_multiple": 2}, marks=pytest.mark.matrix),
         ("deepep v2.1", {}),
         ("hybridep 11", {"capacity_factor": 1.0, "pad_multiple": 2}),

@@ -214,6 +214,7 @@ FEW = [
     "narrow-tp4",
     "no-label-fsdp2-ep4-tp2",
     "no-label-pp2-zbv",
+    "accumulate-hsdp2x2",
     "accumulate-fsdp2-pp2",
     "offload-ep2-tp2",
 ]

