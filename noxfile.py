@@ -150,9 +150,12 @@ THEIR_NEEDS = [
 @nox.session(default=False, requires=["shared"])
 def peers(session: nox.Session) -> None:
     """Let litgpt, torchtitan and megatron-core write tiny models, and read them (minutes)."""
-    install(session, "llama3")
+    packages = ("llama3", "qwen3")
+    for package in packages:
+        install(session, package)
     session.install("--no-deps", *PEERS, *THEIR_NEEDS)  # their requirements would bring another torch's world
-    session.run("python", "-m", "pytest", "models/llama3/tests/test_peer_programs.py", "-m", "peers", *session.posargs)
+    tests = [f"{FOLDERS[package]}/tests" for package in packages]
+    session.run("python", "-m", "pytest", *tests, "-m", "peers", *session.posargs)
 
 
 @nox.session(default=False, requires=["shared"])

@@ -1,0 +1,115 @@
+"""Qwen3 as torchtitan and litgpt themselves write it. `nox -s peers` installs them; nothing needs a GPU."""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
+
+from core.config.record import to_json
+from core.nn.decoder import Decoder
+from core.testing.toy import on_cpu
+from core.weights.convert import main
+from core.weights.folder import load_folder
+from qwen3.model import Qwen3, Qwen3MoE
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings of other programs are theirs
+STATED = dict(
+    model_type="qwen3", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True, vocab_size=2048, hidden_size=256,
+    num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072,
+    max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def converted(peer: str, folder: Path, config: Any) -> Decoder:
+    """What `convert` makes of a folder."""
+    (folder / "model.json").write_text(to_json(config))
+    words = [f"from-{peer}", str(folder / "theirs"), str(folder / "ours"), "--config", str(folder / "model.json")]
+    main({"qwen3": Qwen3, "qwen3_moe": Qwen3MoE}, words)
+    model = on_cpu(config)
+    load_folder(model, folder / "ours")
+    return model.eval()
+
+
+@torch.no_grad()
+def draw(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
+
+
+@torch.no_grad()
+def assert_same_logits(ours: Decoder, theirs: nn.Module) -> None:
+    tokens_BL = torch.randint(0, ours.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(2))
+    expected = theirs(tokens_BL)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours(tokens_BL), expected, rtol=0, atol=5e-5)
+
+
+@pytest.fixture
+def titan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torchtitan's sizes; its kernels want Triton when they are imported, and are not used here."""
+    monkeypatch.setitem(sys.modules, "torchtitan.distributed.minimal_async_ep.kernels", MagicMock())
+    from torchtitan.models import qwen3
+
+    return qwen3.qwen3_configs
+
+
+def saved(config: Any, folder: Path) -> nn.Module:
+    """A drawn model of torchtitan with two blocks, which it wrote."""
+    from torchtitan.components.checkpoint import ModelWrapper
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+
+    config.layers = config.layers[:2]
+    for layer in config.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    model = config.build()
+    draw(model)
+    dcp.save(ModelWrapper(model).state_dict(), checkpoint_id=folder, no_dist=True)
+    return model
+
+
+@pytest.mark.parametrize("flavor", ["debugmodel", "debugmodel_non_fused_qkv"])
+def test_torchtitan(flavor: str, titan: Any, tmp_path: Path) -> None:
+    model = saved(titan[flavor]("flex"), tmp_path / "theirs")
+    assert_same_logits(converted("dcp", tmp_path, Qwen3.from_hf_config(STATED)), model)
+
+
+def test_torchtitan_with_experts(titan: Any, tmp_path: Path) -> None:
+    """It computes experts in bfloat16 everywhere, so the values are compared."""
+    model = saved(titan["debugmodel_moe"]("flex"), tmp_path / "theirs")
+    stated = STATED | dict(
+        model_type="qwen3_moe", num_experts=64, num_experts_per_tok=8, norm_topk_prob=True, moe_intermediate_size=768,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config = Qwen3MoE.from_hf_config(stated)
+    config.moe.router.load_balance_coeff = 1e-3
+    found = converted("dcp", tmp_path, config).state_dict()
+    theirs = model.state_dict()
+    for w, axes in (("w1", "EFD"), ("w2", "EDF"), ("w3", "EFD")):
+        expected = theirs[f"layers.1.moe.routed_experts.inner_experts.{w}_{axes}"]
+        assert torch.equal(found[f"layers.1.moe.experts.{w}.weight"], expected)
+    assert torch.equal(found["layers.0.moe.router.gate.weight"], theirs["layers.0.moe.router.gate.weight"])
+
+
+def test_litgpt(tmp_path: Path) -> None:
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import save_config
+
+    config = Config(
+        name="tiny", n_layer=2, n_embd=256, n_head=16, n_query_groups=8, head_size=128, vocab_size=2048,
+        block_size=4096, rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+        norm_eps=1e-6, norm_qk=True, mlp_class_name="LLaMAMLP", intermediate_size=3072, rope_base=1000000,
+    )  # fmt: skip
+    model = GPT(config)
+    draw(model)
+    (tmp_path / "theirs").mkdir()
+    torch.save({"model": model.state_dict()}, tmp_path / "theirs/lit_model.pth")
+    save_config(config, tmp_path / "theirs")
+    ours = converted("litgpt", tmp_path, Qwen3.from_hf_config(STATED | {"tie_word_embeddings": False}))
+    assert_same_logits(ours, model)
