@@ -42,7 +42,8 @@ class Rows:
 
 
 def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
-    """Validate, if so `first`; train; validate; train again."""
+    """Validate, if so `first`; train; validate; train again. What is validated are means of the weights over the steps
+    so far, of which there is one: the weights are put aside and come back."""
     layout: RankView = (
         SingleRank(torch.device("cpu")) if case.world_size == 1 else ManyRanks(case.parallelism, torch.device("cpu"))
     )
@@ -56,14 +57,15 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
         pipeline=parts.pipeline,
     )
     local = case.n_rows // layout.degrees.data if case.local_batch_size == -1 else case.local_batch_size
-    validator = Validator.Config(enable=True, steps=steps).build(
+    optimizer = AdamW.Config(lr=1e-2, ema_decay=0.5).build(weights=parts.weights(), layout=layout)
+    validator = Validator.Config(enable=True, steps=steps, use_ema=True).build(
         loaders={"validation": Rows(case.model)},
         objective=objective,
+        optimizer=optimizer,
         text_bytes=bytes_of,
         rows_per_step=case.n_rows,
         local_batch_size=local,
     )
-    optimizer = AdamW.Config(lr=1e-2).build(weights=parts.weights(), layout=layout)
 
     def train() -> list[float]:
         info = train_step(
@@ -82,7 +84,7 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     assert all(model.training for model in parts.models)
     trained += train()
     assert validator.measure(lambda: True) is None and all(model.training for model in parts.models)
-    losses, bits = zip(*measured, strict=True)
+    losses, bits, _ = zip(*measured, strict=True)
     return {"losses": losses, "bits": bits, "trained": trained}
 
 

@@ -25,6 +25,8 @@ class Found(NamedTuple):
     storage: Storage
     folder: str
     manifest: Manifest
+    ema: bool = False
+    """Whether means of weights over steps stand for the weights, where there are some."""
 
     def __str__(self) -> str:
         return f"{self.storage}/{self.folder}"
@@ -35,7 +37,16 @@ class Found(NamedTuple):
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor of it by name."""
-        return read_index(self.storage, self.folder, self.manifest.files)
+        found = read_index(self.storage, self.folder, self.manifest.files)
+        if not self.ema:
+            return found
+        return {name: found.get(f"optimizer.{name.removeprefix('model.')}.ema", found[name]) for name in found}
+
+    def averaged(self) -> "Found":
+        """The same with means of weights over steps in place of the weights. Raises `UserError` where it has none."""
+        if not any(name.endswith(".ema") for name in self.tensors()):
+            raise UserError(f"{self} has no means of weights over steps: train with --optimizer.ema_decay 0.999")
+        return self._replace(ema=True)
 
 
 def find_checkpoint(settings: Checkpoint, storage: Storage, ranks: Ranks) -> Found | None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import inf
@@ -15,7 +16,7 @@ from core.config.errors import UserError
 from core.optim.few_bits import StateDtype
 from core.optim.groups import Group, group_problems, weight_group
 from core.optim.patterns import pattern_problems
-from core.optim.weight import LocalWeight, NamedWeight, WeightLayout
+from core.optim.weight import LocalWeight, NamedWeight, WeightLayout, local_tensor
 
 OLD_NAMES = {"AdamW": "core.optim.adam:AdamW", "Adam": "core.optim.adam:Adam"}
 """The classes that `name` chose before there was a choice of classes."""
@@ -43,6 +44,9 @@ class Optimizer(Configurable, ABC):
         state_dtype: StateDtype = "weights"
         """What means of gradients are kept in: the type of the weights, float32, bfloat16 that is rounded
         stochastically, or 8 bits in blocks of 256 (those of vectors stay in float32)."""
+        ema_decay: float | None = None
+        """Keep a mean of the weights over steps as well, in which a step weighs this much less with each that follows:
+        0.999 is a mean over about 1,000 steps."""
         groups: list[Group] = field(default_factory=list)
         """Weights, by pattern, that differ in learning rate, decay or betas, or are frozen; the first match counts."""
 
@@ -50,6 +54,8 @@ class Optimizer(Configurable, ABC):
             for name in ("lr", "weight_decay"):
                 if not 0 <= getattr(self, name) < inf:
                     yield name, f"{name} {getattr(self, name)} must be a finite number, not negative"
+            if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+                yield "ema_decay", f"ema_decay {self.ema_decay} must be between 0 and 1"
 
         def further_lrs(self) -> dict[str, float]:
             """Peak learning rates besides `lr`, by the names that they have in a run's records."""
@@ -94,6 +100,8 @@ class Optimizer(Configurable, ABC):
         with torch.no_grad():
             for weight in self.weights.values():
                 weight.start_state(self.new_state(weight), layout, config.state_dtype, self.never_negative)
+                if config.ema_decay is not None:
+                    weight.start_average()
 
     never_negative: Collection[str] = ()
     """Names of states of which no number is below 0: in 8 bits these have twice as many values."""
@@ -149,7 +157,23 @@ class Optimizer(Configurable, ABC):
                     weight.open()
                 self.update(batch, lr_factor * factor)
                 for weight in batch:
+                    if self.config.ema_decay is not None:
+                        weight.add_to_average(self.config.ema_decay)
                     weight.close(self.layout, number)
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """While this runs, the weights are their means over steps, those that have none yet as they are."""
+        own = {name: weight.value.clone() for name, weight in self.weights.items()}
+        for weight in self.weights.values():
+            if weight.stored["ema_step"] > 0:
+                weight.value.copy_(local_tensor(weight.stored["ema"]))
+        try:
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.value.copy_(own[name])
 
     def zero_grad(self) -> None:
         for weight in self.weights.values():

@@ -92,6 +92,15 @@ class LocalWeight:
         """Whether an update works on copies of what is kept."""
         return self._rounded or not all(isinstance(each, AsItIs) for each in self._kept.values())
 
+    def start_average(self) -> None:
+        """Keep a mean of the weight's values in fp32, which begins with the first that is added."""
+        self.stored |= {"ema": self.zeros(torch.float32), "ema_step": torch.zeros((), device=self.value.device)}
+
+    def add_to_average(self, decay: float) -> None:
+        """Add the weight's value to its mean, in which those before weigh `decay` times as much as they did."""
+        count = self.stored["ema_step"].add_(1)
+        local_tensor(self.stored["ema"]).lerp_(self.value.float(), (1 - decay) / (1 - decay**count))
+
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix or a stack of matrices: by its axes, since a stack of vectors has two as well."""

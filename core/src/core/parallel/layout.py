@@ -74,6 +74,10 @@ class RankView(ABC):
         """Let the next backward sum gradients over ranks, or leave that to a later one of the step."""
 
     @abstractmethod
+    def let_go(self, stages: list[Decoder]) -> None:
+        """Gather weights anew before they are used again."""
+
+    @abstractmethod
     def join(self, found: dict[str, Any]) -> dict[str, Any]:
         """What all pipeline stages found, by name."""
 
@@ -130,6 +134,9 @@ class SingleRank(RankView):
         pass
 
     def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
+        pass
+
+    def let_go(self, stages: list[Decoder]) -> None:
         pass
 
     def join(self, found: dict[str, Any]) -> dict[str, Any]:

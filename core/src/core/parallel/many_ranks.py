@@ -58,6 +58,11 @@ class ManyRanks(RankView):
         for stage in stages:
             cast(FSDPModule, stage).set_requires_gradient_sync(now)
 
+    def let_go(self, stages: list[Decoder]) -> None:
+        for module in (module for stage in stages for module in stage.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def join(self, found: dict[str, Any]) -> dict[str, Any]:
         if self.degrees.pipeline == 1:
             return found

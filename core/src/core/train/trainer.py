@@ -61,7 +61,7 @@ from core.train.outcome import Outcome, RunResult
 from core.train.profile import Profiler
 from core.train.step_report import StepReport
 from core.train.summary import summary
-from core.train.validate import Validator, held_out_sets
+from core.train.validate import Validator, ema_problems, held_out_sets
 
 log = logging.getLogger("armature")
 
@@ -112,6 +112,7 @@ class Trainer(Configurable):
 
         def problems(self) -> Iterator[tuple[str, str]]:
             yield from compile_problems(self.compile, self.activation_checkpoint, self.parallelism)
+            yield from ema_problems(self.validator, self.optimizer)
             yield from data_problems(self.training, self.model, self.dataloader, self.validator)
 
     def __init__(self, config: Config) -> None:
@@ -195,8 +196,8 @@ class Trainer(Configurable):
         if c.validator.enable:
             sizes = {"rows_per_step": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
             loaders = {name: loader for name, loader in self.loaders.items() if name != "train"}
-            live = {"objective": self.objective, "text_bytes": TextBytes(self.tokenizer), **sizes}
-            self.validator = c.validator.build(loaders=loaders, **live)
+            live = {"objective": self.objective, "optimizer": self.optimizer, **sizes}
+            self.validator = c.validator.build(loaders=loaders, text_bytes=TextBytes(self.tokenizer), **live)
         names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers")
         live = {name: getattr(self, name) for name in names}
         self.report = StepReport(c, self.built.models, self.flops_per_token, **live)

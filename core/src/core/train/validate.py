@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.fields import Problem
 from core.data.packing import Batch
 from core.data.samples import Samples
 from core.data.sampling import Split
+from core.optim.optimizer import Optimizer
 from core.runtime.activity import working
 from core.step.objective import Objective, valid_tokens
 from core.step.rows import microbatches
@@ -51,6 +54,8 @@ class Validator(Configurable):
         several sets so many of each."""
         datasets: dict[str, Samples.Config] = field(default_factory=dict)
         """Sets of one's own by their names, each read whole, in place of what the training data hold out."""
+        use_ema: bool = False
+        """Measure the means of the weights over steps, `optimizer.ema_decay`, instead of the weights."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             if self.freq < 1:
@@ -67,6 +72,7 @@ class Validator(Configurable):
         *,
         loaders: Mapping[str, Samples],
         objective: Objective,
+        optimizer: Optimizer,
         text_bytes: Callable[[Batch], float],
         rows_per_step: int,
         local_batch_size: int,
@@ -74,6 +80,7 @@ class Validator(Configurable):
         """`loaders` are the sets by their names; `text_bytes` says how many bytes of text the labels of a batch stand
         for."""
         self.config, self.loaders, self.objective, self.text_bytes = config, dict(loaders), objective, text_bytes
+        self.optimizer = optimizer
         self.rows_per_step, self.local_batch_size = rows_per_step, local_batch_size
         self.stretches = [stretch for name, loader in loaders.items() for stretch in self._stretches(name, loader)]
 
@@ -90,14 +97,27 @@ class Validator(Configurable):
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or step % self.config.freq == 0
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """While this runs, the models do what validation asks of them."""
+        stages, layout = self.objective.stages, self.objective.layout
+        with self.optimizer.averaged() if self.config.use_ema else nullcontext():
+            for part in stages:
+                part.eval()
+            try:
+                yield
+            finally:
+                for part in stages:
+                    part.train()
+        if self.config.use_ema:
+            layout.let_go(stages)
+
     @working("validation")
     def measure(self, stop: Callable[[], bool]) -> Validation | None:
         """The loss on all rows, every token weighing the same; None when `stop` asked to give up half-way."""
         sums = {stretch.name: [0.0, 0, 0.0] for stretch in self.stretches}
         layout = self.objective.layout
-        for part in self.objective.stages:
-            part.eval()
-        try:
+        with self._evaluating():
             for stretch in self.stretches:
                 total, rows = sums[stretch.name], stretch.rows
                 for first in range(rows.start, rows.stop, self.rows_per_step):
@@ -114,9 +134,6 @@ class Validator(Configurable):
                     total[0] += self.objective.evaluate(batches)
                     total[1] += valid_tokens(batches)
                     total[2] += math.fsum(map(self.text_bytes, batches))
-        finally:
-            for part in self.objective.stages:
-                part.train()
         found = {
             name: (*layout.sums(loss), layout.sum_of_data(count), layout.sum_of_data(n_bytes))
             for name, (loss, count, n_bytes) in sums.items()
@@ -126,6 +143,13 @@ class Validator(Configurable):
             raise UserError("the held-out text has no token that counts for the loss")
         by_name = {name: loss / n for name, (loss, n, _) in found.items() if name and n}
         return Validation(loss / n_valid, loss / n_bytes / math.log(2) if n_bytes > 0 else None, by_name)
+
+
+def ema_problems(config: Validator.Config, optimizer: Optimizer.Config) -> Iterator[Problem]:
+    """A validation of means that the optimizer does not keep."""
+    if config.use_ema and optimizer.ema_decay is None:
+        message = "use_ema measures means of the weights that nobody keeps: set optimizer.ema_decay 0.999"
+        yield "validator.use_ema", message
 
 
 def held_out_sets(

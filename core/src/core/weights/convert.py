@@ -49,6 +49,7 @@ PROGRAM = Program(
         "--trust": Taken(),
         "--config": Taken(files=True),
         "--with-optimizer": Taken(most=0),
+        "--ema": Taken(most=0),
         "--version": Taken(most=0),
         "--print-completion": Taken(SHELLS),
         "--help": Taken(most=0),
@@ -75,6 +76,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
     parser.add_argument("--config", nargs="+", help="what the model is, where another program's folder does not say it")
     with_optimizer = "from-dcp: the state of AdamW and the step as well, as the checkpoint of a run"
     parser.add_argument("--with-optimizer", action="store_true", help=with_optimizer)
+    parser.add_argument("--ema", action="store_true", help="to-hf: the means of the weights over steps of a checkpoint")
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
     parser.add_argument(
         "--trust",
@@ -101,7 +103,9 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
             raise UserError(f"{asked.way} {'needs' if peer in PEERS else 'takes no'} --config")
         if asked.with_optimizer and peer != "dcp":
             raise UserError(f"--with-optimizer is for from-dcp, not for {asked.way}")
-        convert: Any = {"from-hf": from_hf, "to-hf": partial(to_hf, trust=trust)}.get(asked.way)
+        if asked.ema and asked.way != "to-hf":
+            raise UserError(f"--ema is for to-hf, not for {asked.way}")
+        convert: Any = {"from-hf": from_hf, "to-hf": partial(to_hf, trust=trust, ema=asked.ema)}.get(asked.way)
         if convert is None:
             config = load_config(asked.config, import_module(f"{package}.configs"), trust=trust)
             convert = partial(from_peer, peer=peer, config=config, with_optimizer=asked.with_optimizer)
@@ -183,9 +187,15 @@ def to_hf(
     dtype: torch.dtype | None,
     shard_gib: float,
     trust: Sequence[str],
+    ema: bool = False,
 ) -> None:
-    """Write the weights of a folder in our format, or of the newest checkpoint of a run, as a Hugging Face folder."""
+    """Write the weights of a folder in our format, or of the newest checkpoint of a run, as a Hugging Face folder; with
+    `ema` their means over steps."""
     place = newest(src)
+    if ema:
+        if not isinstance(place, Found):
+            raise UserError(f"--ema: {place} is no checkpoint of a run, which alone has means of weights")
+        place = place.averaged()
     known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
     if (found := class_of(place)) not in known:
         raise UserError(f"{place} holds the weights of {found}, not of {' or '.join(sorted(known))}")
