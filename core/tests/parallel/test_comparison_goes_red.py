@@ -28,8 +28,9 @@ def plain(weight: Any) -> torch.Tensor:
 
 
 def local_positions(*args: Any, **kwargs: Any) -> Any:
-    tokens_BL, labels_BL, where = core.parallel.context.split_rows(*args, **kwargs)
-    return tokens_BL, labels_BL, where._replace(position_BL=torch.arange(tokens_BL.shape[1])[None])
+    part = core.parallel.context.split_rows(*args, **kwargs)
+    index_1L = torch.arange(part.tokens_BL.shape[1])[None]
+    return part._replace(positions=part.positions._replace(position_BL=index_1L))
 
 
 def from_the_first(weight: torch.Tensor) -> LocalSlice:

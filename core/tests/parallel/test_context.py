@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from core.data.packing import Batch
+from core.data.packing import Batch, count_labels
 from core.nn.backends import SDPA
 from core.nn.kernel import Positions
 from core.parallel.context import HeadsForTokens, order, split_rows
+from core.parallel.pipeline import Microbatch
 from core.testing.parity import drawn_batch
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
@@ -35,12 +36,9 @@ def test_balanced_ranks_see_equally_many_keys(n_ranks: int) -> None:
     assert len(set(seen.tolist())) == 1
 
 
-Part = tuple[torch.Tensor, torch.Tensor, Positions]
-
-
-def parts_of_rows(documents: bool, balanced: bool, n_ranks: int) -> Part:
-    mesh = init_device_mesh("cpu", (n_ranks,))
-    return split_rows(drawn_batch(Toy.Config(), 3, 16), mesh, documents=documents, balanced=balanced)
+def parts_of_rows(documents: bool, balanced: bool, n_ranks: int) -> Microbatch:
+    mesh, batch = init_device_mesh("cpu", (n_ranks,)), drawn_batch(Toy.Config(), 3, 16)
+    return split_rows(batch, mesh, torch.device("cpu"), documents=documents, balanced=balanced)
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -64,13 +62,14 @@ def test_tokens_take_everything_along(documents: bool, n_ranks: int, balanced: b
             "index": positions.index_BL.expand(3, -1),
             "document": positions.document_BL if documents else torch.zeros_like(tokens_BL),
         }
-        for tokens_BL, labels_BL, positions in parts
+        for tokens_BL, labels_BL, positions, _ in parts
     ]
     joined = {name: torch.cat([part[name] for part in own], 1) for name in expected}
     back_L = joined["index"][0].argsort()
     for name, whole in expected.items():
         assert torch.equal(joined[name][:, back_L], whole), name
-    for _, _, positions in parts:
+    for _, labels_BL, positions, n_labels in parts:
+        assert n_labels == count_labels(labels_BL)
         assert torch.equal(positions.key_index_BM.expand(3, -1), joined["index"])
         if documents:
             assert torch.equal(positions.key_document_BM, joined["document"])

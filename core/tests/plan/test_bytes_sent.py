@@ -59,11 +59,12 @@ def fsdp(w: float, n: int, once: float = 0, axis: str = "shard") -> Sent:
 
 def tensor(model: Decoder.Config, rows: int) -> tuple[float, float, float]:
     """All-gather, reduce-scatter and all-reduce of two tensor ranks: tokens at the doors of embedding, attentions,
-    networks and head, there and back; two sums of the loss, and its maximum; gradients of norms, which are copied."""
+    networks and head, there and back; the loss of each token and its gradient; the largest logit and the sum of the
+    exponentials for all ranks; gradients of norms, which are copied."""
     token = rows * LENGTH * FLOAT / 2
     doors = 2 * model.n_layers + 1
-    moved = 2 * doors * token * model.dim + 2 * token
-    return moved, moved, 2 * token
+    moved = 2 * doors * token * model.dim + token
+    return moved, moved, 4 * token
 
 
 def add(*parts: Sent) -> Counter[tuple[str, str]]:

@@ -23,7 +23,7 @@ def test_advice_keeps_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch, glo
     parallelism = Parallelism(data_parallel_replicate_degree=2, tensor_parallel_degree=2)  # four data ranks of two each
     run = Trainer.Config(model=Toy.Config(), training=training, parallelism=parallelism)
     degrees, model = parallelism.degrees(8), meta_model(run.model)
-    need = memory.estimate(model, run.optimizer, training, degrees).total
+    need = memory.estimate(model, run.optimizer, run.loss, training, degrees).total
     advice = f"--training.local_batch_size 1 --training.global_batch_size {rows} "
     monkeypatch.setattr(memory, "free_memory", lambda device: need)
     memory.check_memory(model, run, GPU, WORLD)  # each has its own

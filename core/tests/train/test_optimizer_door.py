@@ -173,7 +173,7 @@ def test_an_estimate_asks_the_optimizer() -> None:
     run = Trainer.Config(model=Toy.Config())
     for dtype in ("float32", "bfloat16"):
         training = replace(run.training, dtype=dtype)
-        need = estimate(meta_model(run.model), Orthogonal.Config(lr=2e-2), training)
+        need = estimate(meta_model(run.model), Orthogonal.Config(lr=2e-2), run.loss, training)
         assert need.optimizer == need.weights == need.gradients
 
 

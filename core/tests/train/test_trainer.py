@@ -247,12 +247,12 @@ def test_compute_dtype(dtype, chosen, device, compute):
 def test_estimate_is_what_the_tensors_take(tmp_path):
     config = toy_run(tmp_path, steps=1)
     run_ = config.build()
-    need = memory.estimate(run_.built.models[0], config.optimizer, config.training)
+    need = memory.estimate(run_.built.models[0], config.optimizer, config.loss, config.training)
     run_.run()
     weights = sum(p.numel() * p.element_size() for p in run_.built.models[0].parameters())
     moments = sum(tensor.nbytes for state in run_.optimizer.state.values() for tensor in state.values())
     assert need.weights == weights and need.gradients == sum(p.grad.nbytes for p in run_.built.models[0].parameters())
-    assert need.optimizer == moments and need.logits == 2 * 4 * 16 * 2048 * 4
+    assert need.optimizer == moments and need.loss == (4 * 16 + config.model.dim) * 2048 * 4
 
 
 def test_ranks_without_a_launcher_are_refused(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{training.local_batch_size} x {training.seq_len:,} tokens, "
             f"compute in {str(dtype_of(training)).removeprefix('torch.')}"
         )
-        show(text(title, surveys))
+        show(text(title, surveys, head_and_loss(config)))
         if "output" in own:
             write_report(Path(*own["output"]), title, surveys)
 
@@ -82,13 +82,21 @@ def survey_mode(config: Any, mode: str) -> Survey:
     )
 
 
-def text(title: str, surveys: dict[str, Survey]) -> str:
-    """The report for people: a line per mode, then the operations of each kind of block."""
+def head_and_loss(config: Any) -> str:
+    """What the head and the loss of a run hold while they work."""
+    training, model = config.training, config.model
+    sizes = {"dim": model.dim, "vocab_size": model.vocab_size, "n_ranks": 1}
+    least = config.loss.least_bytes(training.local_batch_size * training.seq_len, **sizes)
+    return f"head and loss, at least: {size_text(least)}"
+
+
+def text(title: str, surveys: dict[str, Survey], head: str) -> str:
+    """The report for people: a line per mode, what `head` says, then the operations of each kind of block."""
     lines = [title, "", f"{'mode':12}{'saved per block':>18}{'saved in blocks':>18}{'recomputed FLOPs':>20}"]
     for mode, s in surveys.items():
         per_block = " / ".join(f"{kind.saved / MIB:,.1f}" for kind in s.kinds)
         lines.append(f"{mode:12}{per_block + ' MiB':>18}{size_text(s.saved):>18}{s.recomputed_share:>20.1%}")
-    lines.append(f"{'':12}outside the blocks, in every mode: {size_text(surveys['none'].outside)} (logits included)")
+    lines.append(f"{'':12}outside the blocks, in every mode: {size_text(surveys['none'].outside)}; {head}")
     lines.append(
         f"{'':12}memory_budget: decided by torch.compile, see activation_checkpoint.visualize_memory_budget_pareto"
     )

@@ -31,6 +31,11 @@ class Batch(NamedTuple):
     documents_BL: Tensor
 
 
+def count_labels(labels: Tensor) -> int:
+    """How many labels, of any shape, count for the loss."""
+    return int((labels != IGNORE).sum())
+
+
 def pack_rows(windows: np.ndarray, starts: np.ndarray, counts: np.ndarray | None = None) -> Batch:
     """The samples of `windows`: (B, L+1) tokens, with `starts` (B, L+1) true where a token opens a document.
 

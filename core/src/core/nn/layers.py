@@ -3,6 +3,8 @@
 Letters: I input width, O output width, V vocabulary, D width of the residual stream.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +33,10 @@ class Head(Linear):
     """The language-model head: logits over the vocabulary, weight (V, D)."""
 
     AXES = {"weight": ("vocab", "embed")}
+
+    def forward(self, x: Tensor, read: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (..., V) of x (..., D), or what `read` makes of x and the weight, which is there while it runs."""
+        return super().forward(x) if read is None else read(x, self.weight)
 
 
 class Embedding(Module):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 
-from core.data.packing import Batch
+from core.data.packing import Batch, count_labels
 from core.nn.decoder import Block
 from core.nn.kernel import Kernel, KeyValues, Mask, Positions
+from core.parallel.pipeline import Microbatch
 from core.parallel.tensor import gather_tokens
 
 
@@ -30,13 +31,25 @@ def order(length: int, n_ranks: int, *, balanced: bool) -> Tensor:
     return torch.stack([torch.cat((piece[r], piece[2 * n_ranks - 1 - r])) for r in range(n_ranks)])
 
 
-def split_rows(batch: Batch, mesh: DeviceMesh, *, documents: bool, balanced: bool) -> tuple[Tensor, Tensor, Positions]:
-    """The tokens and labels of this rank, and where they and all keys stand.
+def split_rows(
+    batch: Batch,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    documents: bool,
+    balanced: bool,
+    n_labels: int | None = None,
+) -> Microbatch:
+    """The tokens and labels of this rank, and where they and all keys stand, on `device`.
 
     Every rank of `mesh` reads the same rows, so nobody needs to be told where the keys of the others stand.
     """
     length = batch.tokens_BL.shape[1]
-    places = order(length, mesh.size(), balanced=balanced).to(batch.tokens_BL.device)
+    places = order(length, mesh.size(), balanced=balanced)
+    if n_labels is None:
+        n_labels = count_labels(batch.labels_BL[:, places[mesh.get_local_rank()]])
+    batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
+    places = places.to(device)
     own_L, all_M = places[mesh.get_local_rank()], places.flatten()
     if documents:
         position_BL, own_documents, all_documents = (
@@ -47,7 +60,7 @@ def split_rows(batch: Batch, mesh: DeviceMesh, *, documents: bool, balanced: boo
     else:
         position_BL, own_documents, all_documents = own_L[None], None, None
     positions = Positions(position_BL, own_documents, own_L[None], all_M[None], all_documents)
-    return batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions
+    return Microbatch(batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions, n_labels)
 
 
 def apply_context(model: nn.Module, mesh: DeviceMesh, *, all_to_all: bool) -> None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from core.data.packing import Batch
+from core.data.packing import Batch, count_labels
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import LocalSlice, full_slice
 from core.nn.kernel import Positions
 from core.optim.clip import joint_norm, scale_down
-from core.parallel.pipeline import Pipeline
+from core.parallel.pipeline import Microbatch, Pipeline
 from core.parallel.settings import Degrees, Parallelism
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
 
@@ -82,8 +82,11 @@ class RankView(ABC):
         """What all pipeline stages found, by name."""
 
     @abstractmethod
-    def to_rank_tokens(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
-        """Tokens, labels and places of what this rank computes of the rows it reads."""
+    def to_rank_tokens(self, batch: Batch, *, documents: bool, n_labels: int | None = None) -> Microbatch:
+        """What this rank computes of the rows it reads, on its device.
+
+        Its labels that count are counted, or are `n_labels`: fake tensors have no number to count.
+        """
 
     @abstractmethod
     def vocabulary(self, size: int) -> Vocabulary:
@@ -142,8 +145,8 @@ class SingleRank(RankView):
     def join(self, found: dict[str, Any]) -> dict[str, Any]:
         return found
 
-    def to_rank_tokens(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
-        return whole_rows(batch, self.device, documents=documents)
+    def to_rank_tokens(self, batch: Batch, *, documents: bool, n_labels: int | None = None) -> Microbatch:
+        return whole_rows(batch, self.device, documents=documents, n_labels=n_labels)
 
     def vocabulary(self, size: int) -> Vocabulary:
         return WholeVocabulary(size)
@@ -173,8 +176,9 @@ class SingleRank(RankView):
         return None
 
 
-def whole_rows(batch: Batch, device: torch.device, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
-    """Tokens, labels and places of a batch of which this rank computes all tokens."""
+def whole_rows(batch: Batch, device: torch.device, *, documents: bool, n_labels: int | None = None) -> Microbatch:
+    """A batch of which this rank computes all tokens."""
+    n_labels = count_labels(batch.labels_BL) if n_labels is None else n_labels
     batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
     positions = Positions(batch.positions_BL, batch.documents_BL) if documents else Positions.rows(batch.tokens_BL)
-    return batch.tokens_BL, batch.labels_BL, positions
+    return Microbatch(batch.tokens_BL, batch.labels_BL, positions, n_labels)

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.nn.init import LocalSlice
-from core.nn.kernel import Positions
 from core.optim.clip import scale_down
 from core.parallel.apply import dtensor_slice, parallelize, row_blocks
 from core.parallel.context import split_rows
@@ -19,7 +18,7 @@ from core.parallel.data import local_parts, squared_norm
 from core.parallel.layout import RankView, Wrapping, whole_rows
 from core.parallel.matrices import map_matrices
 from core.parallel.mesh import stage_group, views
-from core.parallel.pipeline import Pipeline, n_stages
+from core.parallel.pipeline import Microbatch, Pipeline, n_stages
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import CutVocabulary
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
@@ -70,12 +69,11 @@ class ManyRanks(RankView):
         dist.all_gather_object(stages, found, group=self.views.token["pipeline"].get_group())
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def to_rank_tokens(self, batch: Batch, *, documents: bool) -> tuple[Tensor, Tensor, Positions]:
+    def to_rank_tokens(self, batch: Batch, *, documents: bool, n_labels: int | None = None) -> Microbatch:
         if self.degrees.context == 1:
-            return whole_rows(batch, self.device, documents=documents)
-        batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
-        balanced = self.settings.context_parallel_load_balancer == "headtail"
-        return split_rows(batch, self.views.token["context"], documents=documents, balanced=balanced)
+            return whole_rows(batch, self.device, documents=documents, n_labels=n_labels)
+        ranks, balanced = self.views.token["context"], self.settings.context_parallel_load_balancer == "headtail"
+        return split_rows(batch, ranks, self.device, documents=documents, balanced=balanced, n_labels=n_labels)
 
     def vocabulary(self, size: int) -> Vocabulary:
         return WholeVocabulary(size) if self.degrees.tensor == 1 else CutVocabulary(self.views.token["tensor"], size)

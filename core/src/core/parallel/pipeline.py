@@ -31,11 +31,13 @@ FORWARD = ("UNSHARD", "RECV_F", "FORWARD", "SEND_F", "WAIT_SEND_F", "RESHARD")
 
 
 class Microbatch(NamedTuple):
-    """Rows that travel the pipeline together."""
+    """What a rank computes of some rows at a time."""
 
     tokens_BL: Tensor
     labels_BL: Tensor
     positions: Positions
+    n_labels: int
+    """Labels of its tokens that count."""
 
 
 def n_stages(settings: Parallelism, n_layers: int) -> int:

@@ -170,7 +170,7 @@ class CutVocabulary(Vocabulary):
     """
 
     def __init__(self, mesh: DeviceMesh, size: int) -> None:
-        super().__init__(size)
+        super().__init__(size, mesh.size())
         self.mesh = mesh
         self.first, self.n = own_vocabulary(size, mesh)
 
@@ -182,15 +182,24 @@ class CutVocabulary(Vocabulary):
         return scatter_sum(values_BLv.sum(-1), self.mesh)
 
     def pick(self, values_BLv: Tensor, labels_BL: Tensor) -> Tensor:
-        own_BL = (labels_BL >= self.first) & (labels_BL < self.first + self.n)
         picked_BL = values_BLv.sum(-1)  # 0 without a word; still a part of the backward that the others wait for
         if self.n:
-            index_BL1 = torch.where(own_BL, labels_BL - self.first, 0).unsqueeze(-1)
-            picked_BL = values_BLv.gather(-1, index_BL1).squeeze(-1).masked_fill(~own_BL, 0.0)
+            index_BL1, own_BL1 = self.find(labels_BL)
+            picked_BL = values_BLv.gather(-1, index_BL1).masked_fill(~own_BL1, 0.0).squeeze(-1)
         return scatter_sum(picked_BL, self.mesh)
 
     def own_tokens(self, values_BL: Tensor) -> Tensor:
         return values_BL.chunk(self.mesh.size(), 1)[self.mesh.get_local_rank()]
+
+    def all_tokens(self, values_Bl: Tensor) -> Tensor:
+        return gather_tokens(values_Bl, self.mesh)
+
+    def total(self, values_BL: Tensor) -> Tensor:
+        return functional.wait_tensor(functional.all_reduce(values_BL, "sum", self.mesh))
+
+    def find(self, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+        own_BL1 = ((labels_BL >= self.first) & (labels_BL < self.first + self.n)).unsqueeze(-1)
+        return torch.where(own_BL1, labels_BL.unsqueeze(-1) - self.first, 0), own_BL1
 
     def cross_entropy(self, logits_BLv: Tensor, labels_BL: Tensor) -> Tensor:
         loss_Bl = self.logsumexp(logits_BLv) - self.pick(logits_BLv, labels_BL)

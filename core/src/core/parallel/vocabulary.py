@@ -17,9 +17,9 @@ from core.data.packing import IGNORE
 class Vocabulary(ABC):
     """Reductions over the whole vocabulary. Logits are (B, L, v) in fp32, labels (B, L), results (B, l)."""
 
-    def __init__(self, size: int) -> None:
-        """`size` is that of the whole vocabulary."""
-        self.size = size
+    def __init__(self, size: int, n_ranks: int = 1) -> None:
+        """`size` is that of the whole vocabulary, which `n_ranks` share, and the tokens with it."""
+        self.size, self.n_ranks = size, n_ranks
 
     @abstractmethod
     def max(self, logits_BLv: Tensor) -> Tensor:
@@ -36,6 +36,18 @@ class Vocabulary(ABC):
     @abstractmethod
     def own_tokens(self, values_BL: Tensor) -> Tensor:
         """Of values of all tokens those of this rank's."""
+
+    @abstractmethod
+    def all_tokens(self, values_Bl: Tensor) -> Tensor:
+        """Of values of each rank's tokens those of all, (B, L); without a gradient."""
+
+    @abstractmethod
+    def total(self, values_BL: Tensor) -> Tensor:
+        """Values of all ranks' words summed, for all L tokens, (B, L); without a gradient."""
+
+    @abstractmethod
+    def find(self, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """The label as a word of this rank, (B, L, 1), 0 where it is none, and whether it is one."""
 
     @abstractmethod
     def cross_entropy(self, logits_BLv: Tensor, labels_BL: Tensor) -> Tensor:
@@ -57,12 +69,21 @@ class WholeVocabulary(Vocabulary):
         return values_BLv.sum(-1)
 
     def pick(self, values_BLv: Tensor, labels_BL: Tensor) -> Tensor:
-        ignored_BL = labels_BL == IGNORE
-        index_BL1 = labels_BL.masked_fill(ignored_BL, 0).unsqueeze(-1)
-        return values_BLv.gather(-1, index_BL1).squeeze(-1).masked_fill(ignored_BL, 0.0)
+        index_BL1, own_BL1 = self.find(labels_BL)
+        return values_BLv.gather(-1, index_BL1).masked_fill(~own_BL1, 0.0).squeeze(-1)
 
     def own_tokens(self, values_BL: Tensor) -> Tensor:
         return values_BL
+
+    def all_tokens(self, values_Bl: Tensor) -> Tensor:
+        return values_Bl
+
+    def total(self, values_BL: Tensor) -> Tensor:
+        return values_BL
+
+    def find(self, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+        own_BL1 = (labels_BL != IGNORE).unsqueeze(-1)
+        return labels_BL.unsqueeze(-1).masked_fill(~own_BL1, 0), own_BL1
 
     def cross_entropy(self, logits_BLv: Tensor, labels_BL: Tensor) -> Tensor:
         losses = F.cross_entropy(logits_BLv.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE, reduction="none")

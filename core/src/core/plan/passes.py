@@ -10,7 +10,6 @@ import torch
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.parallel.layout import RankView
-from core.parallel.pipeline import Microbatch
 from core.plan.pipeline_passes import Action, PipelinePasses
 from core.step.objective import BatchLoss, Objective
 from core.step.settings import Training
@@ -44,7 +43,7 @@ class WholeModel:
         objective = self.objective
         if action.kind == "F":
             objective.layout.sum_gradients(objective.stages, now=action.microbatch == self.n_microbatches - 1)
-            self.loss = objective(self.batch)
+            self.loss = objective(self.batch, n_labels=self.batch.labels_BL.numel())
         else:
             assert self.loss is not None
             self.loss.total.backward()
@@ -65,7 +64,7 @@ def passes_of(training: Training, layout: RankView, models: dict[int, Decoder], 
         return WholeModel(objective, batch, n_rows // n_each)
     pipeline = layout.pipeline(models, n_rows // n_each)
     assert pipeline is not None
-    microbatch = Microbatch(*layout.to_rank_tokens(batch, documents=objective.mask == "document"))
+    microbatch = layout.to_rank_tokens(batch, documents=objective.mask == "document", n_labels=batch.labels_BL.numel())
     (dim,) = {model.config.dim for model in models.values()}
     length = microbatch.tokens_BL.shape[1] // degrees.tensor
     residual_BLD = torch.zeros(n_each, length, dim, dtype=objective.dtype, requires_grad=True)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.data.packing import IGNORE, Batch
+from core.data.packing import IGNORE, Batch, count_labels
 from core.nn.decoder import Decoder, HeadReader
 from core.nn.kernel import Positions
 from core.nn.layers import Head
@@ -19,8 +19,8 @@ from core.step.loss import Loss
 
 
 class BatchLoss(NamedTuple):
-    """Nats of a batch, summed over its valid tokens: `main` of the next token, which is what is reported, and `total`,
-    with the weighted losses of further predictions, which is what training lowers.
+    """Nats of a batch, summed over its valid tokens and divided by a number: `main` of the next token, which is what is
+    reported, and `total`, with the weighted losses of further predictions, which is what training lowers.
     """
 
     main: Tensor
@@ -59,9 +59,9 @@ class Objective:
         sums = torch.zeros(2, device=self.layout.device)
         for number, batch in enumerate(batches, start=1):
             self.layout.sum_gradients(self.stages, now=number == len(batches))
-            loss = self(batch)
-            (loss.total / n_valid).backward()
-            sums += torch.stack(loss).detach() / n_valid
+            loss = self(batch, n_valid)
+            loss.total.backward()
+            sums += torch.stack(loss).detach()
         main, total = sums.tolist()
         return main, total
 
@@ -73,32 +73,40 @@ class Objective:
             return math.fsum(loss.item() for loss in losses)
         return math.fsum(self(batch).main.item() for batch in batches)
 
-    def __call__(self, batch: Batch) -> BatchLoss:
-        """The loss of a batch that this rank computes from embedding to head."""
+    def __call__(self, batch: Batch, n_valid: float = 1, *, n_labels: int | None = None) -> BatchLoss:
+        """The loss, divided by `n_valid`, of a batch that this rank computes from embedding to head.
+
+        `n_labels` is for fake tensors: see `RankView.to_rank_tokens`.
+        """
         (model,) = self.stages
-        microbatch = Microbatch(*self.layout.to_rank_tokens(batch, documents=self.mask == "document"))
+        microbatch = self.layout.to_rank_tokens(batch, documents=self.mask == "document", n_labels=n_labels)
         with self._precision():
-            losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch))
+            losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch, n_valid))
             if isinstance(losses, Tensor):
                 return BatchLoss(losses, losses)
-            further = torch.zeros_like(losses.main)
+            total = losses.main
             for loss in losses.further:
-                further = further + loss
-            return BatchLoss(losses.main, losses.main + model.config.mtp_loss_weight / len(losses.further) * further)
+                total = total + loss
+            return BatchLoss(losses.main, total)
 
     def reader(self, batch: Microbatch, n_valid: float = 1) -> HeadReader:
-        """What the model is to make of its residual stream: the summed loss of `batch`, divided by `n_valid`."""
+        """What the model is to make of its residual stream: the summed loss of `batch`, divided by `n_valid`; that of
+        further tokens with its weight.
+        """
+        config = self.stages[0].config
 
         def read(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
             labels_BL = labels_ahead(batch.labels_BL, depth, batch.positions) if depth else batch.labels_BL
-            return self.loss(x_BLD, labels_BL, head, self.vocabulary) / n_valid
+            weight = config.mtp_loss_weight / config.n_mtp_layers if depth else 1.0
+            scale = weight / n_valid  # known to the forward, which computes the gradient
+            return self.loss(x_BLD, labels_BL, head, self.vocabulary, n_labels=batch.n_labels, scale=scale)
 
         return read
 
     def _microbatches(self, batches: Sequence[Batch]) -> list[Microbatch]:
         size = self.layout.settings.pipeline_parallel_microbatch_size
         rows = (Batch(*parts) for batch in batches for parts in zip(*(part.split(size) for part in batch), strict=True))
-        return [Microbatch(*self.layout.to_rank_tokens(row, documents=self.mask == "document")) for row in rows]
+        return [self.layout.to_rank_tokens(row, documents=self.mask == "document") for row in rows]
 
     def _precision(self) -> AbstractContextManager:
         """Autocast without its cache, which would keep a copy of every weight until the forward ends.
@@ -122,4 +130,4 @@ def labels_ahead(labels_BL: Tensor, k: int, positions: Positions) -> Tensor:
 
 def valid_tokens(batches: Sequence[Batch]) -> int:
     """Number of labels that count for the loss."""
-    return sum(int((batch.labels_BL != IGNORE).sum()) for batch in batches)
+    return sum(count_labels(batch.labels_BL) for batch in batches)

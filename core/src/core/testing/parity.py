@@ -53,7 +53,7 @@ class Case:
     """What weights are stored in."""
     compile: str | None = None
     """Backend of torch.compile; None leaves the blocks as they are."""
-    loss: Loss.Config = field(default_factory=CrossEntropy.Config)
+    loss: Loss.Config = field(default_factory=lambda: CrossEntropy.Config(chunk_tokens=24))
     optimizer: Optimizer.Config = field(default_factory=lambda: AdamW.Config(lr=1e-2))
 
 

@@ -17,6 +17,7 @@ from core.runtime.device import free_memory
 from core.runtime.launcher import World
 from core.runtime.units import size_text
 from core.step.checks import Run
+from core.step.loss import Loss
 from core.step.settings import Training
 
 
@@ -26,7 +27,7 @@ class Estimate(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    logits: int
+    loss: int
 
     @property
     def total(self) -> int:
@@ -38,10 +39,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    model: Decoder, optimizer: Optimizer.Config, training: Training, degrees: Degrees | None = None
+    model: Decoder,
+    optimizer: Optimizer.Config,
+    loss: Loss.Config,
+    training: Training,
+    degrees: Degrees | None = None,
 ) -> Estimate:
     """What one rank needs: weights in `training.dtype`; of those that are trained the gradients, and what the optimizer
-    keeps; logits of one microbatch and their gradient in fp32."""
+    keeps; and what the loss of one microbatch holds."""
     degrees = degrees or Degrees()
     n_cut, dtype = degrees.world // degrees.replicate, getattr(torch, training.dtype)
     stored = parameter_count(model) * dtype.itemsize // n_cut
@@ -51,16 +56,16 @@ def estimate(
     updates: Optimizer = optimizer.build(weights=typed, layout=SingleRank(torch.device("meta")))
     gradients = sum(weight.parameter.nbytes for weight in updates.weights.values()) // n_cut
     kept = sum(tensor.nbytes for tensors in updates.state.values() for tensor in tensors.values()) // n_cut
-    logits = training.local_batch_size * training.seq_len * model.config.vocab_size * 4
-    logits //= degrees.context * degrees.tensor * degrees.pipeline
-    return Estimate(stored, gradients, kept, 2 * logits)
+    n_tokens = training.local_batch_size * training.seq_len // (degrees.context * degrees.pipeline)
+    sizes = {"dim": model.config.dim, "vocab_size": model.config.vocab_size, "n_ranks": degrees.tensor}
+    return Estimate(stored, gradients, kept, loss.least_bytes(n_tokens, **sizes))
 
 
 def check_memory(model: Decoder, run: Run, device: torch.device, world: World) -> None:
     """Raise `UserError` with both numbers and what would help when a run needs more than the free memory of `device`; a
     CPU's is shared by all ranks on its machine."""
     degrees = run.parallelism.degrees(world.size)
-    need = estimate(model, run.optimizer, run.training, degrees)
+    need = estimate(model, run.optimizer, run.loss, run.training, degrees)
     n_sharing = world.local_size if device.type == "cpu" else 1
     free = free_memory(device)
     free = None if free is None else free // n_sharing
