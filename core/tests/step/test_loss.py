@@ -14,7 +14,7 @@ from core.nn.layers import Head
 from core.parallel.settings import Parallelism
 from core.parallel.vocabulary import WholeVocabulary
 from core.step.loss import CrossEntropy, Loss
-from core.testing.parity import Case, compare, result_of
+from core.testing.parity import Case, StepResult, alone, largest_differences, result_of
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
 
@@ -89,16 +89,23 @@ def test_gradient_equals_that_of_a_loop(name: str) -> None:
     torch.testing.assert_close(head.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
 
 
+def results_of(cases: list[Case]) -> list[StepResult]:
+    return [result_of(case) for case in cases]
+
+
 @pytest.mark.layout
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["z", "focal", "smoothed"])
-def test_loss_of_a_user_equals_one_rank(name: str, layout: str) -> None:
-    """61 words are no multiple of two ranks; the parts of multi-token prediction go through the loss, too."""
+def test_losses_equal_one_rank(layout: str) -> None:
+    """61 words are no multiple of two ranks, nor do chunks of 10 divide the tokens; the parts of multi-token prediction
+    go through the loss, too."""
     n_mtp = 0 if layout.startswith(("pp", "cp")) else 1
     model = Toy.Config(vocab_size=61, n_layers=4, n_mtp_layers=n_mtp)
-    case = Case(model, LAYOUTS[layout], loss=LOSSES[name].Config(), world_size=2, local_batch_size=2)
-    worst = compare(case)
-    assert worst["loss"] < 1e-6 and worst["gradient"] < 1e-5 and worst["next loss"] < 1e-5
+    settings = CrossEntropy.Config(chunk_tokens=10, z_loss=0.01, label_smoothing=0.1, soft_cap=15.0)
+    losses = [settings, *(LOSSES[name].Config(chunk_tokens=10) for name in ("z", "focal", "smoothed"))]
+    cases = [Case(model, LAYOUTS[layout], loss=loss, world_size=2, local_batch_size=2) for loss in losses]
+    for case, *found in zip(cases, *run_ranks(results_of, 2, cases), strict=True):
+        worst = largest_differences(found, result_of(alone(case)))
+        assert worst["loss"] < 1e-6 and worst["gradient"] < 1e-5 and worst["next loss"] < 1e-5, case.loss
 
 
 def test_the_document_has_the_loss_that_is_tested() -> None:
