@@ -58,5 +58,5 @@ def test_estimate_and_plan_count_no_gradient_and_no_state_of_frozen_weights() ->
     found = plan(run, world_size=1, rank=0)
     assert (found.gradients_bytes, found.optimizer_bytes) == (trained, 2 * trained + counts)
     assert found.weights_bytes == sum(4 * weight.numel() for weight in named.values())
-    need = estimate(meta_model(run.model), run.optimizer, run.training)
+    need = estimate(meta_model(run.model), run.optimizer, run.loss, run.training)
     assert (need.weights, need.gradients, need.optimizer) == (found.weights_bytes, trained, 2 * trained + counts)

@@ -31,6 +31,7 @@ class WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, tensor: Tensor, gradient: Tensor) -> Tensor:
+        """The value (); the tensor and its gradient have any shape."""
         ctx.save_for_backward(gradient)
         ctx.dtype = tensor.dtype  # pyrefly: ignore[missing-attribute] - what a context is for
         return value.clone()
