@@ -10,7 +10,12 @@ import pytest
 
 from core.config.errors import UserError
 from core.config.validate import problems_of
+from core.data.corpus import Corpus
+from core.data.megatron import write_megatron as write_stream
 from core.data.packing import IGNORE
+from core.data.prepare import Preparation
+from core.data.sampling import SPLITS
+from core.data.shards import TokenStream
 from core.data.token_files import TokenFiles
 from core.data.tokenizer import Tokenizer
 
@@ -197,3 +202,37 @@ def test_files_that_hold_no_tokens_are_refused(tmp_path: Path, tokenizer: Tokeni
     (tmp_path / "notes.doc").write_text("x")
     assert said(tmp_path).startswith(f"the folder {tmp_path} holds notes.doc, which is no file of tokens")
     assert said(tmp_path / "notes.doc").startswith(f"cannot tell what {tmp_path}/notes.doc holds")
+
+
+def test_a_corpus_is_written_for_megatron(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{number} whales"}}\n' for number in range(40)))
+    settings = {"dataset": str(tmp_path / "a.jsonl"), "validation_fraction": 0.2}
+    Preparation.Config(**settings, output_format="megatron", output=str(tmp_path / "out/all")).build().run()
+    assert str(tmp_path / "out/all-train.bin and .idx") in capsys.readouterr().out
+    corpus = Corpus.Config(**settings).build(tokenizer=tokenizer)
+    for split in SPLITS:
+        stream = corpus.split(split)
+        ids = np.empty(stream.extent.tokens, np.int64)
+        stream.read(0, ids)
+        assert np.fromfile(tmp_path / f"out/all-{split}.bin", "<u2").tolist() == ids.tolist()
+        check(opened(tokenizer, tmp_path / f"out/all-{split}"), ids.tolist(), set(stream.document_starts().tolist()))
+        documents = np.split(ids, stream.document_starts()[1:])
+        write_megatron(tmp_path / "expected", [each.tolist() for each in documents], list(range(len(documents) + 1)))
+        for end in (".bin", ".idx"):
+            written = (tmp_path / f"out/all-{split}{end}").read_bytes()
+            assert written == (tmp_path / f"expected{end}").read_bytes()
+    assert not list(tmp_path.glob("out/*.unfinished"))
+    for wrong in ({"output_format": "megatron"}, {"output": "x"}):
+        assert [where for where, _ in problems_of(Preparation.Config(**wrong))] == ["output"]
+
+
+def test_megatrons_own_reader_reads_what_is_written(tmp_path: Path) -> None:
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+    documents = [each for each in drawn(0, most=70_000) if each]
+    for vocab_size in (65_000, 70_000):
+        own = [[token % vocab_size for token in each] for each in documents]
+        stream = TokenStream.hold(own, [True] * len(own), 0, vocab_size)
+        write_stream(stream, tmp_path / f"a{vocab_size}", vocab_size)
+        read = indexed.IndexedDataset(str(tmp_path / f"a{vocab_size}"))
+        assert [each.tolist() for each in read] == own
+        assert read.document_indices.tolist() == list(range(len(own) + 1))

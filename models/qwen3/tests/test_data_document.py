@@ -177,6 +177,8 @@ def test_a_program_prepares(words: list[str], capsys: pytest.CaptureFixture[str]
     if words[2] == "core.data.prepare":
         lines = capsys.readouterr().out.splitlines()
         name, folder, *splits = [line for line in lines if "long documents" not in line]
+        written = [splits.pop() for line in splits[::-1] if line.endswith(" and .idx")]
+        assert len(written) == 2 * ("megatron" in words)
         assert name.startswith("books with SentencePiece, 600 tokens") and Path(folder, "manifest.json").exists()
         assert "--cache-folder" not in words or Path(folder).is_relative_to(Path("shared").absolute())
         assert sum(int(line.split()[1].replace(",", "")) for line in splits) >= N_SECTIONS["books"] - 2

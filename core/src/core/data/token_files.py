@@ -17,16 +17,15 @@ import numpy as np
 from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.bad_lines import reading
+from core.data.megatron import read_index
 from core.data.packing import Batch, pack_rows
 from core.data.samples import IndexedSamples
 from core.data.shards import token_type
 
 SUFFIXES = (".bin", ".npy")
-MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""The codes of its types that ids may have; 6 and 7 are of floats."""
 LLM_C_TYPES = {20240520: "<u2", 20240801: "<u4"}
 """By the first number of a header of 256: that of GPT-2's ids, and that of Llama 3's."""
-_MEGATRON, _NUMPY = b"MMIDIDX\0\0", b"\x93NUMPY"
+_NUMPY = b"\x93NUMPY"
 _STRETCHES, _STRETCH_TOKENS = 256, 2**16
 
 
@@ -144,7 +143,8 @@ def open_tokens(path: Path, plain: np.dtype[Any]) -> Tokens:
         with open(path, "rb") as file:
             head = file.read(1024)
     if path.suffix == ".bin" and index.exists():
-        return _of_megatron(path, index, n_bytes)
+        dtype, n_tokens, starts = read_index(index, path, n_bytes)
+        return Tokens(_mapped(path, dtype, 0, n_tokens), starts)
     if head.startswith(_NUMPY):
         return _of_numpy(path)
     magic = int.from_bytes(head[:4], "little")
@@ -171,31 +171,3 @@ def _of_numpy(path: Path) -> Tokens:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise UserError(f"{path} holds {ids.dtype} {ids.shape}, expected whole numbers in one dimension")
     return Tokens(ids)
-
-
-def _of_megatron(path: Path, index: Path, n_bytes: int) -> Tokens:
-    """Sequences, and the number of the first of each document and behind the last."""
-    with reading(index):
-        data = index.read_bytes()
-    if not data.startswith(_MEGATRON) or len(data) < 34:
-        raise UserError(f"{index} is no index of Megatron's")
-    version, code = int.from_bytes(data[9:17], "little"), data[17]
-    n, n_documents = (int.from_bytes(data[start : start + 8], "little") for start in (18, 26))
-    if version != 1 or code not in MEGATRON_TYPES:
-        known = ", ".join(map(str, MEGATRON_TYPES))
-        raise UserError(f"{index} is of version {version} and type {code}: known are version 1 and the types {known}")
-    if len(data) not in (34 + 12 * n + 8 * n_documents, 34 + 13 * n + 8 * n_documents):
-        raise UserError(f"{index} has {len(data):,} bytes, not as many as {n:,} sequences in {n_documents:,} documents")
-    dtype = np.dtype(MEGATRON_TYPES[code])
-    lengths = np.frombuffer(data, "<i4", n, 34).astype(np.int64)
-    places = np.frombuffer(data, "<i8", n, 34 + 4 * n)
-    documents = np.frombuffer(data, "<i8", n_documents, 34 + 12 * n)
-    firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    if (lengths < 0).any() or (places != firsts[:-1] * dtype.itemsize).any():
-        raise UserError(f"{index}: the sequences do not lie one behind the other")
-    if (documents < 0).any() or (documents > n).any() or (documents[1:] < documents[:-1]).any():
-        raise UserError(f"{index}: the documents do not ascend from 0 to {n:,}")
-    n_tokens = int(firsts[-1])
-    if n_bytes != n_tokens * dtype.itemsize:
-        raise UserError(f"{path} has {n_bytes:,} bytes, and {index.name} says {n_tokens:,} ids of {dtype}")
-    return Tokens(_mapped(path, dtype, 0, n_tokens), firsts[documents])
