@@ -75,14 +75,6 @@ def test_file_that_is_no_sentencepiece_model(tmp_path, content):
         Tokenizer.Config(path=str(path)).build()
 
 
-def test_a_vocabulary_of_tiktoken_is_named(tmp_path):
-    """As Llama 3 and Kimi publish theirs, under the name of a SentencePiece model."""
-    for name in ("tokenizer.model", "qwen.tiktoken"):
-        (tmp_path / name).write_text("IQ== 0\nIg== 1\nIw== 2\n")
-        with pytest.raises(UserError, match=f"{name} is a vocabulary of tiktoken, .*: take the tokenizer.json"):
-            Tokenizer.Config(path=str(tmp_path / name)).build()
-
-
 def test_a_folder_with_a_sentencepiece_model_alone(tokenizer, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(
         (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()

@@ -32,8 +32,9 @@ class HuggingFace:
     rules: str
     """What the ids of a text hang on beside the file; part of the fingerprint."""
 
-    def __init__(self, content: bytes, path: Path, *, allow_special: bool) -> None:
-        """Special tokens that are written in a text are text, unless `allow_special`."""
+    def __init__(self, content: bytes, path: Path, *, allow_special: bool, roles: dict[str, Any] | None = None) -> None:
+        """Special tokens that are written in a text are text, unless `allow_special`; `roles` are those of special
+        tokens that no file beside says."""
         self._as_text, self.rules = not allow_special, " special tokens are text" * (not allow_special)
         if importlib.util.find_spec("tokenizers") is None:
             raise UserError(f"{path} needs the package tokenizers: in the checkout run pip install './core[hf]'")
@@ -52,7 +53,7 @@ class HuggingFace:
             self.special_texts: list[str] = [token.content for token in added.values() if token.special]
             begun = self._begun()
         files = [path.with_name(name) for name in ROLE_FILES]
-        stated = {file: read_json(file) for file in files if os.path.exists(file)}
+        stated = {file: read_json(file) for file in files if os.path.exists(file)} | {path: roles or {}}
         self.bos_id = self._special(stated, "bos_token")
         self.eos_id = self._special(stated, "eos_token")
         self.special_tokens = special_tokens(stated)

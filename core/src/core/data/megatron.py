@@ -23,7 +23,7 @@ _FEW_TOKENS = 65_500
 _CHUNK_TOKENS = 2**22
 
 
-def read_index(index: Path, path: Path, n_bytes: int) -> tuple[np.dtype[Any], int, np.ndarray]:
+def read_megatron(index: Path, path: Path, n_bytes: int) -> tuple[np.dtype[Any], int, np.ndarray]:
     """The type of the ids in `path`, how many there are, and where documents begin, (documents + 1,), with the end.
 
     Raises `UserError` for an index that does not fit a file of `n_bytes`.

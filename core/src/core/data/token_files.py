@@ -17,7 +17,7 @@ import numpy as np
 from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.bad_lines import reading
-from core.data.megatron import read_index
+from core.data.megatron import read_megatron
 from core.data.packing import Batch, pack_rows
 from core.data.samples import IndexedSamples
 from core.data.shards import token_type
@@ -143,7 +143,7 @@ def open_tokens(path: Path, plain: np.dtype[Any]) -> Tokens:
         with open(path, "rb") as file:
             head = file.read(1024)
     if path.suffix == ".bin" and index.exists():
-        dtype, n_tokens, starts = read_index(index, path, n_bytes)
+        dtype, n_tokens, starts = read_megatron(index, path, n_bytes)
         return Tokens(_mapped(path, dtype, 0, n_tokens), starts)
     if head.startswith(_NUMPY):
         return _of_numpy(path)

@@ -6,7 +6,6 @@ The bundled model, `tokenizer.model`, was trained by `core.data.train_tokenizer`
 import hashlib
 import importlib.resources
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
@@ -19,14 +18,9 @@ from core.config.record import absolute
 from core.data.hf_tokenizer import HuggingFace
 from core.data.library import library_errors
 from core.data.sections import Section
+from core.data.tiktoken_file import TIKTOKEN_LINE, tiktoken_json
 
 MOST_MIB = 1024
-TIKTOKEN = (
-    "is a vocabulary of tiktoken, which does not say how text is split: take the tokenizer.json of the model's Hugging "
-    "Face folder, or one that transformers writes from it, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
-)
-"""What is said of a file that Llama 3, Qwen and Kimi published, often as tokenizer.model."""
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 class _Model(Protocol):
@@ -73,7 +67,10 @@ class Tokenizer(Configurable):
             path = Path(os.path.expanduser(config.path))
             path = _file_in(path) if os.path.isdir(path) else path
             content, name = _read(path), str(path)
-            if path.suffix == ".model":
+            if path.suffix == ".tiktoken" or TIKTOKEN_LINE.match(content):
+                same, roles = tiktoken_json(content, name)
+                self._model = HuggingFace(same, path, allow_special=config.allow_special, roles=roles)
+            elif path.suffix == ".model":
                 self._model = _SentencePiece(content, name)
             else:
                 self._model = HuggingFace(content, path, allow_special=config.allow_special)
@@ -187,9 +184,7 @@ def _file_in(folder: Path) -> Path:
 def _read(path: Path) -> bytes:
     if not os.path.exists(path):
         raise UserError(f"there is no tokenizer {path.absolute()}: give the place where it is, --tokenizer.path FILE")
-    if path.suffix == ".tiktoken":
-        raise UserError(f"{path} {TIKTOKEN}")
-    if path.suffix not in (".model", ".json"):
+    if path.suffix not in (".model", ".json", ".tiktoken"):
         raise UserError(f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer.json or a folder with one")
     if not path.is_file():  # opening a pipe would wait for its writer
         raise UserError(f"the tokenizer {path} is no regular file")
@@ -219,8 +214,6 @@ class _SentencePiece:
     def __init__(self, content: bytes, name: str) -> None:
         import sentencepiece
 
-        if _TIKTOKEN_LINE.match(content):
-            raise UserError(f"{name} {TIKTOKEN}")
         with library_errors(f"{name} is no SentencePiece model"):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = self._processor.get_piece_size()

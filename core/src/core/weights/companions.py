@@ -16,6 +16,7 @@ from core.config.json_file import parse_json, read_json, typed
 from core.config.links import file_in
 from core.config.text_file import read_bytes
 from core.data.hf_tokenizer import ROLE_FILES
+from core.data.tiktoken_file import TIKTOKEN_LINE, tiktoken_json
 from core.data.tokenizer import MOST_MIB, bundled_model
 from core.data.tokenizer_json import Roles, read_model, tokenizer_json
 from core.weights.saved import checkpoint_in
@@ -61,9 +62,12 @@ def run_companions(tokenizer: str | None, began_with: str | None) -> Files:
     if path.name != name:
         files = {each: files[each] for each in (*ROLE_FILES, *LICENSES) if each in files and name == TOKENIZER_JSON}
     files[name] = read_bytes(path, MOST_MIB)
+    if TIKTOKEN_LINE.match(files[name]):  # a form that few read
+        files[TOKENIZER_JSON], roles = tiktoken_json(files.pop(name), str(path))
+        files.setdefault(ROLE_FILES[0], as_json(roles))
     if began_with is not None and "://" not in began_with and (folder := Path(began_with).expanduser()).is_dir():
         others = read_companions(folder)
-        if others.get(name) == files[name]:
+        if name in files and others.get(name) == files[name]:
             files = others | files
     generation_config(files)
     return files
