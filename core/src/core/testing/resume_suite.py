@@ -137,6 +137,6 @@ def weights_at_start(run: str, module: str) -> dict[str, Any]:
 
 def measured(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, without what depends on time and on the process."""
-    timed = {"tokens_per_second", "step_time_s", "memory_gib", "mfu"}
+    timed = {"tokens_per_second", "step_time_s", "data_wait_s", "memory_gib", "mfu"}
     records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{name: value for name, value in record.items() if name not in timed} for record in records]

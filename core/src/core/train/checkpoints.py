@@ -91,6 +91,10 @@ class RunCheckpoints:
             validation_loss=validation_loss,
         )
 
+    def first_row(self, step: int) -> int:
+        """The first row of a step, counted from 1."""
+        return self.progress(step - 1).rows
+
     def restore(self, built: BuiltModel, optimizer: Optimizer) -> None:
         """Fill the parts of this rank with what the run goes on from, or begins with; then make room in the folder."""
         self._weights, self._optimizer = model_tensors(built.models), optimizer

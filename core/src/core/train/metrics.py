@@ -37,6 +37,8 @@ class Record:
     """Mean since the last line."""
     step_time_s: float
     """Mean since the last line."""
+    data_wait_s: float = 0.0
+    """Of that, how long a step waited for its rows, which are read while the step before is computed."""
     memory_gib: float
     """Peak so far: of the accelerator's allocator, or of the process."""
     mfu: float | None

@@ -12,6 +12,7 @@ from core.runtime.device import GIB, peak_flops, peak_memory
 from core.runtime.units import clock, rate, size_text
 from core.step.assemble import expert_loads
 from core.step.checks import Run
+from core.step.rows_ahead import RowsAhead
 from core.step.update import StepInfo
 from core.train.checkpoints import RunCheckpoints
 from core.train.metrics import Metrics, Record
@@ -36,10 +37,11 @@ class StepReport:
         schedule: Schedule,
         metrics: Metrics,
         observers: Observers,
+        rows: RowsAhead,
     ) -> None:
         self.run, self.layout, self.checkpoints, self.schedule = run, layout, checkpoints, schedule
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
-        self.last_step, self.observers = last_step, observers
+        self.last_step, self.observers, self.rows = last_step, observers, rows
         self.last: Record | None = None
         """What was reported last."""
 
@@ -58,6 +60,7 @@ class StepReport:
             tokens=self.checkpoints.progress(step).tokens,
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
+            data_wait_s=self.rows.take_wait_s(),
             memory_gib=peak_memory(device) / GIB,
             mfu=None
             if peak is None

@@ -45,7 +45,8 @@ from core.step.assemble import assemble, compile_block, make_dispatcher, make_la
 from core.step.checks import check_model, check_run, compile_problems
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
-from core.step.rows import microbatches, open_samples
+from core.step.rows import open_samples
+from core.step.rows_ahead import RowsAhead
 from core.step.settings import Compile, Debug, Training
 from core.step.update import StepInfo, train_step
 from core.train.checkpoints import RunCheckpoints
@@ -198,7 +199,10 @@ class Trainer(Configurable):
             loaders = {name: loader for name, loader in self.loaders.items() if name != "train"}
             live = {"objective": self.objective, "optimizer": self.optimizer, **sizes}
             self.validator = c.validator.build(loaders=loaders, text_bytes=TextBytes(self.tokenizer), **live)
-        names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers")
+        sizes = {"n_rows": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
+        first_row = self.checkpoints.first_row
+        self.rows = RowsAhead(self.loader, self.layout, first_row, last_step=self.last_step, **sizes)
+        names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers", "rows")
         live = {name: getattr(self, name) for name in names}
         self.report = StepReport(c, self.built.models, self.flops_per_token, **live)
 
@@ -273,6 +277,7 @@ class Trainer(Configurable):
                 asked=exchange.take_save(),
                 validation_loss=None if validation is None else validation.loss,
             )
+        self.rows.close()
         self.checkpoints.finish()
         exchange()  # what was written is still there
         return step
@@ -287,14 +292,8 @@ class Trainer(Configurable):
             "on_nonfinite": c.debug.on_nonfinite,
             "spikes": self.checkpoints.spikes,
         }
-        return train_step(self.objective, self.optimizer, self.batches(step), step=step, **settings)
+        return train_step(self.objective, self.optimizer, self.rows(step), step=step, **settings)
 
     def batches(self, step: int) -> list[Batch]:
         """The microbatches of `step`, counted from 1: rows are numbered over the whole run."""
-        return microbatches(
-            self.loader,
-            self.layout,
-            first=self.checkpoints.progress(step - 1).rows,
-            n_rows=self.rows_per_step,
-            local_batch_size=self.config.training.local_batch_size,
-        )
+        return self.rows.read(step)
