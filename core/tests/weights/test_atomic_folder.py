@@ -12,7 +12,9 @@ import torch
 from core.config.errors import UserError
 from core.weights import atomic_folder as module
 from core.weights.atomic_folder import atomic_folder
-from core.weights.files import save
+from core.weights.shard_file import Output, write_shard
+
+ONES = Output("a", [3], torch.float32, lambda: iter([torch.ones(3)]))
 
 
 def names(folder: Path) -> list[str]:
@@ -95,7 +97,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, mask: int) -> 
     before = os.umask(mask)
     try:
         with atomic_folder(tmp_path / "model") as growing:
-            save({"a": torch.ones(3)}, growing / "model.safetensors")
+            write_shard(growing / "model.safetensors", [ONES])
             (growing / "config.json").touch()
     finally:
         os.umask(before)
@@ -109,6 +111,6 @@ def test_a_file_of_weights_replaces_none_and_follows_no_link(tmp_path: Path) -> 
     (tmp_path / "new.safetensors").symlink_to("nothing")
     for name in ("link", "new"):
         with pytest.raises(UserError, match=f"cannot write {tmp_path}/{name}.safetensors: .*File exists"):
-            save({"a": torch.ones(3)}, tmp_path / f"{name}.safetensors")
+            write_shard(tmp_path / f"{name}.safetensors", [ONES])
     assert names(tmp_path) == ["link.safetensors", "new.safetensors", "target"]
     assert (tmp_path / "target").read_text() == "mine"

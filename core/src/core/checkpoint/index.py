@@ -199,16 +199,20 @@ def read_piece(storage: Storage, folder: str, dtype: torch.dtype, piece: StoredB
     return values
 
 
-def read_tensor(storage: Storage, folder: str, stored: StoredTensor, row: int | None = None) -> Tensor:
-    """A tensor put together from its pieces, or one row of it, for which only pieces with that row are read."""
-    whole = torch.empty(stored.shape if row is None else stored.shape[1:], dtype=stored.dtype)
+def read_tensor(storage: Storage, folder: str, stored: StoredTensor, rows: slice | int | None = None) -> Tensor:
+    """A tensor put together from its pieces, or a stretch of its rows, or one of them: nothing else is read."""
+    if isinstance(rows, int):
+        return read_tensor(storage, folder, stored, slice(rows, rows + 1))[0]
+    first, last = (0, None) if rows is None else (rows.start, rows.stop)
+    shape = stored.shape if last is None else (last - first, *stored.shape[1:])
+    whole = torch.empty(shape, dtype=stored.dtype)
     for piece in stored.pieces:
-        if row is None:
-            box = tuple(slice(start, start + size) for start, size in zip(piece.start, piece.shape, strict=True))
-            whole[box] = read_piece(storage, folder, stored.dtype, piece)
-        elif piece.start[0] <= row < piece.start[0] + piece.shape[0]:
-            n_bytes = prod(piece.shape[1:]) * stored.dtype.itemsize
-            part = StoredBox(piece.file, piece.at + (row - piece.start[0]) * n_bytes, piece.start[1:], piece.shape[1:])
-            box = tuple(slice(start, start + size) for start, size in zip(part.start, part.shape, strict=True))
-            whole[box] = read_piece(storage, folder, stored.dtype, part)
+        if last is not None:
+            begin, end = max(first, piece.start[0]), min(last, piece.start[0] + piece.shape[0])
+            if begin >= end:
+                continue
+            at = piece.at + (begin - piece.start[0]) * prod(piece.shape[1:]) * stored.dtype.itemsize
+            piece = StoredBox(piece.file, at, (begin - first, *piece.start[1:]), (end - begin, *piece.shape[1:]))
+        box = tuple(slice(start, start + size) for start, size in zip(piece.start, piece.shape, strict=True))
+        whole[box] = read_piece(storage, folder, stored.dtype, piece)
     return whole

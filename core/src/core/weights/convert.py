@@ -5,7 +5,7 @@ Tensor by tensor: no more than the files that are written, one at a time, is in 
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ from core.runtime.meta import meta_model
 from core.weights.atomic_folder import atomic_folder, vacant
 from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
 from core.weights.export import dtypes, outputs
-from core.weights.files import Output, write_files
+from core.weights.files import write_files
 from core.weights.folder import class_of, hf_config, model_of, read_config
 from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
@@ -37,6 +37,7 @@ from core.weights.model_card import CARD, model_card
 from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
 from core.weights.saved import newest
+from core.weights.shard_file import Output, stretches
 from core.weights.source import WeightSource
 
 WAYS = ("from-hf", "to-hf", *(f"from-{peer}" for peer in PEERS))
@@ -246,6 +247,13 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """The values of one of our weights in new memory."""
-    return source.fill(name, torch.empty(shape, dtype=dtype))
+def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The values of one of our weights in new memory: a stretch of rows at a time where they are read so."""
+    if (key := source.plain_key(name)) is not None:
+        yield from (source.read(key, rows).to(dtype) for rows in stretches(shape, dtype))
+    elif shape and source.reads_rows(name):
+        for rows in stretches(shape, dtype):
+            part = torch.empty([rows.stop - rows.start, *shape[1:]], dtype=dtype)
+            yield source.fill(name, part, (rows.start, *[0] * (len(shape) - 1)))
+    else:
+        yield source.fill(name, torch.empty(shape, dtype=dtype))

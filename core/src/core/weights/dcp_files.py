@@ -19,7 +19,7 @@ from core.checkpoint.index import NAMES, tiles
 from core.config.errors import UserError
 from core.config.links import file_in
 from core.config.text_file import read_bytes
-from core.weights.files import Header
+from core.weights.shard_file import Header, RowSpan
 
 METADATA = ".metadata"
 MOST_METADATA_MIB = 4096
@@ -100,16 +100,22 @@ class DcpFiles:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it, for which only chunks with that row are read."""
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """A tensor, or rows of it, for which only chunks with those are read."""
+        if isinstance(rows, int):
+            return self.read(key, slice(rows, rows + 1))[0]
         header = self.headers[key]
-        whole = torch.empty(header.shape if row is None else header.shape[1:], dtype=TYPE_OF[header.dtype])
+        shape = header.shape if rows is None else [rows.stop - rows.start, *header.shape[1:]]
+        whole = torch.empty(shape, dtype=TYPE_OF[header.dtype])
         for chunk in self.chunks[key]:
             box = tuple(slice(first, first + size) for first, size in zip(chunk.start, chunk.shape, strict=True))
-            if row is None:
+            if rows is None:
                 whole[box] = self._load(chunk)
-            elif chunk.start[0] <= row < chunk.start[0] + chunk.shape[0]:
-                whole[box[1:]] = self._load(chunk)[row - chunk.start[0]]
+                continue
+            begin, end = max(rows.start, box[0].start), min(rows.stop, box[0].stop)
+            if begin < end:
+                values = self._load(chunk)[begin - box[0].start : end - box[0].start]
+                whole[(slice(begin - rows.start, end - rows.start), *box[1:])] = values
         return whole
 
     def _load_chunk(self, chunk: Chunk) -> Tensor:

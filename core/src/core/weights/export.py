@@ -1,17 +1,17 @@
 """What is written for the weights of a model: each stored tensor with how to make it out of our weights."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from core.weights.files import Output
 from core.weights.hf_model import StoredModel
 from core.weights.key_map import KeyMap, KeyPart
+from core.weights.shard_file import Output, RowSpan, stretches
 
-Read = Callable[[str, int | None], Tensor]
-"""The name of one of our weights, or one row of it."""
+Read = Callable[[str, RowSpan], Tensor]
+"""The values of one of our weights, by its name, or of rows of it."""
 
 
 def dtypes(
@@ -36,8 +36,25 @@ def outputs(key_map: KeyMap, dtypes: Mapping[str, torch.dtype], read: Read) -> l
     for key, ours in parts.items():
         name, piece = ours[0]
         shape, dtype = piece.stored_shape(key_map.weights[name].shape), dtypes[name]
-        made.append(Output(key, shape, dtype, partial(gather_stored, shape, dtype, ours, read)))
+        made.append(Output(key, shape, dtype, partial(stored_stretches, shape, dtype, ours, read)))
     return made
+
+
+@torch.no_grad()
+def stored_stretches(
+    shape: list[int], dtype: torch.dtype, ours: list[tuple[str, KeyPart]], read: Read
+) -> Iterator[Tensor]:
+    """The values of a tensor as it is stored, row after row where ours are stored as they are or row by row."""
+    (name, piece), *more = ours
+    if not more and piece == KeyPart(piece.key) and shape:
+        for rows in stretches(shape, dtype):
+            yield read(name, rows).to(dtype)
+    elif piece.stored_row is not None:
+        for row in range(shape[0]):
+            mine = [(name, piece._replace(stored_row=None)) for name, piece in ours if piece.stored_row == row]
+            yield gather_stored(shape[1:], dtype, mine, read)
+    else:
+        yield gather_stored(shape, dtype, ours, read)
 
 
 @torch.no_grad()

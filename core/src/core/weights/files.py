@@ -2,16 +2,10 @@
 
 import json
 import logging
-import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from core.config.errors import UserError, at_most
@@ -19,19 +13,12 @@ from core.config.json_file import read_json, typed
 from core.config.links import file_in
 from core.runtime.activity import advance
 from core.runtime.units import size_text
+from core.weights.shard_file import Header, Output, RowSpan, read_rows, write_shard
 
 log = logging.getLogger("armature")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-class Header(NamedTuple):
-    """What a file says about a tensor in it: `dtype` as safetensors writes it, "F32", "BF16", "U8", ..."""
-
-    file: Path
-    shape: list[int]
-    dtype: str
 
 
 class Folder:
@@ -41,12 +28,10 @@ class Folder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._open = lru_cache(maxsize=2)(partial(safe_open, framework="pt"))
         self.path = Path(path)
         self.promised = promised(self.path)
         """The name of the file that has a key, as the index tells."""
         self.headers: dict[str, Header] = {}
-        self._stored_as: dict[str, str] = {}
         for file in files(self.path, self.promised):
             for key, header in self._headers(file):
                 if key in self.headers:
@@ -55,23 +40,24 @@ class Folder:
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Let each of these keys go by another name."""
-        self._stored_as = {new: old for old, new in names.items()}
         self.headers = {names.get(key, key): header for key, header in self.headers.items()}
         self.promised = {names.get(key, key): file for key, file in self.promised.items()}
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """A stored tensor, or one row of it; nothing else of it is read."""
-        tensors, key = self._open(self.headers[key].file), self._stored_as.get(key, key)
-        return tensors.get_tensor(key) if row is None else tensors.get_slice(key)[row]
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """A stored tensor, or rows of it; nothing else of it is read."""
+        return read_rows(self.headers[key], rows)
 
     def _headers(self, file: Path) -> Iterator[tuple[str, Header]]:
+        """What a file says of its tensors, once the package safetensors has found nothing wrong with it."""
         try:
-            tensors = self._open(file)
+            with safe_open(file, framework="pt"), open(file, "rb") as stream:
+                n_bytes = int.from_bytes(stream.read(8), "little")
+                stated = json.loads(stream.read(n_bytes))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
-        for key in tensors.keys():
-            stored = tensors.get_slice(key)
-            yield key, Header(file, list(stored.get_shape()), stored.get_dtype())
+        for key, entry in stated.items():
+            if key != "__metadata__":
+                yield key, Header(file, entry["shape"], entry["dtype"], 8 + n_bytes + entry["data_offsets"][0])
 
 
 def files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
@@ -113,32 +99,18 @@ def indexed(folder: Path) -> dict[str, str]:
     return names
 
 
-class Output(NamedTuple):
-    """A tensor to be written. Its size is known before its values are made."""
-
-    key: str
-    shape: list[int]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-    """The values, in this shape and type, on the CPU."""
-
-    @property
-    def n_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 def write_files(
     folder: Path, outputs: list[Output], shard_gib: float, say: Callable[[str], object] | None = None
 ) -> None:
     """Write the tensors as one safetensors file, or as several with an index: at most `shard_gib` in a file unless one
-    tensor alone is more. One file's tensors are in memory at a time; `say` is told each file that is done.
+    tensor alone is more. A stretch of a tensor is in memory at a time; `say` is told each file that is done.
 
     Raises `UserError` when a file cannot be written."""
     shards = list(split_shards(outputs, shard_gib * 2**30))
     place: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save({output.key: output.make() for output in shard}, folder / name)
+        write_shard(folder / name, shard)
         advance(f"{i} of {len(shards)} files written")
         place |= {output.key: name for output in shard}
         if say is not None:
@@ -147,21 +119,6 @@ def write_files(
         n_bytes = sum(output.n_bytes for output in outputs)
         index = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(place.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file of tensors of any shape that is not there yet, with the permissions of any new file.
-
-    Raises `UserError` when it cannot be written.
-    """
-    try:
-        with file.open("xb") as made:
-            mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
-        save_file(tensors, file, metadata={"format": "pt"})
-        if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors 0.8 lets nobody else read it
-            file.chmod(mode)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot write {file}: {error}") from error
 
 
 def split_shards(outputs: list[Output], limit: float) -> Iterator[list[Output]]:

@@ -7,9 +7,10 @@ import torch
 
 from core.config.errors import UserError
 from core.weights.export import dtypes, outputs
-from core.weights.files import Output, write_files
+from core.weights.files import write_files
 from core.weights.hf_model import StoredModel, with_hf
 from core.weights.key_map import KeyMap, hf_key_map
+from core.weights.shard_file import Output
 from core.weights.source import WeightSource
 
 
@@ -69,10 +70,10 @@ def save_by(
 ) -> list[Output]:
     """Write a model's weights in this layout; returns what was written."""
     folder, weights = Path(folder), key_map.weights
-    if folder.exists() and any(folder.glob("*.safetensors")):
+    if folder.exists() and any(folder.glob("*.safetensors*")):  # an index alone would be read, too
         raise UserError(f"{folder} already holds safetensors files: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     types = dtypes(model, key_map, {name: weight.dtype for name, weight in weights.items()}, dtype)
-    made = outputs(key_map, types, lambda name, row: weights[name] if row is None else weights[name][row])
+    made = outputs(key_map, types, lambda name, rows: weights[name] if rows is None else weights[name][rows])
     write_files(folder, made, shard_gib)
     return made

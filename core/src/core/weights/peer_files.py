@@ -13,7 +13,7 @@ from torch import Tensor
 from core.checkpoint.index import NAMES, TYPES
 from core.config.errors import UserError
 from core.config.links import file_in
-from core.weights.files import Header
+from core.weights.shard_file import Header, RowSpan
 
 SHARD = re.compile(r"model_(?P<leaf>\w+?)(?:_pp-rank-\d+-of-\d+_tp-rank-\d+-of-\d+)?\.safetensors")
 """A file of nanotron: the last part of a tensor's name, and the rank that wrote it."""
@@ -43,9 +43,9 @@ class TorchFile:
     def __str__(self) -> str:
         return str(self.file)
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it."""
-        return self.tensors[key] if row is None else self.tensors[key][row]
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """A tensor, or rows of it."""
+        return self.tensors[key] if rows is None else self.tensors[key][rows]
 
 
 class NanotronFiles:
@@ -70,9 +70,9 @@ class NanotronFiles:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it."""
-        return self._read(key) if row is None else self._read(key)[row]
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """A tensor, or rows of it."""
+        return self._read(key) if rows is None else self._read(key)[rows]
 
     def _header(self, files: list[Path]) -> Header:
         with opened(files[0]) as tensors:

@@ -14,8 +14,8 @@ from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
 from core.config.record import to_json
 from core.runtime.ranks import Ranks
-from core.weights.files import Header
 from core.weights.hf_model import StoredModel
+from core.weights.shard_file import Header, RowSpan
 from core.weights.source import StoredFiles, WeightSource
 
 STATE = "optimizer.state."
@@ -37,9 +37,9 @@ class StateFiles:
     def __str__(self) -> str:
         return f"{self.files}, {STATE}*{self.end}"
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """The state of a weight, or one row of it."""
-        return self.files.read(f"{STATE}{key}{self.end}", row)
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """The state of a weight, or rows of it."""
+        return self.files.read(f"{STATE}{key}{self.end}", rows)
 
 
 def write_run(model: StoredModel, source: WeightSource, run: Any, folder: Path, say: Callable[[str], object]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from core.checkpoint.index import FLOATS
-from core.weights.files import Header
+from core.weights.shard_file import Header
 
 BLOCK = 128
 EIGHT_BITS = "F8_E4M3"

@@ -9,7 +9,7 @@ from core.checkpoint.index import NAMES, read_tensor
 from core.checkpoint.manifest import CONFIG_FILE
 from core.config.links import file_in
 from core.runtime.ranks import Ranks
-from core.weights.files import Header
+from core.weights.shard_file import Header, RowSpan
 
 PREFIX = "model."
 """Of the names of weights in a checkpoint."""
@@ -30,9 +30,9 @@ class Saved:
         self.promised: dict[str, str] = {}
         """What a checkpoint's index names was found in it."""
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """A weight, or one row of it."""
-        return read_tensor(self.found.storage, self.found.folder, self._stored[key], row)
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """A weight, or rows of it."""
+        return read_tensor(self.found.storage, self.found.folder, self._stored[key], rows)
 
 
 def newest(folder: str | Path) -> Path | Found:

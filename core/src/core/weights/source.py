@@ -11,12 +11,13 @@ from torch import Tensor
 
 from core.checkpoint.find import Found
 from core.config.errors import UserError, at_most
-from core.weights.files import Folder, Header
+from core.weights.files import Folder
 from core.weights.key_map import KeyMap, KeyPart
 from core.weights.prefix import renamed
 from core.weights.quantised import EncodedWeight, stored_weights
 from core.weights.saved import Saved
 from core.weights.schemes import check_keys
+from core.weights.shard_file import Header, RowSpan, stretches
 
 log = logging.getLogger("armature")
 
@@ -31,7 +32,7 @@ class StoredFiles(Protocol):
     promised: dict[str, str]
     """The file of a key that ought to be there."""
 
-    def read(self, key: str, row: int | None = None) -> Tensor: ...
+    def read(self, key: str, rows: RowSpan = None) -> Tensor: ...
 
 
 class WeightSource:
@@ -78,20 +79,37 @@ class WeightSource:
         """The first of the stored weights, by name, that is in fewer bits than it is read in; None if there is none."""
         return next((name for name, stored in sorted(self.stored.items()) if len(stored.keys) > 1), None)
 
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """A stored weight, or one row of it, decoded."""
+    def read(self, key: str, rows: RowSpan = None) -> Tensor:
+        """A stored weight, or rows of one that is not stored in few bits, or one row of any; decoded."""
         stored = self.stored[key]
-        return stored.decode(*(self.folder.read(part, row) for part in stored.keys))
+        return stored.decode(*(self.folder.read(part, rows) for part in stored.keys))
+
+    def reads_rows(self, name: str) -> bool:
+        """Whether the values of a stretch of rows of our weight are read without the others."""
+        return all(piece.row is not None for piece in self.pieces[name])
+
+    def plain_key(self, name: str) -> str | None:
+        """The key of a stored tensor that is our weight as it is; None where there is none."""
+        first, *more = self.pieces[name]
+        return first.key if not more and self._is_plain(first, name) else None
+
+    def _is_plain(self, piece: KeyPart, name: str) -> bool:
+        """Whether our weight is stored as it is."""
+        shape, stored = self.key_map.weights[name].shape, self.stored[piece.key]
+        whole = len(stored.keys) == 1 and len(shape) > 0 and stored.shape == list(shape)
+        return whole and piece == KeyPart(piece.key)
 
     @torch.no_grad()
     def fill(self, name: str, part: Tensor, start: Sequence[int] = ()) -> Tensor:
         """Copy the stored values of our weight, of any shape, or of the box of it that begins at `start`, into `part`,
-        cast to its type. Of a weight that is stored row by row, as experts are, no other rows are read."""
+        cast to its type. Of a weight that is stored as it is, or row by row as experts are, no other rows are read."""
         start = start or (0,) * part.dim()
         shape = self.key_map.weights[name].shape
         box = [slice(first, first + size) for first, size in zip(start, part.shape, strict=True)]
         for piece in self.pieces[name]:
-            if piece.row is None:
+            if self._is_plain(piece, name):
+                part.copy_(self.read(piece.key, box[0])[(slice(None), *box[1:])])
+            elif piece.row is None:
                 part.copy_(piece.view(self.read(piece.key, piece.stored_row)).reshape(shape)[tuple(box)])
             elif box[0].start <= piece.row < box[0].stop:
                 values = piece.view(self.read(piece.key, piece.stored_row)).reshape(shape[1:])
@@ -129,11 +147,20 @@ class WeightSource:
             if key not in self.stored:
                 continue
             source = self.pieces[name][0].key
-            values = self.read(source)
-            if not torch.equal(self.read(key).to(values.dtype), values):
+            if not self._equal(key, source):
                 message = f"{key} differs from {source}, which the model ties it to"
                 problems.append(f"{self._file(self.stored[key])}: {message}")
         return problems
+
+    def _equal(self, key: str, source: str) -> bool:
+        """Whether two stored weights have the same values, in the type of the second."""
+        stored = self.stored[source]
+        by_rows = len(self.stored[key].keys) == len(stored.keys) == 1 and len(stored.shape) > 0
+        for rows in stretches(stored.shape, torch.float32) if by_rows else [None]:
+            values = self.read(source, rows)
+            if not torch.equal(self.read(key, rows).to(values.dtype), values):
+                return False
+        return True
 
     def _file(self, stored: EncodedWeight) -> str:
         return self.folder.headers[stored.keys[0]].file.name
