@@ -142,8 +142,9 @@ def installs(session: nox.Session) -> None:
 
 PEERS = ["litgpt==0.5.13", "torchtitan==0.3.0", "megatron-core==0.16.1"]
 THEIR_NEEDS = [
-    "lightning", "torchmetrics", "lightning-utilities", "pytorch-lightning", "jsonargparse", "psutil", "requests",
-    "torchdata", "torch_checkpointing", "einops", "spmd_types==0.2.3",
+    "lightning==2.6.6", "torchmetrics==1.9.0", "lightning-utilities==0.15.3", "pytorch-lightning==2.6.6",
+    "jsonargparse==4.53.0", "psutil==7.2.2", "requests==2.34.2", "torchdata==0.11.0", "torch_checkpointing==0.1.1",
+    "einops==0.8.2", "spmd_types==0.2.3",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from core.config.decode import ConfigDecoder, is_inside
 from core.config.errors import OtherFamily, UserError, did_you_mean, joined
 from core.config.fields import alternatives, field_types, is_config, short_repr
 from core.config.json_file import read_json
+from core.config.links import file_in
 from core.config.options import comparable
 from core.config.outside import module_name, names_outside, place_and_name, recipe_outside, refused
 from core.config.record import diff, from_dict
@@ -130,7 +131,7 @@ def take_part(place: str, source: str, config: Config, configs: ModuleType, trus
     of that part, or of a published model. Raises `UserError` where it says nothing of it, or what cannot stand there.
     """
     path = Path(source).expanduser()
-    file = str(path / "config.json" if path.is_dir() else path)
+    file = str(file_in(path, "config.json") or path / "config.json") if path.is_dir() else str(path)
     data = read_json(file)
     data = data[place] if isinstance(data.get(place), dict) else data
     if not {"class", "model_type"} & data.keys():
