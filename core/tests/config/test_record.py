@@ -149,6 +149,16 @@ def test_a_root_of_a_known_class_needs_no_name():
         from_dict(to_dict(Deep.Config()), Adam.Config)
 
 
+def test_of_very_much_that_is_wrong_the_beginning_is_told():
+    """As where sections changed places."""
+    wrong = {f"field_{n}": n for n in range(40)}
+    with pytest.raises(UserError) as caught:
+        from_dict(wrong | {"class": f"{__name__}:Adam"})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "and 20 more"
+    assert lines[0].startswith("field_0: Adam.Config has no field field_0")
+
+
 def test_everything_wrong_is_told_at_once():
     data = to_dict(Run.Config(seed=0))
     data["training"] = {"stpes": 3, "rate": "fast"}

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+MOST_LINES = 20
+"""Of one error; a section in the place of another has dozens of fields that it should not have."""
+
 
 class UserError(ValueError):
     """A mistake of the user: its message says what is wrong, with the numbers or names, and what fixes it."""
@@ -17,8 +20,10 @@ class LostRank(RuntimeError):
 
 
 def joined(problems: Iterable[tuple[str, str]]) -> UserError:
-    """One error for many problems: a line `path: message` for each, or the message alone where the path is empty."""
-    return UserError("\n".join(f"{path}: {message}" if path else message for path, message in problems))
+    """One error for many problems: a line `path: message` for each of the first `MOST_LINES`, or the message alone
+    where the path is empty."""
+    lines = [f"{path}: {message}" if path else message for path, message in problems]
+    return UserError("\n".join(at_most(MOST_LINES, lines)))
 
 
 def check_all(*checks: Callable[[], object]) -> None:
