@@ -201,6 +201,16 @@ def test_every_shape_of_a_special_token_is_read_or_refused(json_folder, file, to
         Tokenizer.Config(path=str(json_folder)).build()
 
 
+def test_special_tokens_in_documents_are_such_where_it_is_asked_for(json_folder):
+    text, marked = (Tokenizer.Config(path=str(json_folder), allow_special=each).build() for each in (False, True))
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(json_folder / "tokenizer.json"))
+    theirs.no_truncation(), theirs.no_padding()
+    assert marked.encode("a<eos>b") == theirs.encode("a<eos>b", add_special_tokens=False).ids != text.encode("a<eos>b")
+    assert marked.encode_documents(["<bos>a"]) == [[0, 0, *text.encode("a")]]
+    assert marked.fingerprint != text.fingerprint and marked.encode_prompt("a<eos>") == text.encode_prompt("a<eos>")
+    assert marked.encode("a<eos>b") == theirs.encode("a<eos>b", add_special_tokens=False).ids
+
+
 def test_huggingface_tokenizer_with_wrong_files(json_folder, tmp_path):
     (json_folder / "tokenizer_config.json").write_text('{"eos_token": "<missing>"}')
     with pytest.raises(UserError, match="tokenizer_config.json names the token '<missing>'"):
