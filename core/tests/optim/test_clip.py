@@ -47,6 +47,8 @@ def test_a_norm_that_is_not_finite_is_given() -> None:
 
 def test_the_norm_of_none_is_zero() -> None:
     assert joint_norm([]) == 0.0
+    scale_down([], 0.0, 1.0)
+    cut_values([], 1.0)
 
 
 @pytest.mark.parametrize("max_value", [0.1, 1.0, math.inf])

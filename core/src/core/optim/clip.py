@@ -13,7 +13,8 @@ def joint_norm(gradients: list[Tensor]) -> float:
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Scale in place gradients, of any shape, whose joint norm is `norm` so that it is at most `max_norm`."""
-    torch._foreach_mul_(gradients, min(max_norm / (norm + 1e-6), 1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, min(max_norm / (norm + 1e-6), 1.0))
 
 
 def cut_values(gradients: list[Tensor], max_value: float) -> None:

@@ -140,7 +140,11 @@ class Optimizer(Configurable, ABC):
         stacks of them.
         """
         for weight in weights:
-            assert weight.is_matrix, f"{weight.name} has axes {weight.axes}: it is neither a matrix nor a stack of them"
+            if not weight.is_matrix:
+                raise UserError(
+                    f"{weight.name} has axes {weight.axes}: it is neither a matrix nor a stack of them, and "
+                    f"{type(self).__name__} asks for its whole matrices; update it otherwise, is_matrix tells"
+                )
         return self.layout.map_matrices(function, [weight.parameter for weight in weights], slices)
 
     @torch.no_grad()

@@ -98,8 +98,8 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
                 passes = passes_of(training, layout, models, objective)
             copies = [(weight.value, source) for weight, source in every.values() if weight.value is not source]
             fake = FakeObjective(layout, list(sampled.values()), passes, optimizer, copies)
-            fake.step({None, passes.n_microbatches - 1})  # makes what is made once
-            fake.step(microbatches_of_interest(passes.order))
+            fake.step({None, passes.n_microbatches - 1}, updates=False)  # makes what is made once
+            fake.step(microbatches_of_interest(passes.order), updates=True)
             kept = resting_bytes(sampled, optimizer)
             return StepRecord(
                 blocks=[sorted(part.stand_in) for part in sampled.values()],
@@ -140,9 +140,10 @@ class FakeObjective:
         self.stages = self.models + [blocks[str(other)] for i, other in self.stand_in.items() if other != i]
         """The models, and a block again for each block that it stands for: all whose experts count tokens."""
 
-    def step(self, few: set[int | None]) -> None:
-        """Run a step of `few` microbatches; the batch that is counted is not the one that is computed."""
-        self.few = few
+    def step(self, few: set[int | None], *, updates: bool) -> None:
+        """Run a step of `few` microbatches, with the update or without it; the batch that is counted is not the one
+        that is computed."""
+        self.few, self.updates = few, updates
         counted = Batch(*torch.zeros(4, 1, 1, dtype=torch.int64).unbind())
         settings: dict[str, Any] = {"step": 1, "lr_factor": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
         self.recorded: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
@@ -163,6 +164,8 @@ class FakeObjective:
         self.passes.end()
         for copy, source in self.copies:
             copy.grad = source.grad
+        if not self.updates:
+            self.optimizer.zero_grad()
         return 0.0, 0.0
 
     def segments(self) -> list[Segment]:
