@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.checkpoint.index import StoredTensor, header_problems, read_index
-from core.checkpoint.manifest import CONFIG_FILE, TENSORS, Damaged, Manifest, Written, file_problems, read_manifest
+from core.checkpoint.manifest import (
+    CONFIG_FILE,
+    LAYOUT,
+    TENSORS,
+    Damaged,
+    Manifest,
+    Written,
+    file_problems,
+    read_manifest,
+)
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, step_of, steps_in
 from core.config.errors import UserError, at_most
@@ -107,7 +116,7 @@ def inspect(storage: Storage, folder: str, ranks: Ranks) -> Found:
     manifest = ranks.first(lambda: read_manifest(storage, folder))
     if step_of(folder) not in (None, manifest.progress.step):
         raise Damaged(f"it is the checkpoint of step {manifest.progress.step} under another's name")
-    if found := all_problems(storage, folder, manifest.files, ranks):
+    if found := all_problems(storage, folder, manifest.files, ranks, manifest.layout):
         raise Damaged("; ".join(at_most(5, found)))
     mine = sorted(manifest.files)[ranks.rank :: ranks.size]
     wrong = [line for lines in ranks.gather(misfits(storage, folder, manifest, mine)) for line in lines]
@@ -124,10 +133,12 @@ def misfits(storage: Storage, folder: str, manifest: Manifest, names: Iterable[s
         return [str(error)]
 
 
-def all_problems(storage: Storage, folder: str, files: Mapping[str, Written], ranks: Ranks) -> list[str]:
-    """What is wrong with the files of a checkpoint; one rank reads each."""
+def all_problems(
+    storage: Storage, folder: str, files: Mapping[str, Written], ranks: Ranks, layout: int = LAYOUT
+) -> list[str]:
+    """What is wrong with the files of a checkpoint of this layout; one rank reads each."""
     mine = {name: files[name] for name in sorted(files)[ranks.rank :: ranks.size]}
-    return [line for lines in ranks.gather(file_problems(storage, folder, mine)) for line in lines]
+    return [line for lines in ranks.gather(file_problems(storage, folder, mine, layout)) for line in lines]
 
 
 def candidates(place: str) -> Iterator[tuple[Storage, str]]:

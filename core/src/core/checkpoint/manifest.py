@@ -11,8 +11,9 @@ from core.checkpoint.storage import Storage
 from core.config.errors import UserError, at_most
 from core.config.json_file import parse_json, typed
 
-LAYOUT = 1
-"""Version of the layout of a checkpoint that is written here, and the newest that can be read."""
+LAYOUT = 2
+"""Version of the layout of a checkpoint that is written here, and the newest that can be read. In layout 1 the hash of
+every file is its SHA-256, since then that of `core.checkpoint.tree_hash`."""
 MANIFEST = "manifest.json"
 CONFIG_FILE = "config.json"
 TENSORS = "tensors.json"
@@ -152,15 +153,15 @@ def manifest_digest(said: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def file_problems(storage: Storage, folder: str, files: dict[str, Written]) -> list[str]:
-    """What is wrong with those files of a checkpoint; each is read once."""
-    found = []
+def file_problems(storage: Storage, folder: str, files: dict[str, Written], layout: int = LAYOUT) -> list[str]:
+    """What is wrong with those files of a checkpoint of this layout; each is read once."""
+    found, digest = [], storage.plain_digest if layout == 1 else storage.digest
     for name, written in files.items():
         try:
             n_bytes = storage.size(f"{folder}/{name}")
             if n_bytes != written.n_bytes:
                 found.append(f"{name} has {n_bytes:,} bytes, not {written.n_bytes:,}")
-            elif storage.digest(f"{folder}/{name}") != written.sha256:
+            elif digest(f"{folder}/{name}") != written.sha256:
                 found.append(f"{name} has other bytes than were written")
         except FileNotFoundError:
             found.append(f"{name} is missing")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from errno import EINVAL, EIO
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,6 +19,7 @@ from typing import IO, Any, cast
 import fsspec
 import numpy as np
 
+from core.checkpoint.tree_hash import LEAF_BYTES, TreeHash, hash_of_leaves, n_threads
 from core.config.errors import UserError
 from core.runtime.activity import advance
 from core.runtime.disk import flush
@@ -29,6 +31,8 @@ MUCH = 2**26
 """Bytes that are worth a way to the disk before the file is closed."""
 BEHIND = 8
 """So many parts may wait to be hashed."""
+HASHED_BYTES = 2**20
+"""Bytes that are hashed at a time: they stay near the processor, too."""
 PART = 2**17
 """Bytes that are compared at a time: they stay near the processor."""
 
@@ -38,7 +42,7 @@ STEP = re.compile("step-(0|[1-9][0-9]*)")
 
 
 class Digest:
-    """A file that is being written, and the SHA-256 and number of the bytes that went into it.
+    """A file that is being written, and the hash and number of the bytes that went into it.
 
     Of a file of this machine every part is read back and compared at once; hashing, and the way to the disk, go on
     beside that.
@@ -50,7 +54,7 @@ class Digest:
         self.stream, self.n_bytes = stream, 0
         self._again, self._hasher, self._flusher = again, hasher, flusher
         self._found = memoryview(bytearray(PART))
-        self._hash, self._hashed = hashlib.sha256(), deque[Future[None]]()
+        self._hash, self._hashed = TreeHash(), deque[Future[None]]()
         self._flushed, self._flushed_from = cast(Future[None] | None, None), 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -149,7 +153,25 @@ class Storage:
                 advance()
 
     def digest(self, name: str) -> str:
-        """The SHA-256 of a file."""
+        """The hash of a file, as `core.checkpoint.tree_hash` has it; of one of this machine worked out on several
+        cores."""
+        n_bytes = self.size(name)
+        with ThreadPoolExecutor(n_threads() if self.is_local else 1, "hashing") as pool:
+            return hash_of_leaves(list(pool.map(partial(self._leaf, name), range(0, max(n_bytes, 1), LEAF_BYTES))))
+
+    def _leaf(self, name: str, at: int) -> bytes:
+        """The SHA-256 of the stretch of a file that begins at `at`."""
+        found, left, memory = hashlib.sha256(), LEAF_BYTES, memoryview(bytearray(HASHED_BYTES))
+        with self._asked(), self.fs.open(self._file(name), "rb") as stream:
+            stream.seek(at)
+            while left and (n_bytes := stream.readinto(memory[:left])):
+                found.update(memory[:n_bytes])
+                left -= n_bytes
+            advance()
+        return found.digest()
+
+    def plain_digest(self, name: str) -> str:
+        """The SHA-256 of a file, which layout 1 has for all."""
         found = hashlib.sha256()
         with self._asked(), self.fs.open(self._file(name), "rb") as stream:
             while data := stream.read(CHUNK_BYTES):
