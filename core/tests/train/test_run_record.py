@@ -106,6 +106,7 @@ def test_weights_to_begin_with_must_be_there(tmp_path: Path) -> None:
 def test_a_moved_run_is_told_where_it_would_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = toy_run(tmp_path, steps=1)
     run(config)
+    config.training.mask = "causal"  # what auto stands for
     assert load_config([str(tmp_path / "run/config.json")], debug_run) == config
     assert "dump_folder" not in capsys.readouterr().err
     shutil.move(tmp_path / "run", tmp_path / "moved")

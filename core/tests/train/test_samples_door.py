@@ -254,7 +254,9 @@ def test_a_source_is_chosen_and_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert from_json(to_json(run)) == run and problems_of(run) == []
     override(run, [("--dataloader.dataset.path", ["other"])])
     assert run.dataloader == IndexedText.Config(dataset=Chapters.Config(path="other"))
-    assert "--dataloader.dataset STR = Chapters.Config, default stdlib" in setting_help("", run, ["dataloader"], {})
+    assert "--dataloader.dataset STR|{[STR [STR ...]]} = Chapters.Config, default stdlib" in setting_help(
+        "", run, ["dataloader"], {}
+    )
     run.dataloader.text_field = "body"
     assert problems_of(run) == [
         ("dataloader.dataset", "a Config has text_field and on_bad_line of its own, if any: set those")
