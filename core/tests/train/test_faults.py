@@ -453,6 +453,8 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
     assert "step-6 does not fit this run:" in text
     assert "model.layers.0.attention.wq.weight has shape [32, 16], here [32, 32]" in text
     place, saved.dump_folder = saved.dump_folder, str(tmp_path / "other")
+    assert "step-6: the weights are of a model with\n  dim 16" in refusal(saved, initial_load_path=place)
+    saved.checkpoint.allow_model_change = True
     text = refusal(saved, initial_load_path=place)
     assert "step-6 does not fit this run:" in text and "\n  and " in text
 

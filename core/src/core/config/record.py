@@ -112,7 +112,7 @@ def _completed(data: Any, value: Any) -> Any:
         return data
     known, added = members(value), {}
     if isinstance(value, Config):
-        data = value.upgrade(data)
+        data = value.upgrade(data, value)
         types = field_types(type(value))
         lacking = {each.name: default_of(each) for each in fields(value) if each.name not in data}
         added = {name: _encode(part, types[name]) for name, part in lacking.items() if part is not MISSING}
