@@ -120,7 +120,7 @@ def test_recipes_differ_from_those_that_they_are_derived_from_in_the_loss() -> N
 def test_a_run_without_the_loss_is_no_run_of_this_experiment(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, 0.0, steps=1)
     config.loss = qwen3_debug().loss
-    with pytest.raises(UserError, match=r"loss: expected ZLoss\.Config, got CrossEntropy\.Config"):
+    with pytest.raises(UserError, match=r"loss: expected ZLoss\.Config, got CrossEntropy\."):
         config.build()
     with pytest.raises(UserError, match=r"loss\.weight: weight -1\.0 must be finite and not negative"):
         tiny_run(tmp_path, -1.0, steps=1).build()
