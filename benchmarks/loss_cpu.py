@@ -14,7 +14,6 @@ nobody can count; and measured, as what a process gains, for as many tokens as `
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +123,15 @@ def counted(loss: MeanLoss, args: argparse.Namespace) -> int:
 def gained(name: str, args: argparse.Namespace) -> int:
     """Bytes that this process gains by the loss at its peak; the process is a fresh one."""
     inputs = drawn(args, args.measured)
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     train(CONTENDERS[name], *inputs)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory: now, VmRSS, or at most, VmHWM (`ru_maxrss` begins with that of the parent)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:
