@@ -7,6 +7,7 @@ import pytest
 
 from core.config.errors import UserError
 from core.data.tokenizer import Tokenizer
+from core.weights.companions import run_companions
 
 TRAPS = [
     "",
@@ -80,6 +81,7 @@ def test_a_folder_with_a_sentencepiece_model_alone(tokenizer, tmp_path):
         (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
     )
     assert Tokenizer.Config(path=str(tmp_path)).build().fingerprint == tokenizer.fingerprint
+    assert set(run_companions(str(tmp_path), None)) == {"tokenizer.model"}
 
 
 def test_wrong_paths(tmp_path):

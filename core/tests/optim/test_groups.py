@@ -113,6 +113,7 @@ def test_groups_that_do_not_fit_the_model(config: Optimizer.Config, message: str
             Muon.Config(companion=AdamW.Config(groups=[Group()])),
             "companion.groups: the companion follows",
         ),
+        (Muon.Config(companion=AdamW.Config(ema_decay=0.9)), "companion.ema_decay: the companion follows"),
     ],
 )
 def test_groups_that_make_no_sense(config: Optimizer.Config, message: str) -> None:

@@ -65,7 +65,7 @@ class Tokenizer(Configurable):
             self._model, name = _SentencePiece(content, "the bundled model"), "bundled"
         else:
             path = Path(os.path.expanduser(config.path))
-            path = _file_in(path) if os.path.isdir(path) else path
+            path = tokenizer_file(path) if os.path.isdir(path) else path
             content, name = _read(path), str(path)
             if path.suffix == ".tiktoken" or TIKTOKEN_LINE.match(content):
                 same, roles = tiktoken_json(content, name)
@@ -175,7 +175,7 @@ def bundled_model() -> bytes:
     return (importlib.resources.files("core.data") / "tokenizer.model").read_bytes()
 
 
-def _file_in(folder: Path) -> Path:
+def tokenizer_file(folder: Path) -> Path:
     """The file of a folder's tokenizer."""
     whole, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     return pieces if not os.path.exists(whole) and os.path.exists(pieces) else whole

@@ -67,8 +67,7 @@ class Muon(Optimizer):
                 yield "momentum", f"momentum {self.momentum} must be in [0, 1)"
             if not 1 <= self.ns_steps <= 20:
                 yield "ns_steps", f"ns_steps {self.ns_steps} must be from 1 to 20"
-
-            for name in ("groups", "state_dtype"):
+            for name in ("groups", "state_dtype", "ema_decay"):
                 if getattr(self.companion, name) != getattr(AdamW.Config(), name):
                     yield f"companion.{name}", f"the companion follows optimizer.{name}: state it there"
 

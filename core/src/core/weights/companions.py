@@ -17,7 +17,7 @@ from core.config.links import file_in
 from core.config.text_file import read_bytes
 from core.data.hf_tokenizer import ROLE_FILES
 from core.data.tiktoken_file import TIKTOKEN_LINE, tiktoken_json
-from core.data.tokenizer import MOST_MIB, bundled_model
+from core.data.tokenizer import MOST_MIB, bundled_model, tokenizer_file
 from core.data.tokenizer_json import Roles, read_model, tokenizer_json
 from core.weights.saved import checkpoint_in
 
@@ -56,7 +56,7 @@ def run_companions(tokenizer: str | None, began_with: str | None) -> Files:
     if tokenizer is None:
         return {}
     path = Path(os.path.expanduser(tokenizer))
-    path = path / TOKENIZER_JSON if path.is_dir() else path
+    path = tokenizer_file(path) if path.is_dir() else path
     name = SENTENCEPIECE if path.suffix == ".model" else TOKENIZER_JSON
     files = read_companions(path.parent)
     if path.name != name:
