@@ -28,7 +28,6 @@ import tokenizers
 
 from core.data.corpus import Corpus
 from core.data.source import StandardLibrary
-from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer
 from core.data.workers import n_cores
 
@@ -132,6 +131,8 @@ def rates(path: Path, tokenizer: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def rows_per_second(path: Path, tokenizer: Path, packing: Any) -> float:
+    from core.data.text import IndexedText  # loads torch, which the processes of Megatron's way would load as well
+
     config = IndexedText.Config(dataset=str(path), cache_folder=str(path.parent / "rows"), packing=packing)
     samples = config.build(tokenizer=Tokenizer.Config(path=str(tokenizer)).build(), seq_len=4096, seed=0)
     samples.read(0, 256)

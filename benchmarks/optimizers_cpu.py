@@ -12,11 +12,10 @@ ranks. "On every rank" gathers all matrices and orthogonalises all of them on bo
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from core.comm.all_to_all import AllToAll
 from core.nn.init import init_weights
@@ -112,10 +111,6 @@ def cost(rounds: int) -> dict[str, list[float]]:
     return {name: seconds[1:] for name, seconds in taken.items()}
 
 
-def n_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def state_bytes() -> dict[str, float]:
     """Bytes of state for each number of a model's weights."""
     found, n = {}, sum(each.value.numel() for each in drawn(SingleRank(CPU), matrices=False))
@@ -124,12 +119,12 @@ def state_bytes() -> dict[str, float]:
         for dtype in types:
             named = drawn(SingleRank(CPU), matrices=False)
             optimizer: Optimizer = kind.Config(state_dtype=dtype).build(weights=named, layout=SingleRank(CPU))
-            kept = n_bytes(tensor for state in optimizer.state.values() for tensor in state.values())
+            kept = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
             found[f"{kind.__name__}, {dtype}"] = kept / n
     named = drawn(SingleRank(CPU), matrices=False)
     reference = torch.optim.AdamW([each.value for each in named], fused=True)
     reference.step()
-    kept = n_bytes(tensor for state in reference.state.values() for tensor in state.values())
+    kept = sum(tensor.nbytes for state in reference.state.values() for tensor in state.values())
     return found | {"torch.optim.AdamW, fused": kept / n}
 
 

@@ -109,7 +109,7 @@ def test_a_number_becomes_the_nearest_of_its_block(signed: bool, columns: int) -
 
 
 def fit(dtype: torch.dtype, config: Optimizer.Config, steps: int = 150) -> float:
-    """The loss of a linear map after steps of full updated_at_once, from 1 at zero weights."""
+    """The loss of a linear map after steps of full batches, from 1 at zero weights."""
     x, target = drawn(0, 256, 32), drawn(1, 32, 24)
     weight = nn.Parameter(torch.zeros(24, 32, dtype=dtype))
     optimizer = built(config, weight)

@@ -1,7 +1,5 @@
 """Means of weights over steps: their definition, validation by them, a run that is resumed, and an export."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from toy_run import toy_run
+from toy_run import toy_run, train_until
 
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
@@ -53,15 +51,7 @@ def ema_run(folder: Path, name: str, **validator: Any) -> Trainer.Config:
 
 def go(run: Trainer.Config, leaves_at: int = 0) -> Trainer:
     trainer: Trainer = run.build()
-    step = trainer.step
-
-    def leaving(number: int) -> Any:
-        if number == leaves_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(number)
-
-    trainer.step = leaving
-    trainer.run()
+    train_until(trainer, leaves_at)
     return trainer
 
 

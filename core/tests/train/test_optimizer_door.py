@@ -1,9 +1,7 @@
 """Optimizers written outside of core: the same in every layout, known to plan and estimate, saved and resumed."""
 
 import inspect
-import os
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +10,7 @@ import pytest
 import torch
 from optimizers_of_a_user import Orthogonal, Signum, orthogonal
 from torch import Tensor
-from toy_run import toy_run
+from toy_run import toy_run, train_until
 
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
@@ -187,15 +185,7 @@ def a_run(folder: Path, optimizer: Optimizer.Config, steps: int = 4, **checkpoin
 def go(text: str, leaves_at: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train the run of this JSON, asked to stop in step `leaves_at`; its whole weights and the whole of their state."""
     trainer: Trainer = from_json(text, Trainer.Config, trust=["optimizers_of_a_user"]).build()
-    step = trainer.step
-
-    def leaving(number: int) -> Any:
-        if number == leaves_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(number)
-
-    trainer.step = leaving
-    trainer.run()
+    train_until(trainer, leaves_at)
     weights = {name: full(weight.detach()).clone() for name, weight in trainer.built.named_parameters()}
     state = trainer.optimizer.state
     return weights, {f"{name}.{key}": full(each) for name in state for key, each in state[name].items()}

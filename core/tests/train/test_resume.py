@@ -1,15 +1,13 @@
 """Runs that stop and go on: in other layouts, with other settings, from other places."""
 
-import os
 import shutil
-import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from toy_run import toy_run
+from toy_run import toy_run, train_until
 
 from core.checkpoint.find import inspect
 from core.checkpoint.index import read_tensor
@@ -21,7 +19,6 @@ from core.data.text import StreamedText
 from core.parallel.settings import Parallelism
 from core.runtime.ranks import Ranks
 from core.step.settings import Training
-from core.step.update import StepInfo
 from core.testing.ranks import run_ranks
 from core.testing.resume_suite import measured
 from core.testing.toy import Toy, ToyMoE, on_cpu
@@ -42,15 +39,7 @@ def a_run(folder: Path, *, moe: bool = False, steps: int = 4, place: str = "chec
 def go(run: str, leaves_at: int = 0) -> int:
     """Train the run of this JSON, asked to stop in step `leaves_at`; returns the step that it began after."""
     trainer = from_json(run).build()
-    step = trainer.step
-
-    def leaving(number: int) -> StepInfo:
-        if number == leaves_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(number)
-
-    trainer.step = leaving
-    trainer.run()
+    train_until(trainer, leaves_at)
     return trainer.checkpoints.start.step
 
 

@@ -203,9 +203,7 @@ def test_the_optimizers_that_were_one_class_are_read(tmp_path: Path, monkeypatch
     without["optimizer"] = {"lr": 1e-2}
     assert from_dict(without, say=lambda _: None) == config
     (tmp_path / "mine.json").write_text('{"recipe": "debug", "optimizer": {"name": "Adam", "beta1": 0.8}}')
-    configs = ModuleType("toy_package.configs")
-    monkeypatch.setattr(debug, "__module__", configs.__name__)
-    configs.debug = debug
+    configs = toy_configs(monkeypatch)
     assert load_config([str(tmp_path / "mine.json")], configs).optimizer == Adam.Config(lr=3e-3, beta1=0.8)
     changed = toy_run(tmp_path)
     override(changed, split_flags(["--optimizer.beta2", "0.9", "--optimizer.name", "Adam", "--optimizer.eps", "1e-7"]))
@@ -318,13 +316,19 @@ def debug() -> Trainer.Config:
     return config
 
 
+def toy_configs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The recipes of a package: `debug` alone."""
+    configs = ModuleType("toy_package.configs")
+    monkeypatch.setattr(debug, "__module__", configs.__name__)
+    configs.debug = debug
+    return configs
+
+
 def test_a_model_that_was_converted_trains_and_its_weights_are_read_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    configs = ModuleType("toy_package.configs")
-    debug.__module__ = configs.__name__
-    configs.debug = debug
+    configs = toy_configs(monkeypatch)
     ours = Toy.Config(n_layers=3, vocab_size=2048)
     save_weights(on_cpu(ours, seed=5), "converted")
     source = str(tmp_path / "converted/config.json")
@@ -347,9 +351,7 @@ def test_the_folder_decides_the_model(
 ) -> None:
     """--model.from takes the sizes from a folder of any kind, and the settings of the command line go before it."""
     monkeypatch.chdir(tmp_path)
-    configs = ModuleType("toy_package.configs")
-    debug.__module__ = configs.__name__
-    configs.debug = debug
+    configs = toy_configs(monkeypatch)
     folder, model = tmp_path / kind, on_cpu(Toy.Config(n_layers=3, vocab_size=2048, norm_eps=1e-4), seed=5)
     {"theirs": save_hf, "ours": save_weights, "run": save_weights}[kind](model, folder)
     if kind == "run":
@@ -378,9 +380,7 @@ def test_a_folder_that_decides_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    configs = ModuleType("toy_package.configs")
-    debug.__module__ = configs.__name__
-    configs.debug = debug
+    configs = toy_configs(monkeypatch)
     file = tmp_path / "config.json"
     for data, said in {
         "{}": f"{file} describes no model: it states neither a class nor a model_type",

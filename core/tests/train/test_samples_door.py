@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_of_a_user import Chapters, Counting, Faulty, NpyRows, Sums
-from toy_run import toy_run
+from toy_run import toy_run, train_until
 
 from core.checkpoint.settings import Checkpoint
 from core.config.cli import override
@@ -63,15 +61,7 @@ def a_run(folder: Path, data: Samples.Config) -> Trainer.Config:
 def go(text: str, leaves_at: int = 0) -> str:
     """Train the run of this JSON, asked to stop in step `leaves_at`; returns the head that it printed."""
     trainer: Trainer = from_json(text, Trainer.Config, trust=["data_of_a_user"]).build()
-    step = trainer.step
-
-    def leaving(number: int) -> Any:
-        if number == leaves_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(number)
-
-    trainer.step = leaving
-    trainer.run()
+    train_until(trainer, leaves_at)
     return trainer.loader.description
 
 

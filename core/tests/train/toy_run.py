@@ -1,11 +1,14 @@
 """A run of the toy model on a text of one page."""
 
+import os
+import signal
 from pathlib import Path
 
 from core.data.text import IndexedText
 from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
 from core.step.settings import Training
+from core.step.update import StepInfo
 from core.testing.toy import Toy
 from core.train.metrics import Metrics
 from core.train.trainer import Trainer
@@ -30,3 +33,16 @@ def toy_run(folder: Path, *, steps: int = 4) -> Trainer.Config:
         lr_scheduler=Schedule.Config(warmup_steps=2),
         metrics=Metrics.Config(log_freq=1),
     )
+
+
+def train_until(trainer: Trainer, leaves_at: int) -> None:
+    """Train, and be asked to stop in step `leaves_at`; 0 asks for nothing."""
+    step = trainer.step
+
+    def leaving(number: int) -> StepInfo:
+        if number == leaves_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number)
+
+    trainer.step = leaving
+    trainer.run()

@@ -4,52 +4,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from core.config.record import to_json
-from core.nn.decoder import Decoder
-from core.testing.toy import on_cpu
-from core.weights.convert import main
-from core.weights.folder import load_folder
+from core.testing.peer_models import assert_same_logits, converted, draw
 from llama3.model import Llama3
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings of other programs are theirs
+MODELS = {"llama": Llama3}
 SIZES = dict(
     model_type="llama", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
 )  # fmt: skip
-
-
-def converted(peer: str, folder: Path, stated: dict[str, Any]) -> Decoder:
-    """What `convert` makes of a folder."""
-    config = Llama3.from_hf_config(stated)
-    (folder / "model.json").write_text(to_json(config))
-    words = [f"from-{peer}", str(folder / "theirs"), str(folder / "ours"), "--config", str(folder / "model.json")]
-    main({"llama": Llama3}, words)
-    model = on_cpu(config)
-    load_folder(model, folder / "ours")
-    return model.eval()
-
-
-@torch.no_grad()
-def draw(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for weight in model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1 + (weight.dim() == 1))
-
-
-@torch.no_grad()
-def assert_same_logits(ours: Decoder, theirs: nn.Module) -> None:
-    tokens_BL = torch.randint(0, ours.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(2))
-    expected = theirs(tokens_BL)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(ours(tokens_BL), expected, rtol=0, atol=2e-5)
 
 
 def test_litgpt(tmp_path: Path) -> None:
@@ -63,11 +33,11 @@ def test_litgpt(tmp_path: Path) -> None:
         mlp_class_name="LLaMAMLP", intermediate_size=48, rope_base=10000, padding_multiple=64,
     )  # fmt: skip
     model = GPT(config)
-    draw(model)
+    draw(model, 0.1)
     (tmp_path / "theirs").mkdir()
     torch.save({"model": model.state_dict()}, tmp_path / "theirs/lit_model.pth")
     save_config(config, tmp_path / "theirs")
-    assert_same_logits(converted("litgpt", tmp_path, SIZES), model)
+    assert_same_logits(converted("litgpt", tmp_path, Llama3.from_hf_config(SIZES), MODELS), model, 2e-5)
 
 
 def test_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +51,7 @@ def test_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in config.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     model = config.build()
-    draw(model)
+    draw(model, 0.1)
     state = ModelWrapper(model).state_dict() | {
         "train_state": {"step": torch.tensor(7)},
         "lr_scheduler": {"last_epoch": 7},
@@ -99,7 +69,7 @@ def test_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         vocab_size=2048, hidden_size=256, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=16,
         intermediate_size=768, max_position_embeddings=131072, rope_parameters=scaling,
     )  # fmt: skip
-    assert_same_logits(converted("dcp", tmp_path, stated), model)
+    assert_same_logits(converted("dcp", tmp_path, Llama3.from_hf_config(stated), MODELS), model, 2e-5)
 
 
 MEGATRON = """
@@ -143,7 +113,7 @@ def test_megatron(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs: dict[str, Tensor] = torch.load(tmp_path / "state.pt", weights_only=True)
-    found = converted("megatron", tmp_path, SIZES).state_dict()
+    found = converted("megatron", tmp_path, Llama3.from_hf_config(SIZES), MODELS).state_dict()
     assert torch.equal(found["tok_embeddings.weight"], theirs["embedding.word_embeddings.weight"])
     assert torch.equal(found["output.weight"], theirs["output_layer.weight"])
     for i in range(3):

@@ -10,44 +10,16 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from core.config.record import to_json
-from core.nn.decoder import Decoder
-from core.testing.toy import on_cpu
-from core.weights.convert import main
-from core.weights.folder import load_folder
+from core.testing.peer_models import assert_same_logits, converted, draw
 from qwen3.model import Qwen3, Qwen3MoE
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings of other programs are theirs
+MODELS = {"qwen3": Qwen3, "qwen3_moe": Qwen3MoE}
 STATED = dict(
     model_type="qwen3", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True, vocab_size=2048, hidden_size=256,
     num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072,
     max_position_embeddings=4096,
 )  # fmt: skip
-
-
-def converted(peer: str, folder: Path, config: Any) -> Decoder:
-    """What `convert` makes of a folder."""
-    (folder / "model.json").write_text(to_json(config))
-    words = [f"from-{peer}", str(folder / "theirs"), str(folder / "ours"), "--config", str(folder / "model.json")]
-    main({"qwen3": Qwen3, "qwen3_moe": Qwen3MoE}, words)
-    model = on_cpu(config)
-    load_folder(model, folder / "ours")
-    return model.eval()
-
-
-@torch.no_grad()
-def draw(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for weight in model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.dim() == 1))
-
-
-@torch.no_grad()
-def assert_same_logits(ours: Decoder, theirs: nn.Module) -> None:
-    tokens_BL = torch.randint(0, ours.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(2))
-    expected = theirs(tokens_BL)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(ours(tokens_BL), expected, rtol=0, atol=5e-5)
 
 
 @pytest.fixture
@@ -68,7 +40,7 @@ def saved(config: Any, folder: Path) -> nn.Module:
     for layer in config.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     model = config.build()
-    draw(model)
+    draw(model, 0.05)
     dcp.save(ModelWrapper(model).state_dict(), checkpoint_id=folder, no_dist=True)
     return model
 
@@ -76,7 +48,7 @@ def saved(config: Any, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("flavor", ["debugmodel", "debugmodel_non_fused_qkv"])
 def test_torchtitan(flavor: str, titan: Any, tmp_path: Path) -> None:
     model = saved(titan[flavor]("flex"), tmp_path / "theirs")
-    assert_same_logits(converted("dcp", tmp_path, Qwen3.from_hf_config(STATED)), model)
+    assert_same_logits(converted("dcp", tmp_path, Qwen3.from_hf_config(STATED), MODELS), model, 5e-5)
 
 
 def test_torchtitan_with_experts(titan: Any, tmp_path: Path) -> None:
@@ -88,7 +60,7 @@ def test_torchtitan_with_experts(titan: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     config = Qwen3MoE.from_hf_config(stated)
     config.moe.router.load_balance_coeff = 1e-3
-    found = converted("dcp", tmp_path, config).state_dict()
+    found = converted("dcp", tmp_path, config, MODELS).state_dict()
     theirs = model.state_dict()
     for w, axes in (("w1", "EFD"), ("w2", "EDF"), ("w3", "EFD")):
         expected = theirs[f"layers.1.moe.routed_experts.inner_experts.{w}_{axes}"]
@@ -107,9 +79,9 @@ def test_litgpt(tmp_path: Path) -> None:
         norm_eps=1e-6, norm_qk=True, mlp_class_name="LLaMAMLP", intermediate_size=3072, rope_base=1000000,
     )  # fmt: skip
     model = GPT(config)
-    draw(model)
+    draw(model, 0.05)
     (tmp_path / "theirs").mkdir()
     torch.save({"model": model.state_dict()}, tmp_path / "theirs/lit_model.pth")
     save_config(config, tmp_path / "theirs")
-    ours = converted("litgpt", tmp_path, Qwen3.from_hf_config(STATED | {"tie_word_embeddings": False}))
-    assert_same_logits(ours, model)
+    ours = converted("litgpt", tmp_path, Qwen3.from_hf_config(STATED | {"tie_word_embeddings": False}), MODELS)
+    assert_same_logits(ours, model, 5e-5)

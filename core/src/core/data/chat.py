@@ -12,11 +12,10 @@ from core.config.text_file import read_text
 from core.data.bins import PackedRows
 from core.data.conversations import ConversationEncoder, Conversations, Counted
 from core.data.corpus import Corpus
+from core.data.hf_tokenizer import TEMPLATE_MIB
 from core.data.packing import Batch, pack_rows
-from core.data.samples import IndexedSamples, MaskKind
+from core.data.samples import IndexedSamples
 from core.data.text import IndexedText
-
-_TEMPLATE_MIB = 1
 
 
 class Chat(IndexedSamples):
@@ -41,9 +40,6 @@ class Chat(IndexedSamples):
         def places(self) -> dict[str, Any]:
             return {**Corpus.Config.places(self), "template": absolute(self.template)}
 
-        def mask(self) -> MaskKind:
-            return "document"
-
         def problems(self) -> Iterator[tuple[str, str]]:
             """A day that is none, and rows that would cut conversations."""
             yield from super().problems()
@@ -60,7 +56,7 @@ class Chat(IndexedSamples):
         c = self.config
         encoder = ConversationEncoder(
             self.tokenizer,
-            template=None if c.template is None else read_text(c.template, _TEMPLATE_MIB),
+            template=None if c.template is None else read_text(c.template, TEMPLATE_MIB),
             day=c.day,
             counted=c.loss,
             most_tokens=self.seq_len + 1,

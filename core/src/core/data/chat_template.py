@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import date
+from itertools import groupby
 from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import nodes
@@ -150,10 +151,11 @@ def encode(model: HuggingFace, spans: Sequence[Span]) -> tuple[list[int], list[b
     """The ids of a rendered conversation, and whether each counts: one does that has a character of the assistant's."""
     ids: list[int] = []
     counts: list[bool] = []
-    for number, piece in enumerate(_pieces(spans)):
+    for number, (literal, group) in enumerate(groupby(spans, key=lambda span: span.literal)):
+        piece = list(group)
         text = "".join(span.text for span in piece)
         own = [span.counts for span in piece for _ in span.text]
-        special = not piece[0].literal
+        special = not literal
         found, places = model.encode_placed(f"\n{text}" if number else text, special=special)
         lead = 1 if number and all(last <= 1 or first >= 1 for first, last in places) else 0
         if number and not lead:  # the line end, which keeps a space from being put in front, has become one with it
@@ -163,17 +165,6 @@ def encode(model: HuggingFace, spans: Sequence[Span]) -> tuple[list[int], list[b
                 ids.append(token)
                 counts.append(any(own[max(first - lead, 0) : last - lead]))
     return ids, counts
-
-
-def _pieces(spans: Sequence[Span]) -> list[list[Span]]:
-    """The spans in stretches that are encoded in one way."""
-    pieces: list[list[Span]] = []
-    for span in spans:
-        if pieces and pieces[-1][0].literal == span.literal:
-            pieces[-1].append(span)
-        else:
-            pieces.append([span])
-    return pieces
 
 
 def _spans(text: str) -> Iterator[Span]:

@@ -26,16 +26,12 @@ class Place:
     """How far a file is read, in bytes on the disk."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
+        self.file: IO[bytes] | None = None
+        """What is read; whoever opens it states it."""
 
     @property
     def n_bytes(self) -> int:
-        return 0 if self._file is None or self._file.closed else self._file.tell()
-
-    def of(self, file: IO[bytes]) -> IO[bytes]:
-        """The file, which is watched from now on."""
-        self._file = file
-        return file
+        return 0 if self.file is None or self.file.closed else self.file.tell()
 
 
 @contextmanager
@@ -46,7 +42,8 @@ def open_bytes(path: Path, place: Place | None = None) -> Iterator[IO[bytes]]:
     """
     suffix = path.suffix.lower()
     with open(path, "rb") as packed:
-        (place or Place()).of(packed)
+        if place is not None:
+            place.file = packed
         if suffix == ".zst":
             check_arrow(path)
             import pyarrow

@@ -34,7 +34,6 @@ class SeveralSources(Source):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
 
     def open(self) -> None:
-        self._number = 0
         self.parts: list[Source] = [source.build() for source in self.config.sources]
         self.on_bad_line = "error" if any(part.on_bad_line == "error" for part in self.parts) else "skip"
         self.name = ", ".join(at_most(_MOST_NAMES, [part.name for part in self.parts]))
@@ -50,14 +49,12 @@ class SeveralSources(Source):
         return [part.fingerprint() for part in self.parts]
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
-        for number, part in enumerate(self.parts):
-            self._number = number
+        for part in self.parts:
             yield from part.sections_of(bad)
 
     def done(self) -> float | None:
-        found = [part.done() for part in self.parts]
-        known = [1.0 if n < self._number else each for n, each in enumerate(found) if each is not None]
-        return sum(known) / len(found) if len(known) == len(found) else None
+        known = [share for part in self.parts if (share := part.done()) is not None]
+        return sum(known) / len(self.parts) if len(known) == len(self.parts) else None
 
 
 def absolute_dataset(dataset: Dataset) -> Dataset:

@@ -16,7 +16,7 @@ from core.config.text_file import read_text
 from core.data.library import library_errors
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_TEMPLATE_MIB = 1
+TEMPLATE_MIB = 1
 ROLE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """The files beside a tokenizer.json that name its special tokens; the first that names one counts."""
 
@@ -143,7 +143,7 @@ def find_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     file, others = folder / "chat_template.jinja", folder / "additional_chat_templates"
     if os.path.isfile(file):
         found = {"default": file, **{each.stem: each for each in sorted(others.glob("*.jinja"))}}
-        return {name: read_text(path, _TEMPLATE_MIB) for name, path in found.items()}
+        return {name: read_text(path, TEMPLATE_MIB) for name, path in found.items()}
     stated = settings.get("chat_template")
     if isinstance(stated, list):
         named = typed(stated, list[dict[str, str]], "chat_template")

@@ -78,8 +78,9 @@ class SplitFiles:
             yield SectionBatch(first, settled(batch, [before, *held.tolist()]), held, long)
             first, before = first + len(batch), bool(held[-2])
 
-    def write(self, job: SectionBatch, tokens: Encoded) -> None:
-        """Append what was made of a job. Raises `UserError` where a document is a mistake that ends the splits."""
+    def write(self, job: SectionBatch, tokens: Encoded) -> int:
+        """Append what was made of a job; returns the bytes of its text. Raises `UserError` where a document is a
+        mistake that ends the splits."""
         for each in tokens.left_out.values():
             (self.bad if each.unreadable else self.unfit).add(each.place, each.reason)
         sizes = np.array([len(section.text.encode()) for section in job.sections])
@@ -91,10 +92,12 @@ class SplitFiles:
             self.writers[split].write([documents[i] for i in places], opens, int(sizes[chosen].sum()))
         self.next, self.before = job.first + len(job.sections), bool(validation[-1])
         self.long.update(job.long)
-        self._since += int(sizes.sum())
+        n_bytes = int(sizes.sum())
+        self._since += n_bytes
         if self._since >= JOURNAL_BYTES:
             self._since = 0
             self._keep()
+        return n_bytes
 
     def _keep(self) -> None:
         """Note in the journal how far this is, once that is on the disk."""
@@ -128,8 +131,7 @@ def write_splits(
     try:
         with ProgressLine(source.name, source.done) as progress:
             for job, tokens in encoded_in_order(encoder, splits.jobs(fraction), lambda job: job.sections, processes):
-                splits.write(job, tokens)
-                n_bytes = sum(len(section.text.encode()) for section in job.sections)
+                n_bytes = splits.write(job, tokens)
                 progress.add(sum(section.opens for section in job.sections), n_bytes)
     finally:
         splits.close()

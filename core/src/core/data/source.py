@@ -175,6 +175,7 @@ class TextFiles(RowSource):
             self._check_unchanged(file, found)
             yield from read_sections(file, self.reader, bad, self.config.format, self._place)
             self._check_unchanged(file, found)
+        self._number = len(self.files)
 
     def done(self) -> float | None:
         sizes = [size for _, size, _ in self._found]

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from core.config.options import comparable
 from core.config.recipe import is_folder, load_config, recipe_module, recipes
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
-from core.generate.chat import ChatPrompts
 from core.generate.folder import check_tokenizer, described, end_ids, existing, tokenizer_in
 from core.generate.generate import Completion, generate
 from core.generate.printed import PrintedText
@@ -181,7 +180,11 @@ class Generation(Configurable):
         found = self.own_tokenizer is not None or config.tokenizer.path is not None
         check_tokenizer(self.tokenizer, config.model.vocab_size, self.folder, found=found)
         self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
-        self.begin = ChatPrompts(self.tokenizer) if config.chat else self.tokenizer.encode_prompt
+        self.begin: Callable[[str], list[int]] = self.tokenizer.encode_prompt
+        if config.chat:
+            from core.generate.chat import ChatPrompts  # loads jinja2
+
+            self.begin = ChatPrompts(self.tokenizer)
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
         self.end_ids = end_ids(self.tokenizer, self.folder)

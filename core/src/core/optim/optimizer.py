@@ -73,9 +73,9 @@ class Optimizer(Configurable, ABC):
                 yield from pattern_problems("no_decay", self.no_decay, names)
             yield from group_problems(self.groups, names)
             for i, group in enumerate(self.groups):
-                lost = [each.name for each in weights if weight_group(self.groups, each.name) is group]
-                lost = [each.name for each in weights if each.name in lost and not self.has_betas(each)]
-                if group.betas is not None and lost:
+                own = (each for each in weights if weight_group(self.groups, each.name) is group)
+                lost = [each.name for each in own if not self.has_betas(each)] if group.betas is not None else []
+                if lost:
                     yield f"groups.{i}.betas", f"the update of {lost[0]} has no betas: leave them out, or name others"
 
         @classmethod
@@ -163,7 +163,7 @@ class Optimizer(Configurable, ABC):
                 for weight in batch:
                     if self.config.ema_decay is not None:
                         weight.add_to_average(self.config.ema_decay)
-                    weight.close(self.layout, number)
+                    weight.close(number)
 
     @contextmanager
     @torch.no_grad()

@@ -74,6 +74,8 @@ class LocalWeight:
         """This rank's slices of the state, to be changed in place; those in few bits are there during an update."""
         self._kept: dict[str, Kept] = {}
         self._rounded = self.parameter.dtype == torch.bfloat16
+        self._start: tuple[int, ...] = ()
+        """Where the slice begins in the whole."""
         self._opened: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -127,7 +129,9 @@ class LocalWeight:
             self.stored[key] = tensor
             kind = Rounded if tensor.dtype == torch.bfloat16 else AsItIs
             self._kept[key] = kind(local_tensor(tensor))
-        if not self.in_few_bits:
+        if self.in_few_bits:
+            _, self._start = layout.local_slice(self.parameter)
+        else:
             self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
 
     def open(self) -> None:
@@ -137,15 +141,15 @@ class LocalWeight:
             self._opened = (value.float(), grad.float()) if self._rounded else (value, grad)
             self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
 
-    def close(self, layout: WeightLayout, step: int) -> None:
+    def close(self, step: int) -> None:
         """Keep what an update made of them, in a step of this number."""
         if self._opened is None:
             return
-        value, start = layout.local_slice(self.parameter)
         if self._rounded:
-            Rounded(value).write(self._opened[0], Draw(f"{step}/{self.name}", start, self.shape))
+            kept = Rounded(local_tensor(self.parameter))
+            kept.write(self._opened[0], Draw(f"{step}/{self.name}", self._start, self.shape))
         for key, each in self._kept.items():
-            each.write(self.state[key], Draw(f"{step}/{self.name}.{key}", start, self.shape))
+            each.write(self.state[key], Draw(f"{step}/{self.name}.{key}", self._start, self.shape))
         self._opened, self.state = None, MappingProxyType({})
 
 

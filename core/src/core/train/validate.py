@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from core.config.configurable import Configurable
@@ -28,7 +29,7 @@ class Validation(NamedTuple):
     bits_per_byte: float | None
     """The same loss over the bytes of text in UTF-8 that those tokens stand for, in bits: it compares between
     tokenizers. None where that text is not known, as of an unknown token."""
-    by_name: dict[str, float] = {}  # noqa: RUF012 - never changed
+    by_name: Mapping[str, float] = MappingProxyType({})
     """The same loss of each set that has a name, and of each source of a mixture."""
 
 

@@ -1,8 +1,8 @@
 """Folders of `torch.distributed.checkpoint` that others wrote, read without running anything that stands in them.
 
-`.metadata` is a pickle. A pickle names classes and calls them; here every name stands for a record that keeps what it
-was given, so nothing is imported and nothing is run, whoever wrote the file. The values lie in other files, each a
-tensor that `torch.save` wrote at a place that the metadata tell, and are read by `torch.load(weights_only=True)`.
+`.metadata` is a pickle. A pickle names classes and calls them; here every name stands for a record that keeps its state
+alone, so nothing is imported and nothing is run, whoever wrote the file. The values lie in other files, each a tensor
+that `torch.save` wrote at a place that the metadata tell, and are read by `torch.load(weights_only=True)`.
 """
 
 import io
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.checkpoint.index import NAMES, tiles
+from core.checkpoint.index import NAMES, TYPES, tiles
 from core.config.errors import UserError
 from core.config.links import file_in
 from core.config.text_file import read_bytes
@@ -26,18 +26,13 @@ MOST_METADATA_MIB = 4096
 
 
 class PickledObject:
-    """What a pickle says of an object of some class: its arguments, and its state."""
+    """What a pickle says of the state of an object of some class."""
 
     name = ""
     state: Any = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "PickledObject":
-        record = super().__new__(cls)
-        record.args = args
-        return record
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args: tuple[Any, ...] = args
+        """Whatever a pickle gives to the class is passed over."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -106,7 +101,7 @@ class DcpFiles:
             return self.read(key, slice(rows, rows + 1))[0]
         header = self.headers[key]
         shape = header.shape if rows is None else [rows.stop - rows.start, *header.shape[1:]]
-        whole = torch.empty(shape, dtype=TYPE_OF[header.dtype])
+        whole = torch.empty(shape, dtype=TYPES[header.dtype])
         for chunk in self.chunks[key]:
             box = tuple(slice(first, first + size) for first, size in zip(chunk.start, chunk.shape, strict=True))
             if rows is None:
@@ -131,9 +126,6 @@ class DcpFiles:
         if not isinstance(values, Tensor) or tuple(values.shape) != chunk.shape:
             raise UserError(f"{file} holds something else at byte {chunk.at:,} than a tensor of {list(chunk.shape)}")
         return values
-
-
-TYPE_OF = {name: dtype for dtype, name in NAMES.items()}
 
 
 def tensors_of(said: Any, folder: Path) -> tuple[dict[str, list[Chunk]], dict[str, Header]]:

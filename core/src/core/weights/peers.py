@@ -70,16 +70,19 @@ def peer_source(
         check_stated(read_json(file), NANOTRON, config, file)
     validate(config)
     form = forms[peer]
+    model = meta_model(config)
     try:
-        found = form_key_map(meta_model(config), form).places["tok_embeddings.weight"]
+        key_map = form_key_map(model, form)
+        found = key_map.places["tok_embeddings.weight"]
     except KeyError as error:
         raise UserError(f"what {peer} writes has no place for weights such as {error.args[0]}") from error
     rows = next((files.headers[part.key].shape[0] for [part] in found if part.key in files.headers), config.vocab_size)
     if rows > config.vocab_size and rows % PADDED_TO == 0:
         say(f"the vocabulary of {config.vocab_size:,} tokens is padded to {rows:,} rows: the model has as many")
         config.vocab_size = rows
-    model = meta_model(config)
-    return model, WeightSource(form_key_map(model, form), files)
+        model = meta_model(config)
+        key_map = form_key_map(model, form)
+    return model, WeightSource(key_map, files)
 
 
 def check_stated(stated: Mapping[str, Any], names: Mapping[str, str], config: Any, place: Path) -> None:

@@ -1,5 +1,6 @@
 """The weights in a checkpoint, read like those of any other folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -46,15 +47,19 @@ def newest(folder: str | Path) -> Path | Found:
     return find_in(str(folder), Ranks())
 
 
+def checkpoints_in(folder: str | Path) -> Iterator[Path]:
+    """The folders of the checkpoints in a folder, whole or not, the newest first."""
+    return (Path(storage.path(name)) for storage, name in candidates(str(folder)))
+
+
 def checkpoint_in(folder: str | Path) -> Path:
     """The newest checkpoint in the folder of a run, whole or not; any other folder is itself."""
-    inside = (Path(storage.path(name)) for storage, name in candidates(str(folder)))
-    return next(inside, Path(folder))
+    return next(checkpoints_in(folder), Path(folder))
 
 
 def described_in(folder: str | Path) -> Path:
     """The folder whose `config.json` describes the weights in a folder: itself, or the newest checkpoint in it."""
     if file_in(folder, CONFIG_FILE) is None:
-        inside = (Path(storage.path(name)) for storage, name in candidates(str(folder)))
-        return next((place for place in inside if file_in(place, CONFIG_FILE) is not None), Path(folder))
+        described = (place for place in checkpoints_in(folder) if file_in(place, CONFIG_FILE) is not None)
+        return next(described, Path(folder))
     return Path(folder)

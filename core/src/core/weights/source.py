@@ -107,7 +107,7 @@ class WeightSource:
         shape = self.key_map.weights[name].shape
         box = [slice(first, first + size) for first, size in zip(start, part.shape, strict=True)]
         for piece in self.pieces[name]:
-            if self._is_plain(piece, name):
+            if piece.row is None and self._is_plain(piece, name):
                 part.copy_(self.read(piece.key, box[0])[(slice(None), *box[1:])])
             elif piece.row is None:
                 part.copy_(piece.view(self.read(piece.key, piece.stored_row)).reshape(shape)[tuple(box)])
