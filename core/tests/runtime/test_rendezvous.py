@@ -61,6 +61,19 @@ def test_rank_0_makes_the_store_where_no_launcher_does():
     assert parts[0].get("greeting") == b"of rank 2"
 
 
+def test_rank_0_waits_until_no_rank_needs_a_further_connection(store):
+    """It keeps the store, and may end at any moment after that."""
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(meet, place_of(store), World(0, 2), timeout_s=1.0)
+        found = Rendezvous(World(1, 2), place_of(store), 30)
+        assert told.result().startswith("rank 1 of 2 did not come within 1 s")
+        again = pool.submit(meet, place_of(store), World(0, 2))
+        found = Rendezvous(World(1, 2), place_of(store), 30)
+        found.admit()
+        again.result().set("greeting", "of rank 0")
+    assert found.store.get("greeting") == b"of rank 0"
+
+
 def test_ranks_that_do_not_come_are_named(store, caplog, monkeypatch):
     monkeypatch.setattr(rendezvous, "BEAT_S", 0.1)
     monkeypatch.setattr(logging.getLogger("armature"), "propagate", True)

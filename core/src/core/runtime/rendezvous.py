@@ -95,7 +95,9 @@ class Rendezvous:
         else:
             reach(place, self._patience)
             self._all = self._connect()
-        self._part = uuid.uuid4().hex if world.rank == 0 else self._ask()
+        self._part = uuid.uuid4().hex
+        if world.rank > 0:
+            self._ask()
         self.store: dist.Store = dist.PrefixStore(self._part, self._all)
 
     def connect(self) -> dist.Store:
@@ -103,17 +105,19 @@ class Rendezvous:
         return dist.PrefixStore(self._part, self._connect())
 
     def admit(self) -> None:
-        """On rank 0: tell the others which part is theirs, until all know.
+        """On rank 0: tell the others which part is theirs, until all say that they are in it. On the others: say so.
 
+        A rank calls it when it needs no further connection: rank 0 may take its store with it at any time from then on.
         Raises `UserError` when some do not come, or when one cannot be of this run.
         """
         if self.world.rank > 0:
+            self._all.compare_set(self._known(self.world.rank), "", "")  # never over a problem
             return
         answered: set[str] = set()
         missing = list(range(1, self.world.size))
         for _ in self._patience.pauses(lambda: f"{span(missing)} to start"):
             for rank in list(missing):
-                if (problem := self._read(f"{self._part} is known to {rank}")) is not None:
+                if (problem := self._read(self._known(rank))) is not None:
                     missing.remove(rank)
                     if problem:
                         raise UserError(problem)
@@ -127,8 +131,8 @@ class Rendezvous:
             "(comm.init_timeout_seconds): what they printed says why"
         )
 
-    def _ask(self) -> str:
-        """What rank 0 names the part, where it counts as many ranks, and no other process has this number."""
+    def _ask(self) -> None:
+        """Take the part that rank 0 names, where it counts as many ranks, and no other process has this number."""
         name, rank, size = uuid.uuid4().hex, self.world.rank, self.world.size
         self._all.append(f"asks {rank}", f"{name} ")  # pyrefly: ignore[missing-attribute] - not in torch's stubs
         pauses = self._patience.pauses(lambda: "rank 0 to answer")
@@ -138,16 +142,19 @@ class Rendezvous:
                 f"rank 0 did not answer within {self._patience.timeout_s:g} s (comm.init_timeout_seconds): what it "
                 "printed says why"
             )
-        part, said = answer.split()
+        self._part, said = answer.split()
         problem = ""
         if int(said) != size:
             problem = f"WORLD_SIZE is {said} on rank 0 and {size} on rank {rank}: start all ranks with the same"
-        elif self._all.add(f"{part} has {rank}", 1) > 1:
+        elif self._all.add(f"{self._part} has {rank}", 1) > 1:
             problem = f"two processes are rank {rank}: start each rank once"
-        self._all.set(f"{part} is known to {rank}", problem)
         if problem:
+            self._all.set(self._known(rank), problem)
             raise UserError(problem)
-        return part
+
+    def _known(self, rank: int) -> str:
+        """Where a rank says that it is in this part, or what is wrong."""
+        return f"{self._part} is known to {rank}"
 
     def _read(self, key: str) -> str | None:
         """What stands in the store, or None. (To wait for it there would print warnings.)"""
