@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.optim.clip import cut_values, joint_norm, scale_down
+from core.optim.clip import cut_values, scale_down, squared_norms
+from core.parallel.layout import SingleRank
 
 
 def gradients(size: float) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [size * torch.randn(shape, generator=generator) for shape in ((7, 5), (3,), (), (2, 2, 2))]
+
+
+def joint_norm(found: list[Tensor]) -> float:
+    return SingleRank(torch.device("cpu")).joint_norm(squared_norms(found))
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])

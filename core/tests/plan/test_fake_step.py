@@ -15,6 +15,9 @@ from core.data.packing import Batch
 from core.nn.balance import force_balance, routers
 from core.nn.decoder import Block, Decoder
 from core.nn.weights import training_flops_per_token
+from core.optim.adam import AdamW
+from core.optim.muon import Muon
+from core.optim.optimizer import Optimizer
 from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
 from core.plan import fake_step
@@ -148,6 +151,24 @@ def test_equals_a_real_run_on_four_ranks(case: str):
         found = run_fake_step(run, world_size=4, rank=rank, device=CPU)
         assert found.stored == has
         assert total(found.segments).peak == pytest.approx(peak, rel=0.1)
+
+
+OPTIMIZERS = [
+    AdamW.Config(state_dtype="8-bit", ema_decay=0.9),
+    Muon.Config(state_dtype="bfloat16"),
+    AdamW.Config(in_backward=True),
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["8-bit", "bfloat16", "in_backward"])
+def test_states_and_updates_are_those_of_a_real_run(optimizer: Optimizer.Config):
+    """States in few bits to the byte, and the most of a step with what it decodes, and without gradients."""
+    run = run_of(Toy.Config(n_layers=6, **WIDE), mode="full")
+    run.optimizer = optimizer
+    peak, has = measured(run)
+    found = run_fake_step(run, world_size=1, rank=0, device=CPU)
+    assert found.stored == has and (has.gradients == 0) == optimizer.in_backward
+    assert total(found.segments).peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize(("model", "microbatches"), [(Mixed.Config(n_layers=16), 1), (Toy.Config(n_layers=7), 6)])

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 
-def joint_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients, of any shape, together, their own norms added in fp64; 0 of none."""
+def squared_norms(gradients: list[Tensor]) -> Tensor:
+    """The square of the 2-norm of each gradient, of any shape, (n,) in fp64."""
     if not gradients:
-        return 0.0
-    return torch.stack(torch._foreach_norm(gradients)).double().square().sum().sqrt().item()
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(gradients)).double().square()
 
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:

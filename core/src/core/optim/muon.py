@@ -67,7 +67,7 @@ class Muon(Optimizer):
                 yield "momentum", f"momentum {self.momentum} must be in [0, 1)"
             if not 1 <= self.ns_steps <= 20:
                 yield "ns_steps", f"ns_steps {self.ns_steps} must be from 1 to 20"
-            for name in ("groups", "state_dtype", "ema_decay"):
+            for name in ("groups", "state_dtype", "ema_decay", "in_backward"):
                 if getattr(self.companion, name) != getattr(AdamW.Config(), name):
                     yield f"companion.{name}", f"the companion follows optimizer.{name}: state it there"
 
@@ -78,6 +78,9 @@ class Muon(Optimizer):
 
         def further_lrs(self) -> dict[str, float]:
             return {"lr_companion": self.companion.lr}
+
+        def deals_matrices(self) -> bool:
+            return True
 
         def has_betas(self, weight: NamedWeight) -> bool:
             return not self.orthogonalises(weight)

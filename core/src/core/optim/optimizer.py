@@ -47,6 +47,9 @@ class Optimizer(Configurable, ABC):
         ema_decay: float | None = None
         """Keep a mean of the weights over steps as well, in which a step weighs this much less with each that follows:
         0.999 is a mean over about 1,000 steps."""
+        in_backward: bool = False
+        """Update each weight as soon as its gradient is there, and free the gradient: the same training in less memory,
+        without clipping by a joint norm, accumulation or a pipeline."""
         groups: list[Group] = field(default_factory=list)
         """Weights, by pattern, that differ in learning rate, decay or betas, or are frozen; the first match counts."""
 
@@ -60,6 +63,10 @@ class Optimizer(Configurable, ABC):
         def further_lrs(self) -> dict[str, float]:
             """Peak learning rates besides `lr`, by the names that they have in a run's records."""
             return {}
+
+        def deals_matrices(self) -> bool:
+            """Whether an update deals out the whole matrices of all weights to the ranks, at once."""
+            return False
 
         def has_betas(self, weight: NamedWeight) -> bool:
             """Whether the update of a weight has a beta1 and a beta2, which `weight.group.betas` replaces."""
@@ -148,15 +155,15 @@ class Optimizer(Configurable, ABC):
         return self.layout.map_matrices(function, [weight.parameter for weight in weights], slices)
 
     @torch.no_grad()
-    def step(self, lr_factor: float, number: int = 1) -> None:
-        """Update every weight that has a gradient, with `lr_factor` times the peak learning rates; `number`, the
-        step's, decides how numbers in bfloat16 are rounded."""
+    def step(self, lr_factor: float, number: int = 1, weights: Iterable[LocalWeight] | None = None) -> None:
+        """Update every weight that has a gradient, or those of `weights`, with `lr_factor` times the peak learning
+        rates; `number`, the step's, decides how numbers in bfloat16 are rounded."""
         live: dict[float, list[LocalWeight]] = {}
-        for weight in self.weights.values():
+        for weight in self.weights.values() if weights is None else weights:
             if weight.parameter.grad is not None:
                 live.setdefault(weight.group.lr_factor, []).append(weight)
-        for factor, weights in live.items():
-            for batch in updated_at_once(weights):
+        for factor, alike in live.items():
+            for batch in updated_at_once(alike):
                 for weight in batch:
                     weight.open()
                 self.update(batch, lr_factor * factor)

@@ -3,7 +3,6 @@
 Gradients are summed over ranks, never averaged: the loss already carries the step's number of tokens.
 """
 
-from collections.abc import Iterable
 from itertools import pairwise
 from math import prod
 from typing import Any, cast
@@ -18,6 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.nn.decoder import Decoder
 from core.nn.moe import Experts
+from core.optim.clip import squared_norms
+from core.optim.weight import local_tensor
 from core.parallel.mesh import Views
 from core.parallel.settings import Parallelism
 
@@ -98,24 +99,15 @@ def mesh_info(view: DeviceMesh) -> FSDPMeshInfo:
     return FSDPMeshInfo(mesh=view["shard"], shard_mesh_dim=0)
 
 
-def local_parts(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each gradient, of any shape."""
-    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-
-
-def squared_norm(gradients: Iterable[Tensor], n_copies: int) -> Tensor:
-    """This rank's part of the sum of squares of all gradients, of any shape, in fp64; the ranks' parts add up to it.
+def squared_norm_parts(gradients: list[Tensor], n_copies: int) -> Tensor:
+    """This rank's parts of the squared 2-norms of gradients, of any shape, (n,) in fp64; the ranks' parts add up to it.
 
     `n_copies` ranks hold each gradient that is not cut (those of one pipeline stage); one that is cut into p pieces is
     held by n_copies / p ranks, whatever its mesh.
     """
-    gradients = list(gradients)
     shares = [count_pieces(gradient) / n_copies for gradient in gradients]
-    norms = torch._foreach_norm(local_parts(gradients))
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    squares = torch.stack(norms).double().square()
-    return (squares * torch.tensor(shares, dtype=torch.float64, device=squares.device)).sum()
+    squares = squared_norms([local_tensor(gradient) for gradient in gradients])
+    return squares * torch.tensor(shares, dtype=torch.float64, device=squares.device)
 
 
 def count_pieces(gradient: Tensor) -> int:

@@ -17,7 +17,8 @@ from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import LocalSlice, full_slice
 from core.nn.kernel import Positions
-from core.optim.clip import joint_norm, scale_down
+from core.optim.clip import scale_down, squared_norms
+from core.optim.weight import local_tensor
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.parallel.settings import Degrees, Parallelism
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
@@ -93,8 +94,21 @@ class RankView(ABC):
         """The vocabulary of a head of `size` rows, as this rank holds it."""
 
     @abstractmethod
+    def squared_norms(self, gradients: list[Tensor]) -> Tensor:
+        """This rank's parts of the squared 2-norms of gradients, of any shape, (n,) in fp64; parts of all ranks add up
+        to the squares."""
+
+    @abstractmethod
+    def joint_norm(self, squares: Tensor) -> float:
+        """The 2-norm of gradients together, on all ranks, of which this rank has these squared norms (n,)."""
+
+    @torch.no_grad()
     def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
         """Scale all ranks' gradients, of any shape, to a joint 2-norm of at most `max_norm`; returns that before."""
+        gradients = list(gradients)
+        norm = self.joint_norm(self.squared_norms(gradients))
+        scale_down([local_tensor(gradient) for gradient in gradients], norm, max_norm)
+        return norm
 
     @abstractmethod
     def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
@@ -151,12 +165,11 @@ class SingleRank(RankView):
     def vocabulary(self, size: int) -> Vocabulary:
         return WholeVocabulary(size)
 
-    @torch.no_grad()
-    def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
-        gradients = list(gradients)
-        norm = joint_norm(gradients)
-        scale_down(gradients, norm, max_norm)
-        return norm
+    def squared_norms(self, gradients: list[Tensor]) -> Tensor:
+        return squared_norms(gradients)
+
+    def joint_norm(self, squares: Tensor) -> float:
+        return squares.sum().sqrt().item()
 
     def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
         wrapping.of_one_rank(model)

@@ -1,6 +1,6 @@
 """The layout of a run of several ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from core.data.packing import Batch
 from core.nn.decoder import Decoder
 from core.nn.init import LocalSlice
-from core.optim.clip import scale_down
 from core.parallel.apply import dtensor_slice, parallelize, row_blocks
 from core.parallel.context import split_rows
-from core.parallel.data import local_parts, squared_norm
+from core.parallel.data import squared_norm_parts
 from core.parallel.layout import RankView, Wrapping, whole_rows
 from core.parallel.matrices import map_matrices
 from core.parallel.mesh import stage_group, views
@@ -78,13 +77,12 @@ class ManyRanks(RankView):
     def vocabulary(self, size: int) -> Vocabulary:
         return WholeVocabulary(size) if self.degrees.tensor == 1 else CutVocabulary(self.views.token["tensor"], size)
 
-    @torch.no_grad()
-    def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
-        gradients = list(gradients)
-        (squared,) = self.sums(squared_norm(gradients, self.degrees.world // self.degrees.pipeline).item())
-        norm = squared**0.5
-        scale_down(local_parts(gradients), norm, max_norm)
-        return norm
+    def squared_norms(self, gradients: list[Tensor]) -> Tensor:
+        return squared_norm_parts(gradients, self.degrees.world // self.degrees.pipeline)
+
+    def joint_norm(self, squares: Tensor) -> float:
+        (squared,) = self.sums(squares.sum().item())
+        return squared**0.5
 
     def parallelize(self, model: Decoder, wrapping: Wrapping) -> None:
         parallelize(model, self.views, self.settings, wrapping)

@@ -25,6 +25,7 @@ from core.optim.optimizer import Optimizer
 from core.optim.weight import names_matrix
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, split_layers, splits_backward, stage_of
 from core.parallel.settings import Degrees, Parallelism, world_problems
+from core.step.in_backward import in_backward_problems
 from core.step.loss import Loss
 from core.step.settings import Compile, Debug, Training
 from core.step.shares import check_shares, ranks_that_share, share_problems
@@ -68,6 +69,7 @@ def check_layout(run: Run, world_size: int) -> None:
     degrees = parallelism.degrees(world_size)
     problems += model_problems(model, parallelism, degrees)
     problems += training_problems(training, parallelism, degrees)
+    problems += in_backward_problems(run.optimizer, training, parallelism, run.debug, degrees)
     if not any(field.endswith("shard_degree") for field, _ in problems):
         size = parallelism.pipeline_parallel_microbatch_size
         n_microbatches = training.rows_per_step(degrees.data) // degrees.data // size

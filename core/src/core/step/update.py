@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
 from core.parallel.layout import RankView
 from core.runtime.activity import begin
+from core.step.in_backward import UpdateInBackward
 from core.step.objective import Objective, valid_tokens
 from core.step.spikes import SpikeDetector
 
@@ -54,7 +56,7 @@ def train_step(
     """Accumulate the gradient of the mean loss over all valid tokens of all `batches`, clip it, and update once.
 
     The denominator is the step's, over all ranks and microbatches: the gradient does not depend on how the step is
-    split. Raises `UserError` before any update when the step has no valid token, or when its loss or gradient norm is
+    split. With `optimizer.in_backward` backward updates the weights. Raises `UserError` before any other update when the step has no valid token, or when its loss or gradient norm is
     not finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are, as in a step that is a spike to
     `spikes`.
     """
@@ -66,14 +68,18 @@ def train_step(
     optimizer.zero_grad()
     for part in objective.stages:
         start_step(part, n_valid)
-    loss, total = layout.sums(*objective.accumulate(batches, n_valid))
+    early = None
+    if optimizer.config.in_backward:
+        early = UpdateInBackward(optimizer, layout, step=step, lr_factor=lr_factor, max_value=max_value)
+    with early or nullcontext():
+        loss, total = layout.sums(*objective.accumulate(batches, n_valid))
     layout.sum_counts([router.tokens_E for part in objective.stages for router in routers(part).values()])
-    norm, group_norms = clip(optimizer, layout, max_norm, max_value)
+    norm, group_norms = (early.norm(), {}) if early else clip(optimizer, layout, max_norm, max_value)
     info = StepInfo(step, loss, total, norm, updated=True, group_norms=group_norms)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
             raise UserError(
-                f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped before the update; "
+                f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped {'after' if early else 'before'} the update; "
                 "lower optimizer.lr, or override this with --debug.on_nonfinite skip"
             )
         return left_out(info, f"loss {info.loss}, gradient norm {info.grad_norm}", spikes)

@@ -45,8 +45,8 @@ def estimate(
     training: Training,
     degrees: Degrees | None = None,
 ) -> Estimate:
-    """What one rank needs: weights in `training.dtype`; of those that are trained the gradients, and what the optimizer
-    keeps; and what the loss of one microbatch holds."""
+    """What one rank needs: weights in `training.dtype`; of those that are trained the gradients, or the largest one
+    where backward frees them, and what the optimizer keeps; and what the loss of one microbatch holds."""
     degrees = degrees or Degrees()
     n_cut, dtype = degrees.world // degrees.replicate, getattr(torch, training.dtype)
     stored = parameter_count(model) * dtype.itemsize // n_cut
@@ -54,7 +54,8 @@ def estimate(
         each._replace(value=nn.Parameter(each.value.to(dtype), each.value.requires_grad)) for each in weights(model)
     ]
     updates: Optimizer = optimizer.build(weights=typed, layout=SingleRank(torch.device("meta")))
-    gradients = sum(weight.parameter.nbytes for weight in updates.weights.values()) // n_cut
+    gradients = (weight.parameter.nbytes for weight in updates.weights.values())
+    gradients = (max(gradients) if optimizer.in_backward else sum(gradients)) // n_cut
     kept = sum(tensor.nbytes for tensors in updates.state.values() for tensor in tensors.values()) // n_cut
     n_tokens = training.local_batch_size * training.seq_len // (degrees.context * degrees.pipeline)
     sizes = {"dim": model.config.dim, "vocab_size": model.config.vocab_size, "n_ranks": degrees.tensor}

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "activation_checkpoint.",
     "compile.",
     "checkpoint.",
+    "optimizer.in_backward",
     "validator.",
     "dataloader.processes",
     "training.device",
