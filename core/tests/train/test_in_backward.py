@@ -1,4 +1,4 @@
-"""Updates in backward: the same numbers as after it, bit for bit, without the gradients; what cannot be had is refused."""
+"""Updates in backward: the same bits as after it, without the gradients; what cannot be had is refused."""
 
 import gc
 from collections.abc import Iterator
@@ -210,5 +210,5 @@ def test_what_is_not_known_in_backward_is_refused() -> None:
 
 def test_a_number_that_is_not_finite_stops_after_the_update() -> None:
     case = Case(DENSE, optimizer=SGD.Config(lr=inf, in_backward=True))
-    with pytest.raises(UserError, match="stopped after the update"):
+    with pytest.raises(UserError, match="stopped, after the update in backward"):
         trained(case, SingleRank(CPU))

@@ -56,9 +56,9 @@ def train_step(
     """Accumulate the gradient of the mean loss over all valid tokens of all `batches`, clip it, and update once.
 
     The denominator is the step's, over all ranks and microbatches: the gradient does not depend on how the step is
-    split. With `optimizer.in_backward` backward updates the weights. Raises `UserError` before any other update when the step has no valid token, or when its loss or gradient norm is
-    not finite and `on_nonfinite` is "stop"; with "skip" the weights stay as they are, as in a step that is a spike to
-    `spikes`.
+    split. With `optimizer.in_backward` the weights are updated by backward. Raises `UserError` before any other update
+    when the step has no valid token, or when its loss or gradient norm is not finite and `on_nonfinite` is "stop"; with
+    "skip" the weights stay as they are, as in a step that is a spike to `spikes`.
     """
     begin(f"step {step}")
     layout = objective.layout
@@ -78,10 +78,7 @@ def train_step(
     info = StepInfo(step, loss, total, norm, updated=True, group_norms=group_norms)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
-            raise UserError(
-                f"step {step}: loss {info.loss}, gradient norm {info.grad_norm}: stopped {'after' if early else 'before'} the update; "
-                "lower optimizer.lr, or override this with --debug.on_nonfinite skip"
-            )
+            raise not_finite(info, updated=early is not None)
         return left_out(info, f"loss {info.loss}, gradient norm {info.grad_norm}", spikes)
     if spikes is not None and (spike := spikes.spike(info.loss, info.grad_norm)):
         return left_out(info, spike, spikes)
@@ -89,6 +86,18 @@ def train_step(
     for part in objective.stages:
         update_selection_bias(part)
     return info
+
+
+def not_finite(info: StepInfo, *, updated: bool) -> UserError:
+    """What is said of a step whose numbers are not finite, by which backward has updated weights or not."""
+    found = f"step {info.step}: loss {info.loss}, gradient norm {info.grad_norm}"
+    if updated:
+        return UserError(
+            f"{found}: stopped, after the update in backward; lower optimizer.lr and go on from a checkpoint"
+        )
+    return UserError(
+        f"{found}: stopped before the update; lower optimizer.lr, or override this with --debug.on_nonfinite skip"
+    )
 
 
 def clip(
