@@ -9,6 +9,7 @@ model's session.
 import email
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -157,6 +158,16 @@ def peers(session: nox.Session) -> None:
     session.install("--no-deps", *PEERS, *THEIR_NEEDS)  # their requirements would bring another torch's world
     tests = [f"{FOLDERS[package]}/tests" for package in packages]
     session.run("python", "-m", "pytest", *tests, "-m", "peers", *session.posargs)
+
+
+@nox.session(default=False, requires=["shared"])
+def browser(session: nox.Session) -> None:
+    """Open the page of core.report in a headless Chromium: the machine's, or else one that playwright downloads."""
+    install(session, "core")
+    session.install("playwright>=1.50")
+    if shutil.which("chromium") is None:
+        session.run("playwright", "install", "--with-deps", "chromium")
+    session.run("python", "-m", "pytest", "core/tests/report", "-m", "browser", *session.posargs)
 
 
 @nox.session(default=False, requires=["shared"])

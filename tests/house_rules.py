@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; a package may import lower floors and itself; 
     {"core"},  # the version
     {"core.config"},  # with the one error that users see, so it lies below runtime
     {"core.runtime"},
-    {"core.activation_checkpoint"},  # so that a module of nn may mark a region
+    {"core.activation_checkpoint", "core.report"},  # the first so that a module of nn may mark a region
     {"core.nn", "core.data", "core.optim", "core.checkpoint"},
     {"core.parallel", "core.comm", "core.weights"},
     {"core.step"},
@@ -47,6 +47,7 @@ OPTIONAL = {  # a package that a plain install lacks -> the one room that may im
 }
 BARRED = {  # who -> what it does without: a run is described without torch, a module knows no other rank
     "core.config": "torch",
+    "core.report": "torch",
     "core.nn": "torch.distributed",
     "models": "torch.distributed",
 }

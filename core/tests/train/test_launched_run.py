@@ -118,6 +118,7 @@ def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, tensor):
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
         "config.json",
+        "events.jsonl",
         "logs",
         "metrics.jsonl",
         "torchrun-id",

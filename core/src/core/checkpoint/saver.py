@@ -47,6 +47,7 @@ from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import seen_from, steps_in
 from core.config.errors import UserError, at_most
 from core.runtime.activity import working
+from core.runtime.log import event
 from core.runtime.ranks import Ranks
 from core.runtime.units import size_text
 
@@ -241,7 +242,8 @@ class Saver:
             self._set_aside(made.progress.step)
         self.storage.rename(growing, folder, last=MANIFEST)
         n_bytes = sum(file.n_bytes for file in made.files.values())
-        log.info(f"saved {seen_from(self.run_folder, f'{self.storage}/{folder}')} ({size_text(n_bytes)})")
+        saved = event("checkpoint", made.progress.step)
+        log.info(f"saved {seen_from(self.run_folder, f'{self.storage}/{folder}')} ({size_text(n_bytes)})", extra=saved)
         try:
             self._retain()
         except (OSError, UserError) as error:

@@ -1,11 +1,14 @@
 """What a run says: plain lines on standard output, warnings marked as such."""
 
+import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from core.config.console import hold_console
 from core.runtime.disk import AppendedFile
@@ -68,6 +71,32 @@ class LogFile(logging.Handler):
         self._file.append(self.format(record).encode(errors="backslashreplace") + b"\n")
 
 
+def event(name: str, step: int, **facts: Any) -> dict[str, Any]:
+    """What makes a message an event of a run, as its `extra`: a name, the step, and facts that JSON can hold; a `text`
+    among them stands for the message's."""
+    return {"event": {"event": name, "step": step, **facts}}
+
+
+class EventLog(logging.Handler):
+    """Appends each message that is an event as a line of JSON to a file; what the disk does not take ends nothing."""
+
+    def __init__(self, file: AppendedFile) -> None:
+        super().__init__()
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (facts := getattr(record, "event", None)) is not None:
+            line = {"time": time.time(), "text": self.format(record), **facts}
+            self._file.append(json.dumps(line).encode() + b"\n")
+
+
+@contextmanager
+def events_to(path: Path) -> Iterator[None]:
+    """Write the events among this project's messages to a file, which the first makes, while the block runs."""
+    with _handled(EventLog(file := AppendedFile(path)), file):
+        yield
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Write this project's messages, with their time, to a file as well, while the block runs.
@@ -77,7 +106,12 @@ def log_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = AppendedFile(path)
     file.create()
-    handler = LogFile(file)
+    with _handled(LogFile(file), file):
+        yield
+
+
+@contextmanager
+def _handled(handler: logging.Handler, file: AppendedFile) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield

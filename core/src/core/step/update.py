@@ -15,6 +15,7 @@ from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
 from core.parallel.layout import RankView
 from core.runtime.activity import begin
+from core.runtime.log import event
 from core.step.in_backward import UpdateInBackward
 from core.step.objective import Objective, valid_tokens
 from core.step.spikes import SpikeDetector
@@ -118,7 +119,7 @@ def clip(
 
 def left_out(info: StepInfo, reason: str, spikes: SpikeDetector | None) -> StepInfo:
     """What a step did that changes no weight, which is told and counted."""
-    log.warning(f"step {info.step} left out: {reason}")
+    log.warning(f"step {info.step} left out: {reason}", extra=event("skipped", info.step))
     if spikes is not None:
         spikes.skipped += 1
     return info._replace(updated=False)

@@ -18,13 +18,14 @@ from core.config.record import absolute, located, to_json
 from core.runtime.disk import needed, replace_file
 from core.runtime.distributed import keep_traces_in
 from core.runtime.launcher import launch_id
-from core.runtime.log import log_to
+from core.runtime.log import events_to, log_to
+from core.runtime.records import EVENTS
 
 ANOTHER = "choose another with --dump_folder, or --dump_folder None for outputs/<recipe>-<time>"
 LAUNCH = "torchrun-id"
 """File that says which torchrun a run belongs to."""
 LOCK = ".lock"
-TARGETS = (LOCK, LAUNCH, "config.json", "metrics.jsonl")
+TARGETS = (LOCK, LAUNCH, "config.json", "metrics.jsonl", EVENTS)
 """Files that a run writes in its folder."""
 
 
@@ -83,7 +84,8 @@ def resolved(config: Any, device: torch.device) -> Any:
 
 @contextmanager
 def rank_files(folder: Path, rank: int, *, logs: bool) -> Iterator[None]:
-    """Have a rank write what each has of its own in the run's folder, on request its log, while the block runs.
+    """Have a rank write what each has of its own in the run's folder, on request its log, while the block runs; the
+    first writes the run's events.
 
     Raises `UserError` where that cannot be written.
     """
@@ -92,6 +94,8 @@ def rank_files(folder: Path, rank: int, *, logs: bool) -> Iterator[None]:
             if logs:
                 files.enter_context(log_to(folder / "logs" / f"rank-{rank}.log"))
             keep_traces_in(folder)
+            if rank == 0:
+                files.enter_context(events_to(folder / EVENTS))
         yield
 
 

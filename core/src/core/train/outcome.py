@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.checkpoint.find import Found
 from core.checkpoint.storage import seen_from
@@ -17,7 +17,8 @@ from core.config.outside import NAMED
 from core.parallel.layout import RankView
 from core.runtime.device import peak_memory
 from core.runtime.launcher import World
-from core.runtime.log import WIDTH
+from core.runtime.log import WIDTH, event
+from core.runtime.records import best_record
 from core.runtime.units import duration, size_text
 from core.train.checkpoints import RunCheckpoints
 from core.train.metrics import Record, last_record
@@ -61,7 +62,8 @@ class Outcome:
         if cause:
             how = f"stopped by {cause} after step {step} of {self.last_step}"
         memory = size_text(peak_memory(self.layout.device))
-        return self._tell([how, f"took {duration(seconds)}, at most {memory} of memory"], step, record)
+        lines = [how, f"took {duration(seconds)}, at most {memory} of memory"]
+        return self._tell(lines, step, record, extra=event("end", step, text=how))
 
     def again(self) -> RunResult:
         """The end of a run that was finished before. Every rank must call it."""
@@ -74,16 +76,32 @@ class Outcome:
             how.append("a larger --training.steps goes on")
         return self._tell(how, step, record)
 
-    def _tell(self, lines: list[str], step: int, record: Record | None) -> RunResult:
+    def _tell(
+        self, lines: list[str], step: int, record: Record | None, extra: dict[str, Any] | None = None
+    ) -> RunResult:
         if self.layout.is_first:
             saved, left = self.checkpoints.last_saved(), max(self.last_step - step, 0)
-            lines += [f"kept in {self.folder}:", *columns(contents(self.run, self.folder, saved))]
+            lines += [
+                *losses(self.folder, record),
+                f"kept in {self.folder}:",
+                *columns(contents(self.run, self.folder, saved)),
+            ]
             if saved is None:
                 lines.append("weights were not saved: --checkpoint.enable saves them")
             for purpose, words in next_commands(self.run, self.model, self.world, self.folder, saved, left):
                 lines += [f"# {purpose}", command(words)]
-        log.info("\n".join(lines))
+        log.info("\n".join(lines), extra=extra)
         return RunResult(record, self.folder)
+
+
+def losses(folder: Path, record: Record | None) -> Iterator[str]:
+    """How good the run is: its last loss, and the best on held-out text."""
+    if record is None:
+        return
+    yield f"loss {record.loss:.4f} at step {record.step:,}"
+    best = best_record(folder, "validation_loss")
+    if best is not None:
+        yield f"best validation loss {best['validation_loss']:.4f} at step {best['step']:,}"
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> list[str]:
@@ -100,6 +118,7 @@ def contents(run: ReportedRun, folder: Path, saved: Found | None) -> Iterator[tu
         "metrics.jsonl": "the curve, in lines of JSON",
         run.metrics.save_tb_folder: "the curve, for TensorBoard",
         run.profiling.save_traces_folder: "traces of steps",
+        "events.jsonl": "starts, saves, steps left out",
         "logs": "what each rank said",
     }
     yield from ((name, what) for name, what in there.items() if (folder / name).exists())
@@ -116,6 +135,7 @@ def next_commands(
     They are commands of the package whose `train` runs, or else of the package that the model is from."""
     packages = [calling_package(), type(model).__module__.rpartition(".")[0]]
     write, train, convert = (command_module(command, packages) for command in ("generate", "train", "convert"))
+    yield "look at it, in a page for a browser", [["python", "-m", "core.report"], [str(folder)]]
     if run.metrics.enable_tensorboard:
         yield "see the curve", [["tensorboard"], ["--logdir", str(folder / run.metrics.save_tb_folder)]]
     if saved is None:

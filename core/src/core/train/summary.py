@@ -1,17 +1,22 @@
 """The head of a run on the console."""
 
 import os
+import sys
 import textwrap
 from pathlib import Path
-from typing import Protocol
+from platform import platform
+from typing import Any, Protocol
 
 import torch
 
 from core.nn.module import Flops
 from core.optim.schedule import Schedule
 from core.parallel.settings import Degrees, describe_degrees
-from core.runtime.log import WIDTH
+from core.runtime.device import describe
+from core.runtime.log import WIDTH, event
 from core.step.checks import Run
+from core.train.checkpoints import RunCheckpoints
+from core.train.identity import versions
 from core.train.metrics import Metrics
 from core.train.profile import Profiler
 
@@ -70,6 +75,15 @@ def summary(
     picture = schedule.picture(last_step, WIDTH - MARGIN)
     head["rate"] = "\n".join([head["rate"], *(f"{'':<{MARGIN}}{line}".rstrip() for line in picture)])
     return "\n".join(head.values())
+
+
+def started(device: torch.device, checkpoints: RunCheckpoints) -> dict[str, Any]:
+    """What makes the head of a run the event of its start: the step that it goes on after, and the system."""
+    modules = {name: sys.modules[name] for name in ("core", "torch")}
+    facts = {name.removeprefix("version of "): version for name, version in versions(modules).items()}
+    system = {"device": describe(device), "ranks": str(checkpoints.ranks.size), "platform": platform(), **facts}
+    step = checkpoints.start.step
+    return event("start", step, text="went on" if step else "began", system=system)
 
 
 def row(name: str, value: str) -> str:

@@ -61,7 +61,7 @@ from core.train.observers import Observer, Observers
 from core.train.outcome import Outcome, RunResult
 from core.train.profile import Profiler
 from core.train.step_report import StepReport
-from core.train.summary import summary
+from core.train.summary import started, summary
 from core.train.validate import Validator, ema_problems, held_out_sets
 
 log = logging.getLogger("armature")
@@ -235,7 +235,7 @@ class Trainer(Configurable):
                 return self.outcome.again()
         began = time.perf_counter()
         with self.exit:
-            log.info(self.summary())
+            log.info(self.summary(), extra=started(self.device, self.checkpoints))
             self.checkpoints.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
             anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
             start = self.checkpoints.start.step
