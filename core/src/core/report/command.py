@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.config.completion import SHELLS, Program, Taken, script
+from core.config.completion import ANY, SHELLS, Program, Taken, script
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import PRINT_COMPLETION, show
@@ -18,13 +18,13 @@ from core.report.server import Feed, ReportServer
 
 PORT = 8470
 REPORT_PROGRAM = Program(
-    Taken(most=None, files=True),
+    Taken(most=ANY, files=True),
     {
         "--out": Taken(files=True),
         "--serve": Taken(most=0),
         "--port": Taken(),
         "--diff": Taken(most=2, files=True),
-        "--table": Taken(most=None, files=True),
+        "--table": Taken(most=ANY, files=True),
         "--print-completion": Taken(SHELLS),
         "--help": Taken(most=0),
     },

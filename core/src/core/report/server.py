@@ -6,7 +6,7 @@ from contextlib import suppress
 from errno import EACCES, EADDRINUSE
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import socket
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 from core.config.errors import UserError
@@ -61,7 +61,10 @@ class ReportServer(ThreadingHTTPServer):
 class ReportRequest(BaseHTTPRequestHandler):
     """ReportRequest a browser on this machine."""
 
-    server: ReportServer
+    @property
+    def feed(self) -> Feed:
+        """What the page shows."""
+        return cast(ReportServer, self.server).feed
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "").rpartition(":")[0]
@@ -69,10 +72,10 @@ class ReportRequest(BaseHTTPRequestHandler):
             return self._answer(403, "text/plain", "only for this machine")
         where = urlsplit(self.path)
         if where.path == "/":
-            return self._answer(200, "text/html; charset=utf-8", page_text(self.server.feed.data()))
+            return self._answer(200, "text/html; charset=utf-8", page_text(self.feed.data()))
         if where.path != "/data":
             return self._answer(404, "text/plain", "nothing here")
-        data = self.server.feed.data()
+        data = self.feed.data()
         known = parse_qs(where.query).get("version", [""])[0]
         if known == str(data["version"]):
             return self._answer(204, "application/json", "")
