@@ -37,7 +37,7 @@ def exit_plainly() -> Iterator[None]:
         say_last(f"error{rank}: {error}")
         sys.exit(2)
     except LostRank as error:
-        time.sleep(LAUNCHER_PATIENCE_S + 1.0)  # behind the rank that it lost, which may wait as long
+        time.sleep(2 * LAUNCHER_PATIENCE_S)  # behind the rank that it lost, which may wait as long and then has to end
         say_last(f"error{rank}: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
