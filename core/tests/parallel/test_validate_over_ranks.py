@@ -1,4 +1,4 @@
-"""Validation over ranks gives the loss of one rank, and leaves training as it was."""
+"""Validation over ranks has the loss of one rank, and leaves training as it was; so have sources of a step's rows."""
 
 import math
 from typing import Any
@@ -17,6 +17,7 @@ from core.parallel.layout import RankView, SingleRank
 from core.parallel.many_ranks import ManyRanks
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
+from core.step.source_losses import SourceLosses, StepSources
 from core.step.update import train_step
 from core.testing.layout_suite import SCHEDULES, LayoutCase, degrees
 from core.testing.parity import Case, batches_of, build_case, drawn_batch
@@ -67,10 +68,13 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
         local_batch_size=local,
     )
 
+    n_data = layout.degrees.data
+    starts = range(layout.data_rank * local, case.n_rows, local * n_data)
+    sources = StepSources([source_of(torch.arange(first, first + local)) for first in starts], SourceLosses("abc"))
+    settings: dict[str, Any] = {"step": 1, "lr_factor": 1.0, "max_norm": 1.0, "on_nonfinite": "stop"}
+
     def train() -> list[float]:
-        info = train_step(
-            objective, optimizer, batches_of(case, layout), step=1, lr_factor=1.0, max_norm=1.0, on_nonfinite="stop"
-        )
+        info = train_step(objective, optimizer, batches_of(case, layout), sources=sources, **settings)
         return [info.loss, info.grad_norm]
 
     def counts() -> list[list[int]]:
@@ -78,6 +82,7 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
 
     measured = [validator.measure(lambda: False)] if first else []
     trained = train()
+    by_source = sources.losses.take(layout)
     counted = counts()
     measured.append(validator.measure(lambda: False))
     assert counts() == counted, "validation counts as training"
@@ -85,7 +90,12 @@ def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
     trained += train()
     assert validator.measure(lambda: True) is None and all(model.training for model in parts.models)
     losses, bits, _ = zip(*measured, strict=True)
-    return {"losses": losses, "bits": bits, "trained": trained}
+    return {"losses": losses, "bits": bits, "trained": trained, "sources": by_source}
+
+
+def source_of(rows: torch.Tensor) -> torch.Tensor:
+    """The source, of three, of rows with these numbers; the last has one row alone."""
+    return torch.where(rows == 5, 2, rows % 2)
 
 
 def bytes_of(batch: Batch) -> float:
@@ -95,8 +105,11 @@ def bytes_of(batch: Batch) -> float:
 
 def loss_of_all(case: Case, n_rows: int) -> float:
     """Nats per valid token at the start, by the plainest means."""
+    return loss_at_start(case, Rows(case.model).read(0, n_rows))
+
+
+def loss_at_start(case: Case, batch: Batch) -> float:
     (model,) = build_case(case, SingleRank(CPU)).models
-    batch = Rows(case.model).read(0, n_rows)
     logits_BLV = model.eval()(batch.tokens_BL, Positions(batch.positions_BL, batch.documents_BL))
     return F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE).item()
 
@@ -116,7 +129,7 @@ LAYOUTS = {
     },
     "fsdp4": FSDP4.case(dense(), "none"),
 }
-FEW = ["fsdp2-accumulate", "fsdp4", "fsdp2-tp2", "pp2-1F1B", "pp2-DualPipeV"]
+FEW = ["fsdp2-accumulate", "fsdp4", "fsdp2-tp2", "cp2", "pp2-1F1B", "pp2-DualPipeV"]
 
 
 @pytest.mark.parametrize(
@@ -132,9 +145,15 @@ def test_validation_over_ranks(name: str) -> None:
     nats = expected["losses"][0] * len(valid)
     assert expected["bits"][0] == pytest.approx(nats / math.log(2) / sum(valid.tolist()), rel=1e-9)
     assert expected["losses"][0] != pytest.approx(expected["losses"][1], rel=1e-4), "training changed nothing"
+    (step,) = batches_of(alone, SingleRank(CPU))
+    places = source_of(torch.arange(alone.n_rows))
+    by_source = {name: Batch(*(part[places == number] for part in step)) for number, name in enumerate("abc")}
+    nats_of = {name: loss_at_start(alone, rows) for name, rows in by_source.items()}
+    assert expected["sources"] == pytest.approx(nats_of, rel=1e-5)
     for found in run_ranks(train_and_validate, case.world_size, case, -1, True):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["bits"] == pytest.approx(expected["bits"], rel=1e-5)
+        assert found["sources"] == pytest.approx(nats_of, rel=1e-5)
         assert found["trained"] == pytest.approx(expected["trained"], rel=1e-5)
 
 

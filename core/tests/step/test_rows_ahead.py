@@ -29,7 +29,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, bool]]]:
 
 
 def rows(last_step: int, *, in_order: bool = False) -> RowsAhead:
-    loader: Any = SimpleNamespace(in_order=in_order)
+    loader: Any = SimpleNamespace(in_order=in_order, source_names=())
     layout: Any = None
     sizes = {"n_rows": 10, "local_batch_size": 5}
     return RowsAhead(loader, layout, lambda step: 10 * (step - 1), last_step=last_step, **sizes)

@@ -38,6 +38,8 @@ def test_sets_have_their_losses_in_the_record(tmp_path: Path) -> None:
     assert record.numbers["validation/one/loss"] == pytest.approx(sums["one"][0] / sums["one"][1], abs=1e-5)
     expected = sum(loss for loss, _ in sums.values()) / sum(n for _, n in sums.values())
     assert record.validation_loss == pytest.approx(expected, abs=1e-5)
+    losses = [record.numbers.pop(f"data/{name}/loss") for name in ("verses", "1")]
+    assert min(losses) < record.loss < max(losses)
     assert {key: n for key, n in record.numbers.items() if key.startswith("data/")} == {
         "data/verses/tokens": 2 * 16,
         "data/1/tokens": 6 * 16,

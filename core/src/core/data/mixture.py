@@ -146,6 +146,7 @@ class Mixture(Samples):
                 raise UserError(f"{part.description}: a mixture reads rows by their numbers, and a stream has none")
         n_rows = [part.n_rows for part in self.parts]
         if self.split == "train":
+            self.source_names = names
             weights = [source.weight for source in sources]
             changes = [((stage.step - 1) * self.rows_per_step, stage.weights) for stage in self.config.schedule]
             self.phases, self.n_rows = phases([(0, weights), *changes], n_rows)
@@ -175,6 +176,9 @@ class Mixture(Samples):
             inside = which == number
             sources[inside], rows[inside] = self.phases[number].turns(numbers[inside])
         return sources, rows
+
+    def sources(self, first: int, count: int) -> np.ndarray:
+        return self.turns(np.arange(first, first + count))[0]
 
     def tokens_by_source(self, n_rows: int) -> dict[str, int]:
         counts = np.zeros(len(self.parts), np.int64)

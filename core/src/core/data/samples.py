@@ -4,7 +4,7 @@ Letters: B rows, L tokens of a row (the sequence length).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -65,6 +65,8 @@ class Samples(Configurable, ABC):
     """Rows in one pass over the data; None where that is not known, or where nothing is passed over."""
     parts_of_rows: Mapping[str, range] = MappingProxyType({})
     """Stretches of a validation split by name whose losses are also reported apart."""
+    source_names: Sequence[str] = ()
+    """What the rows are read from, where the record tells apart what that is."""
     description: str
     """One line for the head of a run: what is read, and how much of it."""
     fingerprint: str
@@ -129,6 +131,11 @@ class Samples(Configurable, ABC):
                 f"{least if least < 0 else most:,}, and the tokenizer has {self.tokenizer.vocab_size:,}: give the "
                 "tokenizer that made these tokens"
             )
+
+    def sources(self, first: int, count: int) -> np.ndarray:
+        """For each of the rows first, ..., first + count - 1 the place of its source in `source_names`, (count,)."""
+        del first
+        return np.zeros(count, np.int64)
 
     def tokens_by_source(self, n_rows: int) -> dict[str, int]:
         """Tokens in the first `n_rows` rows by the names of what they are read from; nothing where that is one."""

@@ -32,6 +32,7 @@ from core.plan.segments import MessageKind, Recorder, Segment, expand
 from core.plan.traffic import axes
 from core.step.checks import Run
 from core.step.objective import Objective
+from core.step.source_losses import Tally
 from core.step.update import train_step
 
 _CPU = torch.device("cpu")
@@ -152,9 +153,14 @@ class FakeObjective:
             train_step(cast(Objective, self), self.optimizer, [counted], **settings)
             self.update = self.recorder.end("update")
 
-    def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
+    def tallies(self, sources: None) -> list[Tally]:
+        """Nothing: what rows come from costs nothing."""
+        del sources
+        return []
+
+    def accumulate(self, batches: Sequence[Batch], n_valid: float, tallies: Sequence[Tally]) -> tuple[float, float]:
         """As an `Objective` does, with the microbatch of the passes."""
-        del batches, n_valid
+        del batches, n_valid, tallies
         self.start = self.recorder.end("start of the step")
         for action in self.passes.order:
             if action.microbatch in self.few:

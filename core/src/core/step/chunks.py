@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from core.data.packing import IGNORE
 
-TokenLosses = Callable[[Tensor, Tensor], Tensor]
-"""Nats of tokens from their fp32 logits (1, C, v), which it may write over, and labels (1, C)."""
+TokenLosses = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Nats of tokens from their fp32 logits (1, C, v), which it may write over, labels (1, C) and sources (1, C)."""
 
 
 class WithGradient(torch.autograd.Function):
@@ -51,15 +51,18 @@ def sum_in_chunks(
     chunk_tokens: int,
     n_labels: int,
     scale: float,
+    sources_BL: Tensor | None = None,
 ) -> Tensor:
     """The sum of `losses` times `scale`, in fp32: of the `n_labels` first tokens, those with a label coming first.
 
     Products compute in the dtype of autocast, or else of the weight.
     """
     x_TD, labels_T, order_T = x_BLD.detach().flatten(0, 1), labels_BL.flatten(), None
+    sources_T = None if sources_BL is None else sources_BL.flatten()
     if n_labels < len(labels_T):
         order_T = (labels_T == IGNORE).to(torch.uint8).argsort(stable=True)[:n_labels]
         x_TD, labels_T = x_TD[order_T], labels_T[order_T]
+        sources_T = None if sources_T is None else sources_T[order_T]
     device = x_BLD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_vD.dtype
     graded = torch.is_grad_enabled()
@@ -68,6 +71,7 @@ def sum_in_chunks(
             x_TD.to(dtype),
             weight_vD.detach().to(dtype),
             labels_T,
+            sources_T,
             losses,
             chunk_tokens=chunk_tokens,
             scale=scale,
@@ -89,6 +93,7 @@ def _in_turn(
     x_TD: Tensor,
     weight_vD: Tensor,
     labels_T: Tensor,
+    sources_T: Tensor | None,
     losses: TokenLosses,
     *,
     chunk_tokens: int,
@@ -101,13 +106,14 @@ def _in_turn(
     dx_TD = torch.empty_like(x_TD) if of_x else None
     dweight_vD = torch.zeros_like(weight_vD, dtype=torch.float32) if of_weight else None
     for first in range(0, len(labels_T), chunk_tokens):
-        x_CD, labels_C = x_TD[first : first + chunk_tokens], labels_T[first : first + chunk_tokens]
+        x_CD, labels_1C = x_TD[first : first + chunk_tokens], labels_T[first : first + chunk_tokens].unsqueeze(0)
+        sources_1C = None if sources_T is None else sources_T[first : first + chunk_tokens].unsqueeze(0)
         logits_1Cv = F.linear(x_CD, weight_vD).float().unsqueeze(0)
         if dx_TD is None and dweight_vD is None:
-            each.append(losses(logits_1Cv, labels_C.unsqueeze(0)))
+            each.append(losses(logits_1Cv, labels_1C, sources_1C))
             continue
         with torch.enable_grad():
-            of_chunk = losses(logits_1Cv.requires_grad_(), labels_C.unsqueeze(0))
+            of_chunk = losses(logits_1Cv.requires_grad_(), labels_1C, sources_1C)
             (gradient_1Cv,) = torch.autograd.grad((of_chunk * scale).sum(), logits_1Cv)
         each.append(of_chunk.detach())
         del logits_1Cv, of_chunk  # before the next product of their size

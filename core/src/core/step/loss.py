@@ -20,6 +20,7 @@ from core.nn.layers import Head
 from core.parallel.vocabulary import Vocabulary
 from core.step.chunks import sum_in_chunks
 from core.step.softmax import SoftmaxLoss
+from core.step.source_losses import Tally
 
 CHUNK_LOGITS = 2**24
 """Logits of a chunk that are worth no cut: 64 MiB in fp32."""
@@ -87,16 +88,20 @@ class Loss(Configurable, ABC):
         *,
         n_labels: int | None = None,
         scale: float = 1.0,
+        tally: Tally | None = None,
     ) -> Tensor:
         """The summed loss of this rank's tokens whose label is not IGNORE, times `scale`, in nats and fp32; 0 if there
-        are none.
+        are none. To `tally` each is added as it is.
 
         `x_BLD` is the normalised residual stream that the head takes: of this rank's tokens. `labels_BL` are those of
         all tokens whose logits the head computes here; at most `n_labels` of them are not IGNORE.
         """
         if self._in_chunks(head):
-            return head(x_BLD, partial(self._read, labels_BL=labels_BL, vocabulary=vocabulary, n=n_labels, scale=scale))
-        return self._counted(head(x_BLD).float(), labels_BL, vocabulary).sum() * scale
+            settings = {"labels_BL": labels_BL, "vocabulary": vocabulary, "n": n_labels, "scale": scale, "tally": tally}
+            return head(x_BLD, partial(self._read, **settings))
+        sources_BL = None if tally is None else tally.of_tokens(labels_BL)
+        logits_BLv = head(x_BLD).float()
+        return self._counted(logits_BLv, labels_BL, sources_BL, vocabulary=vocabulary, tally=tally).sum() * scale
 
     def _in_chunks(self, head: Head) -> bool:
         """Whether the logits are computed in chunks: only a head that is a plain product can be asked for a part."""
@@ -118,19 +123,33 @@ class Loss(Configurable, ABC):
         vocabulary: Vocabulary,
         n: int | None,
         scale: float,
+        tally: Tally | None,
     ) -> Tensor:
         """The loss from the head's weight, in chunks."""
         size = self.config.tokens_at_a_time(dim=x_BLD.shape[-1], vocab_size=vocabulary.size, n_ranks=vocabulary.n_ranks)
         assert size is not None
         n_tokens = labels_BL.numel()
         n = n_tokens if n is None else min(-(-n // vocabulary.n_ranks) * vocabulary.n_ranks, n_tokens)
-        losses = partial(self._counted, vocabulary=vocabulary)
-        return sum_in_chunks(x_BLD, weight_vD, labels_BL, losses, chunk_tokens=size, n_labels=n, scale=scale)
+        losses = partial(self._counted, vocabulary=vocabulary, tally=tally)
+        sizes = {"chunk_tokens": size, "n_labels": n, "scale": scale}
+        sources_BL = None if tally is None else tally.of_tokens(labels_BL)
+        return sum_in_chunks(x_BLD, weight_vD, labels_BL, losses, sources_BL=sources_BL, **sizes)
 
-    def _counted(self, logits_BLv: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """Nats of each token of this rank, 0 where the label is IGNORE."""
+    def _counted(
+        self,
+        logits_BLv: Tensor,
+        labels_BL: Tensor,
+        sources_BL: Tensor | None,
+        *,
+        vocabulary: Vocabulary,
+        tally: Tally | None,
+    ) -> Tensor:
+        """Nats of each token of this rank, 0 where the label is IGNORE; added to `tally` by the sources of tokens."""
         loss_Bl = self._of_tokens(logits_BLv, labels_BL, vocabulary)
-        return loss_Bl.masked_fill(vocabulary.own_tokens(labels_BL) == IGNORE, 0.0)
+        loss_Bl = loss_Bl.masked_fill(vocabulary.own_tokens(labels_BL) == IGNORE, 0.0)
+        if tally is not None and sources_BL is not None:
+            tally.add(loss_Bl, vocabulary.own_tokens(sources_BL))
+        return loss_Bl
 
 
 class CrossEntropy(Loss):

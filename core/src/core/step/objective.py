@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from core.nn.layers import Head
 from core.parallel.layout import RankView
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.step.loss import Loss
+from core.step.source_losses import StepSources, Tally
 
 
 class BatchLoss(NamedTuple):
@@ -48,22 +48,37 @@ class Objective:
         self.stages, self.layout, self.dtype, self.mask, self.pipeline = stages, layout, dtype, mask, pipeline
         self.loss, self.vocabulary = loss, layout.vocabulary(stages[0].config.vocab_size)
 
-    def accumulate(self, batches: Sequence[Batch], n_valid: float) -> tuple[float, float]:
-        """Add to the gradients those of the loss divided by `n_valid`; returns its main and total part on this rank."""
+    def accumulate(
+        self, batches: Sequence[Batch], n_valid: float, tallies: Sequence[Tally] = ()
+    ) -> tuple[float, float]:
+        """Add to the gradients those of the loss divided by `n_valid`; returns its main and total part on this rank.
+
+        `tallies`, if any, are one for each microbatch (`self.tallies`), and get its losses.
+        """
         if self.pipeline is not None:
+            left = iter(tallies)  # readers are made in the order of the microbatches
             losses = self.pipeline.run(
-                self._microbatches(batches), partial(self.reader, n_valid=n_valid), backward=True
+                self._microbatches(batches),
+                lambda batch: self.reader(batch, n_valid, tally=next(left, None)),
+                backward=True,
             )
             main = math.fsum(loss.item() for loss in losses)
             return main, main
         sums = torch.zeros(2, device=self.layout.device)
         for number, batch in enumerate(batches, start=1):
             self.layout.sum_gradients(self.stages, now=number == len(batches))
-            loss = self(batch, n_valid)
+            loss = self(batch, n_valid, tally=tallies[number - 1] if tallies else None)
             loss.total.backward()
             sums += torch.stack(loss).detach()
         main, total = sums.tolist()
         return main, total
+
+    def tallies(self, sources: StepSources | None) -> list[Tally]:
+        """A tally for each microbatch of a step; nothing where its rows are of one source."""
+        if sources is None:
+            return []
+        size = None if self.pipeline is None else self.layout.settings.pipeline_parallel_microbatch_size
+        return sources.tallies(size, self.layout.device)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -73,7 +88,9 @@ class Objective:
             return math.fsum(loss.item() for loss in losses)
         return math.fsum(self(batch).main.item() for batch in batches)
 
-    def __call__(self, batch: Batch, n_valid: float = 1, *, n_labels: int | None = None) -> BatchLoss:
+    def __call__(
+        self, batch: Batch, n_valid: float = 1, *, n_labels: int | None = None, tally: Tally | None = None
+    ) -> BatchLoss:
         """The loss, divided by `n_valid`, of a batch that this rank computes from embedding to head.
 
         `n_labels` is for fake tensors: see `RankView.to_rank_tokens`.
@@ -81,7 +98,7 @@ class Objective:
         (model,) = self.stages
         microbatch = self.layout.to_rank_tokens(batch, documents=self.mask == "document", n_labels=n_labels)
         with self._precision():
-            losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch, n_valid))
+            losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch, n_valid, tally))
             if isinstance(losses, Tensor):
                 return BatchLoss(losses, losses)
             total = losses.main
@@ -89,9 +106,9 @@ class Objective:
                 total = total + loss
             return BatchLoss(losses.main, total)
 
-    def reader(self, batch: Microbatch, n_valid: float = 1) -> HeadReader:
+    def reader(self, batch: Microbatch, n_valid: float = 1, tally: Tally | None = None) -> HeadReader:
         """What the model is to make of its residual stream: the summed loss of `batch`, divided by `n_valid`; that of
-        further tokens with its weight.
+        further tokens with its weight. `tally` gets the losses of the next token, of the last reading.
         """
         config = self.stages[0].config
 
@@ -99,7 +116,10 @@ class Objective:
             labels_BL = labels_ahead(batch.labels_BL, depth, batch.positions) if depth else batch.labels_BL
             weight = config.mtp_loss_weight / config.n_mtp_layers if depth else 1.0
             scale = weight / n_valid  # known to the forward, which computes the gradient
-            return self.loss(x_BLD, labels_BL, head, self.vocabulary, n_labels=batch.n_labels, scale=scale)
+            own = tally if depth == 0 else None
+            if own is not None:
+                own.nats_S.zero_()  # a pipeline has read a first microbatch before, for its shapes
+            return self.loss(x_BLD, labels_BL, head, self.vocabulary, n_labels=batch.n_labels, scale=scale, tally=own)
 
         return read
 

@@ -42,15 +42,21 @@ def microbatches(
     """
     n_data = layout.degrees.data
     batches = []
-    for start in range(first, first + n_rows, local_batch_size * n_data):
+    for own in own_rows(layout, first=first, n_rows=n_rows, local_batch_size=local_batch_size):
         if loader.in_order:  # dealt out already
+            start = own - layout.data_rank * local_batch_size
             batches.append(loader.read(start // n_data, local_batch_size))
             continue
-        own = start + layout.data_rank * local_batch_size
         count = local_batch_size if end is None else min(max(end - own, 0), local_batch_size)
         batch = loader.read(own if count else first, max(count, 1))
         batches.append(padded(batch, count, local_batch_size))
     return batches
+
+
+def own_rows(layout: RankView, *, first: int, n_rows: int, local_batch_size: int) -> range:
+    """The first row of each of this rank's microbatches."""
+    own = first + layout.data_rank * local_batch_size
+    return range(own, own + n_rows, local_batch_size * layout.degrees.data)
 
 
 def padded(batch: Batch, count: int, n_rows: int) -> Batch:

@@ -4,10 +4,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from core.data.packing import Batch
 from core.data.samples import Samples
 from core.parallel.layout import RankView
-from core.step.rows import microbatches
+from core.step.rows import microbatches, own_rows
+from core.step.source_losses import SourceLosses, StepSources
 
 
 class RowsAhead:
@@ -26,6 +29,7 @@ class RowsAhead:
         """A step, counted from 1, reads `n_rows` rows over all ranks, from `first_row(step)` on."""
         self.loader, self.layout, self.first_row, self.last_step = loader, layout, first_row, last_step
         self.sizes = {"n_rows": n_rows, "local_batch_size": local_batch_size}
+        self.source_losses = SourceLosses(loader.source_names)
         self._next: tuple[int, Future[list[Batch]]] | None = None
         self._thread = ThreadPoolExecutor(1, "rows")
         self._waited_s, self._steps = 0.0, 0
@@ -33,6 +37,14 @@ class RowsAhead:
     def read(self, step: int) -> list[Batch]:
         """The microbatches of `step`, read here and now."""
         return microbatches(self.loader, self.layout, first=self.first_row(step), **self.sizes)
+
+    def sources(self, step: int) -> StepSources | None:
+        """What the rows of the microbatches of `step` are from; None where that is one source."""
+        if not self.source_losses.names:
+            return None
+        n = self.sizes["local_batch_size"]
+        found = [self.loader.sources(own, n) for own in own_rows(self.layout, first=self.first_row(step), **self.sizes)]
+        return StepSources(list(map(torch.from_numpy, found)), self.source_losses)
 
     def __call__(self, step: int) -> list[Batch]:
         """The microbatches of `step`; those of the next are begun to be read."""

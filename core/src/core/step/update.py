@@ -18,6 +18,7 @@ from core.runtime.activity import begin
 from core.runtime.log import event
 from core.step.in_backward import UpdateInBackward
 from core.step.objective import Objective, valid_tokens
+from core.step.source_losses import StepSources
 from core.step.spikes import SpikeDetector
 
 log = logging.getLogger("armature")
@@ -53,13 +54,15 @@ def train_step(
     on_nonfinite: Literal["stop", "skip"],
     max_value: float | None = None,
     spikes: SpikeDetector | None = None,
+    sources: StepSources | None = None,
 ) -> StepInfo:
     """Accumulate the gradient of the mean loss over all valid tokens of all `batches`, clip it, and update once.
 
     The denominator is the step's, over all ranks and microbatches: the gradient does not depend on how the step is
     split. With `optimizer.in_backward` the weights are updated by backward. Raises `UserError` before any other update
     when the step has no valid token, or when its loss or gradient norm is not finite and `on_nonfinite` is "stop"; with
-    "skip" the weights stay as they are, as in a step that is a spike to `spikes`.
+    "skip" the weights stay as they are, as in a step that is a spike to `spikes`. The losses of the `sources` of its
+    rows are added up, unless it is left out.
     """
     begin(f"step {step}")
     layout = objective.layout
@@ -69,11 +72,12 @@ def train_step(
     optimizer.zero_grad()
     for part in objective.stages:
         start_step(part, n_valid)
+    tallies = objective.tallies(sources)
     early = None
     if optimizer.config.in_backward:
         early = UpdateInBackward(optimizer, layout, step=step, lr_factor=lr_factor, max_value=max_value)
     with early or nullcontext():
-        loss, total = layout.sums(*objective.accumulate(batches, n_valid))
+        loss, total = layout.sums(*objective.accumulate(batches, n_valid, tallies))
     layout.sum_counts([router.tokens_E for part in objective.stages for router in routers(part).values()])
     norm, group_norms = (early.norm(), {}) if early else clip(optimizer, layout, max_norm, max_value)
     info = StepInfo(step, loss, total, norm, updated=True, group_norms=group_norms)
@@ -86,6 +90,8 @@ def train_step(
     optimizer.step(lr_factor, step)
     for part in objective.stages:
         update_selection_bias(part)
+    if sources is not None:
+        sources.add(tallies, batches)
     return info
 
 

@@ -77,8 +77,8 @@ class StepReport:
         log.info("  ".join(fields), extra={"fields": fields})
 
     def _numbers(self, info: StepInfo, validation: Validation | None) -> dict[str, float]:
-        """The loads of the experts, further learning rates and norms, steps left out, tokens by source, validation
-        losses by name, and what observers returned."""
+        """The loads of the experts, further learning rates and norms, steps left out, tokens and losses by source,
+        validation losses by name, and what observers returned."""
         factor, numbers = self.schedule.factor(info.step), self.observers.take()
         own = expert_loads(self.models, self.layout)
         own |= {name: peak * factor for name, peak in self.run.optimizer.further_lrs().items()}
@@ -87,6 +87,8 @@ class StepReport:
             own["skipped_steps"] = skipped
         tokens = self.checkpoints.loader.tokens_by_source(self.checkpoints.progress(info.step).rows)
         own |= {f"data/{name}/tokens": float(n) for name, n in tokens.items()}
+        losses = self.rows.source_losses.take(self.layout)
+        own |= {f"data/{name}/loss": loss for name, loss in losses.items()}
         own |= {f"validation/{name}/loss": loss for name, loss in (validation.by_name if validation else {}).items()}
         if both := sorted(own.keys() & numbers.keys()):
             raise UserError(f"an observer returned the number {both[0]}, which the record has by itself: rename it")

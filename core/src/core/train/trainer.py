@@ -291,6 +291,7 @@ class Trainer(Configurable):
             "max_value": c.training.max_value,
             "on_nonfinite": c.debug.on_nonfinite,
             "spikes": self.checkpoints.spikes,
+            "sources": self.rows.sources(step),
         }
         return train_step(self.objective, self.optimizer, self.rows(step), step=step, **settings)
 
