@@ -13,7 +13,7 @@ from core.checkpoint.index import TYPES
 from core.config.errors import UserError
 from core.weights import shard_file
 from core.weights.files import Folder
-from core.weights.shard_file import Output, read_rows, stretches, write_shard
+from core.weights.shard_file import FileSpan, Output, read_rows, stretches, write_shard
 
 
 def drawn() -> dict[str, Tensor]:
@@ -86,3 +86,31 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
     header.file.write_bytes(header.file.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"model.safetensors cannot be read: 4 bytes are missing at its end"):
         read_rows(header)
+
+
+def spans(tensors: dict[str, Tensor], folder: Path) -> list[Output]:
+    """The tensors as bytes of the file in a folder."""
+    headers = Folder(folder).headers
+    where = {key: FileSpan(headers[key].file, headers[key].at, values.nbytes) for key, values in tensors.items()}
+    return [Output(key, list(t.shape), t.dtype, partial(iter, [where[key]])) for key, t in tensors.items()]
+
+
+def test_bytes_of_another_file_are_copied(tmp_path: Path) -> None:
+    """Between stretches that are written from memory, and longer than one."""
+    tensors = drawn()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    copied, made = spans(tensors, tmp_path), outputs(tensors)
+    write_shard(tmp_path / "copied", [(copied if number % 3 else made)[number] for number in range(len(made))])
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_copied_file_that_became_shorter_or_is_gone(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(9)}
+    save_file(tensors, file := tmp_path / "model.safetensors")
+    made = spans(tensors, tmp_path)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read: 4 bytes are missing at its end"):
+        write_shard(tmp_path / "copied", made)
+    file.unlink()
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read: No such file"):
+        write_shard(tmp_path / "again", made)

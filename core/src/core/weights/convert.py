@@ -37,7 +37,7 @@ from core.weights.model_card import CARD, model_card
 from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
 from core.weights.saved import newest
-from core.weights.shard_file import Output, stretches
+from core.weights.shard_file import FileSpan, Output, stretches
 from core.weights.source import WeightSource
 
 WAYS = ("from-hf", "to-hf", *(f"from-{peer}" for peer in PEERS))
@@ -231,7 +231,7 @@ def write_as_hf(
     companions, ids = complete_companions(
         companions_of(src, run, say), max_length=stated.get("max_position_embeddings"), add_bos=add_bos, say=say
     )
-    made = outputs(key_map, types, source.read)
+    made = outputs(key_map, types, source.read, source.span)
     write_files(dst, made, shard_gib, say)
     write_hf_config({**stated, **ids}, made, dst)
     write_companions(companions, dst)
@@ -247,9 +247,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The values of one of our weights in new memory: a stretch of rows at a time where they are read so."""
-    if (key := source.plain_key(name)) is not None:
+def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -> Iterator[torch.Tensor | FileSpan]:
+    """The values of one of our weights, where they stand or in new memory: a stretch of rows at a time where they are
+    read so."""
+    if (key := source.plain_key(name)) is not None and (span := source.span(key, dtype)) is not None:
+        yield span
+    elif key is not None:
         yield from (source.read(key, rows).to(dtype) for rows in stretches(shape, dtype))
     elif shape and source.reads_rows(name):
         for rows in stretches(shape, dtype):

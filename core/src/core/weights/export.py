@@ -8,10 +8,12 @@ from torch import Tensor
 
 from core.weights.hf_model import StoredModel
 from core.weights.key_map import KeyMap, KeyPart
-from core.weights.shard_file import Output, RowSpan, stretches
+from core.weights.shard_file import FileSpan, Output, RowSpan, stretches
 
 Read = Callable[[str, RowSpan], Tensor]
 """The values of one of our weights, by its name, or of rows of it."""
+Locate = Callable[[str, torch.dtype], FileSpan | None]
+"""Where the values of one of our weights, by its name, stand in this type; None where they must be read."""
 
 
 def dtypes(
@@ -24,7 +26,11 @@ def dtypes(
     }
 
 
-def outputs(key_map: KeyMap, dtypes: Mapping[str, torch.dtype], read: Read) -> list[Output]:
+def nowhere(name: str, dtype: torch.dtype) -> None:
+    """Weights that stand in no file."""
+
+
+def outputs(key_map: KeyMap, dtypes: Mapping[str, torch.dtype], read: Read, locate: Locate = nowhere) -> list[Output]:
     """The tensors to write, one after another in the order of our weights, each in the type of the first of ours that
     is in it."""
     parts: dict[str, list[tuple[str, KeyPart]]] = {}
@@ -36,17 +42,20 @@ def outputs(key_map: KeyMap, dtypes: Mapping[str, torch.dtype], read: Read) -> l
     for key, ours in parts.items():
         name, piece = ours[0]
         shape, dtype = piece.stored_shape(key_map.weights[name].shape), dtypes[name]
-        made.append(Output(key, shape, dtype, partial(stored_stretches, shape, dtype, ours, read)))
+        made.append(Output(key, shape, dtype, partial(stored_stretches, shape, dtype, ours, read, locate)))
     return made
 
 
 @torch.no_grad()
 def stored_stretches(
-    shape: list[int], dtype: torch.dtype, ours: list[tuple[str, KeyPart]], read: Read
-) -> Iterator[Tensor]:
+    shape: list[int], dtype: torch.dtype, ours: list[tuple[str, KeyPart]], read: Read, locate: Locate
+) -> Iterator[Tensor | FileSpan]:
     """The values of a tensor as it is stored, row after row where ours are stored as they are or row by row."""
     (name, piece), *more = ours
-    if not more and piece == KeyPart(piece.key) and shape:
+    is_plain = not more and piece == KeyPart(piece.key)
+    if is_plain and (found := locate(name, dtype)) is not None:
+        yield found
+    elif is_plain and shape:
         for rows in stretches(shape, dtype):
             yield read(name, rows).to(dtype)
     elif piece.stored_row is not None:

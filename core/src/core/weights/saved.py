@@ -25,7 +25,12 @@ class Saved:
             name.removeprefix(PREFIX): stored for name, stored in found.tensors().items() if name.startswith(PREFIX)
         }
         self.headers = {
-            name: Header(Path(str(found), stored.pieces[0].file), list(stored.shape), NAMES[stored.dtype])
+            name: Header(
+                Path(str(found), stored.pieces[0].file),
+                list(stored.shape),
+                NAMES[stored.dtype],
+                stored.pieces[0].at if found.storage.is_local and len(stored.pieces) == 1 else 0,
+            )
             for name, stored in self._stored.items()
         }
         self.promised: dict[str, str] = {}

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from errno import EIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,15 @@ class Header(NamedTuple):
     shape: list[int]
     dtype: str
     at: int = 0
-    """Where its bytes begin in the file."""
+    """Where its bytes begin in the file; 0 where they do not lie there one behind the other."""
+
+
+class FileSpan(NamedTuple):
+    """Bytes of a file that are copied as they are."""
+
+    file: Path
+    at: int
+    n_bytes: int
 
 
 class Output(NamedTuple):
@@ -56,8 +64,9 @@ class Output(NamedTuple):
     key: str
     shape: list[int]
     dtype: torch.dtype
-    make: Callable[[], Iterator[Tensor]]
-    """The values on the CPU, of this type, in stretches of any shape that follow one another along axis 0."""
+    make: Callable[[], Iterator[Tensor | FileSpan]]
+    """The values, in stretches that follow one another along axis 0: on the CPU, of this type and of any shape, or
+    where they stand."""
 
     @property
     def n_bytes(self) -> int:
@@ -112,8 +121,12 @@ def write_shard(file: Path, outputs: Sequence[Output]) -> None:
             for output in ordered:
                 n_bytes = 0
                 for part in output.make():
-                    n_bytes += part.nbytes
-                    writer.write(memory(part.contiguous()))
+                    if isinstance(part, FileSpan):
+                        n_bytes += part.n_bytes
+                        writer.copy(part)
+                    else:
+                        n_bytes += part.nbytes
+                        writer.write(memory(part.contiguous()))
                 assert n_bytes == output.n_bytes, f"{output.key} has {n_bytes:,} bytes, not {output.n_bytes:,}"
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
@@ -144,15 +157,40 @@ class BackgroundWriter:
 
     def write(self, data: memoryview) -> None:
         """Write bytes that stay as they are. Raises what went wrong with those before."""
-        self._waiting.append(self._writer.submit(self._write, data))
+        self._submit(self._write, data)
+
+    def copy(self, span: FileSpan) -> None:
+        """Write bytes of another file, which the system copies: none of them comes here. Raises as `write` does, and
+        `UserError` where they cannot be read."""
+        self._submit(self._copy, span)
+
+    def _submit(self, do: Callable[..., None], *what: Any) -> None:
+        self._waiting.append(self._writer.submit(do, *what))
         if len(self._waiting) > STRETCHES_BEHIND:
             self._waiting.popleft().result()
 
     def _write(self, data: memoryview) -> None:
-        self._n_bytes += len(data)
         while data:
-            data = data[self.stream.write(data) :]
-            advance()
+            data = data[(n_bytes := self.stream.write(data)) :]
+            self._advance(n_bytes)
+
+    def _copy(self, span: FileSpan) -> None:
+        try:
+            source = open(span.file, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{span.file} cannot be read: {error.strerror}") from error
+        with source:
+            at, left = span.at, span.n_bytes
+            while left:
+                n_bytes = os.sendfile(self.stream.fileno(), source.fileno(), at, min(left, STRETCH_BYTES))
+                if not n_bytes:
+                    raise UserError(f"{span.file} cannot be read: {left:,} bytes are missing at its end")
+                at, left = at + n_bytes, left - n_bytes
+                self._advance(n_bytes)
+
+    def _advance(self, n_bytes: int) -> None:
+        advance()
+        self._n_bytes += n_bytes
         if self._n_bytes > FLUSH_BYTES and (self._flushed is None or self._flushed.done()):
             self._n_bytes = 0
             self._flushed = self._flusher.submit(os.fdatasync, self.stream.fileno())

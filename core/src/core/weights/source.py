@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.find import Found
+from core.checkpoint.index import NAMES
 from core.config.errors import UserError, at_most
 from core.weights.files import Folder
 from core.weights.key_map import KeyMap, KeyPart
@@ -17,7 +19,7 @@ from core.weights.prefix import renamed
 from core.weights.quantised import EncodedWeight, stored_weights
 from core.weights.saved import Saved
 from core.weights.schemes import check_keys
-from core.weights.shard_file import Header, RowSpan, stretches
+from core.weights.shard_file import FileSpan, Header, RowSpan, stretches
 
 log = logging.getLogger("armature")
 
@@ -83,6 +85,14 @@ class WeightSource:
         """A stored weight, or rows of one that is not stored in few bits, or one row of any; decoded."""
         stored = self.stored[key]
         return stored.decode(*(self.folder.read(part, rows) for part in stored.keys))
+
+    def span(self, key: str, dtype: torch.dtype) -> FileSpan | None:
+        """Where the bytes of a stored weight stand, if they are its values in this type, one behind the other."""
+        first, *more = self.stored[key].keys
+        header = self.folder.headers[first]
+        if more or not header.at or header.dtype != NAMES.get(dtype):
+            return None
+        return FileSpan(header.file, header.at, prod(header.shape) * dtype.itemsize)
 
     def reads_rows(self, name: str) -> bool:
         """Whether the values of a stretch of rows of our weight are read without the others."""
