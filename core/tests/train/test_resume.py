@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,23 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, path: Callable[[Path
     for name, weight in trainer.built.named_parameters():
         assert torch.equal(weight, whole[f"model.{name}"])
     assert not trainer.optimizer.state["norm.weight"]["exp_avg"].any()
+
+
+def test_a_run_with_multi_token_prediction_begins_with_weights_that_have_none(tmp_path, capfd):
+    first = trained(tmp_path / "first")
+    second = a_run(tmp_path / "second", initial_load_path=str(first))
+    second.model.n_mtp_layers = 1
+    drawn = begun(replace(second, checkpoint=Checkpoint(), dump_folder=str(tmp_path / "drawn")))
+    capfd.readouterr()
+    trainer = begun(second)
+    said = "".join(capfd.readouterr())
+    assert said.count("has no weights of multi-token prediction: they are not loaded") == 1 and "mtp" not in said
+    whole, fresh = weights(tmp_path / "first", 4), dict(drawn.built.named_parameters())
+    found = dict(trainer.built.named_parameters())
+    mtp = {name for name in found if f"model.{name}" not in whole}
+    assert {"ahead.2.norm.weight", "layers.2.attention.wq.weight"} < mtp
+    for name, weight in found.items():
+        assert torch.equal(weight, fresh[name] if name in mtp else whole[f"model.{name}"]), name
 
 
 def test_a_run_goes_on_from_the_folder_of_another(tmp_path):

@@ -33,7 +33,7 @@ from core.step.update import train_step
 from core.testing.activation_checkpoint import assert_equal_gradients, checkpoint_blocks, gradients
 from core.testing.model_suite import random_tokens, two_documents
 from core.testing.toy import on_cpu, randomise
-from core.weights.folder import hf_config, load_folder
+from core.weights.folder import hf_config, load_folder, save_weights
 from core.weights.hf import load_hf, save_hf
 from deepseek_v3 import configs
 from deepseek_v3.model import DeepSeekV3, size
@@ -80,6 +80,32 @@ def test_blocks_whose_weights_are_not_there_are_left_out(tmp_path: Path) -> None
     assert hf_config(DeepSeekV3, tmp_path / "ours", said.append).n_mtp_layers == 2 and len(said) == 1
     (tmp_path / "ours/model.safetensors").unlink()
     assert hf_config(DeepSeekV3, tmp_path / "ours").n_mtp_layers == 2
+
+
+def test_a_model_with_more_blocks_takes_the_other_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A recipe may want multi-token prediction where a folder has none of it, at Hugging Face and in our form."""
+    caplog.set_level("INFO", "armature")
+    without = build(0)
+    save_hf(without, tmp_path / "hf")
+    save_weights(without, tmp_path / "ours")
+    for number, folder in enumerate((tmp_path / "hf", tmp_path / "ours"), start=1):
+        model = build(1)
+        randomise(model, seed=2)
+        drawn = {name: weight.clone() for name, weight in model.state_dict().items()}
+        load_folder(model, folder)
+        assert caplog.text.count("weights of multi-token prediction: they are not loaded") == number
+        expected = drawn | without.state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+def test_blocks_for_multi_token_prediction_are_there_whole_or_not(tmp_path: Path) -> None:
+    save_hf(build(1), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    last = build(0).config.n_layers
+    del stored[f"model.layers.{last}.enorm.weight"]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"model.layers.{last}.enorm.weight is missing"):
+        load_folder(build(1), tmp_path)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from core.train.state import (
 from core.weights.companions import run_companions
 from core.weights.convert import write_as_hf
 from core.weights.folder import folder_source, is_published, model_of
+from core.weights.key_map import mtp_weights
 from core.weights.same_model import check_same_model
 
 log = logging.getLogger("armature")
@@ -236,7 +237,7 @@ class RunCheckpoints:
         if not c.initial_load_in_hf and self.ranks.first(lambda: next(candidates(path), None)):
             found = find_in(path, self.ranks)
             check_same_model(self.model, model_of(found.config()), found, allow=allow)
-            return self.saver.load(found, self._weights)
+            return self.saver.load(found, self._stored_weights(found))
         if c.initial_load_in_hf and not is_published(path):
             raise UserError(f"{path} is no Hugging Face folder: leave initial_load_in_hf out")
         source = folder_source(self.model, Path(path), allow_model_change=allow)
@@ -250,6 +251,16 @@ class RunCheckpoints:
                 with torch.no_grad():
                     piece = self.layout.local_slice(weight)
                     source.fill(name, piece.value, piece.start)
+
+    def _stored_weights(self, found: Found) -> dict[str, torch.Tensor]:
+        """The weights of this rank that a run begins with: those of multi-token prediction stay as they were drawn
+        where a checkpoint has none."""
+        n_layers = self.model.config.n_layers
+        stored = (name for name in found.tensors() if name.startswith("model."))
+        lacking = mtp_weights(self._weights, n_layers) if not mtp_weights(stored, n_layers) else frozenset()
+        if lacking:
+            log.info(f"{found} has no weights of multi-token prediction: they are not loaded")
+        return {name: weight for name, weight in self._weights.items() if name not in lacking}
 
     def _export(self, found: Found, folder: Path) -> None:
         folder.mkdir()

@@ -16,7 +16,7 @@ from core.config.links import file_in
 from core.config.record import to_dict, to_json
 from core.weights.hf import load_from, save_by
 from core.weights.hf_model import StoredModel, with_hf
-from core.weights.key_map import hf_key_map, own_key_map
+from core.weights.key_map import hf_key_map, mtp_weights, own_key_map
 from core.weights.same_model import check_same_model
 from core.weights.saved import newest
 from core.weights.source import WeightSource
@@ -37,11 +37,13 @@ def load_folder(model: StoredModel, folder: str | Path, *, allow_model_change: b
 
 
 def folder_source(model: StoredModel, found: Path | Found, *, allow_model_change: bool = False) -> WeightSource:
-    """The weights of `load_folder` for `model`, which needs no memory; errors and logs as there."""
+    """The weights of `load_folder` for `model`, which needs no memory; errors and logs as there. Those of multi-token
+    prediction may be missing."""
     if not is_published(found):
         return own_source(model, found, allow_model_change=allow_model_change)
     check_same_model(model, to_dict(hf_config(type(model), found)), found, allow=allow_model_change)
-    return WeightSource(hf_key_map(model), found)
+    key_map = hf_key_map(model)
+    return WeightSource(key_map, found, may_lack=mtp_weights(key_map.weights, model.config.n_layers))
 
 
 def is_published(found: str | Path | Found) -> TypeGuard[str | Path]:
@@ -65,7 +67,8 @@ def own_source(model: StoredModel, folder: str | Path | Found, *, allow_model_ch
     if (found := class_of(folder)) != ours:
         raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
     check_same_model(model, model_of(read_config(folder)), folder, allow=allow_model_change)
-    return WeightSource(own_key_map(model), folder)
+    key_map = own_key_map(model)
+    return WeightSource(key_map, folder, may_lack=mtp_weights(key_map.weights, model.config.n_layers))
 
 
 def save_weights(

@@ -1,8 +1,8 @@
 """Where each weight of a model stands in a folder, piece by piece: as Hugging Face has it, or under our own names."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -88,6 +88,14 @@ class KeyMap:
         known = {piece.key for places in self.places.values() for pieces in places for piece in pieces}
         return known | self.repeats.keys() | self.copies.keys()
 
+    def without(self, names: Set[str]) -> "KeyMap":
+        """The same for a model that does not have these weights."""
+        return replace(
+            self,
+            weights={name: weight for name, weight in self.weights.items() if name not in names},
+            places={name: places for name, places in self.places.items() if name not in names},
+        )
+
     def ignores(self, key: str) -> bool:
         """Whether a stored key is passed over."""
         return self.ignored is not None and self.ignored.fullmatch(key) is not None
@@ -144,6 +152,11 @@ def pattern_of(name: str) -> tuple[str, str]:
     """A name as a key table has it, with `{i}` for the number of the block, and that number; "" where there is none."""
     number = re.search(r"\.(\d+)\.", name)
     return (name, "") if number is None else (name[: number.start(1)] + "{i}" + name[number.end(1) :], number[1])
+
+
+def mtp_weights(names: Iterable[str], n_layers: int) -> frozenset[str]:
+    """Those of the names of weights that only multi-token prediction has: of the blocks behind the last one."""
+    return frozenset(name for name in names if (number := pattern_of(name)[1]) and int(number) >= n_layers)
 
 
 def key_parts(

@@ -31,7 +31,11 @@ def check_same_model(model: StoredModel, stated: dict[str, Any], place: object, 
     and compute something else. It is logged where `allow`.
     """
     found = differences(to_dict(model.config), completed(stated, model.config))
-    lines = {setting: f"{setting} {before}, not {now}" for setting, before, now in found if setting != "class"}
+    lines = {
+        setting: f"{setting} {before}, not {now}"
+        for setting, before, now in found
+        if setting != "class" and (setting, before) != ("n_mtp_layers", 0)  # of these the reader of weights tells
+    }
     wrong = [line for setting, line in lines.items() if setting.rpartition(".")[2] not in SAME_OUTPUT]
     if wrong and not allow:
         raise UserError(

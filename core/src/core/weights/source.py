@@ -1,7 +1,7 @@
 """The weights of a model in a folder: checked to be all there before any is read, and read piece by piece."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -44,8 +44,11 @@ class WeightSource:
     stored in few bits without its scales, or tied in the model and not equal here.
     """
 
-    def __init__(self, key_map: KeyMap, path: str | Path | Found | StoredFiles) -> None:
-        self.key_map = key_map
+    def __init__(
+        self, key_map: KeyMap, path: str | Path | Found | StoredFiles, *, may_lack: Set[str] = frozenset()
+    ) -> None:
+        """`may_lack` are weights of which none need be there; where none is, they are not looked for, and a line says
+        so."""
         self.folder: StoredFiles
         if isinstance(path, Found):
             self.folder = Saved(path)
@@ -59,6 +62,10 @@ class WeightSource:
                 log.info(f"{path}: keys are read under other names, {old} as {new}")
         headers = {key: header for key, header in self.folder.headers.items() if not key_map.ignores(key)}
         self.stored = stored_weights(headers)
+        if may_lack and not any(part.key in self.stored for name in may_lack for part in key_map.places[name][0]):
+            log.info(f"{path} has none of the {len(may_lack)} weights of multi-token prediction: they are not loaded")
+            key_map = key_map.without(may_lack)
+        self.key_map = key_map
         problems: list[str] = []
         self.pieces: dict[str, list[KeyPart]] = {}
         """Where each of our weights stands; those that need not be there may be missing."""
