@@ -25,7 +25,7 @@ FLOORS = [  # from the ground up; a package may import lower floors and itself; 
     {"core.runtime"},
     {"core.activation_checkpoint", "core.report"},  # the first so that a module of nn may mark a region
     {"core.nn", "core.data", "core.optim", "core.checkpoint"},
-    {"core.parallel", "core.comm", "core.weights"},
+    {"core.parallel", "core.comm", "core.weights", "core.quantization"},
     {"core.step"},
     {"core.plan"},
     {"core.train", "core.generate", "core.doctor"},

@@ -1,6 +1,7 @@
 """The one list of operations whose outputs are expensive: selective checkpointing saves them for backward.
 
-A first-party operation is added by `save_output` on the line where it is defined; no model has a list.
+A first-party operation is added by `save_output`, a product by `save_product`, on the line where it is defined; no
+model has a list.
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.activation_checkpoint.save_output import OURS, Op, check_op
+from core.activation_checkpoint.save_output import OURS, Op, OpT, check_op, save_output
 from core.config.errors import UserError
 
 ATTENTION = (
@@ -29,12 +30,22 @@ SELECTION = ("aten.topk.default", "aten.max.default")
 COMMUNICATION = ("_c10d_functional.reduce_scatter_tensor.default", "_c10d_functional.all_to_all_single.default")
 """Collectives whose output is not larger than their input. all_gather is left out: its output is large."""
 
+PRODUCT_WEIGHTS: dict[Op, int] = {}
+"""First-party matrix products, and which argument is the weight (out, in)."""
+
 OPTIONAL = (
     "higher_order.flex_attention",
     "higher_order.inductor_compiled_code",
     "torch_attn._varlen_attn.default",
 )
 """Operations that exist only where a feature is loaded; `--activation_checkpoint.debug` reports the absent ones."""
+
+
+def save_product(op: OpT, *, weight: int) -> OpT:
+    """Add a first-party matrix product, whose argument of this number is the weight (out, in), to the list: it is
+    counted among PyTorch's. Returns it, as `save_output` does."""
+    PRODUCT_WEIGHTS[op] = weight
+    return save_output(op)
 
 
 def find_op(name: str) -> Op | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from core.activation_checkpoint import ops, region
-from core.activation_checkpoint.ops import saved_ops
+from core.activation_checkpoint.ops import PRODUCT_WEIGHTS, saved_ops
 from core.activation_checkpoint.region import current_mark
 from core.activation_checkpoint.replay import Replay, Trace, replay_contexts
 from core.activation_checkpoint.save_output import Op
@@ -57,8 +57,8 @@ def default_activation_checkpoint_policy(
 
     1. inside `kept()`, or a copy from a device to the host: saved;
     2. in mode "full": computed again;
-    3. a matrix product (mm, addmm, linear) inside `recomputed()`, or whose weight has one of `recompute_shapes`
-       (in, out): computed again, and not counted;
+    3. a matrix product (mm, addmm, linear, first-party ones) inside `recomputed()`, or whose weight has one of
+       `recompute_shapes` (in, out): computed again, and not counted;
     4. every second other matrix product of a call of the block: computed again;
     5. on the list of `ops.py`, or one of `save_ops`: saved, unless inside `recomputed()`;
     6. all others: computed again.
@@ -104,6 +104,8 @@ def weight_shape(op: Op, args: tuple[Any, ...]) -> Shape | None:
         right = args[2]
     elif op is aten.linear.default:
         right = args[1].t()
+    elif op in PRODUCT_WEIGHTS:
+        right = args[PRODUCT_WEIGHTS[op]].t()
     else:
         return None
     return right.shape[0], right.shape[1]

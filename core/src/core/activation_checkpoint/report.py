@@ -79,6 +79,7 @@ def survey_mode(config: Any, mode: str) -> Survey:
         replace(config.activation_checkpoint, mode=mode),
         shape=(training.local_batch_size, training.seq_len),
         dtype=dtype_of(training),
+        converters=config.converters,
     )
 
 

@@ -1,6 +1,6 @@
 """One forward of a model on fake tensors: what every operation of its blocks would save, recompute and cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +68,15 @@ def survey(
     *,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    converters: Sequence[Configurable.Config] = (),
 ) -> Survey:
-    """Run the model once on `shape` (rows, length) tokens with products in `dtype`, in the mode of `config`."""
+    """Run the model once on `shape` (rows, length) tokens with products in `dtype`, in the mode of `config`; its layers
+    are changed by `converters` first."""
     blocks: list[tuple[list[Row], int]] = []
     with FakeTensorMode():
         model = model_config.build()
+        for converter in converters:
+            converter.build().apply(model)
         config.build(folder=Path()).apply(model)
         tokens = torch.zeros(shape, dtype=torch.int64)
         precision = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype, cache_enabled=False)

@@ -23,9 +23,8 @@ GROUPED_MM_WEIGHT = torch.ops.armature.grouped_mm_weight.default  # the gradient
 def grouped_mm(x_RI: Tensor, weight_GOI: Tensor, counts_G: Tensor) -> Tensor:
     """Each row times the matrix of its group, (R, O): the first `counts_G[0]` rows belong to group 0, and so on.
 
-    `counts_G` (int64) adds up to R; groups may be empty, and all of them. Under autocast the product is computed in its
-    dtype, as by `F.linear`. GPUs from Hopper on have a kernel for bf16 that stays on the device; elsewhere `counts_G`
-    is read by the host, and a group is a product.
+    `counts_G` (int64) adds up to R; any groups may be empty. Under autocast its dtype is computed in, as by `F.linear`.
+    GPUs from Hopper on have a kernel for bf16; elsewhere `counts_G` is read by the host, and a group is a product.
     """
     x_RI, weight_GOI = to_autocast(x_RI), to_autocast(weight_GOI)
     if _has_kernel(x_RI, weight_GOI):
@@ -46,12 +45,14 @@ class GroupedLinear(Module):
         self.start = {"weight": Normal(std), "bias": Constant(0.0)}
 
     def forward(self, x_RI: Tensor, counts_G: Tensor) -> Tensor:
-        y_RO = grouped_mm(x_RI, self.weight, counts_G)
+        return self._with_bias(grouped_mm(x_RI, self.weight, counts_G), counts_G)
+
+    def _with_bias(self, y_RO: Tensor, counts_G: Tensor) -> Tensor:
         if self.bias is None:
             return y_RO
         # Copied to the rows in fp32 at least: the gradient is their sum, and a GPU adds rows of bf16 up in bf16.
         bias_GO = self.bias.to(torch.promote_types(self.bias.dtype, torch.float32))
-        return y_RO + bias_GO.repeat_interleave(counts_G, dim=0, output_size=x_RI.shape[0]).to(y_RO.dtype)
+        return y_RO + bias_GO.repeat_interleave(counts_G, dim=0, output_size=y_RO.shape[0]).to(y_RO.dtype)
 
 
 def to_autocast(tensor: Tensor) -> Tensor:

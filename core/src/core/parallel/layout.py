@@ -75,6 +75,10 @@ class RankView(ABC):
         """Let the next backward sum gradients over ranks, or leave that to a later one of the step."""
 
     @abstractmethod
+    def measure_weights(self, stages: list[Decoder]) -> None:
+        """Find the scales of weights that are gathered in few bits: before each use of weights that were changed."""
+
+    @abstractmethod
     def let_go(self, stages: list[Decoder]) -> None:
         """Gather weights anew before they are used again."""
 
@@ -151,6 +155,9 @@ class SingleRank(RankView):
         pass
 
     def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
+        pass
+
+    def measure_weights(self, stages: list[Decoder]) -> None:
         pass
 
     def let_go(self, stages: list[Decoder]) -> None:

@@ -17,6 +17,7 @@ from core.parallel.data import squared_norm_parts
 from core.parallel.layout import RankView, Wrapping, whole_rows
 from core.parallel.matrices import map_matrices
 from core.parallel.mesh import stage_group, views
+from core.parallel.packed import PackedWeights
 from core.parallel.pipeline import Microbatch, Pipeline, n_stages
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import CutVocabulary
@@ -34,6 +35,7 @@ class ManyRanks(RankView):
         self.data_rank = token["replicate"].get_local_rank() * self.degrees.shard + token["batch"].get_local_rank()
         self.pipeline_rank = token["pipeline"].get_local_rank()
         self.is_first, self.gathers = dist.get_rank() == 0, True
+        self.packed: PackedWeights | None = None
 
     def sums(self, *values: float) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)
@@ -55,6 +57,11 @@ class ManyRanks(RankView):
     def sum_gradients(self, stages: list[Decoder], *, now: bool) -> None:
         for stage in stages:
             cast(FSDPModule, stage).set_requires_gradient_sync(now)
+
+    def measure_weights(self, stages: list[Decoder]) -> None:
+        if self.packed is None:
+            self.packed = PackedWeights(stages)
+        self.packed.measure(self.stage_group)
 
     def let_go(self, stages: list[Decoder]) -> None:
         for module in (module for stage in stages for module in stage.modules()):

@@ -81,7 +81,8 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
         layout: RankView = SingleRank(_CPU) if world_size == 1 else ManyRanks(parallelism, _CPU)
         checkpoint = activation_checkpoint.build(folder=Path()).apply
         wrapping = Wrapping(compute_dtype=dtype, checkpoint=checkpoint, dispatcher=evenly)
-        sampled = sampled_models(run.model, layout, activation_checkpoint, wrapping, run.optimizer.groups)
+        spread = {"groups": run.optimizer.groups, "converters": run.converters}
+        sampled = sampled_models(run.model, layout, activation_checkpoint, wrapping, **spread)
         models = {number: part.model for number, part in sampled.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():

@@ -16,8 +16,8 @@ from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
 from core.plan.fake_step import run_fake_step
 from core.plan.sample_blocks import blocks
 from core.plan.segments import total
+from core.quantization.converter import converted_model
 from core.runtime.device import GIB, MIB
-from core.runtime.meta import meta_model
 from core.step.checks import Run, check_model, check_run, check_sizes
 
 
@@ -130,7 +130,7 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
         raise UserError(f"--world-size {world_size:,} must be at most {MOST_RANKS:,}")
     if world_size is None:
         world_size = run.parallelism.degrees(1).world
-    model = meta_model(run.model)
+    model, conversions = converted_model(run.model, run.converters)
     check_all(
         partial(check_run, run, world_size),
         partial(check_rank, rank, world_size),
@@ -171,7 +171,7 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
             Traffic(axis=kind.axis, collective=kind.collective, calls=step.calls[kind], bytes=n_bytes)
             for kind, n_bytes in sorted(step.sent.items(), key=lambda item: -item[1])
         ],
-        notes=list(notes(run, model, device)),
+        notes=[*map(str, conversions), *notes(run, model, device)],
     )
 
 

@@ -18,6 +18,7 @@ from core.optim.groups import Group
 from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
 from core.parallel.layout import RankView, Wrapping
+from core.quantization.converter import Converter
 from core.step.assemble import spread_models
 
 REACH = 2
@@ -52,6 +53,7 @@ def sampled_models(
     activation_checkpoint: ActivationCheckpoint.Config,
     wrapping: Wrapping,
     groups: Sequence[Group],
+    converters: Sequence[Converter.Config],
 ) -> dict[int, SampledModel]:
     """The model, or this rank's stages of it by their numbers, spread over the ranks and without memory.
 
@@ -69,7 +71,7 @@ def sampled_models(
             del model.layers[str(i)]
         found.append(stand_in)
 
-    models = spread_models(config, layout, wrapping, groups, sample)
+    models = spread_models(config, layout, wrapping, groups, converters, sample)
     sampled = map(SampledModel, models.values(), found)
     return dict(zip(models, sampled, strict=True))
 
@@ -111,9 +113,10 @@ def kind(block: Block, i: int, n_layers: int, activation_checkpoint: ActivationC
     """What makes block number i behave as it does, in words that are equal for equal blocks."""
     mtp_depth = max(i - n_layers + 1, 0)
     parts = [(name, type(part), getattr(part, "config", None)) for name, part in block.named_modules()]
+    changed = [(name, getattr(part, "product", None)) for name, part in block.named_modules()]
     shapes = [(name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters()]
     forced = sorted(forced_shapes(activation_checkpoint, f"layers.{i}", block))
-    return repr((mtp_depth, parts, shapes, block.attention.kernel, forced))
+    return repr((mtp_depth, parts, changed, shapes, block.attention.kernel, forced))
 
 
 def every_weight(sampled_models: dict[int, SampledModel]) -> dict[str, tuple[Weight, nn.Parameter]]:

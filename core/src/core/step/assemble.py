@@ -19,8 +19,8 @@ from core.optim.groups import Group, freeze
 from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.pipeline import Pipeline, cut_stage, split_layers, stages_of
 from core.parallel.settings import Parallelism
+from core.quantization.converter import Converter, converted_model
 from core.runtime.activity import working
-from core.runtime.meta import meta_model
 from core.step.checks import Run, expert_parts
 
 
@@ -50,13 +50,14 @@ def assemble(
     seed: int,
     n_microbatches: int,
     groups: Sequence[Group] = (),
+    converters: Sequence[Converter.Config] = (),
 ) -> BuiltModel:
     """The parts of this rank, their weights drawn by (seed, name), equal in every layout.
 
     `n_microbatches` is how many travel a pipeline per step. Weights are stored in `dtype`; those of
-    frozen `groups` get no gradient.
+    frozen `groups` get no gradient. The layers are changed by `converters` first.
     """
-    models = spread_models(config, layout, wrapping, groups)
+    models = spread_models(config, layout, wrapping, groups, converters)
     for model in models.values():
         weights_on = torch.device("cpu") if layout.settings.cpu_offload else None
         materialise(model, layout.device, dtype, weights_on=weights_on)
@@ -69,6 +70,7 @@ def spread_models(
     layout: RankView,
     wrapping: Wrapping,
     groups: Sequence[Group],
+    converters: Sequence[Converter.Config],
     change: Callable[[Decoder], object] = lambda model: None,
 ) -> dict[int, Decoder]:
     """The stages of this rank by their numbers, or the whole model as 0, spread over the ranks and without memory.
@@ -79,7 +81,8 @@ def spread_models(
     stages = split_layers(settings, config.n_layers) if piped else []
     models = {}
     for number in stages_of(layout.pipeline_rank, settings, config.n_layers) if piped else [0]:
-        models[number] = model = meta_model(config)
+        model, _ = converted_model(config, converters)
+        models[number] = model
         if piped:
             cut_stage(model, stages, number)
         freeze(model.named_parameters(), groups)

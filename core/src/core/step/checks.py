@@ -25,6 +25,8 @@ from core.optim.optimizer import Optimizer
 from core.optim.weight import names_matrix
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, split_layers, splits_backward, stage_of
 from core.parallel.settings import Degrees, Parallelism, world_problems
+from core.quantization.converter import Converter
+from core.step.converted import check_converted
 from core.step.in_backward import in_backward_problems
 from core.step.loss import Loss
 from core.step.settings import Compile, Debug, Training
@@ -45,6 +47,7 @@ class Run(Protocol):
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint.Config
     checkpoint: Checkpoint
+    converters: list[Converter.Config]
     compile: Compile
     debug: Debug
 
@@ -184,6 +187,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
     check_all(
         partial(check_attention, model, run, device),
         partial(check_shares, model, run.parallelism),
+        partial(check_converted, model, run, device),
         partial(check_overlap, run.parallelism, device),
         partial(check_pinned, run.checkpoint, device),
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,

@@ -83,6 +83,7 @@ class Objective:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """This rank's part of the main loss of `batches`."""
+        self.layout.measure_weights(self.stages)
         if self.pipeline is not None:
             losses = self.pipeline.run(self._microbatches(batches), self.reader, backward=False)
             return math.fsum(loss.item() for loss in losses)

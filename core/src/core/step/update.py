@@ -72,6 +72,7 @@ def train_step(
     optimizer.zero_grad()
     for part in objective.stages:
         start_step(part, n_valid)
+    layout.measure_weights(objective.stages)
     tallies = objective.tallies(sources)
     early = None
     if optimizer.config.in_backward:

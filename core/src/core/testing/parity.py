@@ -23,6 +23,7 @@ from core.parallel.apply import dtensor_slice
 from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
+from core.quantization.converter import Converter
 from core.step.assemble import BuiltModel, assemble, compile_block
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
@@ -55,6 +56,7 @@ class Case:
     """Backend of torch.compile; None leaves the blocks as they are."""
     loss: Loss.Config = field(default_factory=lambda: CrossEntropy.Config(chunk_tokens=24))
     optimizer: Optimizer.Config = field(default_factory=lambda: AdamW.Config(lr=1e-2))
+    converters: list[Converter.Config] = field(default_factory=list)
 
 
 @dataclass
@@ -128,6 +130,7 @@ def build_case(case: Case, layout: RankView) -> BuiltModel:
         dtype=case.weights_dtype,
         seed=7,
         groups=case.optimizer.groups,
+        converters=case.converters,
         n_microbatches=rows // case.parallelism.pipeline_parallel_microbatch_size,
     )
     widen(built)

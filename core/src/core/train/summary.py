@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from platform import platform
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from core.nn.module import Flops
 from core.optim.schedule import Schedule
 from core.parallel.settings import Degrees, describe_degrees
+from core.quantization.converter import Conversion
 from core.runtime.device import describe
 from core.runtime.log import WIDTH, event
 from core.step.checks import Run
@@ -44,6 +46,7 @@ def summary(
     rows_per_step: int,
     folder: Path,
     schedule: Schedule,
+    conversions: Sequence[Conversion] = (),
 ) -> str:
     """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device.
 
@@ -59,6 +62,7 @@ def summary(
         "model": f"{type(run.model).__qualname__.removesuffix('.Config')} ({run.recipe or 'no recipe'})",
         "parameters": f"{n_parameters:,}",
         "FLOPs": f"{flops.total:,} per token ({flops.attention / flops.total:.0%} in attention)",
+        "layers": "; ".join(map(str, conversions)),
         "data": described["data"],
         "tokenizer": described["tokenizer"] + unused(n_tokens, run.model.vocab_size),
         "device": f"{described['device']}; weights {run.training.dtype}, compute {compute}",
@@ -71,7 +75,7 @@ def summary(
     }
     if run.metrics.enable_tensorboard:
         rows["curve"] = f"tensorboard --logdir {folder / run.metrics.save_tb_folder}"
-    head = {name: row(name, value) for name, value in rows.items()}
+    head = {name: row(name, value) for name, value in rows.items() if value}
     picture = schedule.picture(last_step, WIDTH - MARGIN)
     head["rate"] = "\n".join([head["rate"], *(f"{'':<{MARGIN}}{line}".rstrip() for line in picture)])
     return "\n".join(head.values())

@@ -31,13 +31,13 @@ from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
+from core.quantization.converter import Converter, converted_model
 from core.runtime.agreement import check_agreement
 from core.runtime.device import describe, select_device
 from core.runtime.distributed import Comm, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.launcher import World, find_world
 from core.runtime.log import start_logging
-from core.runtime.meta import meta_model
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
@@ -104,6 +104,8 @@ class Trainer(Configurable):
         """How long ranks wait for one another."""
         activation_checkpoint: ActivationCheckpoint.Config = field(default_factory=ActivationCheckpoint.Config)
         """What backward keeps, and what it computes again."""
+        converters: list[Converter.Config] = field(default_factory=list)
+        """What changes layers of the model before it has memory: low precision, adapters."""
         compile: Compile = field(default_factory=Compile)
         """torch.compile."""
         checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -126,7 +128,7 @@ class Trainer(Configurable):
         seed_everything(c.debug.seed, deterministic=c.debug.deterministic)
         self.tokenizer = c.tokenizer.build()
         check_vocabulary(self.tokenizer, c.model.vocab_size)
-        whole = meta_model(c.model)
+        whole, self.conversions = converted_model(c.model, c.converters)
         check_model(whole, c, self.device)
         check_memory(whole, c, self.device, self.world)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
@@ -183,7 +185,7 @@ class Trainer(Configurable):
             compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
         )
         dtype, n = getattr(torch, c.training.dtype), n_rows // c.parallelism.pipeline_parallel_microbatch_size
-        start = {"dtype": dtype, "seed": c.debug.seed, "groups": c.optimizer.groups}
+        start = {"dtype": dtype, "seed": c.debug.seed, "groups": c.optimizer.groups, "converters": c.converters}
         self.built = assemble(c.model, self.layout, wrapping, n_microbatches=n, **start)
         if c.debug.moe_force_load_balance:
             for model in self.built.models:
@@ -214,12 +216,9 @@ class Trainer(Configurable):
             {"data": self.loader.description, "tokenizer": self.tokenizer.description, "device": describe(self.device)},
             dtype=self.compute_dtype,
             flops=self.flops_per_token,
-            n_parameters=self.n_parameters,
             n_tokens=self.tokenizer.vocab_size,
-            last_step=self.last_step,
-            rows_per_step=self.rows_per_step,
-            folder=self.folder,
-            schedule=self.schedule,
+            **{name: getattr(self, name) for name in ("n_parameters", "last_step", "rows_per_step")},
+            **{name: getattr(self, name) for name in ("conversions", "folder", "schedule")},
         )
 
     def run(self) -> RunResult:

@@ -2,6 +2,7 @@
 
 from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
+from core.quantization.float8 import Float8LinearConverter
 from core.step.settings import Training
 from core.train.debug_run import debug_run
 from core.train.trainer import Trainer
@@ -11,6 +12,13 @@ from gpt_oss.model import size
 def gpt_oss_debug() -> Trainer.Config:
     """A small GPT-OSS that learns the standard library's text on a laptop's CPU in about three minutes."""
     return debug_run(size("debug"))
+
+
+def gpt_oss_debug_float8() -> Trainer.Config:
+    """`gpt_oss_debug` with products of 8 bits, which plain arithmetic emulates: on a CPU slower, and as good."""
+    config = gpt_oss_debug()
+    config.converters = [Float8LinearConverter.Config(emulate=True)]
+    return config
 
 
 def gpt_oss_20b() -> Trainer.Config:

@@ -2,6 +2,7 @@
 
 from core.optim.adam import AdamW
 from core.optim.schedule import Schedule
+from core.quantization.float8 import Float8LinearConverter
 from core.step.settings import Training
 from core.train.debug_run import debug_run
 from core.train.profile import Profiler
@@ -13,6 +14,13 @@ from llama3.model import size
 def llama3_debug() -> Trainer.Config:
     """A small Llama 3 that learns the standard library's text on a laptop's CPU in about two minutes."""
     return debug_run(size("debug"))
+
+
+def llama3_debug_float8() -> Trainer.Config:
+    """`llama3_debug` with products of 8 bits, which plain arithmetic emulates: on a CPU slower, and as good."""
+    config = llama3_debug()
+    config.converters = [Float8LinearConverter.Config(emulate=True)]
+    return config
 
 
 def llama3_8b() -> Trainer.Config:
@@ -60,4 +68,11 @@ def llama3_405b() -> Trainer.Config:
     config.optimizer.lr = 8e-5
     config.lr_scheduler.warmup_steps = 600
     config.compile.enable = True
+    return config
+
+
+def llama3_405b_float8() -> Trainer.Config:
+    """Llama 3.1 405B with products of 8 bits, whose weights are gathered as bytes."""
+    config = llama3_405b()
+    config.converters = [Float8LinearConverter.Config(enable_fsdp_float8_all_gather=True)]
     return config

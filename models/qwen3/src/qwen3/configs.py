@@ -3,6 +3,7 @@
 from core.optim.adam import AdamW
 from core.optim.muon import Muon
 from core.optim.schedule import Schedule
+from core.quantization.float8 import Float8LinearConverter
 from core.step.settings import Training
 from core.train.debug_run import debug_run
 from core.train.metrics import Metrics
@@ -13,6 +14,13 @@ from qwen3.model import size
 def qwen3_debug() -> Trainer.Config:
     """A small Qwen3 that learns the standard library's text on a laptop's CPU in about two minutes."""
     return debug_run(size("debug"))
+
+
+def qwen3_debug_float8() -> Trainer.Config:
+    """`qwen3_debug` with products of 8 bits, which plain arithmetic emulates: on a CPU slower, and as good."""
+    config = qwen3_debug()
+    config.converters = [Float8LinearConverter.Config(emulate=True)]
+    return config
 
 
 def qwen3_debug_muon() -> Trainer.Config:

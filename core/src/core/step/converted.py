@@ -1,0 +1,53 @@
+"""Whether a run's ranks and device can compute what converters made of its layers."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from core.config.errors import joined
+from core.config.fields import Problem
+from core.nn.decoder import Decoder
+from core.nn.product import layer_products
+from core.nn.weights import weights
+from core.parallel.settings import Parallelism
+from core.quantization.converter import Converter
+from core.step.shares import ranks_that_share
+
+
+class ConvertedRun(Protocol):
+    """What is asked of the configuration of a run."""
+
+    parallelism: Parallelism
+    converters: list[Converter.Config]
+
+
+def check_converted(model: Decoder, run: ConvertedRun, device: torch.device) -> None:
+    """Raise `UserError` for converters whose layers `device` cannot compute, or the ranks cannot share."""
+    problems = [*device_problems(run.converters, device), *block_problems(model, run.parallelism)]
+    if problems:
+        raise joined(problems)
+
+
+def device_problems(converters: list[Converter.Config], device: torch.device) -> Iterator[Problem]:
+    """Converters that a device has no kernels for."""
+    for i, config in enumerate(converters):
+        if problem := config.build().device_problem(device):
+            yield f"converters.{i}", problem
+
+
+def block_problems(model: Decoder, parallelism: Parallelism) -> Iterator[Problem]:
+    """Converted layers whose weight ranks would cut within a block: told once for each degree and size."""
+    sizes = {id(layer.weight): product.multiple for layer, product in layer_products(model)}
+    told: set[str] = set()
+    for weight in weights(model):
+        multiple = sizes.get(id(weight.value), 1)
+        for axis, size in zip(weight.axes[-2:], weight.value.shape[-2:], strict=True) if multiple > 1 else ():
+            n, words = ranks_that_share(axis, parallelism)
+            if n > 1 and size % (n * multiple) and (message := f"{words} cuts {axis} {size:,}") not in told:
+                told.add(message)
+                yield (
+                    "converters",
+                    f"{weight.name}: {message} into parts that are no multiples of {multiple}: use a lower degree, or "
+                    "leave the layer out with filter_fqns",
+                )
