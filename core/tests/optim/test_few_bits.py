@@ -12,16 +12,21 @@ from core.nn.start import Constant
 from core.nn.weights import Weight
 from core.optim.adam import AdamW
 from core.optim.few_bits import (
+    AT_ONCE,
+    IN_CACHE,
     NUMBERS_PER_SCALE,
     Draw,
+    InBlocks,
+    Rounded,
     from_eight_bits,
+    hashes,
     magnitudes,
     random_bits,
     rounded,
     to_eight_bits,
 )
 from core.optim.muon import Muon
-from core.optim.optimizer import AT_ONCE, Optimizer, updated_at_once
+from core.optim.optimizer import Optimizer, updated_at_once
 from core.parallel.layout import SingleRank
 from core.parallel.settings import Parallelism
 from core.runtime.meta import meta_model
@@ -37,7 +42,21 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def bits(n: int, text: str = "a") -> Tensor:
-    return random_bits(Draw(text, (0,), torch.Size([n])), torch.zeros(n))
+    return bits_of(Draw(text, (0,), torch.Size([n])), torch.zeros(n)).flatten()
+
+
+def in_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
+    return rounded(value, bits).to(torch.int16).view(torch.bfloat16)
+
+
+def decoded(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    found = torch.empty(codes.shape)
+    from_eight_bits(codes, scales, signed=signed, out=found)
+    return found
+
+
+def bits_of(draw: Draw, like: Tensor) -> Tensor:
+    return random_bits(*hashes(draw, like)).view(like.shape)
 
 
 def built(config: Optimizer.Config, weight: nn.Parameter) -> Optimizer:
@@ -45,26 +64,44 @@ def built(config: Optimizer.Config, weight: nn.Parameter) -> Optimizer:
     return config.build(weights=[Weight("w.weight", weight, axes, Constant(0.0))], layout=SingleRank(CPU))
 
 
-def test_random_bits_are_even_and_differ_by_text() -> None:
+@pytest.mark.parametrize("shape", [(2**18,), (2**15, 8), (512, 512)])
+def test_random_bits_are_even_and_differ_by_text_and_place(shape: tuple[int, ...]) -> None:
     n = 2**18
-    found = bits(n)
-    counts = torch.bincount(found.long(), minlength=2**16)
+    found, other = (bits_of(Draw(text, (0,) * len(shape), torch.Size(shape)), torch.zeros(shape)) for text in "ab")
+    counts = torch.bincount(found.flatten().long(), minlength=2**16)
     assert len(counts) == 2**16 and counts.float().std().item() == pytest.approx((n / 2**16) ** 0.5, rel=0.05)
-    for other in (bits(n, "b"), found.roll(1)):
-        correlation = torch.corrcoef(torch.stack([found.double(), other.double()]))[0, 1].item()
-        assert abs(correlation) < 5 / n**0.5
+    for moved in (other, found.roll(1, 0), found.roll(1, -1), found.roll(7, 0).roll(3, -1)):
+        pair = torch.stack([found.double().flatten(), moved.double().flatten()])
+        assert abs(torch.corrcoef(pair)[0, 1].item()) < 5 / n**0.5
+        together = (pair.long() >> 8).mul(torch.tensor([[256], [1]])).sum(0)  # also where no straight line shows it
+        counts = torch.bincount(together, minlength=2**16)
+        assert len(counts) == 2**16 and counts.float().std().item() == pytest.approx((n / 2**16) ** 0.5, rel=0.05)
 
 
 def test_a_slice_has_the_bits_of_its_place_in_the_whole() -> None:
     whole = torch.zeros(4, 6, 10)
-    expected = random_bits(Draw("a", (0, 0, 0), whole.shape), whole)[1:3, 2:, 5:9]
-    assert torch.equal(random_bits(Draw("a", (1, 2, 5), whole.shape), whole[1:3, 2:, 5:9]), expected)
+    expected = bits_of(Draw("a", (0, 0, 0), whole.shape), whole)[1:3, 2:, 5:9]
+    assert torch.equal(bits_of(Draw("a", (1, 2, 5), whole.shape), whole[1:3, 2:, 5:9]), expected)
+
+
+def test_stretches_make_up_the_whole() -> None:
+    """More than a CPU works on at once: rows and blocks at their places, against all at once."""
+    shape = torch.Size([3, 70, IN_CACHE // 64 + 10])
+    value, draw = drawn(0, *shape), Draw("a", (0, 0, 0), shape)
+    kept = Rounded(torch.empty(shape, dtype=torch.bfloat16))
+    kept.write(value, draw)
+    assert torch.equal(kept.read(), in_bfloat16(value, bits_of(draw, value)).float())
+    codes, scales = torch.empty(shape, dtype=torch.uint8), torch.empty(3, 70, -(-shape[-1] // NUMBERS_PER_SCALE))
+    blocks = InBlocks(codes, scales, signed=True)
+    blocks.write(value, draw)
+    expected = decoded(*to_eight_bits(value.view(-1, shape[-1]), signed=True), signed=True)
+    assert torch.equal(blocks.read(), expected.view(shape))
 
 
 def test_rounding_is_to_a_neighbour_and_right_on_average() -> None:
     n = 20_000
     for number in (1.001, -0.7003, 3e-5, 1.0, 0.0, -2.5):
-        found = rounded(torch.full((n,), number), bits(n)).double()
+        found = in_bfloat16(torch.full((n,), number), bits(n)).double()
         low = torch.tensor(number).to(torch.bfloat16)
         gap = 2.0**-7 * abs(number)
         assert (found - number).abs().max() <= gap and len(found.unique()) <= 2
@@ -91,18 +128,21 @@ def test_the_numbers_of_eight_bits(signed: bool) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("columns", [1, 255, 256, 700])
-def test_a_number_becomes_the_nearest_of_its_block(signed: bool, columns: int) -> None:
+def test_a_number_becomes_the_nearest_of_its_block_to_12_bits(signed: bool, columns: int) -> None:
     value = drawn(0, 3, columns) * 10.0 ** drawn(1, 3, columns)
     value = value if signed else value.square()
     value[1] = 0.0
     codes, scales = to_eight_bits(value, signed=signed)
     assert codes.dtype == torch.uint8 and scales.shape == (3, -(-columns // NUMBERS_PER_SCALE))
-    found = from_eight_bits(codes, scales, signed=signed)
+    found = decoded(codes, scales, signed=signed)
     for row in range(3):
         for first in range(0, columns, NUMBERS_PER_SCALE):
             block, here = value[row, first : first + NUMBERS_PER_SCALE], found[row, first : first + NUMBERS_PER_SCALE]
             table = block.abs().max() * torch.tensor(magnitudes(signed))
-            nearest = (block.abs().unsqueeze(-1) - table).abs().argmin(-1)
+            shares = (block.abs() / block.abs().max().clamp(min=1e-38)).double()
+            exponents = shares.frexp().exponent - 12
+            shares = (shares.ldexp(-exponents).ceil() - 0.5).ldexp(exponents).where(block != 0, 0)
+            nearest = (shares.unsqueeze(-1) - torch.tensor(magnitudes(signed))).abs().argmin(-1)
             nearest = nearest if signed else nearest.clamp(min=1).where(block > 0, 0)
             torch.testing.assert_close(here, table[nearest] * block.sign(), rtol=1e-6, atol=0)
     assert signed or torch.equal(found > 0, value > 0)

@@ -163,7 +163,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["8-bit", "bfloat16", "in_backward"])
 def test_states_and_updates_are_those_of_a_real_run(optimizer: Optimizer.Config):
     """States in few bits to the byte, and the most of a step with what it decodes, and without gradients."""
-    run = run_of(Toy.Config(n_layers=6, **WIDE), mode="full")
+    run = run_of(Toy.Config(n_layers=3, **WIDE), mode="full")
     run.optimizer = optimizer
     peak, has = measured(run)
     found = run_fake_step(run, world_size=1, rank=0, device=CPU)

@@ -96,7 +96,7 @@ def test_every_optimizer_has_the_same_bits(optimizer: Any, dtype: torch.dtype, m
 
 LAYOUTS = [
     Case(DENSE, Parallelism(), 2),
-    Case(DENSE, Parallelism(tensor_parallel_degree=2), 2, checkpoint="full"),
+    Case(DENSE, Parallelism(tensor_parallel_degree=2), 2, checkpoint="full", weights_dtype=torch.bfloat16),
     Case(SPARSE, Parallelism(data_parallel_replicate_degree=2), 2, checkpoint="selective"),
     Case(SPARSE, Parallelism(expert_parallel_degree=2), 2, checkpoint="full"),
 ]

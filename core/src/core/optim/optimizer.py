@@ -13,15 +13,13 @@ from torch import Tensor
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.optim.few_bits import StateDtype
+from core.optim.few_bits import StateDtype, at_once
 from core.optim.groups import Group, group_problems, weight_group
 from core.optim.patterns import pattern_problems
 from core.optim.weight import LocalWeight, NamedWeight, WeightLayout, local_tensor
 
 OLD_NAMES = {"AdamW": "core.optim.adam:AdamW", "Adam": "core.optim.adam:Adam"}
 """The classes that `name` chose before there was a choice of classes."""
-AT_ONCE = 2**24
-"""Numbers whose copies hardly matter."""
 
 
 class Optimizer(Configurable, ABC):
@@ -214,11 +212,13 @@ class Optimizer(Configurable, ABC):
 
 def updated_at_once(weights: Sequence[LocalWeight]) -> Iterator[list[LocalWeight]]:
     """The weights that are updated at once: all of them, or, where copies of what is kept in few bits are made, as many
-    as have no more numbers than the largest weight or `AT_ONCE`. By whole weights, so that all ranks have the same."""
+    have no more numbers than the largest weight, or than few bits are worked on at once. By whole weights, so that all
+    ranks have the same."""
     if not any(weight.in_few_bits for weight in weights):
         yield list(weights)
         return
-    most, batch, n = max(AT_ONCE, *(weight.shape.numel() for weight in weights)), [], 0
+    sizes = [weight.shape.numel() for weight in weights]
+    most, batch, n = max(at_once(weights[0].value.detach()), *sizes), [], 0
     for weight in weights:
         if batch and n + weight.shape.numel() > most:
             yield batch
