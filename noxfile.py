@@ -171,6 +171,14 @@ def browser(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["shared"])
+def evals(session: nox.Session) -> None:
+    """Run tasks of lm_eval on a model, and on its export with lm_eval's own backend (minutes)."""
+    install(session, "qwen3")
+    session.install("lm-eval>=0.4.9")
+    session.run("python", "-m", "pytest", "models/qwen3/tests/test_harness.py", "-m", "evals", *session.posargs)
+
+
+@nox.session(default=False, requires=["shared"])
 def stories(session: nox.Session) -> None:
     """Follow the documents as three newcomers do, each in a fresh environment, and say how long it took (minutes)."""
     install(session, "qwen3")

@@ -29,6 +29,7 @@ FLOORS = [  # from the ground up; a package may import lower floors and itself; 
     {"core.step"},
     {"core.plan"},
     {"core.train", "core.generate", "core.doctor"},
+    {"core.evaluate"},  # which writes as core.generate does, and is an observer of core.train
     {"core.testing", "models"},  # every package under models/, whatever its name
     {"experiments"},
 ]
@@ -36,6 +37,7 @@ OPTIONAL = {  # a package that a plain install lacks -> the one room that may im
     "datasets": "core.data",
     "deep_ep": "core.comm",
     "huggingface_hub": "core.data",
+    "lm_eval": "core.evaluate",
     "pyarrow": "core.data",
     "tensorboard": "core.train.metrics",
     "tokenizers": "core.data",

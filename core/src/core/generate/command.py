@@ -3,12 +3,11 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import cast
 
 import torch
 
@@ -22,18 +21,13 @@ from core.config.options import comparable
 from core.config.recipe import is_folder, load_config, recipe_module, recipes
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
-from core.generate.folder import check_tokenizer, described, end_ids, existing, tokenizer_in
+from core.generate.folder import described, dtype_name, end_ids, existing, folder_tokenizer, loaded_model
 from core.generate.generate import Completion, generate
 from core.generate.printed import PrintedText
 from core.generate.sample import Sampler
-from core.nn.decoder import Block, Decoder
-from core.nn.init import materialise
-from core.nn.kernel_checks import check_kernels
+from core.nn.decoder import Decoder
 from core.nn.weights import parameter_count
-from core.runtime.device import describe, free_memory, select_device
-from core.runtime.meta import meta_model
-from core.runtime.units import size_text
-from core.weights.folder import load_folder
+from core.runtime.device import describe, select_device
 
 WRITING_OPTIONS = {
     "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),
@@ -175,10 +169,7 @@ class Generation(Configurable):
         self.folder = existing(config.checkpoint or "")
         self.device = select_device(config.device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.own_tokenizer = tokenizer_in(self.folder) if config.tokenizer.path is None else None
-        self.tokenizer: Tokenizer = replace(config.tokenizer, path=self.own_tokenizer or config.tokenizer.path).build()
-        found = self.own_tokenizer is not None or config.tokenizer.path is not None
-        check_tokenizer(self.tokenizer, config.model.vocab_size, self.folder, found=found)
+        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
         self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
         self.begin: Callable[[str], list[int]] = self.tokenizer.encode_prompt
         if config.chat:
@@ -188,7 +179,9 @@ class Generation(Configurable):
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
         self.end_ids = end_ids(self.tokenizer, self.folder)
-        self.model = self.load_model()
+        ragged = len({len(ids) for ids in self.prompts}) > 1
+        asked = {"ragged": ragged, "allow_model_change": config.allow_model_change}
+        self.model = loaded_model(config.model, self.folder, self.device, self.dtype, **asked)
 
     def encode(self, text: str, number: int) -> list[int]:
         """The ids of a prompt, as of the beginning of a document; of a chat, as its template begins it."""
@@ -201,24 +194,6 @@ class Generation(Configurable):
                 "shorten it"
             )
         return ids
-
-    def load_model(self) -> Decoder:
-        """The model with the weights of the checkpoint. Raises `UserError` where they do not fit it or the memory."""
-        model: Decoder = meta_model(self.config.model)
-        blocks = cast(Iterable[Block], model.layers.values())
-        ragged = len({len(ids) for ids in self.prompts}) > 1
-        asked = {"device": self.device, "dtype": self.dtype, "documents": ragged, "cached": True}
-        check_kernels((block.attention for block in blocks), **asked)
-        n_bytes = sum(weight.numel() for weight in model.parameters()) * self.dtype.itemsize
-        free = free_memory(self.device)
-        if free is not None and n_bytes > free:
-            raise UserError(
-                f"the weights take {size_text(n_bytes)} in {dtype_name(self.dtype)}, {self.device} has "
-                f"{size_text(free)} left: choose a smaller model or another device"
-            )
-        materialise(model, self.device, self.dtype)
-        load_folder(model, self.folder, allow_model_change=self.config.allow_model_change)
-        return model.eval()
 
     def run(self) -> None:
         """Print the continuations as they come, or each as JSON when it ends."""
@@ -280,10 +255,6 @@ def read_prompt(file: str) -> str:
         return Path(file).expanduser().read_bytes().decode().removesuffix("\n").removesuffix("\r")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt in {file}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def note(line: str) -> None:

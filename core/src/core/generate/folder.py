@@ -1,19 +1,26 @@
 """What a folder of weights says of the model in it, and of its tokenizer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import cast
+
+import torch
 
 from core.config.errors import UserError
 from core.config.links import file_in
 from core.config.recipe import published
 from core.config.record import from_dict
 from core.data.tokenizer import Tokenizer
-from core.nn.decoder import Decoder
+from core.nn.decoder import Block, Decoder
+from core.nn.init import materialise
+from core.nn.kernel_checks import check_kernels
+from core.runtime.device import free_memory
+from core.runtime.meta import meta_model
+from core.runtime.units import size_text
 from core.weights.companions import SENTENCEPIECE, TOKENIZER_JSON, companions_place, stated_ids
-from core.weights.folder import model_of, read_config, silent
+from core.weights.folder import load_folder, model_of, read_config, silent
 from core.weights.saved import described_in
 
 
@@ -59,6 +66,47 @@ def tokenizer_in(folder: Path) -> str | None:
     place = companions_place(folder)
     files = (file_in(place, name) for name in (TOKENIZER_JSON, SENTENCEPIECE))
     return next((str(file) for file in files if file is not None), None)
+
+
+def folder_tokenizer(config: Tokenizer.Config, folder: Path, vocab_size: int) -> tuple[Tokenizer, str | None]:
+    """The tokenizer for weights in a folder whose model has `vocab_size` rows, and its file where it is that of the
+    folder. Raises `UserError` where it is not that of the model."""
+    own = tokenizer_in(folder) if config.path is None else None
+    tokenizer: Tokenizer = replace(config, path=own or config.path).build()
+    check_tokenizer(tokenizer, vocab_size, folder, found=own is not None or config.path is not None)
+    return tokenizer, own
+
+
+def loaded_model(
+    config: Decoder.Config,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ragged: bool,
+    allow_model_change: bool = False,
+) -> Decoder:
+    """A model with the weights of a folder, in evaluation mode; `ragged` prompts of several lengths share a batch.
+
+    Raises `UserError` where they do not fit it or the memory."""
+    model: Decoder = meta_model(config)
+    blocks = cast(Iterable[Block], model.layers.values())
+    asked = {"device": device, "dtype": dtype, "documents": ragged, "cached": True}
+    check_kernels((block.attention for block in blocks), **asked)
+    n_bytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    free = free_memory(device)
+    if free is not None and n_bytes > free:
+        raise UserError(
+            f"the weights take {size_text(n_bytes)} in {dtype_name(dtype)}, {device} has "
+            f"{size_text(free)} left: choose a smaller model or another device"
+        )
+    materialise(model, device, dtype)
+    load_folder(model, folder, allow_model_change=allow_model_change)
+    return model.eval()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def end_ids(tokenizer: Tokenizer, folder: Path) -> frozenset[int]:

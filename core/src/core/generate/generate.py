@@ -31,8 +31,10 @@ def generate(
     n_tokens: int,
     end_ids: Collection[int] = (),
     emit: Callable[[int, int | None], object] = lambda row, token: None,
+    enough: Callable[[Sequence[int]], bool] = lambda ids: False,
 ) -> list[Completion]:
-    """Continue each prompt with ids below `n_tokens`, until one of `end_ids` comes or the prompt's limit is reached.
+    """Continue each prompt with ids below `n_tokens`, until one of `end_ids` comes or the prompt's limit is reached,
+    or what there is of it is `enough`.
 
     `emit(row, token)` hears of every token as it comes, and of a row's end as token None. The model must be in
     evaluation mode; prompts are not empty, limits at least 1.
@@ -53,7 +55,7 @@ def generate(
                 if not completion.ended:
                     completion.ids.append(token)
                     emit(row, token)
-                if completion.ended or len(completion.ids) == limits[row]:
+                if completion.ended or len(completion.ids) == limits[row] or enough(completion.ids):
                     going.remove(row)
                     emit(row, None)
             tokens_BL = drawn_B[:, None]

@@ -59,7 +59,7 @@ class CommandSuite(KeySuite):
                 assert expected_BV.std() > 0.1
                 torch.testing.assert_close(cached(piece_BL), expected_BV, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("command", ["train", "convert", "generate"])
+    @pytest.mark.parametrize("command", ["train", "convert", "generate", "evaluate"])
     def test_a_command_tells_its_version_and_completes(
         self, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

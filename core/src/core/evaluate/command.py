@@ -1,0 +1,181 @@
+"""The command line of evaluation: `python -m <model>.evaluate`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from core.config import cli
+from core.config.configurable import Configurable
+from core.config.errors import UserError
+from core.config.exit import exit_plainly
+from core.config.help import OwnOption, show, usage
+from core.config.recipe import recipe_module, recipes
+from core.config.text_file import read_text
+from core.config.validate import validate
+from core.data.tokenizer import Tokenizer
+from core.evaluate.perplexity import Perplexity, perplexity_of
+from core.evaluate.scores import score_rows
+from core.generate.command import WRITING_OPTIONS, chosen_generation, note
+from core.generate.folder import end_ids, existing, folder_tokenizer, loaded_model
+from core.nn.decoder import Decoder
+from core.runtime.device import select_device
+
+MOST_TEXT_MIB = 1024
+NEEDED = {
+    "checkpoint": OwnOption("FOLDER", "the weights: a run, a checkpoint, what convert wrote, or a Hugging Face folder"),
+    "perplexity": OwnOption("FILE ...", "texts that the model is to predict"),
+    "tasks": OwnOption("TASK ...", "tasks of lm_eval (needs the `eval` extra)"),
+}
+"""Settings that are explained with those options, because there is nothing to do without them."""
+
+
+def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
+    """Measure the model of a folder of weights; mistakes of the user end as in training."""
+    with exit_plainly():
+        own, settings = cli.own_flags(cli.split_flags(argv), WRITING_OPTIONS)
+        if cli.told_version(own, configs):
+            return
+        configs = recipe_module(configs)
+        known = recipes(configs)
+        if "print_completion" in own:
+            of_recipe = partial(evaluation_of, {}, (), configs)
+            show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe(name)))
+            return
+        line = "--checkpoint FOLDER [--perplexity FILE ...] [--tasks TASK ...]"
+        title = f"{usage(line, WRITING_OPTIONS | NEEDED)}\n\nrecipes: {', '.join(known)}"
+        config = evaluation_of(own, settings, configs)
+        if config is None:
+            show(title)
+            if "help" not in own:
+                raise UserError("choose weights: --checkpoint FOLDER")
+            return
+        heading = title if not own.get("help") else config.checkpoint or " ".join(own.get("config", list(known)[:1]))
+        cli.settle_and_run(config, heading, own, settings, WRITING_OPTIONS)
+
+
+def evaluation_of(
+    own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType, recipe: str | None = None
+) -> "Evaluation.Config | None":
+    """How the model is measured that the options name, as in generation; None where they name none."""
+    chosen = chosen_generation({**own, "config": [recipe]} if recipe else own, settings, configs)
+    if chosen is None:
+        return None
+    return Evaluation.Config(model=chosen.model, tokenizer=chosen.tokenizer, checkpoint=chosen.checkpoint)
+
+
+class Evaluation(Configurable):
+    """How good the model of a folder of weights is."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        checkpoint: str | None = None
+        """Folder of the weights: a run, of which the newest whole checkpoint is taken, a checkpoint, what `convert`
+        wrote, or a Hugging Face folder."""
+        perplexity: list[str] = field(default_factory=list)
+        """Files of UTF-8 text, each predicted as one document."""
+        tasks: list[str] = field(default_factory=list)
+        """Tasks of lm_eval by their names."""
+        include_path: str | None = None
+        """A folder with YAML files of tasks of one's own."""
+        limit: int | None = None
+        """Ask so many questions of a task at most."""
+        num_fewshot: int | None = None
+        """Examples in front of each question; None is what the task says."""
+        seq_len: int = 2048
+        """Tokens of text that are seen at once for `perplexity`, at most model.max_seq_len."""
+        stride: int = 1024
+        """So many of them are predicted, behind the others; the smaller, the longer it takes."""
+        batch_tokens: int = 8192
+        """Tokens in one forward, or one row."""
+        out: str | None = None
+        """A file for the results as JSON."""
+        allow_model_change: bool = False
+        """Measure with settings of the model, such as another rope base or window, that are not those of the
+        weights."""
+        device: str = "auto"
+        """auto (the accelerator, or else the CPU), cpu, or cuda."""
+        model: Decoder.Config
+        """The model and its sizes."""
+        tokenizer: Tokenizer.Config
+        """How text becomes token ids; without a path the tokenizer of the checkpoint, if there is one in its folder."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            if self.checkpoint is None:
+                yield "checkpoint", "no weights: give their folder, --checkpoint FOLDER"
+            if not self.perplexity and not self.tasks:
+                yield "perplexity", "nothing to measure: give --perplexity FILE, --tasks TASK, or both"
+            if self.tasks and find_spec("lm_eval") is None:
+                yield "tasks", "the package lm_eval is not installed: pip install lm_eval, or armature-core[eval]"
+            for name in ("seq_len", "stride", "batch_tokens", *(["limit"] if self.limit is not None else [])):
+                if getattr(self, name) < 1:
+                    yield name, f"{name} {getattr(self, name)} must be at least 1"
+            if self.stride > self.seq_len:
+                yield "stride", f"stride {self.stride} must be at most seq_len {self.seq_len}"
+
+    def __init__(self, config: Config) -> None:
+        validate(config)
+        self.config = config
+        self.texts = {file: read_text(Path(file).expanduser(), MOST_TEXT_MIB) for file in config.perplexity}
+        self.folder = existing(config.checkpoint or "")
+        self.device = select_device(config.device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.tokenizer, _ = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
+        asked = {"ragged": bool(config.tasks), "allow_model_change": config.allow_model_change}
+        self.model = loaded_model(config.model, self.folder, self.device, self.dtype, **asked)
+
+    def run(self) -> None:
+        """Print the results, and write them where a file is named."""
+        found: dict[str, Any] = {"checkpoint": str(self.folder)}
+        if self.texts:
+            found["perplexity"] = {file: self.perplexity(text)._asdict() for file, text in self.texts.items()}
+            show(perplexity_table(found["perplexity"]))
+        if self.config.tasks:
+            found["tasks"] = self.tasks()
+            show(task_table(found["tasks"]))
+        if self.config.out is not None:
+            try:
+                Path(self.config.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write {self.config.out}: {error.strerror}; choose another --out") from error
+            note(f"written to {self.config.out}")
+
+    def perplexity(self, text: str) -> Perplexity:
+        """How well a text is predicted."""
+        c = self.config
+        seq_len = min(c.seq_len, c.model.max_seq_len)
+        score = partial(score_rows, self.model, batch_tokens=c.batch_tokens)
+        return perplexity_of(text, self.tokenizer, score, seq_len=seq_len, stride=min(c.stride, seq_len))
+
+    def tasks(self) -> dict[str, dict[str, float]]:
+        """The results of lm_eval's tasks, by task and metric."""
+        from core.evaluate.harness import HarnessModel, run_tasks  # loads lm_eval
+
+        c = self.config
+        ends = end_ids(self.tokenizer, self.folder)
+        asked = HarnessModel(self.model, self.tokenizer, end_ids=ends, batch_tokens=c.batch_tokens)
+        options = {"include_path": c.include_path, "limit": c.limit, "num_fewshot": c.num_fewshot}
+        return run_tasks(asked, c.tasks, **options)
+
+
+def perplexity_table(found: dict[str, dict[str, float]]) -> str:
+    """The perplexity of each file, a line each."""
+    width = max(map(len, found))
+    lines = [f"{'':{width}}  {'tokens':>10}  nats/token  perplexity  bits/byte"]
+    for file, each in found.items():
+        numbers = f"{each['nats_per_token']:10.4f}  {each['perplexity']:10.3f}  {each['bits_per_byte']:9.4f}"
+        lines.append(f"{file:{width}}  {each['n_tokens']:10,}  {numbers}")
+    return "\n".join(lines)
+
+
+def task_table(found: dict[str, dict[str, float]]) -> str:
+    """The metrics of each task, a line each."""
+    rows = [(task, name, value) for task, metrics in found.items() for name, value in metrics.items()]
+    widths = [max((len(row[place]) for row in rows), default=0) for place in (0, 1)]
+    return "\n".join(f"{task:{widths[0]}}  {name:{widths[1]}}  {value:.4f}" for task, name, value in rows)

@@ -1,0 +1,101 @@
+"""Results of lm_eval on our model and on what is exported; `nox -s evals` installs what that needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config.cli import main as train
+from core.evaluate.command import main as evaluate
+from core.weights.convert import main as convert
+from qwen3 import configs
+from qwen3.model import Qwen3
+
+pytestmark = pytest.mark.evals
+
+TASKS = {
+    "choices": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "texts": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    "answers": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{written}}"
+generation_kwargs: {until: ["\\n\\n", "("], max_gen_toks: 24, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+METRICS = {("choices", "acc"), ("choices", "acc_norm"), ("answers", "exact_match")}
+METRICS |= {("texts", name) for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")}
+QUESTIONS = ["def main(", "import ", "class Node:\n    def __init__(self", "The parser ", "for name in names:\n    "]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a run of some steps, and that of its export."""
+    home = tmp_path_factory.mktemp("trained")
+    words = [
+        "--config",
+        "qwen3_debug",
+        "--dump_folder",
+        str(home / "run"),
+        "--training.steps",
+        "30",
+        "--validator.no-enable",
+    ]
+    train(configs, [*words, "--model.max_seq_len", "256"])
+    convert({"qwen3": Qwen3}, ["to-hf", str(home / "run"), str(home / "hf")])
+    return home / "run", home / "hf"
+
+
+def write_tasks(folder: Path, written: list[str]) -> None:
+    docs = []
+    for number, (question, text) in enumerate(zip(QUESTIONS, written, strict=True)):
+        choices = {"choices": [" self", "s", " the", " x = 1\n"], "answer": number % 4}
+        docs.append({"question": question, "text": f"{question} {number}\n" * 90, "written": text, **choices})
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for name, text in TASKS.items():
+        source = (
+            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}\ntest_split: test\n"
+        )
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{text}")
+
+
+def test_results_are_those_of_the_backend_for_hugging_face(trained, tmp_path, monkeypatch):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    run, exported = trained
+    theirs = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=2, max_length=256)
+    greedy: list[Any] = [
+        type("Request", (), {"args": (q, {"until": ["\n\n", "("], "max_gen_toks": 24})}) for q in QUESTIONS
+    ]
+    written = theirs.generate_until(greedy)
+    assert len(set(written)) > 1 and any(written)
+    write_tasks(tmp_path, written)
+    manager = TaskManager(include_path=str(tmp_path))
+    found = lm_eval.simple_evaluate(
+        theirs, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
+    words = ["--checkpoint", str(run), "--tasks", *TASKS, "--include-path", str(tmp_path), "--batch-tokens", "600"]
+    evaluate(configs, [*words, "--out", str(tmp_path / "found.json")])
+    ours = json.loads((tmp_path / "found.json").read_text())["tasks"]
+    assert ours["answers"]["exact_match"] == 1.0
+    for task, metrics in ours.items():
+        for name, value in metrics.items():
+            assert value == pytest.approx(found["results"][task][f"{name},none"], rel=1e-5), (task, name)
+    assert {(task, name) for task, metrics in ours.items() for name in metrics} == METRICS
