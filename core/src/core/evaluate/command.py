@@ -22,7 +22,7 @@ from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.evaluate.perplexity import Perplexity, perplexity_of
 from core.evaluate.scores import score_rows
-from core.generate.command import WRITING_OPTIONS, chosen_generation, note
+from core.generate.command import WRITING_OPTIONS, Generation, chosen_generation, generation_of, note
 from core.generate.folder import end_ids, existing, folder_tokenizer, loaded_model
 from core.nn.decoder import Decoder
 from core.runtime.device import select_device
@@ -45,28 +45,28 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
-            of_recipe = partial(evaluation_of, {}, (), configs)
-            show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe(name)))
+            shell = own["print_completion"][0]
+            show(
+                cli.completion(
+                    shell, WRITING_OPTIONS, known, lambda name: evaluation_of(generation_of([name], configs, ()))
+                )
+            )
             return
         line = "--checkpoint FOLDER [--perplexity FILE ...] [--tasks TASK ...]"
         title = f"{usage(line, WRITING_OPTIONS | NEEDED)}\n\nrecipes: {', '.join(known)}"
-        config = evaluation_of(own, settings, configs)
-        if config is None:
+        chosen = chosen_generation(own, settings, configs)
+        if chosen is None:
             show(title)
             if "help" not in own:
                 raise UserError("choose weights: --checkpoint FOLDER")
             return
+        config = evaluation_of(chosen)
         heading = title if not own.get("help") else config.checkpoint or " ".join(own.get("config", list(known)[:1]))
         cli.settle_and_run(config, heading, own, settings, WRITING_OPTIONS)
 
 
-def evaluation_of(
-    own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType, recipe: str | None = None
-) -> "Evaluation.Config | None":
-    """How the model is measured that the options name, as in generation; None where they name none."""
-    chosen = chosen_generation({**own, "config": [recipe]} if recipe else own, settings, configs)
-    if chosen is None:
-        return None
+def evaluation_of(chosen: Generation.Config) -> "Evaluation.Config":
+    """How the model is measured that would write so."""
     return Evaluation.Config(model=chosen.model, tokenizer=chosen.tokenizer, checkpoint=chosen.checkpoint)
 
 
@@ -177,5 +177,5 @@ def perplexity_table(found: dict[str, dict[str, float]]) -> str:
 def task_table(found: dict[str, dict[str, float]]) -> str:
     """The metrics of each task, a line each."""
     rows = [(task, name, value) for task, metrics in found.items() for name, value in metrics.items()]
-    widths = [max((len(row[place]) for row in rows), default=0) for place in (0, 1)]
-    return "\n".join(f"{task:{widths[0]}}  {name:{widths[1]}}  {value:.4f}" for task, name, value in rows)
+    of_task, of_name = max(len(task) for task, _, _ in rows), max(len(name) for _, name, _ in rows)
+    return "\n".join(f"{task:{of_task}}  {name:{of_name}}  {value:.4f}" for task, name, value in rows)
