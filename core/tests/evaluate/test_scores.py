@@ -41,7 +41,7 @@ def alone(model: Decoder, ids: list[int], n: int) -> list[tuple[float, bool]]:
 
 @pytest.mark.parametrize("config", [Toy.Config(), ToyMoE.Config(n_layers=3)], ids=["dense", "experts"])
 def test_scores_are_those_of_whole_logits(config, monkeypatch):
-    monkeypatch.setattr(scores, "CHUNK_LOGITS", 5 * config.vocab_size)
+    monkeypatch.setattr(scores, "MOST_LOGITS", 5 * config.vocab_size)
     model, draw = drawn(config), random.Random(0)
     rows = [ScoredRow([draw.randrange(64) for _ in range(n + draw.randint(1, 20))], n) for n in (1, 3, 40, 1, 7)]
     likeliest = generate(model, [[5, 6]], Sampler(1, temperature=0.0), limits=[4], n_tokens=64)[0].ids

@@ -28,7 +28,7 @@ from core.nn.decoder import Decoder
 from core.runtime.device import select_device
 
 MOST_TEXT_MIB = 1024
-NEEDED = {
+MEASURED_BY = {
     "checkpoint": OwnOption("FOLDER", "the weights: a run, a checkpoint, what convert wrote, or a Hugging Face folder"),
     "perplexity": OwnOption("FILE ...", "texts that the model is to predict"),
     "tasks": OwnOption("TASK ...", "tasks of lm_eval (needs the `eval` extra)"),
@@ -53,7 +53,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
             )
             return
         line = "--checkpoint FOLDER [--perplexity FILE ...] [--tasks TASK ...]"
-        title = f"{usage(line, WRITING_OPTIONS | NEEDED)}\n\nrecipes: {', '.join(known)}"
+        title = f"{usage(line, WRITING_OPTIONS | MEASURED_BY)}\n\nrecipes: {', '.join(known)}"
         chosen = chosen_generation(own, settings, configs)
         if chosen is None:
             show(title)

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.nn.decoder import Decoder
 from core.nn.layers import Head
 
-CHUNK_LOGITS = 2**24
+MOST_LOGITS = 2**24
 """So many logits exist at a time: 64 MiB in fp32."""
 
 
@@ -82,7 +82,7 @@ def score_tokens(x_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
     """The log-probabilities of labels (T,) at the normalised residual stream (T, D), and whether each is the likeliest:
     (2, T), in fp32."""
     found = []
-    n_chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    n_chunk = max(1, MOST_LOGITS // head.weight.shape[0])
     for x_CD, labels_C in zip(x_TD.split(n_chunk), labels_T.split(n_chunk), strict=True):
         logits_CV = head(x_CD).float()
         log_probs_C = logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1)
