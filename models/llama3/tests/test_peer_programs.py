@@ -1,17 +1,14 @@
 """Folders that other programs wrote themselves, and their logits. `nox -s peers` installs them; nothing needs a GPU."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from core.testing.peer_models import assert_same_logits, converted, draw
+from core.testing.peer_models import assert_same_logits, converted, draw, written_by_megatron
 from llama3.model import Llama3
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings of other programs are theirs
@@ -72,47 +69,9 @@ def test_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_logits(converted("dcp", tmp_path, Llama3.from_hf_config(stated), MODELS), model, 2e-5)
 
 
-MEGATRON = """
-import os, sys, torch
-
-if __name__ == "__main__":
-    folder = sys.argv[1]
-    torch.cuda.synchronize, torch.cuda.current_device = lambda *_: None, lambda: "cpu"  # it asks a GPU when it saves
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    parallel_state.initialize_model_parallel(1, 1)
-    config = TransformerConfig(
-        num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8, ffn_hidden_size=48,
-        use_cpu_initialization=True, add_bias_linear=False, gated_linear_unit=True, normalization="RMSNorm",
-        activation_func=torch.nn.functional.silu, layernorm_epsilon=1e-5, bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    model = GPTModel(
-        config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=128, max_sequence_length=64,
-        position_embedding_type="rope", share_embeddings_and_output_weights=False,
-    )
-    for number, weight in enumerate(model.parameters()):
-        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(number))
-    os.mkdir(folder)
-    dist_checkpointing.save(model.sharded_state_dict(), folder)
-    torch.save({name: each for name, each in model.state_dict().items() if each is not None}, sys.argv[2])
-"""
-
-
 def test_megatron(tmp_path: Path) -> None:
     """Its model is built and saved, but does not run, on a CPU: the values are compared, row by row."""
-    (tmp_path / "write.py").write_text(MEGATRON)
-    words = [sys.executable, str(tmp_path / "write.py"), str(tmp_path / "theirs"), str(tmp_path / "state.pt")]
-    done = subprocess.run(
-        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs: dict[str, Tensor] = torch.load(tmp_path / "state.pt", weights_only=True)
+    theirs = written_by_megatron(tmp_path, num_layers=3, ffn_hidden_size=48)
     found = converted("megatron", tmp_path, Llama3.from_hf_config(SIZES), MODELS).state_dict()
     assert torch.equal(found["tok_embeddings.weight"], theirs["embedding.word_embeddings.weight"])
     assert torch.equal(found["output.weight"], theirs["output_layer.weight"])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from core.testing.peer_models import assert_same_logits, converted, draw
+from core.testing.peer_models import assert_same_logits, converted, draw, written_by_megatron
 from qwen3.model import Qwen3, Qwen3MoE
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings of other programs are theirs
@@ -66,6 +66,29 @@ def test_torchtitan_with_experts(titan: Any, tmp_path: Path) -> None:
         expected = theirs[f"layers.1.moe.routed_experts.inner_experts.{w}_{axes}"]
         assert torch.equal(found[f"layers.1.moe.experts.{w}.weight"], expected)
     assert torch.equal(found["layers.0.moe.router.gate.weight"], theirs["layers.0.moe.router.gate.weight"])
+
+
+def test_megatron_with_experts(tmp_path: Path) -> None:
+    """Its model is built and saved, but does not run, on a CPU: the values are compared."""
+    sizes = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2, "qk_layernorm": True}
+    theirs = written_by_megatron(tmp_path, num_layers=3, ffn_hidden_size=24, **sizes)
+    stated = STATED | dict(
+        model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=24,
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=128,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    found = converted("megatron", tmp_path, Qwen3MoE.from_hf_config(stated), MODELS).state_dict()
+    for i in range(3):
+        at, ours = f"decoder.layers.{i}", f"layers.{i}"
+        assert torch.equal(found[f"{ours}.moe.router.gate.weight"], theirs[f"{at}.mlp.router.weight"])
+        assert torch.equal(found[f"{ours}.ffn_norm.weight"], theirs[f"{at}.pre_mlp_layernorm.weight"])
+        assert torch.equal(found[f"{ours}.attention.q_norm.weight"], theirs[f"{at}.self_attention.q_layernorm.weight"])
+        for e in range(4):
+            expert = f"{at}.mlp.experts.local_experts.{e}"
+            gate, up = theirs[f"{expert}.linear_fc1.weight"].split(24)
+            assert torch.equal(found[f"{ours}.moe.experts.w1.weight"][e], gate)
+            assert torch.equal(found[f"{ours}.moe.experts.w3.weight"][e], up)
+            assert torch.equal(found[f"{ours}.moe.experts.w2.weight"][e], theirs[f"{expert}.linear_fc2.weight"])
 
 
 def test_litgpt(tmp_path: Path) -> None:

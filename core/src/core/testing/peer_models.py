@@ -1,10 +1,14 @@
 """Models of other programs beside ours: the same weights, the same logits."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.config.record import to_json
 from core.nn.decoder import Decoder
@@ -12,6 +16,52 @@ from core.testing.toy import on_cpu
 from core.weights.convert import main
 from core.weights.folder import load_folder
 from core.weights.hf_model import HFModel
+
+MEGATRON = """
+import json, os, sys, torch
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    torch.cuda.synchronize, torch.cuda.current_device = lambda *_: None, lambda: "cpu"  # it asks a GPU when it saves
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.initialize_model_parallel(1, 1)
+    config = TransformerConfig(
+        **json.loads(sys.argv[3]), use_cpu_initialization=True, add_bias_linear=False, gated_linear_unit=True,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu, layernorm_epsilon=1e-5, bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    model = GPTModel(
+        config, spec, vocab_size=128, max_sequence_length=64,
+        position_embedding_type="rope", share_embeddings_and_output_weights=False,
+    )
+    for number, weight in enumerate(model.parameters()):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(number))
+    os.mkdir(folder)
+    dist_checkpointing.save(model.sharded_state_dict(), folder)
+    torch.save({name: each for name, each in model.state_dict().items() if each is not None}, sys.argv[2])
+"""
+
+
+def written_by_megatron(folder: Path, **sizes: object) -> dict[str, Tensor]:
+    """The weights of a drawn model of megatron-core, of the width 32 with 4 heads of 8 in 2 groups, by its names; they
+    lie in `theirs` as it saved them. It is built and saved, but does not run, on a CPU."""
+    (folder / "write.py").write_text(MEGATRON)
+    heads = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
+    places = [str(folder / name) for name in ("write.py", "theirs", "state.pt")]
+    words = [sys.executable, *places, json.dumps({**heads, **sizes})]
+    done = subprocess.run(
+        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(folder / "state.pt", weights_only=True)
 
 
 def converted(peer: str, folder: Path, config: Decoder.Config, models: Mapping[str, type[HFModel]]) -> Decoder:

@@ -27,6 +27,8 @@ class KeyPart(NamedTuple):
     """Our rows are these of the stored ones."""
     n_stored: int | None = None
     """How many rows the stored tensor has of which ours is the `stored_row`; as many as our weight where None."""
+    experts: bool = False
+    """Both are all experts, of each of which ours is the `half`."""
 
     def view(self, stored: Tensor) -> Tensor:
         """A view of the stored part, of any shape, that has our values in our order, if not in our shape."""
@@ -36,9 +38,10 @@ class KeyPart(NamedTuple):
             groups = stored.unflatten(0, (self.band.n_groups, -1))
             stored = groups[:, self.band.first : self.band.last].flatten(0, 1)
         if self.half is not None:
-            middle = stored.shape[0] // 2
+            axis = int(self.experts)
+            middle = stored.shape[axis] // 2
             rows = {"first": slice(middle), "second": slice(middle, None), "even": slice(0, None, 2)}
-            stored = stored[rows.get(self.half, slice(1, None, 2))]
+            stored = stored[(*[slice(None)] * axis, rows.get(self.half, slice(1, None, 2)))]
         if self.head_dim is not None:
             stored = stored.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
         return stored
@@ -47,7 +50,7 @@ class KeyPart(NamedTuple):
         """The shape of the stored tensor, for one of our weights of this shape."""
         part = list(shape if self.row is None else shape[1:])
         if self.half is not None:
-            part[0] *= 2
+            part[int(self.experts)] *= 2
         if self.band is not None:
             part[0] = self.band.n_groups * self.band.size
         if self.transposed:
@@ -169,7 +172,8 @@ def key_parts(
     if isinstance(place, Joined):
         row, n_blocks = (int(number), config.n_layers) if place.of_blocks else (None, None)
         band = heads_band(place, config.attention) if place.heads else None
-        return [KeyPart(key, stored_row=row, half=place.half, head_dim=head_dim, band=band, n_stored=n_blocks)]
+        rows: Any = {"half": place.half, "experts": place.experts, "head_dim": head_dim, "band": band}
+        return [KeyPart(key, stored_row=row, n_stored=n_blocks, **rows)]
     if "{e}" in key:
         return [KeyPart(key.replace("{e}", str(row)), row) for row in range(n_rows)]
     return [KeyPart(key, head_dim=head_dim)]

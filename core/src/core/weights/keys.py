@@ -44,6 +44,8 @@ class Joined(NamedTuple):
     """Our rows are a half."""
     of_blocks: bool = False
     """All blocks lie along axis 0, and ours is one of them."""
+    experts: bool = False
+    """Of a block it is all experts, along an axis of their own, and the rows are those of each."""
 
 
 KeyPlace = str | Stacked | Joined

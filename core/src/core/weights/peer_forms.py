@@ -4,8 +4,9 @@ Most families share most names, so a table has more of them than one model has w
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from core.weights.keys import Half, Heads, Joined, KeyForm, KeyPlace, KeyTable
+from core.weights.keys import Half, Heads, Joined, KeyForm, KeyPlace, KeyTable, Stacked
 
 QKV: tuple[tuple[str, Heads], ...] = (("wq", "q"), ("wk", "k"), ("wv", "v"))
 
@@ -75,15 +76,24 @@ def litgpt_form(halves: frozenset[str] = frozenset()) -> KeyForm:
     return KeyForm(keys=keys, halves=halves)
 
 
-def megatron_form(halves: frozenset[str] = frozenset()) -> KeyForm:
-    """megatron-core's `torch_dist`: the blocks lie along an axis of their own, or have a number each; a norm goes by
-    the name of the linear layer behind it where the two are one module."""
+def in_blocks(
+    *names: str, heads: Heads | None = None, half: Half | None = None, experts: bool = False
+) -> tuple[KeyPlace, ...]:
+    """The places of a weight of a block in megatron-core's `torch_dist`: blocks that are all alike lie along an axis of
+    their own, others have a number each."""
+    rows: dict[str, Any] = {"heads": heads, "grouped": True, "half": half, "experts": experts}
+    alike = [Joined(f"decoder.layers.{name}", of_blocks=True, **rows) for name in names]
+    if experts:  # one is read at a time
+        return (*alike, *(Stacked(f"decoder.layers.{{i}}.{name}", half) for name in names))
+    return (*alike, *(Joined(f"decoder.layers.{{i}}.{name}", **rows) for name in names))
 
-    def in_blocks(*names: str, heads: Heads | None = None, half: Half | None = None) -> tuple[KeyPlace, ...]:
-        each = [(f"decoder.layers.{name}", True) for name in names]
-        each += [(f"decoder.layers.{{i}}.{name}", False) for name in names]
-        return tuple(Joined(key, heads=heads, grouped=True, half=half, of_blocks=whole) for key, whole in each)
 
+def megatron_form(
+    halves: frozenset[str] = frozenset(), others: Mapping[str, tuple[KeyPlace, ...]] | None = None
+) -> KeyForm:
+    """megatron-core's `torch_dist`; `others` are places that a family alone has. A norm goes by the name of the linear
+    layer behind it where the two are one module. Blocks for multi-token prediction are passed over."""
+    experts, shared = "mlp.experts.experts.linear_fc", "mlp.shared_experts.linear_fc"
     block: dict[str, tuple[KeyPlace, ...]] = {
         "attention_norm.weight": in_blocks("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         **{f"attention.{w}.weight": in_blocks("self_attention.linear_qkv.weight", heads=h) for w, h in QKV},
@@ -96,14 +106,22 @@ def megatron_form(halves: frozenset[str] = frozenset()) -> KeyForm:
         "feed_forward.w1.weight": in_blocks("mlp.linear_fc1.weight", half="first"),
         "feed_forward.w3.weight": in_blocks("mlp.linear_fc1.weight", half="second"),
         "feed_forward.w2.weight": in_blocks("mlp.linear_fc2.weight"),
-    }
+        "moe.router.gate.weight": in_blocks("mlp.router.weight"),
+        "moe.router.selection_bias": in_blocks("mlp.router.expert_bias"),
+        "moe.experts.w1.weight": in_blocks(f"{experts}1.weight", half="first", experts=True),
+        "moe.experts.w3.weight": in_blocks(f"{experts}1.weight", half="second", experts=True),
+        "moe.experts.w2.weight": in_blocks(f"{experts}2.weight", experts=True),
+        "moe.shared_experts.w1.weight": in_blocks(f"{shared}1.weight", half="first"),
+        "moe.shared_experts.w3.weight": in_blocks(f"{shared}1.weight", half="second"),
+        "moe.shared_experts.w2.weight": in_blocks(f"{shared}2.weight"),
+    } | dict(others or {})
     keys: KeyTable = {
         "tok_embeddings.weight": "embedding.word_embeddings.weight",
         **{f"layers.{{i}}.{name}": places for name, places in block.items()},
         "norm.weight": "decoder.final_layernorm.weight",
         "output.weight": "output_layer.weight",
     }
-    ignored = ("*_extra_state*", "optimizer*", "chained_*", "rng_state*", "opt_param_scheduler*", "*inv_freq")
+    ignored = ("mtp.*", "*_extra_state*", "optimizer*", "chained_*", "rng_state*", "opt_param_scheduler*", "*inv_freq")
     return KeyForm(keys=keys, halves=halves, ignored=ignored)
 
 
