@@ -19,6 +19,7 @@ from core.data.hf_tokenizer import ROLE_FILES
 from core.data.tiktoken_file import TIKTOKEN_LINE, tiktoken_json
 from core.data.tokenizer import MOST_MIB, bundled_model, tokenizer_file
 from core.data.tokenizer_json import Roles, read_model, tokenizer_json
+from core.weights.begin_token import set_begin
 from core.weights.saved import checkpoint_in
 
 GENERATION_CONFIG = "generation_config.json"
@@ -116,6 +117,8 @@ def complete_companions(
             say(f"{SENTENCEPIECE} goes along as it is: {error}")
     elif TOKENIZER_JSON in files:
         roles = stated_roles(files)
+        if add_bos is not None:
+            made |= with_begin(files, roles.bos, add_bos, say)
         made.setdefault(ROLE_FILES[0], as_json({"tokenizer_class": "PreTrainedTokenizerFast"}))
     stated = generation_config(files)
     if not (stated or TOKENIZER_JSON in made or SENTENCEPIECE in made):
@@ -130,6 +133,23 @@ def complete_companions(
     if known := {role: token for role, token in found.items() if token is not None}:
         made[GENERATION_CONFIG] = as_json(stated | known)
     return made, found
+
+
+def with_begin(files: Files, bos: int | None, begins: bool, say: Say) -> Files:
+    """The files of a tokenizer that change so that it puts the token with the id `bos` in front of a text, or does
+    not."""
+    try:
+        if bos is None:
+            raise UserError("no file names the begin token")
+        stated = set_begin(files[TOKENIZER_JSON], bos, begins)
+    except UserError as error:
+        say(f"tokenizer.add_bos {begins} is not said to others: {error}")
+        return {}
+    settings = parse_json(files.get(ROLE_FILES[0], b"{}"), ROLE_FILES[0])
+    made = {} if stated is None else {TOKENIZER_JSON: as_json(stated)}
+    if settings.get("add_bos_token", begins) != begins:
+        made[ROLE_FILES[0]] = as_json(settings | {"add_bos_token": begins})
+    return made
 
 
 def published_companions(folder: Path) -> Files:

@@ -76,7 +76,7 @@ def litgpt_form(halves: frozenset[str] = frozenset()) -> KeyForm:
     return KeyForm(keys=keys, halves=halves)
 
 
-def in_blocks(
+def block_places(
     *names: str, heads: Heads | None = None, half: Half | None = None, experts: bool = False
 ) -> tuple[KeyPlace, ...]:
     """The places of a weight of a block in megatron-core's `torch_dist`: blocks that are all alike lie along an axis of
@@ -95,25 +95,25 @@ def megatron_form(
     layer behind it where the two are one module. Blocks for multi-token prediction are passed over."""
     experts, shared = "mlp.experts.experts.linear_fc", "mlp.shared_experts.linear_fc"
     block: dict[str, tuple[KeyPlace, ...]] = {
-        "attention_norm.weight": in_blocks("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-        **{f"attention.{w}.weight": in_blocks("self_attention.linear_qkv.weight", heads=h) for w, h in QKV},
-        **{f"attention.{w}.bias": in_blocks("self_attention.linear_qkv.bias", heads=h) for w, h in QKV},
-        "attention.wo.weight": in_blocks("self_attention.linear_proj.weight"),
-        "attention.wo.bias": in_blocks("self_attention.linear_proj.bias"),
-        "attention.q_norm.weight": in_blocks("self_attention.q_layernorm.weight"),
-        "attention.k_norm.weight": in_blocks("self_attention.k_layernorm.weight"),
-        "ffn_norm.weight": in_blocks("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-        "feed_forward.w1.weight": in_blocks("mlp.linear_fc1.weight", half="first"),
-        "feed_forward.w3.weight": in_blocks("mlp.linear_fc1.weight", half="second"),
-        "feed_forward.w2.weight": in_blocks("mlp.linear_fc2.weight"),
-        "moe.router.gate.weight": in_blocks("mlp.router.weight"),
-        "moe.router.selection_bias": in_blocks("mlp.router.expert_bias"),
-        "moe.experts.w1.weight": in_blocks(f"{experts}1.weight", half="first", experts=True),
-        "moe.experts.w3.weight": in_blocks(f"{experts}1.weight", half="second", experts=True),
-        "moe.experts.w2.weight": in_blocks(f"{experts}2.weight", experts=True),
-        "moe.shared_experts.w1.weight": in_blocks(f"{shared}1.weight", half="first"),
-        "moe.shared_experts.w3.weight": in_blocks(f"{shared}1.weight", half="second"),
-        "moe.shared_experts.w2.weight": in_blocks(f"{shared}2.weight"),
+        "attention_norm.weight": block_places("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        **{f"attention.{w}.weight": block_places("self_attention.linear_qkv.weight", heads=h) for w, h in QKV},
+        **{f"attention.{w}.bias": block_places("self_attention.linear_qkv.bias", heads=h) for w, h in QKV},
+        "attention.wo.weight": block_places("self_attention.linear_proj.weight"),
+        "attention.wo.bias": block_places("self_attention.linear_proj.bias"),
+        "attention.q_norm.weight": block_places("self_attention.q_layernorm.weight"),
+        "attention.k_norm.weight": block_places("self_attention.k_layernorm.weight"),
+        "ffn_norm.weight": block_places("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+        "feed_forward.w1.weight": block_places("mlp.linear_fc1.weight", half="first"),
+        "feed_forward.w3.weight": block_places("mlp.linear_fc1.weight", half="second"),
+        "feed_forward.w2.weight": block_places("mlp.linear_fc2.weight"),
+        "moe.router.gate.weight": block_places("mlp.router.weight"),
+        "moe.router.selection_bias": block_places("mlp.router.expert_bias"),
+        "moe.experts.w1.weight": block_places(f"{experts}1.weight", half="first", experts=True),
+        "moe.experts.w3.weight": block_places(f"{experts}1.weight", half="second", experts=True),
+        "moe.experts.w2.weight": block_places(f"{experts}2.weight", experts=True),
+        "moe.shared_experts.w1.weight": block_places(f"{shared}1.weight", half="first"),
+        "moe.shared_experts.w3.weight": block_places(f"{shared}1.weight", half="second"),
+        "moe.shared_experts.w2.weight": block_places(f"{shared}2.weight"),
     } | dict(others or {})
     keys: KeyTable = {
         "tok_embeddings.weight": "embedding.word_embeddings.weight",
