@@ -171,7 +171,8 @@ def _mm(
     kind = torch.promote_types(a.dtype, torch.float32) if form_a or form_b else a.dtype
     left, right = a.to(kind), b.to(kind)
     if rotate:
-        left, right = rotated(left), rotated(right)
+        left, right = rotated(left), rotated(right)  # of 16 numbers up to 4 times as large
+        amax_a, amax_b = (None if amax is None else 4.0 * amax for amax in (amax_a, amax_b))
     left = FORMS[form_a].quantised(left, amax_a) if form_a else left
     right = FORMS[form_b].quantised(right, amax_b) if form_b else right
     with torch.autocast(a.device.type, enabled=False):
