@@ -1,7 +1,7 @@
 """All weights of a model, each with its axes and its start, and what they amount to."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -43,9 +43,17 @@ def _axes(model: Module, path: str, leaf: str) -> tuple[str, ...] | None:
         return own[leaf]
     parent, _, child = path.rpartition(".")
     axes = own.get("weight") or getattr(type(model.get_submodule(parent)), "AXES", {}).get(child)
+    if axes and leaf in (beside := axes_beside(model.get_submodule(path), axes)):
+        return beside[leaf]
     if leaf == "bias" and axes:
         return axes[:-1]
     return axes if leaf == "weight" else None
+
+
+def axes_beside(layer: nn.Module, axes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The axes of weights that were added to a layer beside its weight, which has these: its class's `beside` says."""
+    beside: Any = getattr(layer, "beside", None)
+    return beside(axes) if beside else {}
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from core.parallel.data import apply_data
 from core.parallel.expert import apply_expert
 from core.parallel.layout import Wrapping
 from core.parallel.mesh import Views
-from core.parallel.packed import join_maxima
+from core.parallel.packed import join_columns, join_maxima
 from core.parallel.rules import check_axes
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import apply_tensor
@@ -40,6 +40,7 @@ def parallelize(model: Decoder, views: Views, settings: Parallelism, wrapping: W
     if degrees.tensor * degrees.context > 1:
         sum_over_rows(model, views)
     join_maxima(model, views)
+    join_columns(model, views)
     wrapping.of_one_rank(model)
     apply_data(model, views, compute_dtype=wrapping.compute_dtype, settings=settings)
 

@@ -10,8 +10,11 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from core.nn.adapter import Adapted
+from core.nn.decoder import Decoder
 from core.nn.product import PackedProduct, layer_products
 from core.parallel.mesh import Views
+from core.parallel.rules import cut_dim, named_weights
 from core.parallel.tensor import stored
 
 
@@ -27,6 +30,21 @@ def join_maxima(model: nn.Module, views: Views) -> None:
 
     for _, product in layer_products(model):
         product.maximum = over_ranks
+
+
+def join_columns(model: Decoder, views: Views) -> None:
+    """Have every adapted layer whose inputs are cut sum over all of them."""
+    if views.degrees.tensor == 1:
+        return
+    group = views.weight["tensor"].get_group()
+
+    def over_ranks(sums: Tensor) -> Tensor:
+        return functional.wait_tensor(functional.all_reduce(sums, "sum", group))
+
+    for module in model.modules():
+        for layer, leaf, axes, _ in named_weights(module):
+            if isinstance(layer, Adapted) and leaf == "weight" and cut_dim(axes, "tensor") == len(axes) - 1:
+                layer.sum_columns = over_ranks
 
 
 class PackedWeights:

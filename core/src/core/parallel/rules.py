@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from core.nn.module import Module
-from core.nn.weights import weights
+from core.nn.weights import axes_beside, weights
 
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
@@ -47,6 +47,9 @@ def named_weights(module: nn.Module) -> Iterator[Named]:
             yield Named(part, "weight", axes, summand=False)
             if getattr(part, "bias", None) is not None:
                 yield Named(part, "bias", axes[:-1], summand=RULES[axes[-1]] is not None)
+            for leaf, beside in axes_beside(part, axes).items():
+                if getattr(part, leaf, None) is not None:
+                    yield Named(part, leaf, beside, summand=False)
 
 
 def cut_dim(axes: tuple[str, ...], mesh_axis: str) -> int | None:

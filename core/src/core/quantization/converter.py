@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from core.config.configurable import Configurable
+from core.config.configurable import Configurable, owner_of
 from core.config.errors import UserError, at_most, did_you_mean
+from core.nn.adapter import Adapted
 from core.nn.decoder import Decoder
 from core.nn.grouped import GroupedLinear
 from core.nn.layers import Head, Linear
@@ -23,7 +24,7 @@ from core.nn.product import ByProduct
 from core.nn.weights import weights
 from core.runtime.meta import meta_model
 
-PLAIN = (Linear.forward, GroupedLinear.forward)
+PLAIN = (Linear.forward, GroupedLinear.forward, ByProduct.forward)
 """The forwards that a product of one's own may take the place of."""
 
 
@@ -75,6 +76,8 @@ class Converter(Configurable, ABC):
     """What the head of a run calls it; without it the name of the class."""
     multiple: int = 1
     """Inputs and outputs of a layer must be multiples of this, or it is left out."""
+    adapts: bool = False
+    """Weights are added, which alone are trained and saved: the others are those that the run begins with."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -124,7 +127,7 @@ class Converter(Configurable, ABC):
             return "a gate, which computes in fp32"
         if named := [word for word in config.filter_fqns if word in name]:
             return f"filter_fqns {named[0]}"
-        if isinstance(part, ByProduct):
+        if isinstance(part, Adapted if self.adapts else ByProduct):
             return "it has been converted before"
         if type(part).forward not in PLAIN or "forward" in vars(part):
             return "a forward of its own"
@@ -139,6 +142,11 @@ def converted_model(config: Decoder.Config, converters: Sequence[Converter.Confi
     """A model without memory, converted, and what was done to it. Raises `UserError` as `Converter.apply` does."""
     model = meta_model(config)
     return model, [converter.build().apply(model) for converter in converters]
+
+
+def adapts(converters: Iterable[Converter.Config]) -> bool:
+    """Whether a run of these trains adapters alone."""
+    return any(getattr(owner_of(type(config)), "adapts", False) for config in converters)
 
 
 def check_patterns(config: Converter.Config, label: str, names: Iterable[str]) -> None:

@@ -47,7 +47,8 @@ class MXFP8LinearConverter(BlockConverter):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Converter
 
     def forms(self) -> Forms:
-        pair = Pair(*[MXFP8_FORMS[self.config.recipe_name]] * 2)
+        form = MXFP8_FORMS[self.config.recipe_name]
+        pair = Pair(form, form)
         return Forms(output=pair, grad_input=pair, grad_weight=pair)
 
 

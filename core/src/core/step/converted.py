@@ -5,13 +5,14 @@ from typing import Protocol
 
 import torch
 
+from core.checkpoint.settings import Checkpoint
 from core.config.errors import joined
 from core.config.fields import Problem
 from core.nn.decoder import Decoder
 from core.nn.product import layer_products
 from core.nn.weights import weights
 from core.parallel.settings import Parallelism
-from core.quantization.converter import Converter
+from core.quantization.converter import Converter, adapts
 from core.step.shares import ranks_that_share
 
 
@@ -20,11 +21,14 @@ class ConvertedRun(Protocol):
 
     parallelism: Parallelism
     converters: list[Converter.Config]
+    checkpoint: Checkpoint
 
 
 def check_converted(model: Decoder, run: ConvertedRun, device: torch.device) -> None:
     """Raise `UserError` for converters whose layers `device` cannot compute, or the ranks cannot share."""
     problems = [*device_problems(run.converters, device), *block_problems(model, run.parallelism)]
+    if adapts(run.converters) and run.checkpoint.initial_load_path is None:
+        problems.append(("checkpoint.initial_load_path", "adapters are for weights that are there: name their folder"))
     if problems:
         raise joined(problems)
 

@@ -15,9 +15,11 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute, completed, place_paths
 from core.data.samples import Samples
+from core.nn.adapter import ADAPTER_WEIGHTS
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import RankView
+from core.quantization.converter import adapts
 from core.runtime.disk import needed
 from core.runtime.ranks import Ranks
 from core.step.assemble import BuiltModel
@@ -33,7 +35,9 @@ from core.train.state import (
     optimizer_tensors,
     random_tensors,
     set_random,
+    trained_tensors,
 )
+from core.weights.adapters import adapter_settings
 from core.weights.companions import run_companions
 from core.weights.convert import write_as_hf
 from core.weights.folder import folder_source, is_published, model_of
@@ -98,9 +102,13 @@ class RunCheckpoints:
 
     def restore(self, built: BuiltModel, optimizer: Optimizer) -> None:
         """Fill the parts of this rank with what the run goes on from, or begins with; then make room in the folder."""
-        self._weights, self._optimizer = model_tensors(built.models), optimizer
+        weights, self._optimizer, adapted = model_tensors(built.models), optimizer, adapts(self.run.converters)
+        self._weights = trained_tensors(weights) if adapted else weights
+        self._begins = {n: weight for n, weight in weights.items() if n.rpartition(".")[2] not in ADAPTER_WEIGHTS}
         left = self.settings.exclude_from_loading
         if self.found is not None:
+            if adapted and self.settings.initial_load_path is not None:
+                self._begin_with(self.settings.initial_load_path)
             same_ranks = self.found.manifest.world_size == self.ranks.size
             random = random_tensors(self.ranks.rank, self.layout.device) if same_ranks and "random" not in left else {}
             tensors = {} if "model" in left else dict(self._weights)
@@ -234,20 +242,20 @@ class RunCheckpoints:
 
     def _begin_with(self, path: str) -> None:
         c, allow = self.settings, self.settings.allow_model_change
-        if not c.initial_load_in_hf and self.ranks.first(lambda: next(candidates(path), None)):
-            found = find_in(path, self.ranks)
+        found = find_in(path, self.ranks) if self.ranks.first(lambda: next(candidates(path), None)) else None
+        if not c.initial_load_in_hf and found is not None and adapter_settings(found.config()) is None:
             check_same_model(self.model, model_of(found.config()), found, allow=allow)
             return self.saver.load(found, self._stored_weights(found))
         if c.initial_load_in_hf and not is_published(path):
             raise UserError(f"{path} is no Hugging Face folder: leave initial_load_in_hf out")
-        source = folder_source(self.model, Path(path), allow_model_change=allow)
+        source = folder_source(self.model, found or Path(path), allow_model_change=allow)
         few = source.in_few_bits()
         if few and not c.initial_load_in_hf_quantized:
             raise UserError(
                 f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
             )
         for name in source.pieces:
-            if (weight := self._weights.get(f"model.{name}")) is not None:
+            if (weight := self._begins.get(f"model.{name}")) is not None:
                 with torch.no_grad():
                     piece = self.layout.local_slice(weight)
                     source.fill(name, piece.value, piece.start)
@@ -257,10 +265,10 @@ class RunCheckpoints:
         where a checkpoint has none."""
         n_layers = self.model.config.n_layers
         stored = (name for name in found.tensors() if name.startswith("model."))
-        lacking = mtp_weights(self._weights, n_layers) if not mtp_weights(stored, n_layers) else frozenset()
+        lacking = mtp_weights(self._begins, n_layers) if not mtp_weights(stored, n_layers) else frozenset()
         if lacking:
             log.info(f"{found} has no weights of multi-token prediction: they are not loaded")
-        return {name: weight for name, weight in self._weights.items() if name not in lacking}
+        return {name: weight for name, weight in self._begins.items() if name not in lacking}
 
     def _export(self, found: Found, folder: Path) -> None:
         folder.mkdir()

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config.errors import UserError
 from core.config.record import differences
@@ -53,6 +53,11 @@ def model_tensors(models: list[Decoder]) -> dict[str, Tensor]:
         tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in kept}
         tensors |= {f"model.{name}": weight for name, weight in model.named_parameters()}
     return tensors
+
+
+def trained_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `model_tensors`, of any shape, that a run changes: all but weights without a gradient."""
+    return {n: tensor for n, tensor in tensors.items() if tensor.requires_grad or not isinstance(tensor, nn.Parameter)}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

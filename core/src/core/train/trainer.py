@@ -128,7 +128,7 @@ class Trainer(Configurable):
         seed_everything(c.debug.seed, deterministic=c.debug.deterministic)
         self.tokenizer = c.tokenizer.build()
         check_vocabulary(self.tokenizer, c.model.vocab_size)
-        whole, self.conversions = converted_model(c.model, c.converters)
+        (plain, _), (whole, self.conversions) = (converted_model(c.model, each) for each in ([], c.converters))
         check_model(whole, c, self.device)
         check_memory(whole, c, self.device, self.world)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
@@ -150,7 +150,7 @@ class Trainer(Configurable):
             opened.enter_context(rank_files(self.folder, self.world.rank, logs=c.debug.log_every_rank))
             self.observers = Observers.built(c.observers, folder=self.folder, rank=self.world.rank)
             live = {"folder": self.folder, "ranks": ranks}
-            self.checkpoints = RunCheckpoints(c, self.layout, whole, self.loader, self.observers, n_rows=n_rows, **live)
+            self.checkpoints = RunCheckpoints(c, self.layout, plain, self.loader, self.observers, n_rows=n_rows, **live)
             self.last_step = last_step(c.training, self.loader, n_rows, self.checkpoints.start)
             self.metrics = c.metrics.build(settings=to_dict(config), start=self.checkpoints.start.step, **live)
             self.outcome = Outcome(c, whole, self.world, self.checkpoints, self.layout, self.folder, self.last_step)

@@ -29,7 +29,7 @@ from core.weights.atomic_folder import atomic_folder, vacant
 from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
 from core.weights.export import dtypes, outputs
 from core.weights.files import write_files
-from core.weights.folder import class_of, hf_config, model_of, read_config
+from core.weights.folder import class_of, hf_config, model_of, read_config, with_base
 from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
@@ -220,7 +220,7 @@ def write_as_hf(
     """Write the weights of a model, which needs no memory, from a folder in our format into one that exists already,
     with all that others expect beside them: a tokenizer, the tokens that end a text, a model card."""
     stated = with_hf(model).to_hf_config()  # raises before a file is written
-    source, key_map = WeightSource(own_key_map(model), src), hf_key_map(model)
+    source, key_map = WeightSource(own_key_map(model), with_base(model, src)), hf_key_map(model)
     types = dtypes(
         model, key_map, {name: source.dtype(name) for name in source.pieces if name in key_map.places}, dtype
     )

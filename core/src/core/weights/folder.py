@@ -14,6 +14,7 @@ from core.config.errors import UserError
 from core.config.json_file import read_json
 from core.config.links import file_in
 from core.config.record import to_dict, to_json
+from core.weights.adapters import MergedWeights, adapter_settings
 from core.weights.hf import load_from, save_by
 from core.weights.hf_model import StoredModel, with_hf
 from core.weights.key_map import hf_key_map, mtp_weights, own_key_map
@@ -68,7 +69,22 @@ def own_source(model: StoredModel, folder: str | Path | Found, *, allow_model_ch
         raise UserError(f"{folder} holds the weights of {found}, not of {ours}")
     check_same_model(model, model_of(read_config(folder)), folder, allow=allow_model_change)
     key_map = own_key_map(model)
-    return WeightSource(key_map, folder, may_lack=mtp_weights(key_map.weights, model.config.n_layers))
+    may_lack = mtp_weights(key_map.weights, model.config.n_layers)
+    return WeightSource(key_map, with_base(model, folder), may_lack=may_lack)
+
+
+def with_base(model: StoredModel, place: str | Path | Found) -> str | Path | Found | MergedWeights:
+    """A folder in our format, or the weights of a checkpoint of adapters merged into those that its run began with.
+
+    Raises `UserError` where these are not there any more.
+    """
+    run = read_config(place)
+    if not isinstance(place, Found) or adapter_settings(run) is None:
+        return place
+    base = run["checkpoint"]["initial_load_path"]
+    if "://" not in base and not Path(base).exists():
+        raise UserError(f"{place} holds adapters alone, and the weights that its run began with, {base}, are not there")
+    return MergedWeights(place, run, folder_source(model, newest(base), allow_model_change=True))
 
 
 def save_weights(

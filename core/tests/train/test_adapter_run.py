@@ -1,0 +1,78 @@
+"""A run of adapters: saved alone, gone on with, merged into a folder, used to write text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_run import toy_run
+
+from core.checkpoint.find import find_in
+from core.checkpoint.settings import Checkpoint
+from core.config.errors import UserError
+from core.nn.decoder import Decoder
+from core.quantization.lora import LoRAConverter
+from core.runtime.ranks import Ranks
+from core.testing.toy import Toy, on_cpu
+from core.train.trainer import Trainer
+from core.weights.convert import to_hf
+from core.weights.folder import load_folder, save_weights
+
+TOKENS = torch.arange(12).view(1, 12)
+
+
+def adapter_run(folder: Path, *, steps: int = 4, **settings: Any) -> Trainer.Config:
+    """A run that begins with the weights of a folder, drawn from another seed than its own."""
+    config = toy_run(folder, steps=steps)
+    if not (folder / "base").exists():
+        save_weights(on_cpu(config.model, seed=9), folder / "base")
+    config.converters = [LoRAConverter.Config(rank=4, **settings)]
+    config.checkpoint = Checkpoint(enable=True, interval=2, initial_load_path=str(folder / "base"))
+    return config
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logits(model: Decoder) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_alone_are_saved_gone_on_with_and_merged(tmp_path: Path, dora: bool) -> None:
+    config = adapter_run(tmp_path, dora=dora)
+    trainer: Trainer = config.build()
+    base = {name: weight.clone() for name, weight in trainer.built.named_parameters() if name.endswith("weight")}
+    _, folder = trainer.run()
+    named = dict(trainer.built.named_parameters())
+    assert all(torch.equal(named[name], weight) for name, weight in base.items())
+    assert all(weight.any() for name, weight in named.items() if name.endswith("lora_b"))
+    saved = find_in(str(folder), Ranks()).tensors()
+    assert {name for name in saved if name.startswith("model.")} == {f"model.{n}" for n in named if n not in base}
+    expected = losses(folder)
+    config.checkpoint.load_step, config.checkpoint.allow_config_change = 2, False
+    _, folder = config.build().run()
+    assert losses(folder) == expected
+    merged = on_cpu(config.model)
+    load_folder(merged, folder)
+    torch.testing.assert_close(logits(merged), logits(trainer.built.models[0]), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(merged), logits(on_cpu(config.model, seed=9)), rtol=0, atol=1e-3)
+    to_hf({"toy": Toy}, folder, tmp_path / "hf", dtype=None, shard_gib=1.0, trust=[])
+    published = on_cpu(config.model)
+    load_folder(published, tmp_path / "hf")
+    assert torch.equal(logits(published), logits(merged))
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    config = adapter_run(tmp_path)
+    config.checkpoint.initial_load_path = None
+    with pytest.raises(UserError, match=r"checkpoint\.initial_load_path: adapters are for weights that are there"):
+        config.build()
+    config = adapter_run(tmp_path, steps=2)
+    _, folder = config.build().run()
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="holds adapters alone, and the weights that its run began with, .* are not"):
+        load_folder(on_cpu(config.model), folder)
