@@ -233,6 +233,18 @@ def test_an_end_token_that_is_none(fails, tmp_path) -> None:
     assert f"{tmp_path}/generation_config.json: eos_token_id: " in message
 
 
+def test_a_tokenizer_that_a_relative_path_led_to_from_elsewhere(fails, tmp_path) -> None:
+    """Of runs before paths were absolute: what is wrong is the path, not the tokenizer that stands in for another."""
+    config = toy_recipes.toy()
+    config.tokenizer.path = "books/tokenizer.model"
+    (tmp_path / "config.json").write_text(to_json(config))
+    message = fails("--prompt", "x", config=str(tmp_path / "config.json"))
+    assert f"there is no tokenizer {Path.cwd()}/books/tokenizer.model: give the place where it is" in message
+    save_weights(toy(), tmp_path)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert message == fails("--prompt", "x", config=str(tmp_path), checkpoint=tmp_path)
+
+
 def test_the_end_of_the_positions_ends_the_text_with_a_note(write) -> None:
     prompt = "def main"
     n = 64 - 1 - len(BUNDLED.encode(prompt))
