@@ -151,11 +151,12 @@ THEIR_NEEDS = [
 
 @nox.session(default=False, requires=["shared"])
 def peers(session: nox.Session) -> None:
-    """Let litgpt, torchtitan and megatron-core write tiny models, and read them (minutes)."""
+    """Let litgpt, torchtitan and megatron-core write tiny models, and read them; let lm_eval read one (minutes)."""
     packages = ("llama3", "qwen3")
     for package in packages:
         install(session, package)
     session.install("--no-deps", *PEERS, *THEIR_NEEDS)  # their requirements would bring another torch's world
+    session.install("lm-eval[hf]==0.4.13", TORCH)
     tests = [f"{FOLDERS[package]}/tests" for package in packages]
     session.run("python", "-m", "pytest", *tests, "-m", "peers", *session.posargs)
 
