@@ -14,6 +14,7 @@ from core.config.fields import short_repr
 from core.config.json_file import read_json, typed
 from core.config.text_file import read_text
 from core.data.library import library_errors
+from core.data.pieces import Pieces, joins_pieces
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 TEMPLATE_MIB = 1
@@ -52,6 +53,8 @@ class HuggingFace:
             added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
             self.special_texts: list[str] = [token.content for token in added.values() if token.special]
             begun = self._begun()
+            looked_for = [token.content for token in added.values() if not (self._as_text and token.special)]
+            self._pieces = Pieces(self._encode_whole, looked_for) if joins_pieces(self._tokenizer) else None
         files = [path.with_name(name) for name in ROLE_FILES]
         stated = {file: read_json(file) for file in files if os.path.exists(file)} | {path: roles or {}}
         self.bos_id = self._special(stated, "bos_token")
@@ -84,6 +87,9 @@ class HuggingFace:
         return number
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode_whole(texts) if self._pieces is None else self._pieces.encode_batch(texts)
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         """Without the places of tokens in the text, which take time."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 

@@ -23,7 +23,7 @@ import numpy as np
 from core.config.errors import UserError
 from core.data.sections import LeftOut, Section
 
-FEW_BATCHES = 32
+FEW_BATCHES = 16
 """So many batches are tokenised here before it pays to start processes."""
 _AHEAD = 2
 """Batches that wait for each process."""
