@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.data.bins import PackedRows, best_fit
-from core.data.packing import IGNORE, pack_rows
+from core.data.packing import IGNORE, PADDING, pack_rows
 from core.data.shards import TokenStream
 
 
@@ -52,8 +52,12 @@ def test_every_token_is_a_label_once_and_padding_never() -> None:
     pieces = sum(1 + -(-max(len(document) - 10, 0) // seq_len) for document in documents)
     n_free -= pieces - 60  # tokens that begin a piece stand twice
     assert packed.padding == pytest.approx(n_free / (packed.n_rows * (seq_len + 1)))
+    is_padding = batch.documents_BL == PADDING
+    assert packed.filled.tolist() == (~is_padding).sum(1).tolist() and not batch.tokens_BL[is_padding].any()
+    last_alone = sum(int(last) for last in packed.windows(np.arange(packed.n_rows))[2][:, -1])
+    assert int((~is_padding).sum()) == packed.n_rows * (seq_len + 1) - n_free - last_alone
     for tokens, numbers, places in zip(batch.tokens_BL, batch.documents_BL, batch.positions_BL, strict=True):
         for number in range(int(numbers.max()) + 1):
             own = tokens[numbers == number]
             assert torch.equal(places[numbers == number], torch.arange(own.numel()))
-            assert not own.any() or torch.equal(own, own[0] + torch.arange(own.numel()))  # one document, or padding
+            assert torch.equal(own, own[0] + torch.arange(own.numel()))  # of one document

@@ -16,7 +16,7 @@ from core.config.record import from_dict, to_dict
 from core.config.validate import problems_of, validate
 from core.data.chat import Chat
 from core.data.mixture import Mixture, MixtureSource
-from core.data.packing import IGNORE, Batch
+from core.data.packing import IGNORE, PADDING, Batch
 from core.data.samples import Samples
 from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer
@@ -194,7 +194,8 @@ def test_text_is_packed_whole_too(tmp_path: Path, words: Tokenizer) -> None:
     assert samples.n_rows is None and samples.description.endswith(" padding")
     batch = samples.read(0, samples.rows_per_epoch)
     assert int((batch.labels_BL != IGNORE).sum()) == sum(n + 1 for n in (3, 20, 2, 8))
-    assert batch.documents_BL.max(1).values.tolist() == [0, 0, 1, 2]
+    assert batch.documents_BL.max(1).values.tolist() == [0, 0, 0, 1]
+    assert (batch.documents_BL == PADDING).sum(1).tolist() == [11 - n for n in samples.filled.tolist()]
 
 
 def test_a_text_holds_no_conversations(tmp_path: Path, words: Tokenizer) -> None:

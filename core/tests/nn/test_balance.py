@@ -210,3 +210,20 @@ def test_an_even_load_has_the_least_balance_loss() -> None:
     router.gate.weight.data.zero_()
     router(torch.zeros(3, 5, 4))
     assert router.balance_loss.item() == pytest.approx(0.3 * 15)
+
+
+def test_padding_is_not_counted_and_has_no_balance_loss() -> None:
+    """A row that ends in padding counts as its beginning alone does, and one that is nothing else as nothing."""
+    lengths, x_BLD = (5, 3, 0), torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    padding_BL = torch.arange(5) >= torch.tensor(lengths)[:, None]
+    found = []
+    for padded in (True, False):
+        router = Router.Config(n_experts=6, top_k=2, balance_loss_coeff=0.3).build(dim=4, scale=Scale(1.0, 1.0))
+        torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(1))
+        router.loss_scale.fill_(1 / 8)
+        parts = [(x_BLD, padding_BL)] if padded else [(x_BLD[i : i + 1, :n],) for i, n in enumerate(lengths) if n]
+        sum(router(*part).weight_TK.sum() * 0 for part in parts).backward()
+        found.append((router.tokens_E.tolist(), router.balance_loss.item(), router.gate.weight.grad))
+    assert found[0][0] == found[1][0] and sum(found[0][0]) == 2 * sum(lengths)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2])

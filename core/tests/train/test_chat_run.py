@@ -10,7 +10,7 @@ from toy_run import toy_run
 
 from core.checkpoint.settings import Checkpoint
 from core.data.chat import Chat
-from core.data.packing import IGNORE
+from core.data.packing import IGNORE, PADDING
 from core.data.tokenizer import Tokenizer
 from core.nn.kernel import Positions
 from core.train.trainer import Trainer
@@ -58,7 +58,8 @@ def chat_run(data: Path, folder: Path, steps: int) -> Trainer.Config:
 
 def losses(folder: Path) -> list[Any]:
     lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"], line["grad_norm"], line["validation_loss"]) for line in lines]
+    names = ("step", "loss", "grad_norm", "validation_loss", "tokens")
+    return [tuple(line[name] for name in names) for line in lines]
 
 
 def test_what_the_assistant_wrote_counts_and_nothing_else(data: Path, tmp_path: Path) -> None:
@@ -82,6 +83,10 @@ def test_what_the_assistant_wrote_counts_and_nothing_else(data: Path, tmp_path: 
                 nats += [torch.nn.functional.cross_entropy(logits[counted], labels[own][counted], reduction="sum")]
     n = int((batch.labels_BL != IGNORE).sum())
     assert losses(tmp_path)[0][1] == pytest.approx(float(sum(nats)) / n, abs=1e-5)
+    n_tokens = int((batch.documents_BL != PADDING).sum())
+    record = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert record["tokens"] == n_tokens < batch.tokens_BL.numel()
+    assert record["tokens_per_second"] * record["step_time_s"] == pytest.approx(n_tokens)
 
 
 def test_a_stop_changes_nothing(data: Path, tmp_path: Path) -> None:
@@ -89,3 +94,10 @@ def test_a_stop_changes_nothing(data: Path, tmp_path: Path) -> None:
     chat_run(data, tmp_path / "torn", 2).build().run()
     chat_run(data, tmp_path / "torn", 4).build().run()
     assert losses(tmp_path / "torn") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 4
+    rows = chat_run(data, tmp_path / "rows", 4).build()
+    rows.exit.close()
+    n = 3 * rows.loader.rows_per_epoch
+    read = (rows.loader.read(0, n).documents_BL != PADDING).sum(1).cumsum(0).tolist()
+    for n_rows in (1, 4, 16, 17, n // 3, n - 1, 5, n):  # of several epochs, and back
+        assert rows.loader.tokens_before(n_rows) == read[n_rows - 1]
+    assert [line[-1] for line in losses(tmp_path / "whole")] == [read[4 * step - 1] for step in (1, 2, 3, 4)]

@@ -78,6 +78,10 @@ class PackedRows:
         self.n_rows = self._bins.firsts.size - 1
         self.padding = 1 - int(self._lengths.sum()) / max(self.n_rows * self._size, 1)
         """The share of the rows that is padding."""
+        of_pieces = np.append(self._lengths[self._bins.pieces], 0)
+        in_rows = np.add.reduceat(of_pieces, self._bins.firsts)[: self.n_rows]
+        self.filled = np.minimum(in_rows, seq_len)
+        """Tokens of each row that are read and no padding, the last of seq_len + 1 being a label alone, (rows,)."""
 
     def windows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of rows, where documents and padding begin (bool), and what is no padding (bool), each of shape

@@ -65,9 +65,9 @@ class Chat(IndexedSamples):
         self.description = corpus.describe(self.split)
         self.fingerprint = corpus.manifest.splits[self.split].sha256
         self._rows = PackedRows(corpus.split(self.split), self.seq_len)
-        self.rows_per_epoch = self._rows.n_rows
+        self.rows_per_epoch, self.filled = self._rows.n_rows, self._rows.filled
         self.description += f", {self._rows.padding:.1%} padding"
 
     def rows_at(self, numbers: np.ndarray) -> Batch:
         marked, opens, filled = self._rows.windows(numbers)
-        return pack_rows(marked // 2, opens, counts=filled & (marked % 2 == 1))
+        return pack_rows(marked // 2, opens, filled, marked % 2 == 1)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+PADDING = -1
+"""The number of the document that padding is."""
 
 
 class Batch(NamedTuple):
@@ -22,7 +24,8 @@ class Batch(NamedTuple):
         positions_BL    0  1  0  1  2      restart with each document
         documents_BL    0  0  1  1  1      number of the document within its row: only equal numbers may see each other
 
-    A sample that begins inside a document counts positions from its own first token, so they stay below L.
+    A sample that begins inside a document counts positions from its own first token, so they stay below L. What fills
+    up a row behind its documents is the document PADDING, and counts nowhere.
     """
 
     tokens_BL: Tensor
@@ -30,26 +33,38 @@ class Batch(NamedTuple):
     positions_BL: Tensor
     documents_BL: Tensor
 
+    def padding_BL(self) -> Tensor | None:
+        """Which tokens are padding; None where none are."""
+        padding_BL = self.documents_BL == PADDING
+        return padding_BL if padding_BL.any() else None
+
 
 def count_labels(labels: Tensor) -> int:
     """How many labels, of any shape, count for the loss."""
     return int((labels != IGNORE).sum())
 
 
-def pack_rows(windows: np.ndarray, starts: np.ndarray, counts: np.ndarray | None = None) -> Batch:
+def pack_rows(
+    windows: np.ndarray, starts: np.ndarray, filled: np.ndarray | None = None, counts: np.ndarray | None = None
+) -> Batch:
     """The samples of `windows`: (B, L+1) tokens, with `starts` (B, L+1) true where a token opens a document.
 
-    Only the tokens of `counts` (B, L+1) are labels; None says all.
+    Only the tokens of `filled` (B, L+1) are no padding, and of these only those of `counts` (B, L+1) are labels; None
+    says all.
     """
     opens_BL = starts[:, :-1].copy()
     opens_BL[:, :1] = False
     column_L = np.arange(opens_BL.shape[1])
     opened_at_BL = np.maximum.accumulate(np.where(opens_BL, column_L, 0), axis=1)
-    left_out_BL = starts[:, 1:] if counts is None else starts[:, 1:] | ~counts[:, 1:]
+    left_out_BL, documents_BL = starts[:, 1:], np.cumsum(opens_BL, axis=1, dtype=np.int64)
+    for chosen in (filled, counts):
+        left_out_BL = left_out_BL if chosen is None else left_out_BL | ~chosen[:, 1:]
+    if filled is not None:
+        documents_BL = np.where(filled[:, :-1], documents_BL, PADDING)
     labels_BL = np.where(left_out_BL, IGNORE, windows[:, 1:].astype(np.int64))
     return Batch(
         tokens_BL=torch.from_numpy(windows[:, :-1].astype(np.int64)),
         labels_BL=torch.from_numpy(labels_BL),
         positions_BL=torch.from_numpy(column_L - opened_at_BL),
-        documents_BL=torch.from_numpy(np.cumsum(opens_BL, axis=1, dtype=np.int64)),
+        documents_BL=torch.from_numpy(documents_BL),
     )

@@ -54,11 +54,12 @@ class Block(Module):
         self.feed_forward = feed_forward
         self.moe = moe
 
-    def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask, padding_BL: Tensor | None = None) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotation, mask)
         network = self.feed_forward or self.moe
         assert network is not None
-        return x_BLD + network(self.ffn_norm(x_BLD))
+        padding = [] if padding_BL is None or not network.counts_tokens else [padding_BL]
+        return x_BLD + network(self.ffn_norm(x_BLD), *padding)
 
 
 class Decoder(Module, Configurable, ABC):
@@ -166,11 +167,12 @@ class Decoder(Module, Configurable, ABC):
         positions = positions or Positions.rows(tokens_BL)
         rotation = self.rope(positions.position_BL)
         masks: dict[Kernel, Mask] = {}
+        padding = [] if positions.padding_BL is None else [positions.padding_BL]
         blocks = cast(dict[str, Block], dict(self.layers.items()))
         x_BLD = tokens_BL if self.tok_embeddings is None else self.tok_embeddings(tokens_BL)
         for i, block in blocks.items():
             if int(i) < self.config.n_layers:
-                x_BLD = block(x_BLD, rotation, self._mask(block, positions, masks))
+                x_BLD = block(x_BLD, rotation, self._mask(block, positions, masks), *padding)
         if self.norm is None or self.output is None:
             return x_BLD
         read = read or logits
@@ -183,7 +185,7 @@ class Decoder(Module, Configurable, ABC):
         for depth, (i, merge) in enumerate(cast(dict[str, Merge], dict(self.ahead.items())).items(), start=1):
             tokens_BL = tokens_BL.roll(-1, dims=1)
             x_BLD = merge(x_BLD, self.tok_embeddings(tokens_BL))
-            x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], positions, masks)))
+            x_BLD = merge.norm(blocks[i](x_BLD, rotation, self._mask(blocks[i], positions, masks), *padding))
             further.append(read(x_BLD, self.output, depth))
         return Predictions(main, further)
 

@@ -23,8 +23,8 @@ class Positions(NamedTuple):
     """Where the tokens of a batch stand. A tensor whose first axis is 1 says that all rows are alike.
 
     `position_BL` is the place in the document, `document_BL` the document of each token (None: a row is one document),
-    `index_BL` the place in the row where that is not 0, 1, 2, ... The last two say the same of the keys where these are
-    not the tokens themselves, because some were computed earlier or elsewhere.
+    `index_BL` the place in the row where that is not 0, 1, 2, ... The next two say the same of the keys where these are
+    not the tokens themselves, because some were computed earlier or elsewhere; `padding_BL` which tokens count nowhere.
     """
 
     position_BL: Tensor
@@ -32,6 +32,7 @@ class Positions(NamedTuple):
     index_BL: Tensor | None = None
     key_index_BM: Tensor | None = None
     key_document_BM: Tensor | None = None
+    padding_BL: Tensor | None = None
 
     @classmethod
     def rows(cls, tokens_BL: Tensor) -> "Positions":
@@ -42,13 +43,13 @@ class Positions(NamedTuple):
     def grid(self) -> tuple[int, int, int]:
         """Rows that differ, queries, keys."""
         keys = self.position_BL if self.key_index_BM is None else self.key_index_BM
-        n_rows = max(len(tensor) for tensor in self[1:] if tensor is not None) if any_given(self[1:]) else 1
+        n_rows = 1 if self.is_plain else max(len(tensor) for tensor in self[1:5] if tensor is not None)
         return n_rows, self.position_BL.shape[1], keys.shape[1]
 
     @property
     def is_plain(self) -> bool:
         """Whether rows are single documents and the keys are the tokens, in their order."""
-        return not any_given(self[1:])
+        return not any_given(self[1:5])
 
 
 def any_given(tensors: tuple[Tensor | None, ...]) -> bool:

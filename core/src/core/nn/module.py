@@ -59,6 +59,8 @@ class Module(nn.Module):
     SIZED_BY: ClassVar[dict[str, tuple[str, ...]]] = {}
     """For an axis of this part, or of a part in it: the fields of its Config, or paths to them, that say how many there
     are to be shared by ranks. So a degree that does not fit is told with the setting; without it, with the weight."""
+    counts_tokens: ClassVar[bool] = False
+    """Whether forward is also told which tokens are padding, (B, L), where there is some."""
     start: dict[str, Start]
     """How each weight that this module itself owns is drawn."""
 

@@ -110,17 +110,11 @@ class Router(Module, Configurable):
             if not 1 <= limit <= n_groups:
                 yield "n_limited_groups", f"n_limited_groups {limit} must be from 1 to n_groups {n_groups}"
             elif self.top_k > limit * size:
-                yield (
-                    "n_limited_groups",
-                    f"n_limited_groups {limit} of {size} experts each leave {limit * size}, top_k is {self.top_k}: "
-                    "raise n_limited_groups or lower top_k",
-                )
+                left = f"n_limited_groups {limit} of {size} experts each leave {limit * size}, top_k is {self.top_k}"
+                yield "n_limited_groups", f"{left}: raise n_limited_groups or lower top_k"
             if n_groups > 1 and size < 2 and self.group_score == "sum_of_two":
-                yield (
-                    "n_groups",
-                    f"n_groups {n_groups} leaves {size} expert in a group, whose two best experts are its score: "
-                    f"use at most {n_experts // 2} groups, or group_score max",
-                )
+                left = f"n_groups {n_groups} leaves {size} expert in a group, whose two best experts are its score"
+                yield "n_groups", f"{left}: use at most {n_experts // 2} groups, or group_score max"
 
     selection_bias: Tensor | None
     tokens_E: Tensor
@@ -131,17 +125,18 @@ class Router(Module, Configurable):
         self.config = config
         self.force_balance = False
         self.gate = Gate(dim, config.n_experts, std=scale.std, bias=config.bias)
-        self.row_counts = nn.Identity()
-        """Choices counted in a row; who holds but a part of each row adds up the parts here."""
+        self.row_counts, self.own_tokens = nn.Identity(), nn.Identity()
+        """Choices of a row, counted, and what is padding: who holds a part of a row adds up all, or takes its own."""
         zeros = torch.zeros(config.n_experts, device="cpu")
         self.register_buffer("selection_bias", None if config.load_balance_coeff is None else zeros)
         self.register_buffer("tokens_E", zeros.long(), persistent=False)
         self.register_buffer("balance_loss", torch.zeros((), device="cpu"), persistent=False)
         self.register_buffer("loss_scale", torch.zeros((), device="cpu"), persistent=False)
 
-    def forward(self, x_BLD: Tensor) -> Choice:
-        """The choice of each token. In training it is counted, once, and the balance loss gets its gradient."""
+    def forward(self, x_BLD: Tensor, padding_BL: Tensor | None = None) -> Choice:
+        """The choice of each token. In training that of no padding is counted, once, and gives the balance loss."""
         c = self.config
+        padding_BL = None if padding_BL is None else self.own_tokens(padding_BL)
         logit_BLE = self.gate(x_BLD)
         score_BLE = logit_BLE.sigmoid() if c.score == "sigmoid" else logit_BLE.softmax(-1)
         ids_BLK = self.choose(score_BLE.detach())
@@ -149,10 +144,11 @@ class Router(Module, Configurable):
             ids_BLK = ids_BLK.clone()
         if self.training:
             if c.balance_loss_coeff > 0:
-                score_BLE = self._with_balance_loss(score_BLE, ids_BLK)
+                score_BLE = self._with_balance_loss(score_BLE, ids_BLK, padding_BL)
             if not is_recomputing():
                 with off_the_record(), torch.no_grad():
-                    self.tokens_E.add_(count(ids_BLK, c.n_experts))
+                    ids = ids_BLK if padding_BL is None else ids_BLK.masked_fill(padding_BL.unsqueeze(-1), c.n_experts)
+                    self.tokens_E.add_(count(ids, c.n_experts + 1)[:-1])
         weight_BLK = score_BLE.gather(-1, ids_BLK)
         if c.normalise:
             weight_BLK = weight_BLK / (weight_BLK.sum(-1, keepdim=True) + 1e-20)
@@ -171,28 +167,29 @@ class Router(Module, Configurable):
             score_BLGE = score_BLE.unflatten(-1, (c.n_groups, -1))
             n_best = 2 if c.group_score == "sum_of_two" else 1
             group_BLG = score_BLGE.sort(-1, descending=True).values[..., :n_best].sum(-1)
-            allowed_BLG = torch.zeros_like(group_BLG, dtype=torch.bool).scatter(
-                -1, best(group_BLG, c.n_limited_groups), True
-            )
+            chosen_BLG = best(group_BLG, c.n_limited_groups)
+            allowed_BLG = torch.zeros_like(group_BLG, dtype=torch.bool).scatter(-1, chosen_BLG, True)
             score_BLE = score_BLGE.masked_fill(~allowed_BLG.unsqueeze(-1), float("-inf")).flatten(-2)
         return best(score_BLE, c.top_k)
 
-    def _with_balance_loss(self, score_BLE: Tensor, ids_BLK: Tensor) -> Tensor:
+    def _with_balance_loss(self, score_BLE: Tensor, ids_BLK: Tensor, padding_BL: Tensor | None) -> Tensor:
         """The scores, whose gradient will be joined by that of the balance loss
 
             sum over rows  coeff sum over experts f_E P_E
 
         f being the share of the row's choices that an expert got, times E, and P the sum of its normalised scores in
-        the row. Choices are those that were made, in groups and by the bias as well (the paper writes them without the
-        bias). As for the main loss, the sum is multiplied by `loss_scale`, one over the step's valid tokens.
+        the row, of tokens that are no padding. Choices are those that were made, in groups and by the bias as well (the
+        paper writes them without the bias). The sum is multiplied by `loss_scale`, as the main loss is.
         """
         c = self.config
-        chosen_BE = torch.zeros_like(score_BLE[:, 0]).scatter_add(
-            -1, ids_BLK.flatten(1), torch.ones_like(ids_BLK.flatten(1), dtype=score_BLE.dtype)
-        )
+        ones_BLK = torch.ones_like(ids_BLK, dtype=score_BLE.dtype)
+        share_BLE = score_BLE / score_BLE.sum(-1, keepdim=True)
+        if padding_BL is not None:
+            ones_BLK, share_BLE = (x.masked_fill(padding_BL.unsqueeze(-1), 0.0) for x in (ones_BLK, share_BLE))
+        chosen_BE = torch.zeros_like(score_BLE[:, 0]).scatter_add(-1, ids_BLK.flatten(1), ones_BLK.flatten(1))
         chosen_BE = self.row_counts(chosen_BE)
-        f_BE = chosen_BE * (c.n_experts / chosen_BE.sum(-1, keepdim=True))
-        p_BE = (score_BLE / score_BLE.sum(-1, keepdim=True)).sum(1)
+        f_BE = chosen_BE * (c.n_experts / chosen_BE.sum(-1, keepdim=True).clamp(min=1.0))
+        p_BE = share_BLE.sum(1)
         loss = c.balance_loss_coeff * (f_BE * p_BE).sum()
         if not is_recomputing():
             with off_the_record(), torch.no_grad():
@@ -201,8 +198,7 @@ class Router(Module, Configurable):
 
 
 def best(score: Tensor, k: int) -> Tensor:
-    """Places (..., k) of the `k` largest numbers of the last dimension of (..., E); of equal ones the first, on every
-    device."""
+    """Places (..., k) of the `k` largest numbers of the last dimension of (..., E); of equal ones the first, always."""
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -262,6 +258,7 @@ class MoE(Module, Configurable):
     """A sparse feed-forward network: each token is computed by the experts that the router chooses for it."""
 
     SIZED_BY = {"experts": ("router.n_experts",)}
+    counts_tokens = True
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -283,9 +280,9 @@ class MoE(Module, Configurable):
         self.shared_experts: FeedForward | None = None if shared is None else shared.build(dim=dim, scale=scale)
         self.dispatcher = Local()
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, padding_BL: Tensor | None = None) -> Tensor:
         x_TD = to_autocast(x_BLD.flatten(0, 1))
-        ids_TK, weight_TK = self.router(x_BLD)
+        ids_TK, weight_TK = self.router(x_BLD) if padding_BL is None else self.router(x_BLD, padding_BL)
         rows = self.dispatcher.dispatch(x_TD, ids_TK, weight_TK, self.n_experts)
         y_RD = self.experts(rows.x_RD, rows.counts_G) * rows.weight_R.unsqueeze(-1)
         y_BLD = self.dispatcher.combine(y_RD, rows.back).to(x_BLD.dtype).view_as(x_BLD)

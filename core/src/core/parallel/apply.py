@@ -53,7 +53,7 @@ def overlap() -> None:
 
 
 def sum_over_rows(model: Decoder, views: Views) -> None:
-    """Let routers count the choices of whole rows, of which a rank sees a part."""
+    """Let routers count the choices of whole rows, of which a rank sees a part, and know which of its tokens count."""
     groups = [views.token[axis].get_group() for axis in ("context", "tensor")]
 
     def add_up(_: Any, args: Any, chosen_BE: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,14 @@ def sum_over_rows(model: Decoder, views: Views) -> None:
             chosen_BE = functional.wait_tensor(functional.all_reduce(chosen_BE, "sum", group))
         return chosen_BE
 
+    tensor = views.token["tensor"]
+
+    def own(_: Any, args: Any, padding_BL: torch.Tensor) -> torch.Tensor:
+        return padding_BL.chunk(tensor.size(), 1)[tensor.get_local_rank()]
+
     for router in routers(model).values():
         router.row_counts.register_forward_hook(add_up)
+        router.own_tokens.register_forward_hook(own)
 
 
 def dtensor_slice(weight: torch.Tensor) -> LocalSlice:

@@ -46,6 +46,7 @@ def split_rows(
     """
     length = batch.tokens_BL.shape[1]
     places = order(length, mesh.size(), balanced=balanced)
+    padding_BL = batch.padding_BL() if n_labels is None else None
     if n_labels is None:
         n_labels = count_labels(batch.labels_BL[:, places[mesh.get_local_rank()]])
     batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
@@ -59,7 +60,9 @@ def split_rows(
         )
     else:
         position_BL, own_documents, all_documents = own_L[None], None, None
-    positions = Positions(position_BL, own_documents, own_L[None], all_M[None], all_documents)
+    if padding_BL is not None:
+        padding_BL = padding_BL.to(device, non_blocking=True)[:, own_L]
+    positions = Positions(position_BL, own_documents, own_L[None], all_M[None], all_documents, padding_BL)
     return Microbatch(batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions, n_labels)
 
 

@@ -198,7 +198,10 @@ class SingleRank(RankView):
 
 def whole_rows(batch: Batch, device: torch.device, *, documents: bool, n_labels: int | None = None) -> Microbatch:
     """A batch of which this rank computes all tokens."""
+    padding_BL = batch.padding_BL() if n_labels is None else None
     n_labels = count_labels(batch.labels_BL) if n_labels is None else n_labels
     batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
     positions = Positions(batch.positions_BL, batch.documents_BL) if documents else Positions.rows(batch.tokens_BL)
+    if padding_BL is not None:
+        positions = positions._replace(padding_BL=padding_BL.to(device, non_blocking=True))
     return Microbatch(batch.tokens_BL, batch.labels_BL, positions, n_labels)

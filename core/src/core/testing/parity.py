@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.comm.backend import dispatchers
-from core.data.packing import IGNORE, Batch
+from core.data.packing import IGNORE, PADDING, Batch
 from core.nn.balance import balance_loss, routers
 from core.nn.decoder import Decoder
 from core.optim.adam import AdamW
@@ -74,16 +74,20 @@ class StepResult:
 
 
 def drawn_batch(config: Decoder.Config, n_rows: int, length: int, empty_rows: int = 1) -> Batch:
-    """Rows of several documents; a fifth of the labels is ignored, and all of the first `empty_rows`."""
+    """Rows of several documents; a fifth of the labels is ignored, and all of the first `empty_rows`; the last
+    row ends in padding."""
     generator = torch.Generator().manual_seed(3)
     tokens_BL, labels_BL = torch.randint(config.vocab_size, (2, n_rows, length), generator=generator)
     labels_BL[torch.rand(n_rows, length, generator=generator) < 0.2] = IGNORE
     labels_BL[:empty_rows] = IGNORE
     begins_BL = torch.rand(n_rows, length, generator=generator) < 0.12
     begins_BL[:, 0] = False
+    documents_BL = begins_BL.long().cumsum(1)
+    documents_BL[-1, length - length // 4 :] = PADDING
+    labels_BL[-1, length - length // 4 :] = IGNORE
     index_BL = torch.arange(length).expand(n_rows, length)
     first_BL = torch.where(begins_BL, index_BL, 0).cummax(1).values
-    return Batch(tokens_BL, labels_BL, index_BL - first_BL, begins_BL.long().cumsum(1))
+    return Batch(tokens_BL, labels_BL, index_BL - first_BL, documents_BL)
 
 
 def result_of(case: Case) -> StepResult:

@@ -32,7 +32,7 @@ class Record:
     """Before clipping."""
     lr: float
     tokens: int
-    """Tokens read since the run began."""
+    """Tokens read since the run began, without padding."""
     tokens_per_second: float
     """Mean since the last line."""
     step_time_s: float
