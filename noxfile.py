@@ -159,6 +159,7 @@ def peers(session: nox.Session) -> None:
     session.install("lm-eval[hf]==0.4.13", TORCH)
     tests = [f"{FOLDERS[package]}/tests" for package in packages]
     session.run("python", "-m", "pytest", *tests, "-m", "peers", *session.posargs)
+    session.run("python", "-m", "pytest", "core/tests/data/test_token_files.py", "-k", "its_own or own_reader")
 
 
 @nox.session(default=False, requires=["shared"])

@@ -8,7 +8,7 @@ ids on the disk. Megatron's way is a pool of processes that each parse and encod
 writes; it is written here as its tool does it, without torch. Turns are taken in one process; rates are tokens per
 second of CPU time, of all processes together, ratios are ours to theirs per round: median (lowest to highest). The
 memory is the highest of one process, of whichever contender. The loader's rate is of rows of 4,096 tokens from a cache
-that was just read.
+that was just read, as rows of one text and of whole documents; beside it stands what steps of `qwen3_debug` consume.
 """
 
 import argparse
@@ -142,6 +142,23 @@ def rows_per_second(path: Path, tokenizer: Path, packing: Any) -> float:
     return 512 / (time.process_time() - began)
 
 
+def rows_consumed() -> float:
+    """Rows of 4,096 tokens that training steps of qwen3_debug take in a second of CPU time."""
+    from qwen3.configs import qwen3_debug
+
+    config = qwen3_debug()
+    with tempfile.TemporaryDirectory() as folder:
+        config.dump_folder, config.training.steps, config.validator.enable = folder, 4, False
+        trainer = config.build()
+        trainer.step(1)
+        began = time.process_time()
+        for step in (2, 3, 4):
+            trainer.step(step)
+        took_s = time.process_time() - began
+        trainer.exit.close()
+    return 3 * trainer.rows_per_step * config.training.seq_len / 4096 / took_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=64, help="text to prepare")
@@ -159,10 +176,11 @@ def main() -> None:
             print(f"{contender:14} {statistics.median(each):12,.0f} tokens/CPU s   ours is {spread} times that")
         used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         print(f"at most {used / 1024:,.0f} MiB in one process, datasets' among them")
+        consumed = rows_consumed()
+        print(f"{'a step takes':14} {consumed:12,.1f} rows of 4,096 tokens per CPU second (qwen3_debug)")
         for packing in ("concatenate", "best_fit"):
-            print(
-                f"{packing:14} {rows_per_second(path, tokenizer, packing):12,.0f} rows of 4,096 tokens per CPU second"
-            )
+            rows = rows_per_second(path, tokenizer, packing)
+            print(f"{packing:14} {rows:12,.0f} rows of 4,096 tokens per CPU second, {rows / consumed:,.0f} times that")
 
 
 if __name__ == "__main__":

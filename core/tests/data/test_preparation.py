@@ -2,16 +2,27 @@
 
 import json
 import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from core.config.errors import UserError
 from core.data import preparation, sections, shards, workers
+from core.data.bad_lines import BadLines
 from core.data.corpus import Corpus
 from core.data.dataset import open_source
 from core.data.progress import ProgressLine
+from core.data.sampling import SPLITS
+from core.data.sections import LeftOut, Section, cut_row
+from core.data.source import Source
 from core.data.tokenizer import Tokenizer
 
 
@@ -71,6 +82,36 @@ def test_an_interrupted_preparation_continues(
     assert len(went_on) == (after > 1) and (seen[done] > 0) == (after > 1)
 
 
+def killed(settings: dict[str, Any], place: int) -> int:
+    """The exit code of a preparation that is to be killed at this place of what it writes."""
+    program = Path(__file__).with_name("killed_preparation.py")
+    command = [sys.executable, str(program), json.dumps(settings), str(place)]
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
+
+
+def test_a_killed_preparation_continues(config: Any, tokenizer: Tokenizer, tmp_path: Path, logged: list[str]) -> None:
+    config.cache_folder = str(tmp_path / "whole")
+    whole = content(config.build(tokenizer=tokenizer))
+    config.cache_folder = str(tmp_path / "torn")
+    settings = {name: getattr(config, name) for name in ("dataset", "validation_fraction", "cache_folder")}
+    assert killed(settings, 60) == -signal.SIGKILL
+    assert content(config.build(tokenizer=tokenizer)) == whole
+    assert len([line for line in logged if "going on behind" in line]) == 1
+
+
+@pytest.mark.faults
+def test_kills_at_random_moments_change_nothing(config: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config.cache_folder = str(tmp_path / "whole")
+    whole, draw, n_kills = content(config.build(tokenizer=tokenizer)), random.Random(1), 0
+    for number in range(12):
+        settings = {"dataset": config.dataset, "validation_fraction": 0.2, "processes": 1 + number % 2}
+        settings["cache_folder"] = config.cache_folder = str(tmp_path / f"torn-{number}")
+        while (code := killed(settings, draw.randint(1, 120))) == -signal.SIGKILL:
+            n_kills += 1
+        assert code == 0 and content(config.build(tokenizer=tokenizer)) == whole
+    assert n_kills >= 12
+
+
 def test_a_mistake_in_the_text_leaves_nothing(config: Any, tokenizer: Tokenizer) -> None:
     with open(config.dataset, "a") as file:
         file.write("no JSON")
@@ -100,9 +141,60 @@ def test_the_line_says_how_long_it_will_take(config: Any, monkeypatch: pytest.Mo
     shares = [source.done() for _ in source.sections()]
     assert shares == sorted(shares) and shares[0] < 1 and source.done() == 1
     clock = iter([100.0, 110.0, 150.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("core.data.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     done = iter([0.25, 0.5])
     with ProgressLine("set", lambda: next(done)) as progress:
         progress.add(1, 1_000_000)
         progress.add(1, 1_000_000)
     assert logged[-1].endswith("2 documents, 2.0 MB, 0.0 MB/s, 50%, 1:40 left")
+
+
+class Generated(Source):
+    """Documents that are made up as they are read."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Source.Config):
+        gigabytes: float
+
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+    most_bytes = 0
+    """The largest memory that this process had while such was read."""
+
+    def open(self) -> None:
+        self.name = "generated"
+
+    def fingerprint(self) -> list[Any]:
+        return [self.config.gigabytes]
+
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        text = "Call me Ishmael. Some years ago, never mind how long.\n\n" * 2000
+        for number in range(int(self.config.gigabytes * 1e9 / len(text))):
+            yield from cut_row(f"{number} {text}")
+            if number % 100 == 0:
+                Generated.most_bytes = max(Generated.most_bytes, resident_bytes())
+
+
+class Lines:
+    """A tokenizer that takes hardly any time: a token is the length of a line."""
+
+    vocab_size, fingerprint = 100, "lines"
+
+    def encode_sections(self, sections: Sequence[Section]) -> list[list[int] | LeftOut]:
+        return [list(map(len, section.text.split("\n"))) for section in sections]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+GIGABYTES = 10.0
+
+
+@pytest.mark.soak
+def test_ten_gigabytes_take_little_memory(tmp_path: Path) -> None:
+    gigabytes, before = GIGABYTES, resident_bytes()
+    config = Corpus.Config(dataset=Generated.Config(gigabytes=gigabytes), cache_folder=str(tmp_path), processes=1)
+    corpus = Corpus(config, tokenizer=Lines())
+    assert sum(corpus.split(split).extent.bytes for split in SPLITS) == pytest.approx(gigabytes * 1e9, rel=1e-3)
+    print(f"{gigabytes} GB: {(Generated.most_bytes - before) / 2**20:.0f} MiB more than before")
+    assert Generated.most_bytes - before < 200 * 2**20

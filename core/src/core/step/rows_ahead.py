@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from torch.profiler import record_function
 
 from core.data.packing import Batch
 from core.data.samples import Samples
@@ -47,10 +48,11 @@ class RowsAhead:
         return StepSources(list(map(torch.from_numpy, found)), self.source_losses)
 
     def __call__(self, step: int) -> list[Batch]:
-        """The microbatches of `step`; those of the next are begun to be read."""
+        """The microbatches of `step`; those of the next are begun to be read. What is waited has a place in traces."""
         began = time.perf_counter()
         ahead, self._next = self._next, None
-        batches = ahead[1].result() if ahead is not None and ahead[0] == step else self.read(step)
+        with record_function("rows of the step"):
+            batches = ahead[1].result() if ahead is not None and ahead[0] == step else self.read(step)
         self._waited_s += time.perf_counter() - began
         self._steps += 1
         if step < self.last_step and not self.loader.in_order:
