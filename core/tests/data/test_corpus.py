@@ -263,12 +263,31 @@ def test_user_errors_of_the_source_pass_through(config, tokenizer, dataset):
     assert list((Path(config.cache_folder) / "corpora").iterdir()) == []
 
 
+def test_sections_of_another_length_are_another_corpus(tmp_path, tokenizer, logged):
+    (tmp_path / "a.txt").write_text("some words\n\n" * 500)
+    usual, short = (
+        Corpus.Config(dataset=str(tmp_path / "a.txt"), section_characters=n, validation_fraction=0.0).build(
+            tokenizer=tokenizer
+        )
+        for n in (None, 1000)
+    )
+    assert usual.folder != short.folder
+    assert "1 documents in 7 sections cut at blank lines, " in short.describe("train")
+    assert "1 documents, " in usual.describe("train")
+    assert [line for line in logged if "long documents" in line] == [
+        f"INFO: {tmp_path / 'a.txt'}: 1 long documents were tokenised in 7 sections, cut at blank lines where there "
+        "are any, with nothing between them (section_characters)"
+    ]
+
+
 def test_settings_are_checked():
     for fraction in (-0.1, 1.0):
         with pytest.raises(UserError, match=f"validation_fraction: must be at least 0 and below 1, not {fraction}"):
             validate(Corpus.Config(validation_fraction=fraction))
     with pytest.raises(UserError, match="on_bad_line"):
         validate(Corpus.Config(on_bad_line="ignore"))
+    with pytest.raises(UserError, match="section_characters 10 must be from 1,000 to 268,435,456: leave it out"):
+        validate(Corpus.Config(section_characters=10))
     validate(Corpus.Config(validation_fraction=0.0))
 
 

@@ -1,6 +1,6 @@
 """Rows of mixtures, compared with those of their sources and with counts by hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,12 @@ def test_where_a_source_ends_the_others_go_on(tokenizer: Tokenizer) -> None:
     assert rows.index(29, 60) + 1 == first and 118 <= first <= 121 and second == rows.index(139) + 1
     between = rows[first:second]
     assert abs(sum(row < 200 for row in between) - len(between) / 2) <= 1 and set(rows[second:]) == {*range(200, 209)}
-    assert f"sources end at the rows {first:,}, {second:,}, and the others go on" in mixture.description
+    over = "; 0 ends in step {}, and the others go on; 1 ends in step {}, and the others go on"
+    assert mixture.description.endswith(over.format(first, second))
+    config = replace(mixture.config)
+    in_steps = config.build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=5, rows_per_step=7)
+    assert in_steps.description.endswith(over.format(-(-first // 7), -(-second // 7)))
+    assert mixture.epochs_by_source(1000) == {"0": 2.0, "1": 1.0, "2": (1000 - 100) / 9}
     ends = built(tokenizer, source(0, 30, 1, epochs=2), source(100, 40, 3, epochs=1))
     assert ends.n_rows == 100 and sorted(read(ends, 0, 100)) == sorted([*range(30), *range(30), *range(100, 140)])
     with pytest.raises(IndexError, match="of 100"):
@@ -125,6 +130,26 @@ def test_weights_change_at_steps(tokenizer: Tokenizer) -> None:
     late = Mixture.Config(sources=sources[:2], schedule=[MixtureStage(step=2, weights=[1, 0])])
     late.sources[0] = source(0, 50, 1, epochs=1)
     assert late.build(tokenizer=tokenizer, seq_len=SEQ_LEN, seed=5, rows_per_step=10).n_rows == 5 + 50
+
+
+def test_weights_change_at_steps_of_another_size_too(tokenizer: Tokenizer) -> None:
+    """A run that goes on with another batch size had the rows that it had, and changes weights where it says."""
+    stages = [MixtureStage(step=101, weights=[0, 1]), MixtureStage(step=201, weights=[1, 0])]
+    config = Mixture.Config(sources=[source(0, 50, 1), source(100, 60, 1)], schedule=stages)
+    live: dict[str, Any] = {"tokenizer": tokenizer, "seq_len": SEQ_LEN, "seed": 5}
+    before = read(config.build(**live, rows_per_step=3), 0, 700)
+    for step in (50, 150):
+        mixture = config.build(**live, rows_per_step=6)
+        mixture.go_on(step, 3 * step)
+        assert read(mixture, 0, 3 * step) == before[: 3 * step]
+        first = 150 + 6 * 50 if step == 50 else 300  # of step 101
+        second = 150 + 6 * 150 if step == 50 else 450 + 6 * 50  # of step 201
+        assert set(owner >= 100 for owner in read(mixture, first, second - first)) == {True}
+        assert set(owner >= 100 for owner in read(mixture, second, 100)) == {False}
+        assert abs(sum(owner >= 100 for owner in read(mixture, 0, first)) - first / 2) <= 1
+    with pytest.raises(UserError, match="151 rows in 50 steps were not equally many in each"):
+        mixture.go_on(50, 151)
+    Mixture.Config(sources=config.sources).build(**live).go_on(50, 151)
 
 
 def test_schedules_that_are_none_are_refused() -> None:
@@ -180,7 +205,9 @@ def test_a_file_states_it_in_few_words() -> None:
         "class": "core.data.mixture:Mixture",
         "sources": [{"data": {"dataset": "books"}, "weight": 3}, {"data": {"dataset": "code", "epochs": 2}}],
     }
+    flat = stated | {"sources": [{"dataset": "books", "weight": 3}, {"dataset": "code", "max_epochs": 2}]}
     config = from_dict(stated, Samples.Config, say=lambda _: None)
+    assert from_dict(flat, Samples.Config, say=lambda _: None) == config
     assert config == Mixture.Config(
         sources=[
             MixtureSource(data=IndexedText.Config(dataset="books"), weight=3.0),

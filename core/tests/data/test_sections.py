@@ -195,9 +195,13 @@ def test_a_long_document_is_one_but_where_it_is_held_out(
     extents = corpus.manifest.splits
     n_sections = extents["train"].sections + extents["validation"].sections
     assert logged == [
-        f"INFO: {corpus.name}: 1 long documents were tokenised in {n_sections - 2} sections, with nothing between them"
+        f"INFO: {corpus.name}: 1 long documents were tokenised in {n_sections - 2} sections, cut at blank lines where "
+        "there are any, with nothing between them (section_characters)"
     ]
-    assert f"{len(expected['train'])} documents in {extents['train'].sections} sections, " in corpus.describe("train")
+    assert (
+        f"{len(expected['train'])} documents in {extents['train'].sections} sections cut at blank lines, "
+        in corpus.describe("train")
+    )
     n_bytes = sum(extent.bytes for extent in extents.values())
     assert n_bytes == len(BOOK.encode()) + 20
 

@@ -75,12 +75,20 @@ def test_fingerprint_of_files_follows_name_size_and_time(tmp_path):
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
-def test_documents_of_several_files_without_blank_ones(tmp_path):
+def test_documents_of_several_files_without_blank_ones(tmp_path, logged):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n')
     (tmp_path / "b.txt").write_text("c")
     (tmp_path / "c.txt").write_text("\n\n")
-    source = open_source(str(tmp_path), "text", "error")
-    assert texts(source) == ["a", "b", "c"]
+    for name in ("d.jsonl", "e.csv", "f.jsonl"):
+        (tmp_path / name).write_text("text\n" if name == "e.csv" else "")
+    for dataset in (str(tmp_path), [str(tmp_path)]):
+        logged.clear()
+        assert texts(open_source(dataset, "text", "error")) == ["a", "b", "c"]
+        left_out = f"WARNING: {tmp_path}: left out 3 empty"
+        assert logged == [
+            f"{left_out} files; the first: {tmp_path / 'd.jsonl'}: it holds no document",
+            f"{left_out} documents; the first: {tmp_path / 'a.jsonl'}: no visible character",
+        ]
 
 
 def test_bad_lines_are_counted_in_the_log(tmp_path, logged):

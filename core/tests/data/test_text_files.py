@@ -8,8 +8,10 @@ import pytest
 from core.config.errors import UserError
 from core.data import sections, text_files
 from core.data.bad_lines import BadLines
+from core.data.dataset import open_source
 from core.data.rows import TextField
 from core.data.sections import Section
+from core.data.source import StandardLibrary
 from core.data.text_files import find_files, read_sections
 
 
@@ -95,6 +97,23 @@ def test_character_across_two_parts_of_a_long_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8"):
         documents(write(tmp_path / "a.txt", ("é" * 50 + "\n" + "é" * 50).encode() + b"\xff\xff"))
     assert documents(write(tmp_path / "a.txt", b"aaaaaa\xc3" + b"\xffbbb\nnext"), "skip") == ["aaaaaanext"]
+
+
+def test_the_length_of_sections_is_a_setting(tmp_path):
+    text = "".join(f"x = {i}\n\n" for i in range(1000))
+    write(tmp_path / "a.txt", text)
+    write(tmp_path / "b.jsonl", json.dumps({"text": text}))
+    write(tmp_path / "library/c.py", text)
+    library = StandardLibrary.Config(root=str(tmp_path / "library"), section_characters=2000)
+    for source in (
+        open_source(str(tmp_path / "a.txt"), "text", "error", section_characters=2000),
+        open_source([str(tmp_path / "b.jsonl")], "text", "error", section_characters=2000),
+        library.build(),
+    ):
+        found = [section.text for section in source.sections()]
+        if source.name == "stdlib":
+            del found[next(i for i in range(len(found)) if "".join(found[: i + 1]) == text) + 1 :]  # topics of help()
+        assert "".join(found) == text and all(1000 <= len(each) <= 2000 for each in found[:-1]) and len(found) > 4
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])

@@ -96,6 +96,18 @@ def test_a_line_that_is_none_is_named(ranks: dict[bytes, int], tmp_path: Path) -
         Tokenizer.Config(path=str(path)).build()
 
 
+def test_a_folder_with_nothing_else_is_a_tokenizer(ranks: dict[bytes, int], tmp_path: Path, monkeypatch) -> None:
+    special = {"<|endoftext|>": 556, "<|im_start|>": 557, "<|im_end|>": 558}
+    monkeypatch.setattr(tiktoken_file, "PUBLISHED", {556: PUBLISHED[151643]._replace(special=special)})
+    path = written(tmp_path / "qwen.tiktoken", ranks)
+    in_folder = Tokenizer.Config(path=str(tmp_path)).build()
+    assert in_folder.encode(TEXT) == Tokenizer.Config(path=str(path)).build().encode(TEXT)
+    assert set(run_companions(str(tmp_path), None)) == {"tokenizer.json", "tokenizer_config.json"}
+    written(tmp_path / "another.tiktoken", ranks)
+    with pytest.raises(UserError, match="has several tokenizers, another.tiktoken, qwen.tiktoken: name one"):
+        Tokenizer.Config(path=str(tmp_path)).build()
+
+
 def test_the_files_beside_it_name_the_tokens(ranks: dict[bytes, int], tmp_path: Path, monkeypatch) -> None:
     known = PUBLISHED[151643]._replace(special={"<|endoftext|>": 556, "<|im_start|>": 557, "<|im_end|>": 558})
     monkeypatch.setattr(tiktoken_file, "PUBLISHED", {556: known})

@@ -43,6 +43,8 @@ def test_sets_have_their_losses_in_the_record(tmp_path: Path) -> None:
     assert {key: n for key, n in record.numbers.items() if key.startswith("data/")} == {
         "data/verses/tokens": 2 * 16,
         "data/1/tokens": 6 * 16,
+        "data/verses/epochs": 2 / text.build(tokenizer=trainer.tokenizer, seq_len=16, seed=0).rows_per_epoch,
+        "data/1/epochs": 6 / other.build(tokenizer=trainer.tokenizer, seq_len=16, seed=0).rows_per_epoch,
     }
 
 

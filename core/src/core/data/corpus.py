@@ -21,13 +21,15 @@ from core.data.sampling import SPLITS, Split
 from core.data.shards import DamagedError, TokenManifest, TokenStream, json_digest
 from core.data.source import Source
 from core.data.staging import staging_folder
-from core.data.text_files import Format
+from core.data.text_files import LINE_BYTES, Format
 from core.data.workers import SectionEncoder
 from core.runtime.disk import flush
 from core.runtime.units import rate
 
 log = logging.getLogger("armature")
 
+LEAST_SECTION = 1000
+"""Shorter sections would cut through words that a tokenizer joins."""
 _ANOTHER_PLACE = "choose another place with cache_folder"
 
 
@@ -53,6 +55,9 @@ class Corpus(Configurable):
         """The field of a line, or column of a table, that holds the text; `a.b` is `b` inside of `a`."""
         on_bad_line: OnBadLine = "error"
         """Whether an unreadable line (bad JSON or UTF-8, no text) ends the run or is left out and counted."""
+        section_characters: int | None = None
+        """Longer documents are read and tokenised in sections of at most so many characters, cut at a blank line where
+        there is one, and stay one document. None is 131,072 of a text file, 1,048,576 of any other document."""
         validation_fraction: float = 0.02
         """Share of the documents held out for validation; 0 holds none out."""
         cache_folder: str | None = None
@@ -70,22 +75,27 @@ class Corpus(Configurable):
             if not 0 <= self.validation_fraction < 1:
                 yield "validation_fraction", f"must be at least 0 and below 1, not {self.validation_fraction}"
             yield from range_problems(self, processes=1024)
+            if self.section_characters is not None and not LEAST_SECTION <= self.section_characters <= LINE_BYTES:
+                said = f"{self.section_characters:,} must be from {LEAST_SECTION:,} to {LINE_BYTES:,}"
+                yield "section_characters", f"section_characters {said}: leave it out for the usual ones"
             words = [self.dataset] if isinstance(self.dataset, str) else self.dataset
             if words == []:
                 yield "dataset", "names nothing to read: give stdlib, a file, a folder, a glob pattern or hf:NAME"
             others = not isinstance(words, list) or any(word.startswith(("hf:", "stdlib")) for word in words)
             if self.format and others:
                 yield "format", f"format {self.format} is of files, and dataset names none: leave it out"
-            usual = (type(self).__dataclass_fields__["text_field"].default, "error")
-            if not isinstance(words, list) and (self.text_field, self.on_bad_line) != usual:
-                yield "dataset", "a Config has text_field and on_bad_line of its own, if any: set those"
+            usual = (type(self).__dataclass_fields__["text_field"].default, "error", None)
+            if not isinstance(words, list) and (self.text_field, self.on_bad_line, self.section_characters) != usual:
+                message = "a Config has text_field, on_bad_line and section_characters of its own, if any: set those"
+                yield "dataset", message
 
     def __init__(
         self, config: Config, *, tokenizer: SectionEncoder, reader: RowReader | None = None, verify: bool = True
     ) -> None:
         """`reader` says what is read of a row, where that is no text; `verify` is false on ranks that follow another
         one of their machine, which has compared every byte."""
-        source = open_source(config.dataset, config.text_field, config.on_bad_line, config.format)
+        c = config
+        source = open_source(c.dataset, c.text_field, c.on_bad_line, c.format, c.section_characters)
         if reader is not None:
             source.read_rows_by(reader)
         if isinstance(config.dataset, str):
@@ -105,6 +115,7 @@ class Corpus(Configurable):
             "tokenizer": tokenizer.fingerprint,
             "source": json_digest(source.fingerprint()),
             **({"file_format": config.format} if config.format else {}),
+            **({"section_characters": c.section_characters} if c.section_characters else {}),
         }
         name = re.sub(r"\W+", "-", f"{title[:40]}-{json_digest(self._made_from)[:16]}").strip("-")
         self.folder = _cache_folder(config.cache_folder) / "corpora" / name
@@ -119,7 +130,8 @@ class Corpus(Configurable):
     def describe(self, split: Split) -> str:
         """One line: how much the split holds, and where it lies."""
         extent = self.manifest.splits[split]
-        sections = f" in {extent.sections:,} sections" if extent.sections > extent.documents else ""
+        long = extent.sections > extent.documents
+        sections = f" in {extent.sections:,} sections cut at blank lines" if long else ""
         size = f"{extent.documents:,} documents{sections}, {rate(extent.tokens)} tokens ({split})"
         return f"{self.name}: {size}, cached in {self.folder}"
 

@@ -50,7 +50,9 @@ class SeveralSources(Source):
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
         for part in self.parts:
-            yield from part.sections_of(bad)
+            for section in part.sections_of(bad):
+                self.place = part.place or part.name
+                yield section
 
     def done(self) -> float | None:
         known = [share for part in self.parts if (share := part.done()) is not None]
@@ -75,22 +77,32 @@ def absolute_word(word: str) -> str:
     return f"{hub}{absolute(name)}{word[len(hub) + len(name) :]}"
 
 
-def source_of(dataset: str, text_field: str, on_bad_line: OnBadLine, format: Format | None) -> Source.Config:
+def source_of(
+    dataset: str, text_field: str, on_bad_line: OnBadLine, format: Format | None, section_characters: int | None = None
+) -> Source.Config:
     """What a word stands for: `stdlib`; `hf:NAME` or `hf:NAME:SUBSET`, with `@SPLIT` and `#REVISION`; else files."""
+    cut: dict[str, Any] = {"section_characters": section_characters}
     if dataset == STANDARD_LIBRARY:
-        return StandardLibrary.Config()
+        return StandardLibrary.Config(**cut)
     if dataset.startswith(HUB):
         address, _, revision = dataset.removeprefix(HUB).partition("#")
         address, _, split = address.partition("@")
         name, _, subset = address.partition(":")
         rows = {"text_field": text_field, "on_bad_line": on_bad_line, "revision": revision}
-        return HubDataset.Config(dataset=name, subset=subset, split=split or "train", **rows)
-    return TextFiles.Config(path=dataset, format=format, text_field=text_field, on_bad_line=on_bad_line)
+        return HubDataset.Config(dataset=name, subset=subset, split=split or "train", **rows, **cut)
+    return TextFiles.Config(path=dataset, format=format, text_field=text_field, on_bad_line=on_bad_line, **cut)
 
 
-def open_source(dataset: Dataset, text_field: str, on_bad_line: OnBadLine, format: Format | None = None) -> Source:
+def open_source(
+    dataset: Dataset,
+    text_field: str,
+    on_bad_line: OnBadLine,
+    format: Format | None = None,
+    section_characters: int | None = None,
+) -> Source:
     """The source that a `dataset` setting names; UserError when it is not there."""
-    if isinstance(dataset, list):
-        sources = [source_of(word, text_field, on_bad_line, format) for word in dataset]
-        return SeveralSources.Config(sources=sources).build()
-    return (source_of(dataset, text_field, on_bad_line, format) if isinstance(dataset, str) else dataset).build()
+    words = [dataset] if isinstance(dataset, str) else dataset
+    if not isinstance(words, list):
+        return words.build()
+    sources = [source_of(word, text_field, on_bad_line, format, section_characters) for word in words]
+    return (sources[0] if isinstance(dataset, str) else SeveralSources.Config(sources=sources)).build()

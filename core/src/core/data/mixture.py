@@ -1,15 +1,10 @@
-"""Rows of several sources in fixed proportions.
-
-The sources take turns in a pattern of 1,000 rows, which repeats: so any 1,000 rows one after another hold them in
-exactly their proportions, and which row of which source row i is, is arithmetic. Where a source ends, the others go on
-in a pattern of their own.
-"""
+"""Rows of several sources in fixed proportions: which row of which source row i is, is arithmetic."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from math import inf
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,10 +12,9 @@ import torch
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.data.packing import Batch
+from core.data.phases import PERIOD, phases, shares
 from core.data.samples import MaskKind, Samples
 from core.data.shards import json_digest
-
-PERIOD = 1000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +28,17 @@ class MixtureSource(Configurable.Config):
     name: str = ""
     """What the record calls it; empty is its number."""
 
+    @classmethod
+    def upgrade(cls, data: dict[str, Any], now: Configurable.Config | None = None) -> dict[str, Any]:
+        """A source may be stated flat, `dataset` and whatever else beside weight and name, with `max_epochs`."""
+        own = {name: data[name] for name in ("weight", "name") if name in data}
+        if now is not None or "data" in data or data.keys() == own.keys():
+            return data
+        rest = {name: value for name, value in data.items() if name not in own}
+        if "max_epochs" in rest:
+            rest["epochs"] = rest.pop("max_epochs")
+        return own | {"data": rest}
+
 
 @dataclass(kw_only=True, slots=True)
 class MixtureStage(Configurable.Config):
@@ -43,27 +48,6 @@ class MixtureStage(Configurable.Config):
     """The first step with these weights."""
     weights: list[float] = field(default_factory=list)
     """One for each source; 0 leaves a source out."""
-
-
-class Phase(NamedTuple):
-    """A stretch of rows in which the same sources take turns."""
-
-    first: int
-    """The row that it begins with."""
-    pattern: np.ndarray
-    """The source of each of PERIOD rows, (PERIOD,)."""
-    earlier: np.ndarray
-    """How often the source of each of those rows has had a turn before it in the pattern, (PERIOD,)."""
-    counts: np.ndarray
-    """Turns of each source in the pattern, (sources,)."""
-    bases: np.ndarray
-    """Rows of each source before the phase, (sources,)."""
-
-    def turns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each row of the mixture in this phase, and the number that the row has in it."""
-        blocks, places = np.divmod(numbers - self.first, PERIOD)
-        sources = self.pattern[places]
-        return sources, self.bases[sources] + blocks * self.counts[sources] + self.earlier[places]
 
 
 class Mixture(Samples):
@@ -148,13 +132,9 @@ class Mixture(Samples):
         if self.split == "train":
             self.source_names = names
             weights = [source.weight for source in sources]
-            changes = [((stage.step - 1) * self.rows_per_step, stage.weights) for stage in self.config.schedule]
-            self.phases, self.n_rows = phases([(0, weights), *changes], n_rows)
+            self._set_phases(n_rows)
             said = [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
-            at = [phase.first for phase in self.phases[1:]]
-            ends = ", ".join(f"{row:,}" for row in at if row not in {row for row, _ in changes})
-            after = f"; sources end at the rows {ends}, and the others go on" if ends else ""
-            after += "".join(f"; other weights from step {stage.step:,}" for stage in self.config.schedule)
+            after = "".join(self._announced(names, n_rows))
         else:
             self._firsts = np.cumsum([0, *(n or 0 for n in n_rows)])
             stretches = zip(names, self._firsts.tolist(), self._firsts[1:].tolist(), strict=False)
@@ -164,6 +144,36 @@ class Mixture(Samples):
         parts = [f"{share} {part.description}" for share, part in zip(said, self.parts, strict=True)]
         self.description = f"{'; '.join(parts)}{after}"
         self.fingerprint = json_digest([part.fingerprint for part in self.parts])
+
+    def _set_phases(self, n_rows: Sequence[int | None], step: int = 0, rows: int = 0) -> None:
+        """Lay out the rows of a run that had read so many rows after a step, in steps of equally many."""
+        before = rows // step if step else self.rows_per_step
+        changes = [(0, [source.weight for source in self.config.sources])]
+        for stage in self.config.schedule:
+            is_past = stage.step <= step
+            first = (stage.step - 1) * before if is_past else rows + (stage.step - 1 - step) * self.rows_per_step
+            changes.append((first, stage.weights))
+        self.phases, self.n_rows = phases(changes, n_rows)
+
+    def _announced(self, names: Sequence[str], n_rows: Sequence[int | None]) -> Iterator[str]:
+        """What the head of the run says of sources that end, and of weights that change."""
+        ended = set[int]()
+        for phase in self.phases[1:]:
+            over = {i for i, n in enumerate(n_rows) if n is not None and phase.bases[i] >= n} - ended
+            ended |= over
+            if over:
+                those = ", ".join(names[i] for i in sorted(over))
+                step = (phase.first - 1) // self.rows_per_step + 1
+                yield f"; {those} {'ends' if len(over) == 1 else 'end'} in step {step:,}, and the others go on"
+        yield from (f"; other weights from step {stage.step:,}" for stage in self.config.schedule)
+
+    def go_on(self, step: int, rows: int) -> None:
+        if self.config.schedule and step and rows % step:
+            raise UserError(
+                f"{rows:,} rows in {step:,} steps were not equally many in each, so nobody knows at which rows weights "
+                "of the schedule changed: go on with the batch size of before, or begin a run"
+            )
+        self._set_phases([part.n_rows for part in self.parts], step, rows)
 
     def turns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each row of the mixture, by its place among `parts`, and the number that the row has in it."""
@@ -180,13 +190,27 @@ class Mixture(Samples):
     def sources(self, first: int, count: int) -> np.ndarray:
         return self.turns(np.arange(first, first + count))[0]
 
-    def tokens_by_source(self, n_rows: int) -> dict[str, int]:
+    def _counts(self, n_rows: int) -> np.ndarray:
+        """How many of the first `n_rows` rows are of each source, (sources,)."""
         counts = np.zeros(len(self.parts), np.int64)
         for phase, after in zip(self.phases, [*self.phases[1:], None], strict=True):
             last = n_rows if after is None else min(n_rows, after.first)
             blocks, rest = divmod(max(last - phase.first, 0), PERIOD)
             counts += blocks * phase.counts + np.bincount(phase.pattern[:rest], minlength=len(self.parts))
-        return {name: n * self.seq_len for name, n in zip(self.config.names(), counts.tolist(), strict=True)}
+        return counts
+
+    def tokens_by_source(self, n_rows: int) -> dict[str, int]:
+        counts = self._counts(n_rows).tolist()
+        tokens = [part.tokens_before(n) for part, n in zip(self.parts, counts, strict=True)]
+        return dict(zip(self.config.names(), tokens, strict=True))
+
+    def tokens_before(self, n_rows: int) -> int:
+        return sum(self.tokens_by_source(n_rows).values())
+
+    def epochs_by_source(self, n_rows: int) -> dict[str, float]:
+        counts = self._counts(n_rows).tolist()
+        passes = [n / (part.rows_per_epoch or inf) for n, part in zip(counts, self.parts, strict=True)]
+        return dict(zip(self.config.names(), passes, strict=True))
 
     def rows(self, first: int, count: int) -> Batch:
         mixed = Batch(*torch.empty(4, count, self.seq_len, dtype=torch.int64).unbind())
@@ -197,58 +221,3 @@ class Mixture(Samples):
             for whole_BL, part_BL in zip(mixed, own, strict=True):
                 whole_BL[torch.from_numpy(places)] = part_BL
         return mixed
-
-
-def shares(weights: Sequence[float]) -> np.ndarray:
-    """How many of PERIOD rows each source has: whole numbers that are nearest to its share, and PERIOD together."""
-    exact = np.array(weights) / np.sum(weights) * PERIOD
-    counts = np.floor(exact).astype(np.int64)
-    largest = np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]
-    counts[largest] += 1
-    return counts
-
-
-def spread_evenly(counts: np.ndarray) -> np.ndarray:
-    """The source of each of PERIOD rows, (PERIOD,), so that each has had its share after any number of them, but for
-    one row: at each the source has a turn that is furthest behind."""
-    pattern, had = np.empty(PERIOD, np.int64), np.zeros_like(counts)
-    for place in range(PERIOD):
-        pattern[place] = np.argmax(counts * (place + 1) - had * PERIOD)
-        had[pattern[place]] += 1
-    return pattern
-
-
-def phases(
-    changes: Sequence[tuple[int, Sequence[float]]], n_rows: Sequence[int | None]
-) -> tuple[list[Phase], int | None]:
-    """The phases of a mixture of sources with so many rows, and the rows of the whole; None where it does not end.
-
-    `changes` are the weights from a row on, in ascending order, the first from row 0. Where no source that has a weight
-    has rows left, the mixture ends.
-    """
-    found: list[Phase] = []
-    first, bases = 0, np.zeros(len(n_rows), np.int64)
-    limits = [inf if n is None else n for n in n_rows]
-    while True:
-        weights = [weights for row, weights in changes if row <= first][-1]
-        active = [number for number, limit in enumerate(limits) if bases[number] < limit and weights[number] > 0]
-        if not active:
-            return found, first
-        counts = np.zeros_like(bases)
-        counts[active] = shares([weights[number] for number in active])
-        pattern = spread_evenly(counts)
-        turns = [np.flatnonzero(pattern == number) for number in range(len(weights))]
-        earlier = np.empty_like(pattern)
-        for places in turns:
-            earlier[places] = np.arange(places.size)
-        found.append(Phase(first, pattern, earlier, counts, bases.copy()))
-        ends = [row - first for row, _ in changes if row > first][:1]
-        for number in active:
-            if n_rows[number] is not None and counts[number]:
-                blocks, place = divmod(int(limits[number] - bases[number]) - 1, int(counts[number]))
-                ends.append(blocks * PERIOD + int(turns[number][place]) + 1)
-        if not ends:
-            return found, None
-        blocks, rest = divmod(min(ends), PERIOD)
-        bases += blocks * counts + np.bincount(pattern[:rest], minlength=len(weights))
-        first += min(ends)

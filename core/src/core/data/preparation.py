@@ -120,7 +120,8 @@ class SplitFiles:
         self.unfit.summarise(self.source.name, "conversations")
         if self.long["documents"]:
             counts = f"{self.long['documents']:,} long documents were tokenised in {self.long['sections']:,} sections"
-            log.info("%s: %s, with nothing between them", self.source.name, counts)
+            cut = "cut at blank lines where there are any, with nothing between them (section_characters)"
+            log.info("%s: %s, %s", self.source.name, counts, cut)
 
 
 def write_splits(

@@ -30,8 +30,9 @@ class RowReader(ABC):
 class TextField(RowReader):
     """The text in one field; `a.b` is `b` of the object in `a`, unless there is a field of that very name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, section_characters: int | None = None) -> None:
+        """`section_characters` is as of `cut_row`."""
+        self.name, self.section_characters = name, section_characters
 
     def columns(self, path: Path, there: list[str]) -> list[str]:
         column = self.name if self.name in there else self.name.partition(".")[0]
@@ -56,7 +57,7 @@ class TextField(RowReader):
         elif HALVES.search(text):
             bad.add(place, f"the field {self.name!r} holds half of a surrogate pair, which is no character")
         else:
-            yield from cut_row(text)
+            yield from cut_row(text, self.section_characters)
 
 
 def fields_of(row: dict[str, object]) -> str:

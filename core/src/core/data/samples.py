@@ -137,10 +137,25 @@ class Samples(Configurable, ABC):
         del first
         return np.zeros(count, np.int64)
 
+    def tokens_before(self, n_rows: int) -> int:
+        """Tokens in the first `n_rows` rows, without padding."""
+        return n_rows * self.seq_len
+
     def tokens_by_source(self, n_rows: int) -> dict[str, int]:
-        """Tokens in the first `n_rows` rows by the names of what they are read from; nothing where that is one."""
+        """Tokens in the first `n_rows` rows, without padding, by the names of what they are read from; nothing where
+        that is one."""
         del n_rows
         return {}
+
+    def epochs_by_source(self, n_rows: int) -> dict[str, float]:
+        """Passes over each of those in the first `n_rows` rows, likewise."""
+        del n_rows
+        return {}
+
+    def go_on(self, step: int, rows: int) -> None:
+        """Stand where a run had read `rows` rows after `step`, in steps of another size than now; called once, before
+        any row is read. Raises `UserError` where that cannot be."""
+        del step, rows
 
     def state_dict(self) -> dict[str, int]:
         """The place of this rank where rows are read `in_order`: integers that JSON can hold; otherwise nothing."""
@@ -178,6 +193,11 @@ class IndexedSamples(Samples):
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Samples
     rows_per_epoch: int  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by `open`
+    filled: np.ndarray | None = None
+    """Tokens of each row as it lies in the data that are no padding, (rows_per_epoch,); None where there is no
+    padding."""
+    _counted = 0, 0
+    """A number of rows, and the tokens in so many."""
 
     def __init__(self, config: Config, **live: Any) -> None:
         super().__init__(config, **live)
@@ -190,10 +210,25 @@ class IndexedSamples(Samples):
     def rows_at(self, numbers: np.ndarray) -> Batch:
         """The rows of these numbers (int64, each below `rows_per_epoch`, in any order) as they lie in the data."""
 
-    def rows(self, first: int, count: int) -> Batch:
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """Where the rows first, ..., first + count - 1 lie in the data."""
         epochs, numbers = np.divmod(np.arange(first, first + count), self.rows_per_epoch)
         if self.config.shuffle and self.split == "train":
             for epoch in np.unique(epochs).tolist():
                 inside = epochs == epoch
                 numbers[inside] = shuffled(numbers[inside], self.rows_per_epoch, seed=self.seed, epoch=epoch)
-        return self.rows_at(numbers)
+        return numbers
+
+    def rows(self, first: int, count: int) -> Batch:
+        return self.rows_at(self.numbers(first, count))
+
+    def tokens_before(self, n_rows: int) -> int:
+        if self.filled is None:
+            return super().tokens_before(n_rows)
+        first, tokens = self._counted
+        epochs = n_rows // self.rows_per_epoch
+        if not epochs * self.rows_per_epoch <= first <= n_rows:
+            first, tokens = epochs * self.rows_per_epoch, epochs * int(self.filled.sum())
+        tokens += int(self.filled[self.numbers(first, n_rows - first)].sum())
+        self._counted = n_rows, tokens
+        return tokens

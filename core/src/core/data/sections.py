@@ -58,10 +58,11 @@ def split_sections(parts: Iterable[str], limit: int) -> Iterator[Section]:
     yield Section("".join(held), opens)
 
 
-def cut_row(text: str) -> Iterator[Section]:
-    """A document that is in memory, in sections."""
+def cut_row(text: str, limit: int | None = None) -> Iterator[Section]:
+    """A document that is in memory, in sections of at most `limit` characters; None is ROW_CHARACTERS."""
     starts = range(0, len(text), _PART_CHARACTERS)
-    return split_sections((text[start : start + _PART_CHARACTERS] for start in starts), ROW_CHARACTERS)
+    parts = (text[start : start + _PART_CHARACTERS] for start in starts)
+    return split_sections(parts, ROW_CHARACTERS if limit is None else limit)
 
 
 def _place_to_cut(text: str, limit: int) -> int:

@@ -41,6 +41,8 @@ class Source(Configurable, ABC):
 
     name: str
     """What errors and the head of a run call it."""
+    place: str = ""
+    """What is read of it now, a file say; empty where there is but one."""
     on_bad_line: OnBadLine = "error"
     """What a document that cannot be read does, where `sections_of` reports it."""
 
@@ -69,18 +71,21 @@ class Source(Configurable, ABC):
         """One pass over all documents, each by `cut_row` if it is in memory; what cannot be read goes to `bad`."""
 
     def sections(self) -> Iterator[Section]:
-        """One pass over the sections of all documents; documents without a visible character are left out.
+        """One pass over the sections of all documents; documents without a visible character are left out, and counted.
 
         Raises UserError at an unreadable line (unless these are left out: their number is logged at the end of the
         pass) and at the end of a pass that found no document.
         """
         bad = BadLines(self.on_bad_line)
-        found = False
+        blank, found = BadLines("skip"), False
         for section in self.sections_of(bad):
-            if not section.is_blank:
+            if section.is_blank:
+                blank.add(self.place or self.name, "no visible character")
+            else:
                 found = True
                 yield section
         bad.summarise(self.name)
+        blank.summarise(self.name, "empty documents")
         if not found:
             left_out = f", with {bad.count:,} unreadable lines left out" if bad.count else ""
             raise UserError(f"{self.name} yields no text{left_out}")
@@ -106,6 +111,8 @@ class StandardLibrary(Source):
     class Config(Source.Config):
         root: str | None = None
         """Its folder; None is that of the running Python."""
+        section_characters: int | None = None
+        """Longer documents are tokenised in sections of so many; None is 1,048,576."""
 
         def places(self) -> dict[str, Any]:
             return {"root": absolute(self.root)}
@@ -134,9 +141,10 @@ class StandardLibrary(Source):
                     text = file.read()
             except (SyntaxError, UnicodeDecodeError):
                 continue
-            yield from cut_row(text)
+            if text.strip():  # an empty __init__.py is no document
+                yield from cut_row(text, self.config.section_characters)
         for topic in sorted(topics):
-            yield from cut_row(topics[topic])
+            yield from cut_row(topics[topic], self.config.section_characters)
 
 
 class TextFiles(RowSource):
@@ -146,6 +154,9 @@ class TextFiles(RowSource):
     class Config(RowSource.Config):
         path: str
         """A file, a folder or a glob pattern."""
+        section_characters: int | None = None
+        """Longer documents are tokenised in sections of so many; None is 131,072 of a text, 1,048,576 of a line or
+        row."""
         format: Format | None = None
         """What all the files are, whatever their names say; None goes by their names."""
         text_field: str = "text"
@@ -160,7 +171,7 @@ class TextFiles(RowSource):
 
     def open(self) -> None:
         self.name, self.on_bad_line = self.config.path, self.config.on_bad_line
-        self.reader = TextField(self.config.text_field)
+        self.reader = TextField(self.config.text_field, self.config.section_characters)
         with reading(self.name):
             self.files = find_files(self.name, self.config.format)
         self._found = [_file_state(file) for file in self.files]
@@ -170,12 +181,19 @@ class TextFiles(RowSource):
         return self._found
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        c, empty = self.config, BadLines("skip")
         for number, (file, found) in enumerate(zip(self.files, self._found, strict=True)):
-            self._number, self._place = number, Place()
+            self._number, self._place, self.place = number, Place(), str(file)
             self._check_unchanged(file, found)
-            yield from read_sections(file, self.reader, bad, self.config.format, self._place)
+            n_read, n_bad = 0, bad.count
+            for section in read_sections(file, self.reader, bad, c.format, self._place, c.section_characters):
+                n_read += 1
+                yield section
+            if not n_read and bad.count == n_bad:
+                empty.add(str(file), "it holds no document")
             self._check_unchanged(file, found)
         self._number = len(self.files)
+        empty.summarise(self.name, "empty files")
 
     def done(self) -> float | None:
         sizes = [size for _, size, _ in self._found]
@@ -200,6 +218,8 @@ class HubDataset(RowSource):
         """A branch, tag or commit at Hugging Face; empty is the newest of its main branch."""
         split: str = "train"
         """One of its splits."""
+        section_characters: int | None = None
+        """Longer documents are tokenised in sections of so many; None is 1,048,576."""
         text_field: str = "text"
         """The field of a row that holds the text."""
         on_bad_line: OnBadLine = "error"
@@ -212,7 +232,7 @@ class HubDataset(RowSource):
 
     def open(self) -> None:
         c = self.config
-        self.on_bad_line, self.reader = c.on_bad_line, TextField(c.text_field)
+        self.on_bad_line, self.reader = c.on_bad_line, TextField(c.text_field, c.section_characters)
         subset, split, revision = f":{c.subset}" * bool(c.subset), f"@{c.split}" * (c.split != "train"), c.revision
         dataset = self.name = f"{HUB}{c.dataset}{subset}{split}{f'#{revision}' * bool(revision)}"
         if importlib.util.find_spec("datasets") is None:

@@ -49,7 +49,7 @@ class IndexedText(IndexedSamples):
         if self._packed is None:
             self.rows_per_epoch = n_windows(self._tokens, self)
         else:
-            self.rows_per_epoch = self._packed.n_rows
+            self.rows_per_epoch, self.filled = self._packed.n_rows, self._packed.filled
             self.description += f", {self._packed.padding:.1%} padding"
 
     def rows_at(self, numbers: np.ndarray) -> Batch:
@@ -81,7 +81,7 @@ class StreamedText(Samples):
 
     def open(self) -> None:
         c = self.config
-        source = open_source(c.dataset, c.text_field, c.on_bad_line, c.format)
+        source = open_source(c.dataset, c.text_field, c.on_bad_line, c.format, c.section_characters)
         self.fingerprint = json_digest([FORMAT, source.fingerprint(), self.tokenizer.fingerprint])
         self.in_order = self.split == "train"
         if self.in_order:

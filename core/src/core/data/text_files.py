@@ -107,9 +107,17 @@ def _raise(error: OSError) -> None:
 
 
 def read_sections(
-    path: Path, reader: RowReader, bad: BadLines, format: Format | None = None, place: Place | None = None
+    path: Path,
+    reader: RowReader,
+    bad: BadLines,
+    format: Format | None = None,
+    place: Place | None = None,
+    section_characters: int | None = None,
 ) -> Iterator[Section]:
-    """The documents of one file, in order and in sections: a text is one, and so is every line or row of the others."""
+    """The documents of one file, in order and in sections: a text is one, and so is every line or row of the others.
+
+    Sections of a text have at most `section_characters`, None is FILE_CHARACTERS; those of others are the reader's.
+    """
     kind = format or format_of(path)
     with reading(path):
         if kind == "parquet":
@@ -118,11 +126,12 @@ def read_sections(
             yield from arrow_sections(path, reader, bad)
         else:
             with open_bytes(path, place) as file:
-                yield from _sections_of(kind, file, path, reader, bad)
+                limit = FILE_CHARACTERS if section_characters is None else section_characters
+                yield from _sections_of(kind, file, path, reader, bad, limit)
 
 
 def _sections_of(
-    kind: Format | None, file: IO[bytes], path: Path, reader: RowReader, bad: BadLines
+    kind: Format | None, file: IO[bytes], path: Path, reader: RowReader, bad: BadLines, limit: int
 ) -> Iterator[Section]:
     if kind in ("csv", "tsv"):
         yield from csv_sections(file, path, reader, bad, "," if kind == "csv" else "\t")
@@ -134,7 +143,7 @@ def _sections_of(
     elif not isinstance(reader, TextField):
         raise UserError(f"{path} is one text, and has no rows with fields: give lines of JSON, or a table")
     else:
-        yield from split_sections(_text_parts(file, path, bad), FILE_CHARACTERS)
+        yield from split_sections(_text_parts(file, path, bad), limit)
 
 
 def _begins_an_array(path: Path) -> bool:

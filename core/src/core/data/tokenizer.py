@@ -178,7 +178,15 @@ def bundled_model() -> bytes:
 def tokenizer_file(folder: Path) -> Path:
     """The file of a folder's tokenizer."""
     whole, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
-    return pieces if not os.path.exists(whole) and os.path.exists(pieces) else whole
+    if os.path.exists(whole):
+        return whole
+    if os.path.exists(pieces):
+        return pieces
+    ranks = sorted(folder.glob("*.tiktoken"))
+    if len(ranks) > 1:
+        names = ", ".join(path.name for path in ranks)
+        raise UserError(f"the folder {folder} has several tokenizers, {names}: name one, --tokenizer.path FILE")
+    return ranks[0] if ranks else whole
 
 
 def _read(path: Path) -> bytes:

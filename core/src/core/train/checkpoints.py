@@ -79,6 +79,7 @@ class RunCheckpoints:
         if self.found is not None:
             self._go_on(self.found)
         self._last = self.start.step
+        self._tokens_at_start: int | None = None
 
     def _read_companions(self) -> None:
         if self.settings.saves:
@@ -86,11 +87,13 @@ class RunCheckpoints:
 
     def progress(self, step: int, validation_loss: float | None = None) -> Progress:
         """How far the run is after `step`."""
-        steps = step - self.start.step
+        rows = self.first_row(step + 1)
+        if self._tokens_at_start is None:
+            self._tokens_at_start = self.loader.tokens_before(self.start.rows)
         return Progress(
             step=step,
-            tokens=self.start.tokens + steps * self.n_rows * self.run.training.seq_len,
-            rows=self.start.rows + steps * self.n_rows,
+            tokens=self.start.tokens + self.loader.tokens_before(rows) - self._tokens_at_start,
+            rows=rows,
             rows_per_step=self.n_rows,
             text=self.loader.fingerprint,
             validation_loss=validation_loss,
@@ -98,7 +101,7 @@ class RunCheckpoints:
 
     def first_row(self, step: int) -> int:
         """The first row of a step, counted from 1."""
-        return self.progress(step - 1).rows
+        return self.start.rows + (step - 1 - self.start.step) * self.n_rows
 
     def restore(self, built: BuiltModel, optimizer: Optimizer) -> None:
         """Fill the parts of this rank with what the run goes on from, or begins with; then make room in the folder."""
@@ -227,6 +230,8 @@ class RunCheckpoints:
             self.spikes.restore(saved.spikes)
         if "dataloader" not in left:
             self.start.rows = saved.rows
+            if saved.rows_per_step != self.n_rows:
+                self.loader.go_on(saved.step, saved.rows)
             if saved.places:
                 if len(saved.places) != self.layout.degrees.data:
                     raise UserError(

@@ -42,6 +42,7 @@ class StepReport:
         self.run, self.layout, self.checkpoints, self.schedule = run, layout, checkpoints, schedule
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
         self.last_step, self.observers, self.rows = last_step, observers, rows
+        self._reported = checkpoints.start.step, checkpoints.start.tokens
         self.last: Record | None = None
         """What was reported last."""
 
@@ -49,7 +50,9 @@ class StepReport:
         """Report what a step did, of which those since the last report took `step_time_s` each. Every rank must call
         it."""
         model, device = self.run.model, self.layout.device
-        tokens_per_second = self.checkpoints.n_rows * self.run.training.seq_len / step_time_s
+        tokens, (before, tokens_before) = self.checkpoints.progress(step).tokens, self._reported
+        tokens_per_second = (tokens - tokens_before) / (step - before) / step_time_s
+        self._reported = step, tokens
         peak = peak_flops(device)
         self.last = record = Record(
             step=step,
@@ -57,7 +60,7 @@ class StepReport:
             mtp_loss=(info.total_loss - info.loss) / model.mtp_loss_weight if model.n_mtp_layers else None,
             grad_norm=info.grad_norm,
             lr=self.run.optimizer.lr * self.schedule.factor(step),
-            tokens=self.checkpoints.progress(step).tokens,
+            tokens=tokens,
             tokens_per_second=tokens_per_second,
             step_time_s=step_time_s,
             data_wait_s=self.rows.take_wait_s(),
@@ -85,8 +88,9 @@ class StepReport:
         own |= {f"grad_norm/{pattern}": norm for pattern, norm in info.group_norms.items()}
         if skipped := self.checkpoints.spikes.skipped:
             own["skipped_steps"] = skipped
-        tokens = self.checkpoints.loader.tokens_by_source(self.checkpoints.progress(info.step).rows)
-        own |= {f"data/{name}/tokens": float(n) for name, n in tokens.items()}
+        loader, rows = self.checkpoints.loader, self.checkpoints.progress(info.step).rows
+        own |= {f"data/{name}/tokens": float(n) for name, n in loader.tokens_by_source(rows).items()}
+        own |= {f"data/{name}/epochs": n for name, n in loader.epochs_by_source(rows).items()}
         losses = self.rows.source_losses.take(self.layout)
         own |= {f"data/{name}/loss": loss for name, loss in losses.items()}
         own |= {f"validation/{name}/loss": loss for name, loss in (validation.by_name if validation else {}).items()}
