@@ -196,7 +196,7 @@ class IndexedSamples(Samples):
     filled: np.ndarray | None = None
     """Tokens of each row as it lies in the data that are no padding, (rows_per_epoch,); None where there is no
     padding."""
-    _counted = 0, 0
+    _counted: tuple[int, int] = (0, 0)
     """A number of rows, and the tokens in so many."""
 
     def __init__(self, config: Config, **live: Any) -> None:

@@ -189,8 +189,7 @@ class Router(Module, Configurable):
         chosen_BE = torch.zeros_like(score_BLE[:, 0]).scatter_add(-1, ids_BLK.flatten(1), ones_BLK.flatten(1))
         chosen_BE = self.row_counts(chosen_BE)
         f_BE = chosen_BE * (c.n_experts / chosen_BE.sum(-1, keepdim=True).clamp(min=1.0))
-        p_BE = share_BLE.sum(1)
-        loss = c.balance_loss_coeff * (f_BE * p_BE).sum()
+        loss = c.balance_loss_coeff * (f_BE * share_BLE.sum(1)).sum()  # P is the sum of shares
         if not is_recomputing():
             with off_the_record(), torch.no_grad():
                 self.balance_loss.add_(loss.detach())
@@ -230,8 +229,7 @@ class Experts(Module, Configurable):
         hidden_dim: int
         """Width between the matrix products of one expert."""
         activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
-        """w2(silu(w1 x) * w3 x), or GPT-OSS's w2(g sigmoid(1.702 g) (u + 1)) of g = min(w1 x, 7) and u = w3 x held
-        within -7 and 7."""
+        """w2(silu(w1 x) * w3 x), or GPT-OSS's w2(g sigmoid(1.702 g) (u + 1)), g = min(w1 x, 7), u = clamp(w3 x, 7)."""
         bias: bool = False
         """Add a bias to every product."""
 
