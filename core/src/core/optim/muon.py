@@ -110,7 +110,7 @@ class Muon(Optimizer):
         moments = []
         for weight in matrices:
             moment = weight.state["momentum"].lerp_(weight.grad, 1 - c.momentum)
-            moments.append(weight.grad.lerp(moment, c.momentum) if c.nesterov else moment)
+            moments.append(weight.grad.lerp_(moment, c.momentum) if c.nesterov else moment)
         function = partial(orthogonal, steps=c.ns_steps, dtype=getattr(torch, c.ns_dtype))
         for weight, direction in zip(matrices, self.map_matrices(function, matrices, moments), strict=True):
             lr, (rows, columns) = c.lr * lr_factor, weight.shape[-2:]

@@ -137,12 +137,12 @@ class Optimizer(Configurable, ABC):
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[LocalWeight], slices: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """This rank's slices of `function` of the whole matrices that `slices` are this rank's part of.
+    ) -> Iterator[Tensor]:
+        """This rank's slices of `function` of the whole matrices that `slices` are this rank's part of, in their order.
 
         `function` takes N matrices (N, R, C) to as many of the same shape, each for itself; for a stack of experts it
         may be called with any of them. `slices` are shaped like the slices of `weights`, which must be matrices or
-        stacks of them.
+        stacks of them. A rank alone computes each when it is asked for, so that no more than one need be there.
         """
         for weight in weights:
             if not weight.is_matrix:

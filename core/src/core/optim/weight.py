@@ -8,7 +8,7 @@
 Letters: N matrices of a stack (1 where there is none), R rows, C columns.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -44,8 +44,8 @@ class WeightLayout(Protocol):
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """This rank's slices of `function` of whole matrices (N, R, C).
+    ) -> Iterator[Tensor]:
+        """This rank's slices of `function` of whole matrices (N, R, C), of which a rank alone computes one at a time.
 
         `slices` are this rank's of tensors that are cut as `weights` are, matrices or stacks of them. A collective.
         """

@@ -4,7 +4,7 @@ This file loads nothing of `torch.distributed.tensor`, so that a process alone s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class RankView(ABC):
     @abstractmethod
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> Iterator[Tensor]:
         """This rank's slices of `function` of whole matrices (N, R, C): see `core.optim.weight.WeightLayout`."""
 
     @abstractmethod
@@ -186,8 +186,8 @@ class SingleRank(RankView):
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return [function(x) if x.dim() == 3 else function(x.unsqueeze(0)).squeeze(0) for x in slices]
+    ) -> Iterator[Tensor]:
+        return (function(x) if x.dim() == 3 else function(x.unsqueeze(0)).squeeze(0) for x in slices)
 
     def row_blocks(self, weight: Tensor, size: int) -> Tensor:
         return weight.new_zeros((*weight.shape[:-1], -(-weight.shape[-1] // size)), dtype=torch.float32)

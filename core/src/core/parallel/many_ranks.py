@@ -1,6 +1,6 @@
 """The layout of a run of several ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -99,8 +99,8 @@ class ManyRanks(RankView):
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[Tensor], slices: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return map_matrices(function, weights, slices, self.stage_group, self.device)
+    ) -> Iterator[Tensor]:
+        return iter(map_matrices(function, weights, slices, self.stage_group, self.device))
 
     def row_blocks(self, weight: Tensor, size: int) -> Tensor:
         return row_blocks(weight, size)
