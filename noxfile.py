@@ -181,6 +181,14 @@ def evals(session: nox.Session) -> None:
 
 
 @nox.session(default=False, requires=["shared"])
+def loggers(session: nox.Session) -> None:
+    """Report to Weights & Biases, Trackio and MLflow, all on this machine (a minute)."""
+    install(session, "core")
+    session.install("wandb>=0.19", "trackio>=0.20", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13")
+    session.run("python", "-m", "pytest", "core/tests/train/test_loggers.py", "-m", "loggers", *session.posargs)
+
+
+@nox.session(default=False, requires=["shared"])
 def stories(session: nox.Session) -> None:
     """Follow the documents as three newcomers do, each in a fresh environment, and say how long it took (minutes)."""
     install(session, "qwen3")

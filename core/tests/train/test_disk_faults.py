@@ -54,7 +54,7 @@ class Ended:
 
         events = EventAccumulator(str(self.folder / "tb"))
         events.Reload()
-        return [event.step for event in events.Scalars("loss")]
+        return [event.step for event in events.Scalars("train/loss")]
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ def test_each_rank_writes_traces_of_its_own(tmp_path):
     options = ["--profiling.enable_profiling", "--profiling.profile_freq", "2", "--profiling.profiler_warmup", "1"]
     ended = launch(troubled_run(tmp_path, "run"), "--training.steps", "2", *options)
     assert ended.codes == [0, 0], ended.texts
-    traces = sorted((tmp_path / "run/profile_traces").iterdir())
+    traces = sorted((tmp_path / "run/profile_traces").glob("*.json"))
     assert [trace.name for trace in traces] == ["step-2-rank-0.json", "step-2-rank-1.json"]
     for trace in traces:
         assert "aten::mm" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}

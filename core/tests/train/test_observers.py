@@ -65,7 +65,7 @@ def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     _, folder = config.build().run()
     events = event_accumulator.EventAccumulator(str(folder / "tb"))
     events.Reload()
-    assert [(each.step, each.value) for each in events.Scalars("seen")] == [(n, n) for n in range(1, 5)]
+    assert [(each.step, each.value) for each in events.Scalars("train/seen")] == [(n, n) for n in range(1, 5)]
 
 
 def test_an_observer_stops_the_run_which_goes_on_later(tmp_path: Path, capsys: Any) -> None:

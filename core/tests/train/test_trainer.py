@@ -430,12 +430,13 @@ def test_tensorboard_and_traces(tmp_path, capsys):
 
     events = EventAccumulator(str(tmp_path / "run/tb"))
     events.Reload()
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
-    traces = sorted((tmp_path / "run/profile_traces").iterdir())
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in records])
+    traces = sorted((tmp_path / "run/profile_traces").glob("*.json"))
     assert [t.name for t in traces] == ["step-2-rank-0.json", "step-4-rank-0.json"]
     names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert "aten::mm" in names
-    said = capsys.readouterr().out
+    table = traces[0].with_suffix(".txt").read_text()
+    assert table.rstrip() in (said := capsys.readouterr().out) and "matrix products" in table
     assert f"# see the curve\n{command([['tensorboard'], ['--logdir', str(tmp_path / 'run/tb')]])}\n" in said
     assert "\n  tb              the curve, for TensorBoard\n  profile_traces  traces of steps\n" in said
 
@@ -469,9 +470,9 @@ def test_a_resumed_run_shows_no_step_twice_and_keeps_the_numbers_of_its_traces(t
         events = EventAccumulator(str(place / "tb"))
         events.Reload()
         for key in ("loss", "grad_norm", "lr"):
-            seen = [(e.step, e.value) for e in events.Scalars(key)]
+            seen = [(e.step, e.value) for e in events.Scalars(f"train/{key}")]
             assert seen == [(r["step"], pytest.approx(r[key])) for r in expected]
-        traces = sorted((place / "profile_traces").iterdir())
+        traces = sorted((place / "profile_traces").glob("*.json"))
         assert [trace.name for trace in traces] == ["step-3-rank-0.json", "step-6-rank-0.json"]
         names = {event["name"] for event in json.loads(traces[1].read_text())["traceEvents"]}
         assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#5"}
@@ -578,8 +579,11 @@ def test_wandb_gets_the_settings_and_every_record(tmp_path, monkeypatch):
     """A stand-in for the package, which is not installed here, with the calls that we make of it."""
     seen = SimpleNamespace(settings=None, rows=[], ended=0)
 
-    def init(*, dir, config):
-        assert dir == str(tmp_path / "run")
+    def init(*, dir, config, id, **settings):
+        assert dir == str(tmp_path / "run") and json.loads((tmp_path / "run/logger-runs.json").read_text()) == {
+            "wandb": id
+        }
+        assert settings == {"project": "mine", "name": None, "tags": ["a"], "mode": "offline", "resume": "allow"}
         seen.settings = config
         return SimpleNamespace(log=lambda row, step: seen.rows.append((step, row)), finish=finish)
 
@@ -588,10 +592,11 @@ def test_wandb_gets_the_settings_and_every_record(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=sys.__spec__))
     config = toy_run(tmp_path, steps=3)
-    config.metrics.enable_wandb = True
+    config.metrics.enable_wandb = config.metrics.offline = True
+    config.metrics.project, config.metrics.tags = "mine", ["a"]
     records = run(config)
     assert seen.settings["training"]["steps"] == 3 and seen.ended == 1
-    assert [(step, row["loss"]) for step, row in seen.rows] == [(r["step"], r["loss"]) for r in records]
+    assert [(step, row["train/loss"]) for step, row in seen.rows] == [(r["step"], r["loss"]) for r in records]
 
 
 EXPERTS = {  # keys that a model whose blocks 1 and 2 have experts adds to each line

@@ -44,11 +44,11 @@ class RunFolder:
     def read(self) -> bool:
         """Read what is new; whether there was something. What cannot be read is a note."""
         self.notes = []
+        self.config = self._object(CONFIG)
         files = {name: self.folder / name for name in (CONFIG, EVENTS, PLAN)}
-        files |= {file.name: file for file in sorted(self.folder.glob("profile_traces/*.txt"))}
+        files |= {file.name: file for file in sorted((self.folder / self._traces()).glob("*.txt"))}
         seen = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
         changed, self._seen = seen != self._seen, seen
-        self.config = self._object(CONFIG)
         self.plan = self._object(PLAN) if PLAN in seen else {}
         self.events = self._events()
         self.profiles = {name: file.read_text(errors="replace") for name, file in files.items() if name[-4:] == ".txt"}
@@ -58,6 +58,11 @@ class RunFolder:
         except OSError as error:
             self.notes.append(f"{RECORDS} cannot be read: {error.strerror}")
         return changed
+
+    def _traces(self) -> str:
+        """The folder of traces; of a path, which somebody else may have stated, its last part."""
+        stated = self.setting("profiling.save_traces_folder")
+        return Path(stated).name if isinstance(stated, str) else "profile_traces"
 
     def _object(self, name: str) -> dict[str, Any]:
         try:

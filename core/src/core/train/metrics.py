@@ -1,11 +1,7 @@
-"""What a run reports: metrics.jsonl always, a console line, TensorBoard and Weights & Biases on request."""
+"""What a run reports: metrics.jsonl always, and on request TensorBoard, Weights & Biases, Trackio and MLflow."""
 
-import io
 import json
 import math
-import os
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field
 from importlib.util import find_spec
@@ -13,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from core.config.configurable import Configurable
-from core.runtime.disk import AppendedFile, OptionalFile, needed
+from core.runtime.disk import AppendedFile, needed
 from core.runtime.ranks import ALONE, Ranks
 from core.runtime.records import RECORDS, read_records
 from core.train.folder import ANOTHER
+from core.train.loggers import Logger, MLflow, TensorBoard, Told, Trackio, WeightsAndBiases, tag
+
+PACKAGES_OF_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+"""The switches of loggers, and what each needs."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,16 +62,30 @@ class Metrics(Configurable):
         """Also write TensorBoard events (needs the `tensorboard` extra)."""
         save_tb_folder: str = "tb"
         """Folder of the TensorBoard events, below the run folder."""
+        save_for_all_ranks: bool = False
+        """Each rank writes TensorBoard events, in folders rank-0, rank-1 and so on: its own speed, waits and memory."""
         enable_wandb: bool = False
-        """Also report to Weights & Biases (needs the `wandb` extra; WANDB_* variables choose project and name)."""
+        """Also report to Weights & Biases (needs the `wandb` extra; WANDB_* variables say what is not set here)."""
+        enable_trackio: bool = False
+        """Also report to the local store of Trackio (pip install trackio)."""
+        enable_mlflow: bool = False
+        """Also report to MLflow (pip install mlflow), at MLFLOW_TRACKING_URI or in mlflow.db in the run's folder."""
+        project: str | None = None
+        """Project of the run at those three, MLflow's experiment; None is theirs, or else armature."""
+        run_name: str | None = None
+        """Name of the run there; None is theirs, or else that of the run's folder."""
+        tags: list[str] = field(default_factory=list)
+        """Tags of the run at Weights & Biases and MLflow."""
+        offline: bool = False
+        """Weights & Biases keep the run in a folder below the run's, for `wandb sync`."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             if self.log_freq < 1:
                 yield "log_freq", f"log_freq {self.log_freq} must be at least 1"
-            for chosen, package in ((self.enable_tensorboard, "tensorboard"), (self.enable_wandb, "wandb")):
-                if chosen and find_spec(package) is None:
+            for name, package in PACKAGES_OF_LOGGERS.items():
+                if getattr(self, f"enable_{name}") and find_spec(package) is None:
                     yield (
-                        f"enable_{package}",
+                        f"enable_{name}",
                         f"the package {package} is not installed: pip install {package}, or leave it off",
                     )
 
@@ -81,99 +95,51 @@ class Metrics(Configurable):
         """`start` is the step that the run goes on after: what a curve in TensorBoard has of later ones is hidden."""
         self.config, self.folder, self.settings, self.ranks = config, folder, settings, ranks
         self._records = AppendedFile(folder / RECORDS)
-        self._events = EventFile(folder / config.save_tb_folder, start + 1) if config.enable_tensorboard else None
-        self._wandb: Any = None
-        self._reports = OptionalFile("the log of Weights & Biases")
+        c, events = config, folder / config.save_tb_folder
+        told = Told(folder, settings, start, c.project, c.run_name, list(c.tags), c.offline)
+        self._loggers: list[Logger] = []
+        if c.enable_tensorboard and (c.save_for_all_ranks or ranks.rank == 0):
+            self._loggers.append(TensorBoard(told, events / f"rank-{ranks.rank}" if c.save_for_all_ranks else events))
+        chosen = {WeightsAndBiases: c.enable_wandb, Trackio: c.enable_trackio, MLflow: c.enable_mlflow}
+        if ranks.rank == 0:
+            self._loggers += [logger(told) for logger, is_chosen in chosen.items() if is_chosen]
 
     def __enter__(self) -> "Metrics":
-        """Open what is written, on the first rank; a collective. Raises `UserError` where that cannot be written."""
+        """Open what is written; a collective. Raises `UserError` where that cannot be written."""
         self.ranks.first(self._open)
+        if self.ranks.rank > 0:
+            self._open_loggers()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.ranks.rank > 0:
-            return
-        self._records.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            with self._reports.attempt():
-                self._wandb.finish()
+        if self.ranks.rank == 0:
+            self._records.close()
+        for logger in self._loggers:
+            logger.close()
 
     def _open(self) -> None:
         with needed(self.folder, ANOTHER):
             self._records.create()
-            if self._events is not None:
-                self._events.open()
-        if self.config.enable_wandb:
-            import wandb
+        self._open_loggers()
 
-            self._wandb = wandb.init(dir=str(self.folder), config=self.settings)
+    def _open_loggers(self) -> None:
+        with needed(self.folder, ANOTHER):
+            for logger in self._loggers:
+                logger.open()
 
     def due(self, step: int, last_step: int) -> bool:
         return step == 1 or step == last_step or step % self.config.log_freq == 0
 
     def write(self, record: Record) -> None:
-        """Write a record, on the first rank. What cannot be written is a warning."""
+        """Write a record, as far as this rank writes any. What cannot be written is a warning."""
         values: dict[str, Any] = asdict(record)
         values |= values.pop("numbers")
-        row = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        self._records.append(json.dumps(row).encode() + b"\n")
-        known = {name: value for name, value in row.items() if name != "step" and value is not None}
-        if self._events is not None:
-            self._events.write(record.step, known)
-        if self._wandb is not None:
-            with self._reports.attempt():
-                self._wandb.log(known, step=record.step)
-
-
-class EventFile:
-    """The scalars of this process in a file of TensorBoard's events, in a folder that others may be in.
-
-    TensorBoard's own writer has a thread that ends with a traceback when the disk is full; its events are taken here,
-    and written as records are.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._folder, self._first_step = folder, first_step
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendedFile(folder / name)
-
-    def open(self) -> None:
-        """Begin the file. Raises `OSError` where it cannot be written."""
-        events = event_types()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        start = events.Event(step=self._first_step, session_log=events.SessionLog(status=events.SessionLog.START))
-        self._file.create(self._framed(events.Event(file_version="brain.Event:2"), start))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of a step, by their names."""
-        from torch.utils.tensorboard.summary import scalar
-
-        events = event_types()
-        scalars = (events.Event(step=step, summary=scalar(name, value)) for name, value in values.items())
-        self._file.append(self._framed(*scalars))
-
-    def close(self) -> None:
-        """Write what waited, and tell what is missing."""
-        self._file.close()
-
-    def _framed(self, *events: Any) -> bytes:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        framed = io.BytesIO()
-        writer = RecordWriter(framed)
-        for event in events:
-            event.wall_time = time.time()
-            writer.write(event.SerializeToString())
-        return framed.getvalue()
-
-
-def event_types() -> Any:
-    """TensorBoard's module of events, which makes its classes when it is loaded."""
-    from tensorboard.compat.proto import event_pb2
-
-    return event_pb2
+        if self.ranks.rank == 0:
+            row = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+            self._records.append(json.dumps(row).encode() + b"\n")
+        known = {tag(name): float(value) for name, value in values.items() if name != "step" and value is not None}
+        for logger in self._loggers:
+            logger.write(record.step, known)
 
 
 def last_record(folder: Path) -> Record | None:

@@ -1,4 +1,4 @@
-"""Traces of single steps, for chrome://tracing and Perfetto."""
+"""Traces of single steps, for chrome://tracing and Perfetto, and where their time goes."""
 
 import logging
 import warnings
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from core.config.configurable import Configurable
-from core.runtime.disk import OptionalFile, needed
+from core.runtime.disk import OptionalFile, needed, replace_file
 from core.train.folder import ANOTHER
+from core.train.step_times import time_table
 
 log = logging.getLogger("armature")
 
@@ -23,9 +24,10 @@ class Profiler(Configurable):
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         enable_profiling: bool = False
-        """Write traces."""
+        """Write traces, and tables of where the time of a step goes."""
         save_traces_folder: str = "profile_traces"
-        """Where, below the run folder; one file per recording and rank, named by its last step and the rank."""
+        """Where, below the run folder; one trace and one table per recording and rank, named by its last step and the
+        rank."""
         profile_freq: int = 10
         """Steps from the start of one recording to the start of the next."""
         profiler_warmup: int = 3
@@ -70,6 +72,12 @@ class Profiler(Configurable):
                 file.with_name(f"{file.name}.tmp").unlink(missing_ok=True)
                 raise OSError(EIO, "PyTorch's profiler could not write it")
             log.info(f"trace written to {file}")
+        table = time_table(
+            profile.events(), f"where the time of a step goes, up to step {profile.step_num}, rank {self.rank}"
+        )
+        with self._traces.attempt():
+            replace_file(file.with_suffix(".txt"), table.encode())
+        log.info(table.rstrip())
 
     def __enter__(self) -> "Profiler":
         if self._profile is not None:

@@ -72,8 +72,7 @@ class StepReport:
             validation_bits_per_byte=None if validation is None else validation.bits_per_byte,
             numbers=self._numbers(info, validation),
         )
-        if self.layout.is_first:
-            self.metrics.write(record)
+        self.metrics.write(record)
         remaining_s = (self.last_step - step) * step_time_s
         fields = console_fields(record, self.last_step, remaining_s, accelerated=device.type != "cpu")
         fields += [f"{name} {value:.4g}" for name, value in record.numbers.items() if self.observers.on_console(name)]

@@ -1,0 +1,97 @@
+"""The loggers of a run, with the real packages; `nox -s loggers` installs those of others."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.train.loggers import MLflow, TensorBoard, Told, Trackio, WeightsAndBiases, run_id, tag
+
+SETTINGS = {"recipe": "toy", "training": {"steps": 4}}
+
+
+def told(folder: Path, start: int = 0) -> Told:
+    return Told(folder, SETTINGS, start, "a project", "a run", ["first"], offline=True)
+
+
+def log_twice(logger: Any, folder: Path, **more: Any) -> None:
+    """Steps 1 to 3, and, of a run that went on after step 2, 3 and 4."""
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        shown = logger(told(folder, start), **more)
+        shown.open()
+        for step in steps:
+            shown.write(step, {"train/loss": 8.0 / step, "speed/mfu": math.nan if step == 2 else 0.5})
+        shown.close()
+
+
+def test_numbers_are_in_groups():
+    names = ("loss", "lr", "validation_loss", "validation_bits_per_byte", "mfu", "tokens", "moe/balance_loss", "seen")
+    tags = ("train/loss", "train/lr", "validation/loss", "validation/bits_per_byte", "speed/mfu", "speed/tokens")
+    assert [tag(name) for name in names] == [*tags, "moe/balance_loss", "train/seen"]
+
+
+def test_a_run_keeps_its_id(tmp_path):
+    assert run_id(tmp_path, "one", lambda: "a") == run_id(tmp_path, "one", lambda: "b") == "a"
+    assert run_id(tmp_path, "two", lambda: "c") == "c"
+    assert json.loads((tmp_path / "logger-runs.json").read_text()) == {"one": "a", "two": "c"}
+    (tmp_path / "logger-runs.json").write_text("{")
+    assert run_id(tmp_path, "one", lambda: "d") == "d"
+
+
+def test_tensorboard_shows_each_step_once_and_nan_and_the_configuration(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_twice(TensorBoard, tmp_path, folder=tmp_path / "tb")
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(each.step, each.value) for each in events.Scalars("train/loss")] == [
+        (step, pytest.approx(8 / step)) for step in (1, 2, 3, 4)
+    ]
+    assert [math.isnan(each.value) for each in events.Scalars("speed/mfu")] == [False, True, False, False]
+    (shown,) = events.Tensors("configuration/text_summary")[-1:]
+    text = shown.tensor_proto.string_val[0].decode()
+    assert json.loads(text) == SETTINGS and all(line.startswith("    ") for line in text.splitlines())
+
+
+@pytest.mark.loggers
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    """Both starts are one run in its records: the second goes on with the id of the first."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log_twice(WeightsAndBiases, tmp_path)
+    folders = [path for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline-run")]
+    (name,) = json.loads((tmp_path / "logger-runs.json").read_text()).values()
+    assert 1 <= len(folders) <= 2 and all(path.name.endswith(name) for path in folders)
+    written = b"".join(file.read_bytes() for path in folders for file in path.glob("*.wandb"))
+    for words in (b"train/loss", b"a project", b"a run", b"first", b"speed/mfu"):
+        assert words in written
+
+
+@pytest.mark.loggers
+def test_trackio_in_its_own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
+    log_twice(Trackio, tmp_path)
+    (file,) = (tmp_path / "store").glob("*.db")
+    import sqlite3
+
+    with sqlite3.connect(file) as store:
+        rows = store.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in rows} == {"a run"}
+    assert {(step, json.loads(metrics)["train/loss"]) for _, step, metrics in rows} == {
+        (s, 8.0 / s) for s in (1, 2, 3, 4)
+    }
+
+
+@pytest.mark.loggers
+def test_mlflow_in_the_folder_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    from mlflow import MlflowClient
+
+    log_twice(MLflow, tmp_path)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'a project'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "a run" and "first" in run.data.tags
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {(each.step, each.value) for each in history} == {(step, 8.0 / step) for step in (1, 2, 3, 4)}
