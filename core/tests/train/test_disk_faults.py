@@ -137,11 +137,11 @@ def test_a_disk_that_is_full_from_the_first_step_on(run, whole, capsys):
     assert (ended.error, ended.loss) == (None, whole.loss) and ended.records() == []
     out = capsys.readouterr().out
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
-    names = ("logs/rank-0.log", "metrics.jsonl", "profile_traces", "tb/events.out.tfevents")
+    names = ("events.jsonl", "logs/rank-0.log", "metrics.jsonl", "profile_traces", "tb/events.out.tfevents")
     for name, line in zip(names, sorted(line for line in warnings if "cannot be written: " in line), strict=True):
         assert line.startswith(f"warning: {ended.folder}/{name}") and line.endswith("; the run goes on without it")
     missing = {line.rpartition("/")[2][:9]: line.split()[1] for line in warnings if "records are missing in" in line}
-    assert missing["metrics.j"] == missing["events.ou"] == "4" and len(missing) == 3
+    assert missing["metrics.j"] == missing["events.ou"] == "4" and missing["events.js"] == "1" and len(missing) == 4
 
 
 @pytest.mark.faults

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sqlite3
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ def told(folder: Path, start: int = 0) -> Told:
     return Told(folder, SETTINGS, start, "a project", "a run", ["first"], offline=True)
 
 
-def log_twice(logger: Any, folder: Path, **more: Any) -> None:
+def log_twice(logger: Any, folder: Path) -> None:
     """Steps 1 to 3, and, of a run that went on after step 2, 3 and 4."""
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        shown = logger(told(folder, start), **more)
+        shown = logger(told(folder, start))
         shown.open()
         for step in steps:
             shown.write(step, {"train/loss": 8.0 / step, "speed/mfu": math.nan if step == 2 else 0.5})
@@ -43,7 +45,7 @@ def test_a_run_keeps_its_id(tmp_path):
 def test_tensorboard_shows_each_step_once_and_nan_and_the_configuration(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log_twice(TensorBoard, tmp_path, folder=tmp_path / "tb")
+    log_twice(partial(TensorBoard, folder=tmp_path / "tb"), tmp_path)
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert [(each.step, each.value) for each in events.Scalars("train/loss")] == [
@@ -73,14 +75,11 @@ def test_trackio_in_its_own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
     log_twice(Trackio, tmp_path)
     (file,) = (tmp_path / "store").glob("*.db")
-    import sqlite3
-
     with sqlite3.connect(file) as store:
         rows = store.execute("select run_name, step, metrics from metrics order by id").fetchall()
     assert {name for name, _, _ in rows} == {"a run"}
-    assert {(step, json.loads(metrics)["train/loss"]) for _, step, metrics in rows} == {
-        (s, 8.0 / s) for s in (1, 2, 3, 4)
-    }
+    shown = {(step, json.loads(metrics)["train/loss"]) for _, step, metrics in rows}
+    assert shown == {(step, 8.0 / step) for step in (1, 2, 3, 4)}
 
 
 @pytest.mark.loggers

@@ -22,7 +22,7 @@ def rows(table: str) -> dict[str, list[str]]:
 def test_time_is_summed_by_what_it_is_for():
     """Two steps of 10 ms; an operation inside another that is known counts as that one."""
     attention = event("aten::scaled_dot_product_attention", cpu=1000)
-    steps = [event(f"ProfilerStep#{n}", cpu=999, wall=10_000) for n in (3, 4)]
+    steps = [event("ProfilerStep*", cpu=999, wall=10_000) for _ in (3, 4)]
     found = [
         *steps,
         attention,
@@ -47,7 +47,7 @@ def test_time_is_summed_by_what_it_is_for():
 
 
 def test_on_an_accelerator_the_kernels_count():
-    step = event("ProfilerStep#3", cpu=50, wall=8000)
+    step = event("ProfilerStep*", cpu=50, wall=8000)
     found = [step, event("aten::mm", cpu=900, device=5000), event("nccl:all_reduce", device=1000, cpu=9)]
     table = rows(time_table(found, "step 3"))
     assert table["matrix products"] == ["5.00", "62.5%"] and table["communication"] == ["1.00", "12.5%"]

@@ -580,9 +580,8 @@ def test_wandb_gets_the_settings_and_every_record(tmp_path, monkeypatch):
     seen = SimpleNamespace(settings=None, rows=[], ended=0)
 
     def init(*, dir, config, id, **settings):
-        assert dir == str(tmp_path / "run") and json.loads((tmp_path / "run/logger-runs.json").read_text()) == {
-            "wandb": id
-        }
+        assert dir == str(tmp_path / "run")
+        assert json.loads((tmp_path / "run/logger-runs.json").read_text()) == {"wandb": id}
         assert settings == {"project": "mine", "name": None, "tags": ["a"], "mode": "offline", "resume": "allow"}
         seen.settings = config
         return SimpleNamespace(log=lambda row, step: seen.rows.append((step, row)), finish=finish)

@@ -61,7 +61,7 @@ def tag(name: str) -> str:
 
 
 def run_id(folder: Path, program: str, make: Callable[[], str]) -> str:
-    """The id that the run in a folder has at a program: what an earlier start left, or else a new one, which is kept."""
+    """The id that the run in a folder has at a program: that of an earlier start, or else a new one, which is kept."""
     file = folder / RUN_IDS
     try:
         ids = json.loads(file.read_bytes())
@@ -130,7 +130,8 @@ class WeightsAndBiases:
     """A run at Weights & Biases, or in a folder of it below the run's."""
 
     def __init__(self, told: Told) -> None:
-        self._told, self._run = told, None
+        self._told = told
+        self._run: Any = None
         self._reports = OptionalFile("the log of Weights & Biases")
 
     def open(self) -> None:
@@ -162,7 +163,8 @@ class Trackio:
     """A run in the local store of Trackio, in TRACKIO_DIR or its own folder of the user's cache."""
 
     def __init__(self, told: Told) -> None:
-        self._told, self._run = told, None
+        self._told = told
+        self._run: Any = None
         self._reports = OptionalFile("the log of Trackio")
 
     def open(self) -> None:
@@ -188,7 +190,8 @@ class MLflow:
     """A run where MLFLOW_TRACKING_URI says, or else in a folder below the run's."""
 
     def __init__(self, told: Told) -> None:
-        self._told, self._client, self._id = told, None, ""
+        self._told, self._id = told, ""
+        self._client: Any = None
         self._reports = OptionalFile("the log of MLflow")
 
     def open(self) -> None:
@@ -200,11 +203,8 @@ class MLflow:
         project = told.project or "armature"
         found = client.get_experiment_by_name(project)
         experiment = client.create_experiment(project) if found is None else found.experiment_id
-        name = told.name or told.folder.resolve().name
-        tags = dict.fromkeys(told.tags, "")
-        self._id = run_id(
-            told.folder, "mlflow", lambda: client.create_run(experiment, tags=tags, run_name=name).info.run_id
-        )
+        begun = {"tags": dict.fromkeys(told.tags, ""), "run_name": told.name or told.folder.resolve().name}
+        self._id = run_id(told.folder, "mlflow", lambda: client.create_run(experiment, **begun).info.run_id)
         client.update_run(self._id, status="RUNNING")
         client.log_dict(self._id, dict(told.settings), "config.json")
 

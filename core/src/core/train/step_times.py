@@ -13,8 +13,8 @@ KINDS = {
     "communication": ("nccl:", "gloo:", "c10d::", "_c10d", "record_param_comms", "FSDP::"),
 }
 """What an event is for, by how its name begins, or that of the outermost event around it that is named here."""
-OTHER, IDLE = "other operations", "idle, Python between operations"
-STEP = "ProfilerStep#"
+OTHER_OPERATIONS, IDLE_TIME = "other operations", "idle, Python between operations"
+STEP_EVENT = "ProfilerStep"
 
 
 def time_table(events: Iterable[Any], title: str) -> str:
@@ -24,11 +24,11 @@ def time_table(events: Iterable[Any], title: str) -> str:
     the program calls them.
     """
     events = list(events)
-    steps = [event for event in events if event.name.startswith(STEP) and str(event.device_type).endswith("CPU")]
+    steps = [event for event in events if event.name.startswith(STEP_EVENT) and str(event.device_type).endswith("CPU")]
     n_steps, wall = max(len(steps), 1), sum(event.time_range.elapsed_us() for event in steps)
     spent = Counter(dict(times_by_kind(events)))
-    rows = {kind: spent[kind] for kind in (*KINDS, OTHER)}
-    rows[IDLE] = max(wall - sum(rows.values()), 0.0)
+    rows = {kind: spent[kind] for kind in (*KINDS, OTHER_OPERATIONS)}
+    rows[IDLE_TIME] = max(wall - sum(rows.values()), 0.0)
     total = sum(rows.values()) or 1.0
     lines = [title, "", f"{'':36}{'ms per step':>12}{'share':>9}"]
     lines += [f"{kind:36}{us / n_steps / 1000:12,.2f}{us / total:9.1%}" for kind, us in rows.items()]
@@ -41,7 +41,7 @@ def times_by_kind(events: list[Any]) -> Iterator[tuple[str, float]]:
     measure = "self_device_time_total" if any(event.self_device_time_total for event in events) else ""
     spent: Counter[str] = Counter()
     for event in events:
-        if not event.name.startswith(STEP):
+        if not event.name.startswith(STEP_EVENT):
             own = getattr(event, measure) if measure else event.self_cpu_time_total
             spent[kind_of(event)] += own
     yield from spent.items()
@@ -49,7 +49,7 @@ def times_by_kind(events: list[Any]) -> Iterator[tuple[str, float]]:
 
 def kind_of(event: Any) -> str:
     """What an event is for."""
-    found = OTHER
+    found = OTHER_OPERATIONS
     while event is not None:
         found = next((kind for kind, names in KINDS.items() if event.name.startswith(names)), found)
         event = event.cpu_parent
