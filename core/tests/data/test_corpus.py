@@ -317,6 +317,8 @@ def test_progress_is_a_live_line_on_a_terminal_only(monkeypatch, capsys, logged)
     assert len(logged) == 1 and logged[0].startswith("INFO: tokenising set: 2,000 documents, 3.0 MB, ")
     assert logged[0].endswith(" MB/s")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     with ProgressLine("set") as progress:
         progress.add(1, 1)
     shown = capsys.readouterr().err

@@ -552,6 +552,7 @@ def test_lines_of_a_step_fit_the_terminal_and_are_one_line_elsewhere(tmp_path, m
     assert re.fullmatch(r"step 2/2  loss .*  eta 0:00  validation loss \d\.\d{4}  \d\.\d{3} bits/byte", piped)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Terminal())
+        patch.setenv("NO_COLOR", "1")  # without the line that is redrawn
         config.build().run()
         lines = sys.stdout.getvalue().splitlines()
     (i,) = [i for i, line in enumerate(lines) if line.startswith("step 2/2 ")]

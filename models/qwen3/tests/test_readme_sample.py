@@ -52,6 +52,7 @@ def test_sample_is_what_the_first_command_prints(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")  # without the line that is redrawn
     monkeypatch.setattr(sys, "stdout", Terminal())
     words = ["--config", "qwen3_debug", "--dataloader.dataset", "stdlib/*.txt", "--training.steps", "2"]
     main(configs, [*words, "--validator.steps", "1", "--validator.freq", "2", "--lr_scheduler.warmup_steps", "0"])

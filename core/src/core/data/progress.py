@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from core.runtime.activity import advance
+from core.runtime.live import can_redraw
 from core.runtime.units import clock
 
 log = logging.getLogger("armature")
@@ -22,7 +23,7 @@ class ProgressLine:
         """`done` says which share of the work is done, None where that is not known."""
         self.name, self._done = name, done
         self.documents = self.bytes = 0
-        self._live = sys.stderr.isatty()
+        self._live = can_redraw(sys.stderr)
         self._started = self._said = time.monotonic()
         self._began = 1.0
 

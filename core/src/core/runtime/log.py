@@ -6,12 +6,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from core.config.console import hold_console
 from core.runtime.disk import AppendedFile
+from core.runtime.live import LiveLine, can_redraw
 
 log = logging.getLogger("armature")
 WIDTH = 60
@@ -24,7 +25,24 @@ class Console(logging.Handler):
     A message that was logged with `extra={"fields": [...]}`, its parts, is several lines on a terminal that it is too
     long for, and one line everywhere else: a program that reads it finds all of it there. A standard output that
     somebody put in the place of Python's own may fail: then the line is lost.
+
+    Inside `live`, on a terminal that can redraw a line, there is one below all messages that says how far the run is; a
+    message with `extra={"progress": RunProgress(...)}` moves it on.
     """
+
+    _line: LiveLine | None = None
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Show the line while the block runs."""
+        if not can_redraw(sys.stdout):
+            yield
+            return
+        with LiveLine(sys.stdout) as self._line:
+            try:
+                yield
+            finally:
+                self._line = None
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -32,7 +50,13 @@ class Console(logging.Handler):
         with suppress(OSError, ValueError):
             if fields is not None and sys.stdout.isatty():
                 text = in_columns(fields, shutil.get_terminal_size().columns)
-            print(text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}", flush=True)
+            text = text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
+            if self._line is None:
+                print(text, flush=True)
+                return
+            if (progress := getattr(record, "progress", None)) is not None:
+                self._line.report(progress)
+            self._line.say(text)
 
 
 def in_columns(fields: Sequence[str], width: int) -> str:
@@ -57,6 +81,16 @@ def start_logging(*, aloud: bool = True) -> None:
         log.addHandler(Console() if aloud else logging.NullHandler())
         log.setLevel(logging.INFO)
         log.propagate = False
+
+
+@contextmanager
+def live_line() -> Iterator[None]:
+    """Show how far the run is, where this process speaks and its terminal can, while the block runs."""
+    with ExitStack() as shown:
+        for handler in log.handlers:
+            if isinstance(handler, Console):
+                shown.enter_context(handler.live())
+        yield
 
 
 class LogFile(logging.Handler):

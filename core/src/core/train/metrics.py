@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from core.config.configurable import Configurable
 from core.runtime.disk import AppendedFile, needed
+from core.runtime.log import live_line
 from core.runtime.ranks import ALONE, Ranks
 from core.runtime.records import RECORDS, read_records
 from core.train.folder import ANOTHER
@@ -97,6 +99,7 @@ class Metrics(Configurable):
         self._records = AppendedFile(folder / RECORDS)
         c, events = config, folder / config.save_tb_folder
         told = Told(folder, settings, start, c.project, c.run_name, list(c.tags), c.offline)
+        self._shown = ExitStack()
         self._loggers: list[Logger] = []
         if c.enable_tensorboard and (c.save_for_all_ranks or ranks.rank == 0):
             self._loggers.append(TensorBoard(told, events / f"rank-{ranks.rank}" if c.save_for_all_ranks else events))
@@ -109,9 +112,11 @@ class Metrics(Configurable):
         self.ranks.first(self._open)
         if self.ranks.rank > 0:
             self._open_loggers()
+        self._shown.enter_context(live_line())
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._shown.close()
         if self.ranks.rank == 0:
             self._records.close()
         for logger in self._loggers:

@@ -9,6 +9,7 @@ from core.nn.module import Flops
 from core.optim.schedule import Schedule
 from core.parallel.layout import RankView
 from core.runtime.device import GIB, peak_flops, peak_memory
+from core.runtime.live import RunProgress
 from core.runtime.units import clock, rate, size_text
 from core.step.assemble import expert_loads
 from core.step.checks import Run
@@ -76,7 +77,9 @@ class StepReport:
         remaining_s = (self.last_step - step) * step_time_s
         fields = console_fields(record, self.last_step, remaining_s, accelerated=device.type != "cpu")
         fields += [f"{name} {value:.4g}" for name, value in record.numbers.items() if self.observers.on_console(name)]
-        log.info("  ".join(fields), extra={"fields": fields})
+        shown = [fields[1], fields[3], size_text(record.memory_gib * GIB)]
+        progress = RunProgress(step, self.last_step, remaining_s, shown)
+        log.info("  ".join(fields), extra={"fields": fields, "progress": progress})
 
     def _numbers(self, info: StepInfo, validation: Validation | None) -> dict[str, float]:
         """The loads of the experts, further learning rates and norms, steps left out, tokens and losses by source,
