@@ -11,9 +11,13 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from weight_trees import Weights
 
 from core.config.errors import UserError
+from core.weights import shard_file
 from core.weights.hf import load_hf
+from core.weights.key_map import hf_key_map
 from core.weights.keys import Stacked
 from core.weights.quantised import mxfp4, scaled
+from core.weights.shard_file import stretches
+from core.weights.source import WeightSource
 
 SIZES = [(1, 1), (128, 128), (127, 129), (300, 200), (256, 384)]
 
@@ -64,6 +68,20 @@ def test_eight_bits_of_all_experts_are_read(tmp_path: Path) -> None:
     weight, factors = drawn((3, 130, 140))
     expected = torch.stack([scaled(*pair) for pair in zip(weight, factors, strict=True)])
     assert torch.equal(load({"x": weight, "x_scale_inv": factors}, tmp_path, (3, 130, 140), stacked=True), expected)
+
+
+def test_whole_blocks_of_rows_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a weight whose rows stand in another order there, too."""
+    monkeypatch.setattr(shard_file, "STRETCH_BYTES", 100)
+    model = Weights({"w": "x"}, {"w": (264, 140)})
+    model.HF_HALVES = frozenset({"w"})
+    weight, factors = drawn((264, 140))
+    save_file({"x": weight, "x_scale_inv": factors}, tmp_path / "model.safetensors")
+    source = WeightSource(hf_key_map(model), tmp_path)
+    spans = list(stretches([264, 140], torch.float32, source.row_block("w") or 0))
+    assert spans == [slice(0, 128), slice(128, 256), slice(256, 264)]
+    expected = scaled(weight, factors).view(33, 2, 4, 140).transpose(1, 2).reshape(264, 140)
+    assert torch.equal(torch.cat([source.read_rows("w", rows) for rows in spans]), expected)
 
 
 def test_every_byte_of_mxfp4() -> None:

@@ -252,8 +252,8 @@ def new(source: WeightSource, name: str, shape: list[int], dtype: torch.dtype) -
     read so."""
     if (key := source.plain_key(name)) is not None and (span := source.span(key, dtype)) is not None:
         yield span
-    elif key is not None:
-        yield from (source.read(key, rows).to(dtype) for rows in stretches(shape, dtype))
+    elif (block := source.row_block(name)) is not None:
+        yield from (source.read_rows(name, rows).to(dtype) for rows in stretches(shape, dtype, block))
     elif shape and source.reads_rows(name):
         for rows in stretches(shape, dtype):
             part = torch.empty([rows.stop - rows.start, *shape[1:]], dtype=dtype)

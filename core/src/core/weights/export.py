@@ -55,9 +55,12 @@ def stored_stretches(
     is_plain = not more and piece == KeyPart(piece.key)
     if is_plain and (found := locate(name, dtype)) is not None:
         yield found
-    elif is_plain and shape:
-        for rows in stretches(shape, dtype):
-            yield read(name, rows).to(dtype)
+    elif not more and shape and piece == KeyPart(piece.key, head_dim=piece.head_dim):
+        for rows in stretches(shape, dtype, piece.head_dim or 1):
+            stored = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
+            view = piece.view(stored)
+            view.copy_(read(name, rows).reshape(view.shape))
+            yield stored
     elif piece.stored_row is not None:
         for row in range(shape[0]):
             mine = [(name, piece._replace(stored_row=None)) for name, piece in ours if piece.stored_row == row]

@@ -39,6 +39,8 @@ class EncodedWeight(NamedTuple):
     decode: Callable[..., Tensor]
     problem: str
     """What is wrong with how it is stored, as words behind the first key; "" if nothing is."""
+    blocks: tuple[int, ...] = (1,)
+    """How many of its rows a row of the tensor under each key is for; none where rows are not decoded by themselves."""
 
 
 def stored_weights(headers: Mapping[str, Header]) -> dict[str, EncodedWeight]:
@@ -54,16 +56,16 @@ def stored_weight(name: str, suffixes: list[str], headers: Mapping[str, Header])
     """The weight of this name, for which there are tensors with these suffixes."""
     keys = tuple(name + suffix for suffix in suffixes)
     first, last = headers[keys[0]], headers[keys[-1]]
-    shape, dtype, decode = first.shape, torch.bfloat16, as_stored
+    shape, dtype, decode, blocks = first.shape, torch.bfloat16, as_stored, (1,)
     if suffixes == [""]:
         dtype = FLOATS.get(first.dtype, dtype)
         needs = f"needs {name}_scale_inv" if first.dtype == EIGHT_BITS else f"is none of {', '.join(FLOATS)}"
         problem = "" if first.dtype in FLOATS else f"is stored as {first.dtype}, which {needs}"
     elif suffixes == ["", "_scale_inv"]:
-        decode = scaled
+        decode, blocks = scaled, (1, BLOCK) if len(shape) == 2 else ()
         problem = misfit(first, last, EIGHT_BITS, blocks_of(shape))
     elif suffixes == ["_blocks", "_scales"]:
-        decode = mxfp4
+        decode, blocks = mxfp4, ()
         problem = misfit(first, last, "U8", shape[:-1])
         if shape[2:] and shape[-1] == 16:
             shape = [*shape[:-3], shape[-2] * 32, shape[-3]]
@@ -73,7 +75,7 @@ def stored_weight(name: str, suffixes: list[str], headers: Mapping[str, Header])
         problem = f"has no {name}{OTHER[suffixes[0]]}"
     else:
         problem = f"cannot stand beside {' and '.join(keys[1:])}"
-    return EncodedWeight(keys, shape, dtype, decode, problem)
+    return EncodedWeight(keys, shape, dtype, decode, problem, blocks)
 
 
 def as_stored(weight: Tensor) -> Tensor:

@@ -73,9 +73,10 @@ class Output(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-def stretches(shape: Sequence[int], dtype: torch.dtype) -> Iterator[slice]:
-    """The rows of a tensor, as many at a time as `STRETCH_BYTES` hold; of one without axes there is nothing to cut."""
-    n_rows = max(1, STRETCH_BYTES // max(1, prod(shape[1:]) * dtype.itemsize))
+def stretches(shape: Sequence[int], dtype: torch.dtype, block: int = 1) -> Iterator[slice]:
+    """The rows of a tensor, as many whole blocks of rows at a time as `STRETCH_BYTES` hold, or one; of a tensor without
+    axes there is nothing to cut."""
+    n_rows = block * max(1, STRETCH_BYTES // max(1, prod(shape[1:]) * dtype.itemsize * block))
     for first in range(0, shape[0], n_rows):
         yield slice(first, min(first + n_rows, shape[0]))
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence, Set
 from functools import reduce
-from math import prod
+from math import lcm, prod
 from pathlib import Path
 from typing import Protocol
 
@@ -89,9 +89,12 @@ class WeightSource:
         return next((name for name, stored in sorted(self.stored.items()) if len(stored.keys) > 1), None)
 
     def read(self, key: str, rows: RowSpan = None) -> Tensor:
-        """A stored weight, or rows of one that is not stored in few bits, or one row of any; decoded."""
+        """A stored weight, or one row of it, or a stretch of whole blocks of its rows; decoded."""
         stored = self.stored[key]
-        return stored.decode(*(self.folder.read(part, rows) for part in stored.keys))
+        if not isinstance(rows, slice):
+            return stored.decode(*(self.folder.read(part, rows) for part in stored.keys))
+        spans = (slice(rows.start // size, -(-rows.stop // size)) for size in stored.blocks)
+        return stored.decode(*map(self.folder.read, stored.keys, spans))
 
     def span(self, key: str, dtype: torch.dtype) -> FileSpan | None:
         """Where the bytes of a stored weight stand, if they are its values in this type, one behind the other."""
@@ -104,6 +107,19 @@ class WeightSource:
     def reads_rows(self, name: str) -> bool:
         """Whether the values of a stretch of rows of our weight are read without the others."""
         return all(piece.row is not None for piece in self.pieces[name])
+
+    def row_block(self, name: str) -> int | None:
+        """How many rows of our weight, from a multiple of as many on, are read without the others; None for all."""
+        first, *more = self.pieces[name]
+        stored, shape = self.stored[first.key], self.key_map.weights[name].shape
+        if more or not shape or not stored.blocks or first != KeyPart(first.key, head_dim=first.head_dim):
+            return None
+        return lcm(*stored.blocks, first.head_dim or 1)
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """The values of rows of our weight, of any shape, which are whole blocks of `row_block` or its last ones."""
+        [piece] = self.pieces[name]
+        return piece.view(self.read(piece.key, rows)).reshape(-1, *self.key_map.weights[name].shape[1:])
 
     def plain_key(self, name: str) -> str | None:
         """The key of a stored tensor that is our weight as it is; None where there is none."""
