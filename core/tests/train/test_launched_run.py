@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -99,22 +98,44 @@ def same(folder: Path, expected: list[list[float]]) -> bool:
     return len(found) == 6 and all(a == pytest.approx(b, rel=1e-5) for a, b in zip(found, expected, strict=True))
 
 
+def of_layers(record: dict) -> dict[str, float]:
+    """The numbers of single layers in a record."""
+    return {name: value for name, value in record.items() if "_norm/" in name or "_rms/" in name}
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Iterator[list[list[float]]]:
-    """The numbers of the run in one process."""
+def alone_folder(tmp_path_factory) -> Path:
+    """The folder of the run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     with contextlib.redirect_stdout(io.StringIO()):
-        main(program, ["--config", str(troubled_run(folder, "run"))])
-    yield numbers(folder / "run")
+        main(program, ["--config", str(troubled_run(folder, "run")), "--metrics.per_layer_freq", "3"])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(alone_folder) -> list[list[float]]:
+    """The numbers of the run in one process."""
+    return numbers(alone_folder)
+
+
+@pytest.fixture(scope="module")
+def alone_layers(alone_folder) -> list[dict[str, float]]:
+    """Those of its layers."""
+    return [of_layers(record) for record in records(alone_folder)]
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["FSDP 2", "TP 2"])
-def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, tensor):
+def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, alone_layers, tensor):
     options = ["--parallelism.tensor_parallel_degree", str(tensor), "--debug.log_every_rank"]
+    options += ["--metrics.per_layer_freq", "3"]
     ended = launch(troubled_run(tmp_path, "run"), *options)
     assert ended.codes == [0, 0], ended.texts
     folder = tmp_path / "run"
     assert same(folder, alone)
+    measured = [of_layers(record) for record in records(folder)]
+    assert [bool(each) for each in measured] == [False, False, True] * 2
+    for each, expected in zip(measured, alone_layers, strict=True):
+        assert each == pytest.approx(expected, rel=1e-4)
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
         "config.json",

@@ -60,6 +60,9 @@ class Metrics(Configurable):
     class Config(Configurable.Config):
         log_freq: int = 10
         """Steps between two lines; the first and the last step are always reported."""
+        per_layer_freq: int | None = None
+        """Steps between two measurements of single layers, whose numbers are in the next line: norms of weights,
+        gradients and updates, activations, routers. A measured step holds its weights a second time."""
         enable_tensorboard: bool = False
         """Also write TensorBoard events (needs the `tensorboard` extra)."""
         save_tb_folder: str = "tb"
@@ -84,6 +87,8 @@ class Metrics(Configurable):
         def problems(self) -> Iterator[tuple[str, str]]:
             if self.log_freq < 1:
                 yield "log_freq", f"log_freq {self.log_freq} must be at least 1"
+            if self.per_layer_freq is not None and self.per_layer_freq < 1:
+                yield "per_layer_freq", f"per_layer_freq {self.per_layer_freq} must be at least 1, or None for none"
             for name, package in PACKAGES_OF_LOGGERS.items():
                 if getattr(self, f"enable_{name}") and find_spec(package) is None:
                     yield (

@@ -1,7 +1,8 @@
 """What a run reports of a step: a record in its metrics, and a line on the console."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
@@ -16,6 +17,7 @@ from core.step.checks import Run
 from core.step.rows_ahead import RowsAhead
 from core.step.update import StepInfo
 from core.train.checkpoints import RunCheckpoints
+from core.train.layer_numbers import LayerNumbers
 from core.train.metrics import Metrics, Record
 from core.train.observers import Observers
 from core.train.validate import Validation
@@ -44,8 +46,18 @@ class StepReport:
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
         self.last_step, self.observers, self.rows = last_step, observers, rows
         self._reported = checkpoints.start.step, checkpoints.start.tokens
+        self._layers = LayerNumbers(models, layout, activations=not run.compile.takes("model"))
+        self._of_layers: dict[str, float] = {}
         self.last: Record | None = None
         """What was reported last."""
+
+    def measured(self, step: int, take: Callable[[int], StepInfo]) -> StepInfo:
+        """What `take` returns for a step, which is measured layer by layer where the settings ask for that."""
+        freq = self.metrics.config.per_layer_freq
+        if freq is None or step % freq:
+            return take(step)
+        info, self._of_layers = self._layers.measured(partial(take, step))
+        return info
 
     def __call__(self, step: int, info: StepInfo, step_time_s: float, validation: Validation | None) -> None:
         """Report what a step did, of which those since the last report took `step_time_s` each. Every rank must call
@@ -85,7 +97,8 @@ class StepReport:
         """The loads of the experts, further learning rates and norms, steps left out, tokens and losses by source,
         validation losses by name, and what observers returned."""
         factor, numbers = self.schedule.factor(info.step), self.observers.take()
-        own = expert_loads(self.models, self.layout)
+        own, self._of_layers = self._of_layers, {}
+        own |= expert_loads(self.models, self.layout)
         own |= {name: peak * factor for name, peak in self.run.optimizer.further_lrs().items()}
         own |= {f"grad_norm/{pattern}": norm for pattern, norm in info.group_norms.items()}
         if skipped := self.checkpoints.spikes.skipped:

@@ -255,7 +255,7 @@ class Trainer(Configurable):
             step += 1
             if step % c.training.gc_freq == 0:
                 gc.collect(1)
-            info = self.step(step)
+            info = self.report.measured(step, self.step)
             profiler.step()
             if step == start + 1:
                 self.activation_checkpoint.report()
