@@ -20,14 +20,13 @@ from core.config.recipe import recipe_module, recipes
 from core.config.text_file import read_text
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
-from core.evaluate.perplexity import Perplexity, perplexity_of
+from core.evaluate.perplexity import MOST_TEXT_MIB, SEQ_LEN, STRIDE, Perplexity, perplexity_of
 from core.evaluate.scores import score_rows
 from core.generate.command import WRITING_OPTIONS, Generation, chosen_generation, generation_of, note
 from core.generate.folder import end_ids, existing, folder_tokenizer, loaded_model
 from core.nn.decoder import Decoder
 from core.runtime.device import select_device
 
-MOST_TEXT_MIB = 1024
 MEASURED_BY = {
     "checkpoint": OwnOption("FOLDER", "the weights: a run, a checkpoint, what convert wrote, or a Hugging Face folder"),
     "perplexity": OwnOption("FILE ...", "texts that the model is to predict"),
@@ -88,9 +87,9 @@ class Evaluation(Configurable):
         """Ask so many questions of a task at most."""
         num_fewshot: int | None = None
         """Examples in front of each question; None is what the task says."""
-        seq_len: int = 2048
+        seq_len: int = SEQ_LEN
         """Tokens of text that are seen at once for `perplexity`, at most model.max_seq_len."""
-        stride: int = 1024
+        stride: int = STRIDE
         """So many of them are predicted, behind the others; the smaller, the longer it takes."""
         batch_tokens: int = 8192
         """Tokens in one forward, or one row."""

@@ -1,10 +1,14 @@
 """The tasks of EleutherAI's lm_eval on a model of ours, in this process."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
@@ -16,6 +20,7 @@ from core.evaluate.scores import ScoredRow, batches_by_length, score_rows
 from core.generate.generate import generate
 from core.generate.sample import Sampler
 from core.nn.decoder import Decoder
+from core.runtime.device import accelerator, random_state, set_random_state
 
 
 class HarnessModel(TemplateLM):
@@ -125,17 +130,33 @@ def run_tasks(
     if unknown:
         hint = did_you_mean(unknown[0], manager.all_tasks) or "`lm_eval ls tasks` lists them"
         raise UserError(f"lm_eval knows no task {', '.join(unknown)}; {hint}")
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    with own_random_numbers():
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
     assert found is not None, "this is the only rank"
     return {task: dict(metrics_of(values)) for task, values in found["results"].items()}
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Whatever the block does to the generators of this process, they go on from where they were."""
+    device = torch.device(str(kind)) if (kind := accelerator().type) else torch.device("cpu")
+    ours, numbers, states = random.getstate(), np.random.get_state(), random_state(device)
+    host = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numbers)
+        set_random_state(states, device)
+        torch.set_rng_state(host)
 
 
 def metrics_of(values: dict[str, Any]) -> list[tuple[str, float]]:

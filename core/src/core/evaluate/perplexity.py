@@ -8,6 +8,10 @@ from core.config.errors import UserError
 from core.data.tokenizer import Tokenizer
 from core.evaluate.scores import Score, ScoredRow
 
+SEQ_LEN, STRIDE = 2048, 1024  # tokens that are seen at once, and of them predicted, where nobody says otherwise
+MOST_TEXT_MIB = 1024
+"""So large may a text be."""
+
 
 class Perplexity(NamedTuple):
     """How well a text was predicted."""

@@ -32,7 +32,7 @@ class Score(NamedTuple):
     """Whether each is the likeliest of all words."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_rows(model: Decoder, rows: Sequence[ScoredRow], *, batch_tokens: int) -> list[Score]:
     """The score of each row, in their order; the model must be in evaluation mode.
 

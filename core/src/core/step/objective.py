@@ -98,7 +98,7 @@ class Objective:
         """
         (model,) = self.stages
         microbatch = self.layout.to_rank_tokens(batch, documents=self.mask == "document", n_labels=n_labels)
-        with self._precision():
+        with self.precision():
             losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch, n_valid, tally))
             if isinstance(losses, Tensor):
                 return BatchLoss(losses, losses)
@@ -129,7 +129,7 @@ class Objective:
         rows = (Batch(*parts) for batch in batches for parts in zip(*(part.split(size) for part in batch), strict=True))
         return [self.layout.to_rank_tokens(row, documents=self.mask == "document") for row in rows]
 
-    def _precision(self) -> AbstractContextManager:
+    def precision(self) -> AbstractContextManager:
         """Autocast without its cache, which would keep a copy of every weight until the forward ends.
 
         Weights that are gathered for a forward come in the right type already.

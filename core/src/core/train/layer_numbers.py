@@ -14,7 +14,7 @@ from core.nn.decoder import Decoder
 from core.parallel.layout import RankView
 from core.step.update import StepInfo
 
-ENDS = ("tok_embeddings", "norm", "output")
+NO_LAYERS = ("tok_embeddings", "norm", "output")
 """The parts of a decoder that are no layers."""
 
 
@@ -31,7 +31,7 @@ class LayerNumbers:
         """`activations` needs forward hooks, which torch.compile does not let in."""
         self.models, self.layout, self.activations = list(models), layout, activations
         config = self.models[0].config
-        self.parts = [*ENDS, *(f"layers.{i}" for i in range(config.n_layers + config.n_mtp_layers))]
+        self.parts = [*NO_LAYERS, *(f"layers.{i}" for i in range(config.n_layers + config.n_mtp_layers))]
 
     def measured(self, take: Callable[[], StepInfo]) -> tuple[StepInfo, dict[str, float]]:
         """What a step returns, and its numbers; its weights are there a second time meanwhile."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from core.config.configurable import Configurable, owner_of
 from core.config.errors import UserError
+from core.data.tokenizer import Tokenizer
+from core.step.objective import Objective
 from core.step.update import StepInfo
 from core.train.metrics import Record
 
@@ -40,6 +42,10 @@ class Observer(Configurable, ABC):
         self.stop_reason = ""
         """Why the run is to stop; empty while it goes on."""
 
+    def begin(self, objective: Objective, tokenizer: Tokenizer) -> None:
+        """Hear, once before the first step, of the model: `objective.stages` are its parts on this rank, which are in
+        training mode between the steps, in `objective.layout`."""
+
     @abstractmethod
     def after_step(self, info: StepInfo) -> Mapping[str, float] | None:
         """Numbers for the record, by name. A record has the last number of each name since the record before it; one
@@ -64,6 +70,11 @@ class Observers:
         """Those of these configurations; `live` is what an observer is built with."""
         names = [f"{place} {getattr(owner_of(type(c)), '__name__', '')}" for place, c in enumerate(configs)]
         return cls({name: config.build(**live) for name, config in zip(names, configs, strict=True)})
+
+    def begin(self, objective: Objective, tokenizer: Tokenizer) -> None:
+        """Have each hear of the model."""
+        for observer in self.named.values():
+            observer.begin(objective, tokenizer)
 
     def __call__(self, info: StepInfo) -> None:
         """Have each see a step. Raises `UserError` for what one returns that no record can have."""

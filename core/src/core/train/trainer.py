@@ -207,6 +207,7 @@ class Trainer(Configurable):
         names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers", "rows")
         live = {name: getattr(self, name) for name in names}
         self.report = StepReport(c, self.built.models, self.flops_per_token, **live)
+        self.observers.begin(self.objective, self.tokenizer)
 
     def summary(self) -> str:
         """The head of a run on the console."""
