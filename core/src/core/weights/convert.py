@@ -25,6 +25,7 @@ from core.config.record import from_dict, to_json
 from core.config.validate import validate
 from core.config.version import version_lines
 from core.runtime.meta import meta_model
+from core.weights.adapters import MergedWeights
 from core.weights.atomic_folder import atomic_folder, vacant
 from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
 from core.weights.export import dtypes, outputs
@@ -36,6 +37,7 @@ from core.weights.key_map import hf_key_map, own_key_map
 from core.weights.model_card import CARD, model_card
 from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
+from core.weights.peft_folder import PeftWeights, is_peft, write_peft
 from core.weights.saved import newest
 from core.weights.shard_file import FileSpan, Output, stretches
 from core.weights.source import WeightSource
@@ -51,6 +53,7 @@ PROGRAM = Program(
         "--config": Taken(files=True),
         "--with-optimizer": Taken(most=0),
         "--ema": Taken(most=0),
+        "--peft": Taken(most=0),
         "--version": Taken(most=0),
         "--print-completion": Taken(SHELLS),
         "--help": Taken(most=0),
@@ -78,6 +81,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
     with_optimizer = "from-dcp: the state of AdamW and the step as well, as the checkpoint of a run"
     parser.add_argument("--with-optimizer", action="store_true", help=with_optimizer)
     parser.add_argument("--ema", action="store_true", help="to-hf: the means of the weights over steps of a checkpoint")
+    parser.add_argument("--peft", action="store_true", help="to-hf: the adapters of a run alone, as peft keeps them")
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
     parser.add_argument(
         "--trust",
@@ -106,7 +110,10 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
             raise UserError(f"--with-optimizer is for from-dcp, not for {asked.way}")
         if asked.ema and asked.way != "to-hf":
             raise UserError(f"--ema is for to-hf, not for {asked.way}")
-        convert: Any = {"from-hf": from_hf, "to-hf": partial(to_hf, trust=trust, ema=asked.ema)}.get(asked.way)
+        if asked.peft and (asked.way != "to-hf" or asked.ema):
+            raise UserError("--peft is for to-hf, without --ema")
+        publish = partial(to_hf, trust=trust, ema=asked.ema, peft=asked.peft)
+        convert: Any = {"from-hf": from_hf, "to-hf": publish}.get(asked.way)
         if convert is None:
             config = load_config(asked.config, import_module(f"{package}.configs"), trust=trust)
             convert = partial(from_peer, peer=peer, config=config, with_optimizer=asked.with_optimizer)
@@ -124,7 +131,10 @@ class Answer(argparse.Action):
 def from_hf(
     families: Mapping[str, type[HFModel]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
 ) -> None:
-    """Write the weights of a Hugging Face folder as a folder in our format."""
+    """Write the weights of a Hugging Face folder as a folder in our format; of one of peft's, its adapters merged into
+    the folder that it names."""
+    adapted = PeftWeights(src) if is_peft(src) else None
+    src = src if adapted is None else adapted.place
     stated = read_config(src)
     family = families.get(str(stated.get("model_type")))
     if family is None:
@@ -133,7 +143,7 @@ def from_hf(
     config = hf_config(family, src, say)
     validate(config)
     model = meta_model(config)
-    write_as_own(model, WeightSource(hf_key_map(model), src), src, dst, dtype=dtype, shard_gib=shard_gib)
+    write_as_own(model, WeightSource(hf_key_map(model), adapted or src), src, dst, dtype=dtype, shard_gib=shard_gib)
 
 
 def from_peer(
@@ -189,9 +199,10 @@ def to_hf(
     shard_gib: float,
     trust: Sequence[str],
     ema: bool = False,
+    peft: bool = False,
 ) -> None:
     """Write the weights of a folder in our format, or of the newest checkpoint of a run, as a Hugging Face folder; with
-    `ema` their means over steps."""
+    `ema` their means over steps, with `peft` its adapters alone."""
     place = newest(src)
     if ema:
         if not isinstance(place, Found):
@@ -204,7 +215,12 @@ def to_hf(
     config = from_dict(model_of(read_config(place)), trust=[*packages, *trust])
     validate(config)
     model = meta_model(config)
+    weights = with_base(model, place) if peft else None
+    if peft and not isinstance(weights, MergedWeights):
+        raise UserError(f"--peft: {place} is no checkpoint of a run that trains adapters")
     with atomic_folder(dst) as folder:
+        if isinstance(weights, MergedWeights):
+            return write_peft(model, weights, read_config(place), folder)
         write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, say=say)
 
 
