@@ -35,6 +35,7 @@ from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
 from core.weights.model_card import CARD, model_card
+from core.weights.mxfp4 import in_mxfp4, quantization_config
 from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
 from core.weights.peft_folder import PeftWeights, is_peft, write_peft
@@ -54,6 +55,7 @@ PROGRAM = Program(
         "--with-optimizer": Taken(most=0),
         "--ema": Taken(most=0),
         "--peft": Taken(most=0),
+        "--mxfp4": Taken(most=0),
         "--version": Taken(most=0),
         "--print-completion": Taken(SHELLS),
         "--help": Taken(most=0),
@@ -82,6 +84,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
     parser.add_argument("--with-optimizer", action="store_true", help=with_optimizer)
     parser.add_argument("--ema", action="store_true", help="to-hf: the means of the weights over steps of a checkpoint")
     parser.add_argument("--peft", action="store_true", help="to-hf: the adapters of a run alone, as peft keeps them")
+    parser.add_argument("--mxfp4", action="store_true", help="to-hf: experts in 4 bits, as GPT-OSS is published")
     parser.add_argument("--shard-gib", type=float, default=5.0, help="most GiB in a file, and in memory (default: 5)")
     parser.add_argument(
         "--trust",
@@ -112,7 +115,9 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
             raise UserError(f"--ema is for to-hf, not for {asked.way}")
         if asked.peft and (asked.way != "to-hf" or asked.ema):
             raise UserError("--peft is for to-hf, without --ema")
-        publish = partial(to_hf, trust=trust, ema=asked.ema, peft=asked.peft)
+        if asked.mxfp4 and (asked.way != "to-hf" or asked.peft):
+            raise UserError("--mxfp4 is for to-hf, without --peft")
+        publish = partial(to_hf, trust=trust, ema=asked.ema, peft=asked.peft, mxfp4=asked.mxfp4)
         convert: Any = {"from-hf": from_hf, "to-hf": publish}.get(asked.way)
         if convert is None:
             config = load_config(asked.config, import_module(f"{package}.configs"), trust=trust)
@@ -200,9 +205,10 @@ def to_hf(
     trust: Sequence[str],
     ema: bool = False,
     peft: bool = False,
+    mxfp4: bool = False,
 ) -> None:
     """Write the weights of a folder in our format, or of the newest checkpoint of a run, as a Hugging Face folder; with
-    `ema` their means over steps, with `peft` its adapters alone."""
+    `ema` their means over steps, with `peft` its adapters alone, with `mxfp4` the experts in 4 bits."""
     place = newest(src)
     if ema:
         if not isinstance(place, Found):
@@ -221,7 +227,7 @@ def to_hf(
     with atomic_folder(dst) as folder:
         if isinstance(weights, MergedWeights):
             return write_peft(model, weights, read_config(place), folder)
-        write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, say=say)
+        write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, mxfp4=mxfp4, say=say)
 
 
 def write_as_hf(
@@ -231,6 +237,7 @@ def write_as_hf(
     *,
     dtype: torch.dtype | None,
     shard_gib: float = 5.0,
+    mxfp4: bool = False,
     say: Callable[[str], object],
 ) -> None:
     """Write the weights of a model, which needs no memory, from a folder in our format into one that exists already,
@@ -248,6 +255,8 @@ def write_as_hf(
         companions_of(src, run, say), max_length=stated.get("max_position_embeddings"), add_bos=add_bos, say=say
     )
     made = outputs(key_map, types, source.read, source.span)
+    if mxfp4:
+        made, stated = in_mxfp4(made, key_map), {**stated, "quantization_config": quantization_config()}
     write_files(dst, made, shard_gib, say)
     write_hf_config({**stated, **ids}, made, dst)
     write_companions(companions, dst)

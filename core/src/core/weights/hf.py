@@ -52,8 +52,9 @@ def write_hf_config(stated: dict, written: list[Output], folder: Path) -> None:
 
 
 def largest_dtype(written: list[Output]) -> str:
-    """The name of the type of the largest tensor."""
-    return str(max(written, key=lambda output: output.n_bytes).dtype).removeprefix("torch.")
+    """The name of the type of the largest tensor, of those that are not in few bits."""
+    plain = [output for output in written if output.dtype.is_floating_point]
+    return str(max(plain, key=lambda output: output.n_bytes).dtype).removeprefix("torch.")
 
 
 def load_from(source: WeightSource) -> None:

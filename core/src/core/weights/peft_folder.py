@@ -21,7 +21,7 @@ from core.weights.shard_file import RowSpan
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-PARTS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+PEFT_ENDS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 UNREAD = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "fan_in_fan_out", "lora_bias")
 """Settings of peft's that change what adapters compute, and that are not read."""
 
@@ -41,7 +41,7 @@ def write_peft(model: StoredModel, weights: MergedWeights, run: dict[str, Any], 
             raise UserError(f"{layer} has an adapter for each expert, which peft does not keep: leave --peft out")
         target = piece.key.removesuffix(".weight")
         targets.append(target)
-        for leaf, end in PARTS.items():
+        for leaf, end in PEFT_ENDS.items():
             if (name := f"{layer}.{leaf}") not in weights.saved.headers:
                 continue
             value = weights.saved.read(name)
@@ -91,7 +91,7 @@ class PeftWeights:
         rank = stated["r"]
         self.scale = stated["lora_alpha"] / (rank**0.5 if stated.get("use_rslora") else rank)
         self.adapters = self._load()
-        ends = {key.removesuffix(PARTS["lora_a"]) for key in self.adapters}
+        ends = {key.removesuffix(PEFT_ENDS["lora_a"]) for key in self.adapters}
         self.headers = {  # of those that are merged no bytes of the file are copied
             key: header._replace(at=0) if key.removesuffix(".weight") in ends else header
             for key, header in self.base.headers.items()
@@ -104,7 +104,7 @@ class PeftWeights:
         """A weight, or rows of it."""
         weight = self.base.read(key, rows)
         target = key.removesuffix(".weight")
-        if f"{target}{PARTS['lora_a']}" not in self.adapters:
+        if f"{target}{PEFT_ENDS['lora_a']}" not in self.adapters:
             return weight
         a, b, *lengths = (self.adapters[f"{target}{end}"].float() for end in self._ends(target))
         span = slice(None) if rows is None else rows
@@ -115,7 +115,7 @@ class PeftWeights:
 
     def _ends(self, target: str) -> Iterator[str]:
         """The ends of the names of what there is of an adapter: A, B, and lengths of rows."""
-        return (end for end in PARTS.values() if f"{target}{end}" in self.adapters)
+        return (end for end in PEFT_ENDS.values() if f"{target}{end}" in self.adapters)
 
     def _load(self) -> dict[str, Tensor]:
         if (file := file_in(self.path, PEFT_WEIGHTS)) is None:
@@ -124,7 +124,7 @@ class PeftWeights:
             found = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
-        known = [f"{key.removesuffix('.weight')}{end}" for key in self.base.headers for end in PARTS.values()]
+        known = [f"{key.removesuffix('.weight')}{end}" for key in self.base.headers for end in PEFT_ENDS.values()]
         if lost := sorted(found.keys() - set(known)):
             raise UserError(f"{file}: {', '.join(at_most(3, lost))} is of no weight in {self.place}")
         return found
