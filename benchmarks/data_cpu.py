@@ -149,6 +149,7 @@ def rows_consumed() -> float:
     config = qwen3_debug()
     with tempfile.TemporaryDirectory() as folder:
         config.dump_folder, config.training.steps, config.validator.enable = folder, 4, False
+        config.lr_scheduler.warmup_steps = 0
         trainer = config.build()
         trainer.step(1)
         began = time.process_time()

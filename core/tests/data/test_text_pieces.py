@@ -78,9 +78,9 @@ def whole(made: Any, some: Sequence[str]) -> list[list[int]]:
 def test_ids_are_those_of_whole_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.data.pieces._MOST_TEXT_PIECES", 500)
     made = trained("GPT-2", normalizer=tokenizers.normalizers.NFC())
-    made.add_tokens(["<think>", "x y"])
+    made.add_tokens(["<think>", "x y", tokenizers.AddedToken("Kelvin;", normalized=True)])
     made.add_special_tokens(["<|end|>"])
-    some = [*texts(800), "so <think>, she said", "xx yy", "a<|end|>b", " ".join(WORDS)]
+    some = [*texts(800), "so <think>, she said", "of \u212aelvin\u037e", "xx yy", "a<|end|>b", " ".join(WORDS)]
     for allow_special in (False, True):
         found = read(made, tmp_path / "tokenizer.json", allow_special=allow_special)
         assert found._pieces is not None

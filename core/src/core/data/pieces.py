@@ -9,6 +9,7 @@ So a text may be taken apart there, without the tokenizer, and the ids of a piec
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -59,9 +60,14 @@ class Pieces:
         self._encode, self._marks = encode, list(marks)
         self._known: dict[str, list[int]] = {}
 
+    def _has_mark(self, text: str) -> bool:
+        """Whether a token is looked for in a text that is there, as it stands or as NFC writes it."""
+        written = text if text.isascii() else f"{text}\0{unicodedata.normalize('NFC', text)}"
+        return any(mark in written for mark in self._marks)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        marked = {i: text for i, text in enumerate(texts) if any(mark in text for mark in self._marks)}
+        marked = {i: text for i, text in enumerate(texts) if self._marks and self._has_mark(text)}
         pieces = [[] if i in marked else TEXT_PIECE.findall(text) for i, text in enumerate(texts)]
         known = self._known
         new = list({piece for each in pieces for piece in each if piece not in known})
