@@ -98,7 +98,7 @@ def watched_disk(folder: Path, fails: Callable[[Point], OSError | None]) -> Iter
             plain["trace"](profile, file)
 
     plain: dict[str, Any] = {"open": builtins.open, "trace": torch.profiler.profile.export_chrome_trace}
-    paths, descriptors = ("open", "mkdir", "rename", "replace", "unlink"), ("write", "ftruncate", "fsync")
+    paths, descriptors = ("open", "mkdir", "rename", "replace", "unlink"), ("write", "sendfile", "ftruncate", "fsync")
     plain |= {f"os.{name}": getattr(os, name) for name in (*paths, *descriptors)}
     with (
         mock.patch.object(builtins, "open", open_file),

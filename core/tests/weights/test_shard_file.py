@@ -1,5 +1,6 @@
 """One safetensors file, written and read a stretch at a time: the file that the package safetensors writes."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,22 @@ def test_bytes_of_another_file_are_copied(tmp_path: Path) -> None:
     copied, made = spans(tensors, tmp_path), outputs(tensors)
     write_shard(tmp_path / "copied", [(copied if number % 3 else made)[number] for number in range(len(made))])
     assert (tmp_path / "copied").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_full_while_bytes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.ones(400, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    sendfile, calls = os.sendfile, []
+
+    def fail(out: int, *where: int) -> int:
+        calls.append(where)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        return sendfile(out, *where)
+
+    monkeypatch.setattr(os, "sendfile", fail)
+    with pytest.raises(UserError, match=r"cannot write .*copied: No space left on device"):
+        write_shard(tmp_path / "copied", spans(tensors, tmp_path))
 
 
 def test_a_copied_file_that_became_shorter_or_is_gone(tmp_path: Path) -> None:
