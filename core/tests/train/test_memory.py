@@ -32,6 +32,7 @@ def test_advice_keeps_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch, glo
     assert advice in str(caught.value)
     with pytest.raises(UserError) as caught, memory.memory_advice(CPU, run, degrees):
         raise torch.OutOfMemoryError("no more")
-    assert advice in str(caught.value)
+    assert advice in str(caught.value) and "--optimizer.state_dtype 8-bit" in str(caught.value)
+    assert ("--optimizer.in_backward --training.max_norm inf" in str(caught.value)) == (rows == 12)
     training.local_batch_size, training.global_batch_size = 1, rows
     check_layout(run, world_size=8)

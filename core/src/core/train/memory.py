@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from core.runtime.device import free_memory
 from core.runtime.launcher import World
 from core.runtime.units import size_text
 from core.step.checks import Run
+from core.step.in_backward import in_backward_problems
 from core.step.loss import Loss
 from core.step.settings import Training
 
@@ -73,7 +76,7 @@ def check_memory(model: Decoder, run: Run, device: torch.device, world: World) -
     if free is None or need.total <= free:
         return
     each = " for each rank" if n_sharing > 1 else ""
-    helps = _what_helps(run.training, degrees)
+    helps = _what_helps(run, degrees)
     raise UserError(f"the run needs at least {need} and {device} has {size_text(free)} free{each}. {helps}")
 
 
@@ -85,16 +88,22 @@ def memory_advice(device: torch.device, run: Run, degrees: Degrees) -> Iterator[
     except torch.OutOfMemoryError as error:
         full = run.activation_checkpoint.mode == "full"
         less = "" if full else "; --activation_checkpoint.mode full (blocks keep their input alone)"
-        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(run.training, degrees)}{less}") from error
+        raise UserError(f"{device} ran out of memory: {error}\n{_what_helps(run, degrees)}{less}") from error
 
 
-def _what_helps(training: Training, degrees: Degrees) -> str:
-    helps = []
+def _what_helps(run: Run, degrees: Degrees) -> str:
+    training, helps = run.training, []
     if training.local_batch_size > 1:
         rows = training.rows_per_step(degrees.data)
         helps.append(f"--training.local_batch_size 1 --training.global_batch_size {rows} (the same steps, row by row)")
     helps.append("a lower --training.seq_len")
     if training.dtype == "float32":
         helps.append("--training.dtype bfloat16 (weights, gradients and moments halve)")
+    if run.optimizer.state_dtype == "weights":
+        helps.append("--optimizer.state_dtype 8-bit (moments take a quarter of those in float32)")
+    early = replace(run.optimizer, in_backward=True), replace(training, max_norm=inf)
+    refused = list(in_backward_problems(*early, run.parallelism, run.debug, degrees))
+    if not refused and not run.optimizer.in_backward:
+        helps.append("--optimizer.in_backward --training.max_norm inf (gradients are freed as they come)")
     helps.append("a smaller recipe (the debug recipe fits everywhere) or a device with more memory")
     return f"What would help: {'; '.join(helps)}"
