@@ -176,7 +176,7 @@ def browser(session: nox.Session) -> None:
 def evals(session: nox.Session) -> None:
     """Run tasks of lm_eval on a model, and on its export with lm_eval's own backend (minutes)."""
     install(session, "qwen3")
-    session.install("lm-eval>=0.4.9")
+    session.install("lm-eval[hf]>=0.4.9")
     session.run("python", "-m", "pytest", "models/qwen3/tests/test_harness.py", "-m", "evals", *session.posargs)
 
 

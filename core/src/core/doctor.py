@@ -22,6 +22,8 @@ PACKAGES = {
     "datasets": ("pip install datasets, or armature-core[hf]", "Hugging Face data sets as dataloader.dataset"),
     "lm_eval": ("pip install lm_eval, or armature-core[eval]", "the tasks of python -m <model>.evaluate"),
     "tensorboard": ("pip install tensorboard, or armature-core[tensorboard]", "metrics.enable_tensorboard"),
+    "mlflow": ("pip install mlflow", "metrics.enable_mlflow"),
+    "trackio": ("pip install trackio", "metrics.enable_trackio"),
     "wandb": ("pip install wandb, or armature-core[wandb]", "metrics.enable_wandb"),
     "torchao": ("pip install torchao", "products in 8 bits; no setting asks for them yet"),
 }

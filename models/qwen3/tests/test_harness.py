@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from core.config.cli import main as train
 from core.evaluate.command import main as evaluate
 from core.weights.convert import main as convert
 from qwen3 import configs
@@ -45,16 +44,12 @@ QUESTIONS = ["def main(", "import ", "class Node:\n    def __init__(self", "The 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folder of a run of some steps, and that of its export."""
     home = tmp_path_factory.mktemp("trained")
-    words = [
-        "--config",
-        "qwen3_debug",
-        "--dump_folder",
-        str(home / "run"),
-        "--training.steps",
-        "30",
-        "--validator.no-enable",
-    ]
-    train(configs, [*words, "--model.max_seq_len", "256"])
+    config = configs.qwen3_debug()
+    (home / "text.txt").write_text("".join(f"def function_{n}(a, b):\n    return a + {n}\n\n" for n in range(3000)))
+    config.dataloader.dataset, config.dump_folder = str(home / "text.txt"), str(home / "run")
+    config.training.steps, config.training.seq_len, config.training.local_batch_size = 12, 128, 2
+    config.model.max_seq_len, config.validator.enable = 256, False
+    config.build().run()
     convert({"qwen3": Qwen3}, ["to-hf", str(home / "run"), str(home / "hf")])
     return home / "run", home / "hf"
 
