@@ -91,7 +91,7 @@ def test_a_page_opens_draws_and_switches_its_axes(browser, tmp_path):
     assert canvas.evaluate("canvas => canvas.toDataURL()") == before
     page.locator("#smoothing").fill("0")
     assert canvas.evaluate("canvas => canvas.toDataURL()") != before
-    canvas.hover(position={"x": 150, "y": 60})
+    page.locator("[data-name=loss] .u-over").hover(position={"x": 150, "y": 60})
     assert "run: " in page.locator("[data-name=loss] .tip").inner_text()
     assert opened.complaints == [] and len(opened.asked) == 1
 
