@@ -23,6 +23,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="our products, in")
     return parser.parse_args()
 
 
@@ -31,6 +32,7 @@ def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str, early_sto
     config = qwen3_debug()
     config.dump_folder = str(folder / "run")
     config.training.local_batch_size, config.training.seq_len = args.rows, args.length
+    config.training.mixed_precision_param = args.compute
     config.validator.enable = False
     config.activation_checkpoint.mode, config.activation_checkpoint.early_stop = mode, early_stop
     config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768

@@ -56,7 +56,8 @@ def main() -> None:
         # The peers keep everything for backward, so ours does too.
         steps = peers(make_trainer(Path(folder), args, mode="none"), Path(folder))
         first = {name: step(1) for name, step in steps.items()}
-        assert max(first.values()) - min(first.values()) < 1e-4, f"the peers are not the same network: {first}"
+        near = 1e-4 if args.compute == "float32" else 2e-2
+        assert max(first.values()) - min(first.values()) < near, f"the peers are not the same network: {first}"
         times = in_turns(steps, args.rounds)
     print(f"\n{'':14}{'tokens/s':>10}  {'ratio by wall time':24}{'ratio by CPU time':24}")
     for name, shown in ratios(times, to="minimal", faster=True).items():

@@ -1,6 +1,7 @@
 """What is there of all that a run may use and does without: `python -m core.doctor`."""
 
 import textwrap
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -52,6 +53,7 @@ def optional_parts() -> Iterator[Part]:
     yield Part("NCCL", nccl, "comes with a torch for CUDA or ROCm and needs a GPU; ranks use gloo", "several GPUs")
     flex = "compiled, forward and backward" if found.count else None
     yield Part("flex attention", flex, "has no backward on a CPU: use attention.backend sdpa", "attention.backend flex")
+    yield bfloat16_part(bfloat16_speed())
     for build, purpose in BUILDS.items():
         reason = probe.missing(build)
         here = None if reason else f"{probe.CLASSES[build]} of deep_ep {probe.version()}"
@@ -61,6 +63,24 @@ def optional_parts() -> Iterator[Part]:
             yield Part(package, version(package), "", purpose)
         except PackageNotFoundError:
             yield Part(package, None, f"not installed: {fix}", purpose)
+
+
+def bfloat16_part(speed: float) -> Part:
+    """Whether computing in bfloat16 pays on this CPU, where a product has `speed` times the speed of fp32's."""
+    told = f"products have {speed:.1f} times the speed of float32's"
+    here = told if speed > 1.2 else None
+    return Part("bfloat16", here, f"{told}: compute in float32", "training.mixed_precision_param bfloat16 on the CPU")
+
+
+def bfloat16_speed(n: int = 768, rounds: int = 5) -> float:
+    """How many times as fast this CPU multiplies two matrices (n, n) in bfloat16 as in float32: the best of each."""
+    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    for dtype in [*best] * rounds:
+        matrix = torch.ones(n, n, dtype=dtype)
+        began = time.perf_counter()
+        matrix @ matrix
+        best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def parts_table(found: list[Part], width: int = 118) -> str:

@@ -16,7 +16,7 @@ from torch.utils import deterministic as determinism
 from core.comm import backend, packing, probe
 from core.comm.transport import Sizes, bound, release
 from core.config.errors import UserError
-from core.doctor import optional_parts, parts_table
+from core.doctor import bfloat16_part, bfloat16_speed, optional_parts, parts_table
 from core.testing.ranks import run_ranks
 
 GPU = torch.device("cuda")
@@ -117,13 +117,21 @@ def test_gpt_oss_is_carried_as_it_is_by_the_others() -> None:
 def test_the_doctor_lists_all_that_is_optional(capsys: pytest.CaptureFixture[str]) -> None:
     fake_deep_ep.install("v2.1")
     found = {part.name: part for part in optional_parts()}
-    assert list(found)[:6] == ["GPU", "NCCL", "flex attention", *(f"deep_ep {build}" for build in probe.CLASSES)]
-    assert list(found)[6:] == ["tokenizers", "pyarrow", "datasets", "tensorboard", "wandb", "torchao"]
+    deep_ep = [f"deep_ep {build}" for build in probe.CLASSES]
+    assert list(found)[:7] == ["GPU", "NCCL", "flex attention", "bfloat16", *deep_ep]
+    assert list(found)[7:] == ["tokenizers", "pyarrow", "datasets", "lm_eval", "tensorboard", "wandb", "torchao"]
     assert found["deep_ep deepep_v2"].here == "ElasticBuffer of deep_ep 2.1.0"
     assert found["deep_ep hybridep"].here is None and "git checkout 94a9f8f" in found["deep_ep hybridep"].missing
     assert all(part.purpose and (part.here or part.missing) for part in found.values())
     lines = parts_table(list(found.values())).splitlines()
     assert max(map(len, lines)) <= 118 and "deep_ep deepep_v2  yes  ElasticBuffer of deep_ep 2.1.0" in lines
+
+
+@pytest.mark.parametrize(("speed", "pays"), [(0.2, False), (1.1, False), (1.8, True)])
+def test_the_doctor_says_where_bfloat16_pays(speed: float, pays: bool) -> None:
+    part = bfloat16_part(speed)
+    assert f"{speed} times the speed of float32" in (part.here or part.missing) and (part.here is not None) == pays
+    assert bfloat16_speed(n=8, rounds=1) > 0
 
 
 MEMBERS = [
