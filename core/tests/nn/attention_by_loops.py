@@ -1,9 +1,12 @@
 """Attention by its definition: loops over rows, heads, queries and keys, in double precision."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from core.nn.kernel import Positions
+from core.nn.tiling import rows_of
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,3 +109,42 @@ def looped(
                 weights = weights / weights.sum()
                 out.append(sum(weight * values_MH[key] for weight, key in zip(weights, seen, strict=False)))
     return torch.stack(out).view(n_rows, n_heads, n_queries, -1)
+
+
+def sides(
+    positions: Positions,
+    *,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    width: int = 6,
+    v_width: int = 6,
+    dtype=torch.float64,
+) -> list[Tensor]:
+    """Queries, keys, values and sinks that fit `positions`."""
+    _, n_queries, n_keys = positions.grid
+    keys = 2, n_kv_heads, n_keys
+    shapes = (2, n_heads, n_queries, width), (*keys, width), (*keys, v_width), (n_heads,)
+    return [numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+
+
+def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The result of a function, and the gradients of its arguments under random weights of the result."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    (out * numbers(*out.shape, seed=9, dtype=out.dtype).to(out.device)).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def seen_in_tiles(start_BL: Tensor, length: int, window: int | None) -> Tensor:
+    """(B, L, L): what the tiles of rows let their queries see; every query stands in one tile."""
+    seen_BLL = torch.zeros(len(start_BL), length, length, dtype=torch.bool)
+    times_BL = torch.zeros(len(start_BL), length, dtype=torch.int64)
+    for rows, (start, end, first, hidden) in rows_of(start_BL, len(start_BL), length, window):
+        times_BL[rows, start:end] += 1
+        ahead = torch.zeros(end - start, end - first).masked_fill_(
+            torch.ones(end - start, end - first).triu(1).bool(), -1
+        )
+        assert hidden is not None or start == first, "the causal flag counts from the first key"
+        seen_BLL[rows, start:end, first:end] = (ahead if hidden is None else hidden) == 0
+    assert (times_BL == 1).all()
+    return seen_BLL

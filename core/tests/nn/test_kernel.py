@@ -1,10 +1,19 @@
 """One rule of visibility, and the kernels that follow it, against loops over rows, heads, queries and keys."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from attention_by_loops import CAUSAL, PACKED, WHERES, documents, looped, numbers, seen_by
+from attention_by_loops import (
+    CAUSAL,
+    PACKED,
+    WHERES,
+    documents,
+    looped,
+    numbers,
+    seen_by,
+    seen_in_tiles,
+    sides,
+    with_gradients,
+)
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
@@ -28,36 +37,12 @@ eager_flex = pytest.mark.filterwarnings(  # compiling takes half a minute, and o
 every_where = pytest.mark.parametrize("positions", WHERES.values(), ids=WHERES.keys())
 
 
-def sides(
-    positions: Positions,
-    *,
-    n_heads: int = 4,
-    n_kv_heads: int = 2,
-    width: int = 6,
-    v_width: int = 6,
-    dtype=torch.float64,
-) -> list[Tensor]:
-    """Queries, keys, values and sinks that fit `positions`."""
-    _, n_queries, n_keys = positions.grid
-    keys = 2, n_kv_heads, n_keys
-    shapes = (2, n_heads, n_queries, width), (*keys, width), (*keys, v_width), (n_heads,)
-    return [numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
-
-
-def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """The result of a function, and the gradients of its arguments under random weights of the result."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    out = function(*leaves)
-    (out * numbers(*out.shape, seed=9, dtype=out.dtype).to(out.device)).sum().backward()
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
-
-
 # ------------------------------------------------------------------------------------------------------ who sees whom
 
 
 def test_rows_start_at_position_0() -> None:
     positions = Positions.rows(torch.zeros(3, 5, dtype=torch.long))
-    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions[1:] == (None,) * 4
+    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions[1:] == (None,) * 5
     assert positions.is_plain and positions.grid == (1, 5, 5)
 
 
@@ -92,6 +77,8 @@ def test_masks_are_the_rule(positions: Positions, window: int | None) -> None:
     mask = SDPA(window).mask(positions)
     if mask is None:
         assert torch.equal(seen[0, 0], torch.ones(12, 12).tril().bool())
+    elif mask.dtype == torch.int64:  # where documents start, for tiles
+        assert torch.equal(seen_in_tiles(mask, 12, window), seen[:, 0])
     else:
         assert torch.equal(mask, seen)
 
@@ -204,7 +191,7 @@ def test_the_fused_kernel_runs(case: str, n_kv_heads: int) -> None:
     with Dispatched() as dispatched:
         kernel(*leaves[:3], kernel.mask(positions), scale=1.0, sinks_N=leaves[3] if case in ("sinks", "all") else None)
     names = {str(op) for op, _ in dispatched.calls}
-    assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in names
+    assert names & {"aten._scaled_dot_product_flash_attention_for_cpu.default", "armature.tiled_attention.default"}
     assert not names & {"aten._safe_softmax.default", "aten._softmax.default"}
 
 
@@ -235,19 +222,21 @@ def test_flex_shares_keys(n_kv_heads: int) -> None:
 @eager_flex
 @torch.no_grad()
 def test_both_kernels_consume_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another rule in the one place changes both alike: here every third token is hidden."""
+    """Another rule in the one place changes both alike: here every third token is hidden. (Tiles have documents and
+    windows alone; `test_tiles_are_the_rule` compares them with it.)"""
 
     def gaps(positions: Positions, window: int | None = None) -> MaskMod:
         return lambda row, head, query, key: (key <= query) & ((key % 3 != 1) | (key == query))
 
-    q, k, v, _ = sides(PACKED, width=8, v_width=8, dtype=torch.float32)
+    ORDERED = WHERES["another order of documents"]
+    q, k, v, _ = sides(ORDERED, width=8, v_width=8, dtype=torch.float32)
     sdpa, flex = SDPA(), Flex()
-    before = sdpa(q, k, v, sdpa.mask(PACKED), scale=1.0)
+    before = sdpa(q, k, v, sdpa.mask(ORDERED), scale=1.0)
     for place in (core.nn.backends, core.nn.flex):
         monkeypatch.setattr(place, "visible", gaps)
-    after = sdpa(q, k, v, sdpa.mask(PACKED), scale=1.0)
+    after = sdpa(q, k, v, sdpa.mask(ORDERED), scale=1.0)
     assert (after - before).abs().max() > 0.1
-    torch.testing.assert_close(flex(q, k, v, flex.mask(PACKED), scale=1.0), after, rtol=0, atol=1e-5)
+    torch.testing.assert_close(flex(q, k, v, flex.mask(ORDERED), scale=1.0), after, rtol=0, atol=1e-5)
 
 
 def test_flex_cannot_train_on_a_cpu() -> None:

@@ -22,9 +22,10 @@ Mask = Any
 class Positions(NamedTuple):
     """Where the tokens of a batch stand. A tensor whose first axis is 1 says that all rows are alike.
 
-    `position_BL` is the place in the document, `document_BL` the document of each token (None: a row is one document),
-    `index_BL` the place in the row where that is not 0, 1, 2, ... The next two say the same of the keys where these are
-    not the tokens themselves, because some were computed earlier or elsewhere; `padding_BL` which tokens count nowhere.
+    `position_BL` is the place in the document, `document_BL` the document of each token, whose tokens follow each other
+    in the row (None: a row is one document), `index_BL` the place in the row where that is not 0, 1, 2, ... The next
+    two say the same of the keys where these are not the tokens themselves, because some were computed earlier or
+    elsewhere; `padding_BL` which tokens count nowhere.
     """
 
     position_BL: Tensor

@@ -25,13 +25,9 @@ class Rotation(NamedTuple):
     def __call__(self, x_BLNH: Tensor) -> Tensor:
         """Turn each pair of the last dimension by its token's angle; computed in fp32, returned in x's dtype."""
         x = x_BLNH.float()
-        if self.interleaved:
-            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1).flatten(-2)
-        else:
-            a, b = x.chunk(2, -1)
-            turned = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1)
-        return turned.to(x_BLNH.dtype)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x.chunk(2, -1)
+        turned = a * self.cos - b * self.sin, b * self.cos + a * self.sin
+        return (torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)).to(x_BLNH.dtype)
 
 
 class RoPE(Module, Configurable):
