@@ -24,6 +24,7 @@ from core.data.text import IndexedText
 from core.data.tokenizer import Tokenizer, bundled_model
 from core.data.tokenizer_json import read_model, tokenizer_json
 from core.generate import command
+from core.generate import folder as folder_module
 from core.generate.command import main
 from core.generate.printed import PrintedText
 from core.nn.decoder import Decoder
@@ -569,7 +570,7 @@ def test_weights_of_another_shape(fails, tmp_path) -> None:
 
 
 def test_model_that_the_memory_cannot_hold(fails, monkeypatch) -> None:
-    monkeypatch.setattr(command, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(folder_module, "free_memory", lambda device: 1000)
     n_kib = sum(weight.numel() for weight in toy().parameters()) * 4 / 2**10
     expected = f"the weights take {n_kib:.2f} KiB in float32, cpu has 1,000 bytes left"
     assert expected in fails("--prompt", "x")

@@ -12,7 +12,7 @@ from toy_run import toy_run
 
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
-from core.generate.command import tokenizer_in
+from core.generate.folder import tokenizer_in
 from core.testing.toy import Toy, on_cpu
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.lock import FolderLock
