@@ -256,7 +256,7 @@ BROKEN = [
 
 def test_a_run_is_validated_by_whoever_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "process_group", lambda *_: pytest.fail("a process group was made"))
-    monkeypatch.setattr(trainer_module, "meta_model", lambda _: pytest.fail("a model was made"))
+    monkeypatch.setattr(trainer_module, "converted_model", lambda *_: pytest.fail("a model was made"))
     for build in (lambda c: c.build(), Trainer, lambda c: Trainer.plan(c, world_size=1, rank=0)):
         with pytest.raises(UserError) as caught:
             build(broken(tmp_path))
