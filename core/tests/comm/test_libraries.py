@@ -16,7 +16,7 @@ from torch.utils import deterministic as determinism
 from core.comm import backend, packing, probe
 from core.comm.transport import Sizes, bound, release
 from core.config.errors import UserError
-from core.doctor import bfloat16_part, bfloat16_speed, optional_parts, parts_table
+from core.doctor import PACKAGES, bfloat16_part, bfloat16_speed, optional_parts, parts_table
 from core.testing.ranks import run_ranks
 
 GPU = torch.device("cuda")
@@ -119,7 +119,7 @@ def test_the_doctor_lists_all_that_is_optional(capsys: pytest.CaptureFixture[str
     found = {part.name: part for part in optional_parts()}
     deep_ep = [f"deep_ep {build}" for build in probe.CLASSES]
     assert list(found)[:7] == ["GPU", "NCCL", "flex attention", "bfloat16", *deep_ep]
-    assert list(found)[7:] == ["tokenizers", "pyarrow", "datasets", "lm_eval", "tensorboard", "wandb", "torchao"]
+    assert list(found)[7:] == list(PACKAGES)
     assert found["deep_ep deepep_v2"].here == "ElasticBuffer of deep_ep 2.1.0"
     assert found["deep_ep hybridep"].here is None and "git checkout 94a9f8f" in found["deep_ep hybridep"].missing
     assert all(part.purpose and (part.here or part.missing) for part in found.values())

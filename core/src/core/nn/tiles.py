@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import register_flop_formula
 
 from core.activation_checkpoint.save_output import save_output
 from core.nn.grouped import LIBRARY
@@ -228,6 +228,14 @@ torch.library.register_autograd(TILED_ATTENTION, _backward, setup_context=_keep,
 
 
 @register_flop_formula([torch.ops.armature.tiled_attention])
-def _flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *rest: Any, **settings: Any) -> int:
-    """As PyTorch counts its own kernels: of all keys, hidden or not."""
-    return sdpa_flop_count(q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
+def _flops(q: tuple[int, ...], *rest: Any, **settings: Any) -> int:
+    """As PyTorch's kernels are counted: each query with every key, hidden or not; two products."""
+    n_rows, n_heads, length, width = q
+    return 2 * 2 * n_rows * n_heads * length * length * width
+
+
+@register_flop_formula([torch.ops.armature.tiled_attention_backward])
+def _flops_backward(grad: tuple[int, ...], *rest: Any, **settings: Any) -> int:
+    """The scores again, and two products for each of the forward's."""
+    n_rows, n_heads, length, width = grad
+    return 2 * 5 * n_rows * n_heads * length * length * width
