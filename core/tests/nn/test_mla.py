@@ -183,7 +183,7 @@ def test_config_chooses_the_kernel() -> None:
         ({"v_head_dim": -1}, "v_head_dim: v_head_dim -1 must be at least 1"),
         ({"qk_rope_head_dim": 5}, "qk_rope_head_dim: qk_rope_head_dim 5 must be even"),
         ({"qk_rope_head_dim": 0}, "qk_rope_head_dim: qk_rope_head_dim 0 must be at least 1"),
-        ({"backend": "math"}, "backend: no attention kernel is called 'math'. There is sdpa, flex"),
+        ({"backend": "math"}, "backend: no attention kernel is called 'math'. There is sdpa, tiles, flex"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from core.runtime import activity
 from core.runtime.activity import Doing
 from core.runtime.live import LiveLine, RunProgress, can_redraw, shown_line
 from core.runtime.log import Console
@@ -54,6 +55,7 @@ def test_messages_stay_above_the_line_and_nothing_of_it_is_left(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", stream := Terminal())
+    monkeypatch.setattr(activity, "_phases", {})
     handler, log = Console(), logging.Logger("test", logging.INFO)
     log.addHandler(handler)
     log.info("[bold] a line of a message that is longer than the sixty columns of the terminal is one line")

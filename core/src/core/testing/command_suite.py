@@ -133,9 +133,10 @@ class CommandSuite(KeySuite):
             return capsys.readouterr().out
 
         printed = commands_in(capsys.readouterr().out)
-        assert list(printed) == ["write text", "go on", "export to a Hugging Face folder"]
+        look = "look at it, in a page for a browser"
+        assert list(printed) == [look, "write text", "go on", "export to a Hugging Face folder"]
         printed = commands_in(call(*printed["go on"]))
-        assert list(printed) == ["write text", "go on, to step 8", "export to a Hugging Face folder"]
+        assert list(printed) == [look, "write text", "go on, to step 8", "export to a Hugging Face folder"]
         exported = Path(printed["export to a Hugging Face folder"][-1])
         printed["and again"] = ["python", "-m", f"{package}.generate", "--checkpoint", str(exported), "--prompt", "the"]
         assert all(call(*words).strip() for words in printed.values())
