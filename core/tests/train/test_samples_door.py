@@ -249,7 +249,10 @@ def test_a_source_is_chosen_and_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     run.dataloader.text_field = "body"
     assert problems_of(run) == [
-        ("dataloader.dataset", "a Config has text_field, on_bad_line and section_characters of its own, if any: set those")
+        (
+            "dataloader.dataset",
+            "a Config has text_field, on_bad_line and section_characters of its own, if any: set those",
+        )
     ]
     override(run, [("--dataloader.dataset", ["stdlib"])])
     assert run.dataloader == IndexedText.Config(dataset="stdlib", text_field="body")

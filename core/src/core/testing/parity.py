@@ -83,8 +83,8 @@ def drawn_batch(config: Decoder.Config, n_rows: int, length: int, empty_rows: in
     begins_BL = torch.rand(n_rows, length, generator=generator) < 0.12
     begins_BL[:, 0] = False
     documents_BL = begins_BL.long().cumsum(1)
-    documents_BL[-1, length - length // 4 :] = PADDING
-    labels_BL[-1, length - length // 4 :] = IGNORE
+    documents_BL[-1, length - length // 8 :] = PADDING
+    labels_BL[-1, length - length // 8 :] = IGNORE
     index_BL = torch.arange(length).expand(n_rows, length)
     first_BL = torch.where(begins_BL, index_BL, 0).cummax(1).values
     return Batch(tokens_BL, labels_BL, index_BL - first_BL, documents_BL)
