@@ -55,7 +55,8 @@ class Case:
     compile: str | None = None
     """Backend of torch.compile; None leaves the blocks as they are."""
     loss: Loss.Config = field(default_factory=lambda: CrossEntropy.Config(chunk_tokens=24))
-    optimizer: Optimizer.Config = field(default_factory=lambda: AdamW.Config(lr=1e-2))
+    optimizer: Optimizer.Config = field(default_factory=lambda: AdamW.Config(lr=1e-2, eps=1e-6))
+    """With an eps above what is left of gradients that are 0 but for rounding (1e-10), which else move weights."""
     converters: list[Converter.Config] = field(default_factory=list)
 
 
@@ -83,8 +84,8 @@ def drawn_batch(config: Decoder.Config, n_rows: int, length: int, empty_rows: in
     begins_BL = torch.rand(n_rows, length, generator=generator) < 0.12
     begins_BL[:, 0] = False
     documents_BL = begins_BL.long().cumsum(1)
-    documents_BL[-1, length - length // 8 :] = PADDING
-    labels_BL[-1, length - length // 8 :] = IGNORE
+    documents_BL[-1, length - length // 4 :] = PADDING
+    labels_BL[-1, length - length // 4 :] = IGNORE
     index_BL = torch.arange(length).expand(n_rows, length)
     first_BL = torch.where(begins_BL, index_BL, 0).cummax(1).values
     return Batch(tokens_BL, labels_BL, index_BL - first_BL, documents_BL)
