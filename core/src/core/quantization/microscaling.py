@@ -1,5 +1,6 @@
 """Products of numbers in blocks that share a scale: MXFP8 (arXiv:2506.08027), MXFP4 and NVFP4 (arXiv:2509.25149)."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -25,9 +26,9 @@ class BlockConverter(Converter):
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Converter
 
+    @abstractmethod
     def forms(self) -> Forms:
         """The forms of the operands of a layer's products."""
-        raise NotImplementedError
 
     def convert(self, layer: Layer) -> str:
         put_product(layer.module, QuantisedProduct(self.forms(), emulate=True, multiple=self.multiple))

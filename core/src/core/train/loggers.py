@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -126,13 +127,33 @@ def event_types() -> Any:
     return event_pb2
 
 
-class WeightsAndBiases:
-    """A run at Weights & Biases, or in a folder of it below the run's."""
+class LoggedRun(ABC):
+    """What loggers share whose package gives a run that takes values by `log` and ends by `finish`."""
+
+    where: str
 
     def __init__(self, told: Told) -> None:
         self._told = told
         self._run: Any = None
-        self._reports = OptionalFile("the log of Weights & Biases")
+        self._reports = OptionalFile(f"the log of {self.where}")
+
+    @abstractmethod
+    def open(self) -> None: ...
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self._reports.attempt():
+            self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            with self._reports.attempt():
+                self._run.finish()
+
+
+class WeightsAndBiases(LoggedRun):
+    """A run at Weights & Biases, or in a folder of it below the run's."""
+
+    where = "Weights & Biases"
 
     def open(self) -> None:
         import wandb
@@ -149,23 +170,11 @@ class WeightsAndBiases:
             resume="allow",
         )
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        with self._reports.attempt():
-            self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        if self._run is not None:
-            with self._reports.attempt():
-                self._run.finish()
-
-
-class Trackio:
+class Trackio(LoggedRun):
     """A run in the local store of Trackio, in TRACKIO_DIR or its own folder of the user's cache."""
 
-    def __init__(self, told: Told) -> None:
-        self._told = told
-        self._run: Any = None
-        self._reports = OptionalFile("the log of Trackio")
+    where = "Trackio"
 
     def open(self) -> None:
         import trackio
@@ -175,15 +184,6 @@ class Trackio:
         self._run = trackio.init(
             project=told.project or "armature", name=name, config=dict(told.settings), resume="allow", embed=False
         )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        with self._reports.attempt():
-            self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        if self._run is not None:
-            with self._reports.attempt():
-                self._run.finish()
 
 
 class MLflow:
