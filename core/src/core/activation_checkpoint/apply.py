@@ -95,8 +95,16 @@ class ActivationCheckpoint(Configurable):
         c = self.config
         if c.mode == "memory_budget":
             self._set_budget()
+        for number, policy in self.policies(model).items():
+            block = model.layers[number]
+            block.forward = partial(checkpointed, block.forward, self._settings(policy))
+
+    def policies(self, model: Layered) -> dict[str, Policy]:
+        """The policy of each block by its number, none where nothing is computed again; modules that are recomputed by
+        name have their mark from then on. For who reads the policy and does not put it on: `apply` does both."""
+        c, found = self.config, {}
         if c.mode not in ("full", "selective"):
-            return
+            return found
         SAVED.clear()
         check_names(c, model)
         for part in unmatched(c, model):  # a stage of a pipeline may lack what the whole model has
@@ -108,13 +116,13 @@ class ActivationCheckpoint(Configurable):
                     part.forward = under(recomputed, part.forward)
             if c.debug:
                 name_modules(block, f"layers.{number}")
-            policy = default_activation_checkpoint_policy(
+            found[number] = default_activation_checkpoint_policy(
                 mode=c.mode,
                 save_ops=tuple(c.save_ops),
                 recompute_shapes=forced_shapes(c, f"layers.{number}", block),
                 debug=c.debug,
             )
-            block.forward = partial(checkpointed, block.forward, self._settings(policy))
+        return found
 
     def report(self) -> None:
         """Keep the pictures that compiling the first step drew; say in debug how often each operation was saved so far,

@@ -42,7 +42,8 @@ def parallelize(model: Decoder, views: Views, settings: Parallelism, wrapping: W
     join_maxima(model, views)
     join_columns(model, views)
     wrapping.of_one_rank(model)
-    apply_data(model, views, compute_dtype=wrapping.compute_dtype, settings=settings)
+    share_weights = wrapping.share_weights or apply_data
+    share_weights(model, views, compute_dtype=wrapping.compute_dtype, settings=settings)
 
 
 def overlap() -> None:

@@ -35,6 +35,9 @@ class Wrapping:
     dispatcher: Callable[[ProcessGroup], Dispatcher]
     """Makes what takes tokens to the experts of a process group."""
     compile_block: Callable[[nn.Module], None] | None = None
+    share_weights: Callable[..., None] | None = None
+    """Has data ranks share the weights of a model; None is FSDP (`core.parallel.data.apply_data`, whose arguments it
+    takes)."""
 
     def of_one_rank(self, model: Decoder) -> None:
         """The steps that concern one rank: what is kept for backward, then compilation of it."""

@@ -1,6 +1,7 @@
 """A model put together: built without memory, spread over ranks, given memory, started."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, converted_model
 from core.runtime.activity import working
 from core.step.checks import Run, expert_parts
+from core.step.settings import Compile
 
 
 class BuiltModel(NamedTuple):
@@ -130,6 +132,11 @@ def largest_dispatch(run: Run, device: torch.device, world_size: int) -> Sizes |
         n_ranks=degrees.expert,
         dtype=training.compute_dtype(device),
     )
+
+
+def block_compiler(settings: Compile) -> Callable[[nn.Module], None] | None:
+    """What compiles a block as a run's settings ask; None where they do not."""
+    return partial(compile_block, backend=settings.backend) if settings.takes("model") else None
 
 
 def compile_block(block: torch.nn.Module, backend: str) -> None:

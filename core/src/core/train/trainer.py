@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from core.runtime.log import start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
-from core.step.assemble import assemble, compile_block, make_dispatcher, make_layout
+from core.step.assemble import assemble, block_compiler, make_dispatcher, make_layout
 from core.step.checks import check_model, check_run, compile_problems
 from core.step.loss import CrossEntropy, Loss
 from core.step.objective import Objective
@@ -154,8 +153,7 @@ class Trainer(Configurable):
             self.last_step = last_step(c.training, self.loader, n_rows, self.checkpoints.start)
             self.metrics = c.metrics.build(settings=to_dict(config), start=self.checkpoints.start.step, **live)
             self.outcome = Outcome(c, whole, self.world, self.checkpoints, self.layout, self.folder, self.last_step)
-            self.has_run = False
-            self.is_over = self.checkpoints.is_over(self.last_step)
+            self.has_run, self.is_over = False, self.checkpoints.is_over(self.last_step)
             if not self.is_over:
                 self._start_model()
                 self.checkpoints.restore(self.built, self.optimizer)
@@ -178,23 +176,16 @@ class Trainer(Configurable):
         self.compute_dtype = c.training.compute_dtype(self.device)
         self.activation_checkpoint = c.activation_checkpoint.build(folder=self.folder)
         n_rows = self.rows_per_step // self.layout.degrees.data
-        wrapping = Wrapping(
-            compute_dtype=self.compute_dtype,
-            checkpoint=self.activation_checkpoint.apply,
-            dispatcher=self.dispatcher,
-            compile_block=partial(compile_block, backend=c.compile.backend) if c.compile.takes("model") else None,
-        )
         dtype, n = getattr(torch, c.training.dtype), n_rows // c.parallelism.pipeline_parallel_microbatch_size
         start = {"dtype": dtype, "seed": c.debug.seed, "groups": c.optimizer.groups, "converters": c.converters}
-        self.built = assemble(c.model, self.layout, wrapping, n_microbatches=n, **start)
-        if c.debug.moe_force_load_balance:
-            for model in self.built.models:
-                force_balance(model)
+        self.built = assemble(c.model, self.layout, self.wrapping(), n_microbatches=n, **start)
+        for model in self.built.models if c.debug.moe_force_load_balance else ():
+            force_balance(model)
         self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=self.layout)
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
         loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
         settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask_of(c.dataloader)}
-        self.objective = Objective(self.built.models, loss, pipeline=self.built.pipeline, **settings)
+        self.objective = self.make_objective(loss, **settings)
         self.validator = None
         if c.validator.enable:
             sizes = {"rows_per_step": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
@@ -202,12 +193,21 @@ class Trainer(Configurable):
             live = {"objective": self.objective, "optimizer": self.optimizer, **sizes}
             self.validator = c.validator.build(loaders=loaders, text_bytes=TextBytes(self.tokenizer), **live)
         sizes = {"n_rows": self.rows_per_step, "local_batch_size": c.training.local_batch_size}
-        first_row = self.checkpoints.first_row
-        self.rows = RowsAhead(self.loader, self.layout, first_row, last_step=self.last_step, **sizes)
+        self.rows = RowsAhead(self.loader, self.layout, self.checkpoints.first_row, last_step=self.last_step, **sizes)
         names = ("last_step", "layout", "checkpoints", "schedule", "metrics", "observers", "rows")
         live = {name: getattr(self, name) for name in names}
         self.report = StepReport(c, self.built.models, self.flops_per_token, **live)
         self.observers.begin(self.objective, self.tokenizer)
+
+    def wrapping(self) -> Wrapping:
+        """What is put around the blocks of the model, for an experiment that puts something else."""
+        compiler, checkpoint = block_compiler(self.config.compile), self.activation_checkpoint.apply
+        settings = {"compute_dtype": self.compute_dtype, "dispatcher": self.dispatcher}
+        return Wrapping(checkpoint=checkpoint, compile_block=compiler, **settings)
+
+    def make_objective(self, loss: Loss, **settings: Any) -> Objective:
+        """What a step lowers, for an experiment that computes it in another way."""
+        return Objective(self.built.models, loss, pipeline=self.built.pipeline, **settings)
 
     def summary(self) -> str:
         """The head of a run on the console."""
@@ -266,8 +266,7 @@ class Trainer(Configurable):
             validation = validator.measure(exchange) if validator else None
             self.observers(info._replace(validation_loss=None if validation is None else validation.loss))
             exchange()
-            reports = self.metrics.due(step, self.last_step) or validator is not None or exchange.stopping
-            if reports:
+            if self.metrics.due(step, self.last_step) or validator is not None or exchange.stopping:
                 self.report(step, info, step_time_s, validation)
                 mark, since = time.perf_counter(), step
             mark += self.checkpoints.after_step(
