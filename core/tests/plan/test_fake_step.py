@@ -59,7 +59,13 @@ class Mixed(ToyMoE):
 
 
 def run_of(
-    model: Any, parallelism: Parallelism | None = None, *, mode: str = "selective", microbatches: int = 1, **rest: Any
+    model: Any,
+    parallelism: Parallelism | None = None,
+    *,
+    mode: str = "selective",
+    microbatches: int = 1,
+    optimizer: Optimizer.Config | None = None,
+    **rest: Any,
 ) -> Trainer.Config:
     parallelism = parallelism or Parallelism()
     training = {"device": "cpu", "seq_len": 32, "local_batch_size": 2, **rest}
@@ -67,6 +73,7 @@ def run_of(
     return Trainer.Config(
         model=model,
         parallelism=parallelism,
+        optimizer=optimizer or AdamW.Config(),
         training=Training(**training, global_batch_size=rows if microbatches > 1 else -1),
         activation_checkpoint=ActivationCheckpoint.Config(mode=mode),
     )
@@ -138,18 +145,30 @@ CASES = {
         mode="full",
         local_batch_size=9,
     ),
+    "FSDP 4, updates in backward": run_of(
+        Toy.Config(n_layers=7, **WIDE), mode="full", optimizer=AdamW.Config(in_backward=True)
+    ),
 }
 
 
+def all_measured() -> dict[str, tuple[int, RestingBytes]]:
+    return {name: measured(run) for name, run in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def on_four_ranks() -> list[dict[str, tuple[int, RestingBytes]]]:
+    """What each of four ranks has, and what its step adds, in every case."""
+    return run_ranks(all_measured, 4, timeout_s=240)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_equals_a_real_run_on_four_ranks(case: str):
-    run = CASES[case]
-    real = run_ranks(measured, 4, run, timeout_s=120)
+def test_equals_a_real_run_on_four_ranks(case: str, on_four_ranks: list[dict[str, tuple[int, RestingBytes]]]):
+    run, real = CASES[case], [found[case] for found in on_four_ranks]
     stages = run.parallelism.pipeline_parallel_degree > 1  # without, ranks differ in uneven pieces alone
     for rank in (0, 3) if stages else (3,):
         peak, has = real[rank]
         found = run_fake_step(run, world_size=4, rank=rank, device=CPU)
-        assert found.stored == has
+        assert found.stored == has and (has.gradients == 0) == run.optimizer.in_backward
         assert total(found.segments).peak == pytest.approx(peak, rel=0.1)
 
 
@@ -163,8 +182,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["8-bit", "bfloat16", "in_backward"])
 def test_states_and_updates_are_those_of_a_real_run(optimizer: Optimizer.Config):
     """States in few bits to the byte, and the most of a step with what it decodes, and without gradients."""
-    run = run_of(Toy.Config(n_layers=3, **WIDE), mode="full")
-    run.optimizer = optimizer
+    run = run_of(Toy.Config(n_layers=3, **WIDE), mode="full", optimizer=optimizer)
     peak, has = measured(run)
     found = run_fake_step(run, world_size=1, rank=0, device=CPU)
     assert found.stored == has and (has.gradients == 0) == optimizer.in_backward

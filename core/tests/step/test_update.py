@@ -387,7 +387,7 @@ def joint(weights_) -> float:
 
 
 def test_a_group_is_clipped_by_itself_and_values_one_by_one() -> None:
-    """Norms before clipping are told of the group and of all; each is scaled to its own limit."""
+    """Norms before clipping are told of the group and of all; each is scaled to its own limit, or by a stated norm."""
     batch, plain, model = rows(4), build(), build()
     whole = step(plain, [batch])
     info = step(model, [batch], max_norm=0.5 * whole.grad_norm, groups=[Group(pattern="layers.*", max_norm=1e-3)])
@@ -399,6 +399,10 @@ def test_a_group_is_clipped_by_itself_and_values_one_by_one() -> None:
     assert joint(inside.values()) == pytest.approx(1e-3, rel=1e-2)
     rest = joint(before[name] for name in outside)
     assert joint(outside.values()) == pytest.approx(min(rest, 0.5 * whole.grad_norm), rel=1e-4)
+    stated = build()
+    assert step(stated, [batch], max_norm=0.3, fixed_norm=2.0).grad_norm == whole.grad_norm
+    for name, weight in stated.named_parameters():
+        torch.testing.assert_close(weight.grad, before[name].grad * 0.15)
     cut, most = build(), 0.5 * before["norm.weight"].grad.abs().max().item()
     step(cut, [batch], max_value=most)
     for name, weight in cut.named_parameters():

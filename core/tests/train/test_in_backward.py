@@ -42,13 +42,13 @@ GROUPS = [Group(pattern="layers.0.*", frozen=True), Group(pattern="tok_embedding
 Found = tuple[list[StepInfo], dict[str, Tensor]]
 
 
-def trained(case: Case, layout: RankView, max_value: float | None = None) -> Found:
+def trained(case: Case, layout: RankView, **limits: float) -> Found:
     """What three steps say, and the whole weights and states after them."""
     parts = build_case(case, layout)
     settings = {"layout": layout, "dtype": torch.float32, "mask": case.mask}
     objective = Objective(parts.models, CrossEntropy.Config().build(), **settings)
     optimizer: Optimizer = case.optimizer.build(weights=parts.weights(), layout=layout)
-    batches, step = batches_of(case, layout), {"max_norm": inf, "max_value": max_value, "on_nonfinite": "stop"}
+    batches, step = batches_of(case, layout), {"max_norm": inf, **limits, "on_nonfinite": "stop"}
     infos = [train_step(objective, optimizer, batches, step=n, lr_factor=1 / n, **step) for n in (1, 2, 3)]
     assert all((weight.grad is None) == case.optimizer.in_backward for _, weight in trained_weights(optimizer))
     after = {name: full(weight.detach()) for name, weight in parts.named_parameters()}
@@ -60,10 +60,10 @@ def trained_weights(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     return ((name, weight.parameter) for name, weight in optimizer.weights.items())
 
 
-def both(case: Case, layout: RankView, max_value: float | None = None) -> tuple[Found, Found]:
+def both(case: Case, layout: RankView, **limits: float) -> tuple[Found, Found]:
     """A case with its updates after backward, and in it."""
     early = replace(case, optimizer=replace(case.optimizer, in_backward=True))
-    return trained(case, layout, max_value), trained(early, layout, max_value)
+    return trained(case, layout, **limits), trained(early, layout, **limits)
 
 
 def check_same(after: Found, early: Found) -> None:
@@ -79,19 +79,28 @@ def test_one_rank_has_the_same_bits(model: Any, checkpoint: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "dtype", "max_value"),
+    ("optimizer", "dtype"),
     [
-        (Muon.Config(lr=2e-2, groups=GROUPS), torch.float32, None),
-        (AdamW.Config(lr=1e-2, state_dtype="8-bit", ema_decay=0.9), torch.float32, None),
-        (AdamW.Config(lr=1e-2), torch.bfloat16, None),
-        (SGD.Config(lr=0.5), torch.float32, 1e-3),
+        (Muon.Config(lr=2e-2, groups=GROUPS), torch.float32),
+        (AdamW.Config(lr=1e-2, state_dtype="8-bit", ema_decay=0.9), torch.float32),
+        (AdamW.Config(lr=1e-2), torch.bfloat16),
     ],
-    ids=["muon", "8-bit", "bfloat16", "max_value"],
+    ids=["muon", "8-bit", "bfloat16"],
 )
-def test_every_optimizer_has_the_same_bits(optimizer: Any, dtype: torch.dtype, max_value: float | None) -> None:
-    found = both(Case(DENSE, optimizer=optimizer, weights_dtype=dtype), SingleRank(CPU), max_value)
+def test_every_optimizer_has_the_same_bits(optimizer: Any, dtype: torch.dtype) -> None:
+    check_same(*both(Case(DENSE, optimizer=optimizer, weights_dtype=dtype), SingleRank(CPU)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limits", [{"max_value": 1e-3}, {"max_norm": 0.1, "fixed_norm": 0.4}], ids=str)
+def test_limits_that_are_known_before_have_the_same_bits(limits: dict[str, float], dtype: torch.dtype) -> None:
+    """The norm that is told is that before either."""
+    case = Case(DENSE, optimizer=SGD.Config(lr=0.5), weights_dtype=dtype)
+    found = both(case, SingleRank(CPU), **limits)
     check_same(*found)
-    assert max_value is None or found[1][0][0].grad_norm > max_value
+    (free, *_), after = trained(case, SingleRank(CPU))
+    assert found[1][0][0].grad_norm == free.grad_norm > 2e-3
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in found[1][1].items())
 
 
 LAYOUTS = [
@@ -183,9 +192,10 @@ def refused(world_size: int = 1, *, optimizer: Optimizer.Config | None = None, d
 def test_what_is_not_known_in_backward_is_refused() -> None:
     refused()
     refused(2, max_value=0.1)
+    refused(2, max_norm=0.5, fixed_norm=2.0)
     refused(optimizer=Muon.Config())
     for said, settings in {
-        "training.max_norm: .* max_norm 1.0 needs the joint norm of all: set training.max_norm inf; .*max_value": {
+        "training.max_norm: .* max_norm 1.0 needs the joint norm of all: set .* inf; .*max_value .*fixed_norm": {
             "max_norm": 1.0
         },
         "groups.0.max_norm: .* max_norm 0.5 needs the joint norm of the group": {

@@ -302,6 +302,7 @@ def test_every_mistake_is_told_at_once(tmp_path):
         ("compile", Compile(enable=True, backend="nvcc"), "compile.backend: backend nvcc is not known .*inductor"),
         ("training", Training(max_norm=0.0), "training.max_norm: max_norm 0.0 must be above 0; inf leaves"),
         ("training", Training(max_value=0.1), "training.max_value: max_value 0.1 and max_norm 1.0: choose one"),
+        ("training", Training(fixed_norm=0.5), "training.fixed_norm: .* 0.5 must be finite and above max_norm 1.0"),
         ("debug", Debug(seed=-1), r"debug.seed: seed -1 must be from 0 to 2\^63 - 1"),
         ("debug", Debug(seed=2**63), r"debug.seed: a whole number must be from -2\^63 to 2\^63 - 1"),
         ("debug", Debug(detect_anomaly=True, on_nonfinite="skip"), "debug.on_nonfinite: .*choose one"),

@@ -110,11 +110,13 @@ class RankView(ABC):
         """The 2-norm of gradients together, on all ranks, of which this rank has these squared norms (n,)."""
 
     @torch.no_grad()
-    def clip(self, gradients: Iterable[Tensor], max_norm: float) -> float:
-        """Scale all ranks' gradients, of any shape, to a joint 2-norm of at most `max_norm`; returns that before."""
+    def clip(self, gradients: Iterable[Tensor], max_norm: float, fixed_norm: float | None = None) -> float:
+        """Scale all ranks' gradients, of any shape, to a joint 2-norm of at most `max_norm`; returns that before, in
+        whose place `fixed_norm` counts."""
         gradients = list(gradients)
         norm = self.joint_norm(self.squared_norms(gradients))
-        scale_down([local_tensor(gradient) for gradient in gradients], norm, max_norm)
+        counted = norm if fixed_norm is None else fixed_norm
+        scale_down([local_tensor(gradient) for gradient in gradients], counted, max_norm)
         return norm
 
     @abstractmethod

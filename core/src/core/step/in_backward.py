@@ -3,7 +3,8 @@
     backward of the head, update, free  ->  backward of the last block, update, free  ->  ...  ->  the embedding
 
 No more gradients live at once than one weight has, or under FSDP, which sums those of a block together, one block. What
-is known only when all of them are there, the joint norm for instance, cannot change an update, and is refused.
+is known only when all of them are there, the joint norm for instance, cannot change an update, and is refused; a norm
+that is stated in advance can.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from core.config.fields import Problem
-from core.optim.clip import cut_values
+from core.optim.clip import cut_values, scale_down
 from core.optim.optimizer import Optimizer
 from core.optim.weight import LocalWeight, local_tensor
 from core.parallel.layout import RankView
@@ -28,10 +29,19 @@ class UpdateInBackward:
     """While the block runs, a backward updates the weights whose gradients it makes, once, and frees these."""
 
     def __init__(
-        self, optimizer: Optimizer, layout: RankView, *, step: int, lr_factor: float, max_value: float | None
+        self,
+        optimizer: Optimizer,
+        layout: RankView,
+        *,
+        step: int,
+        lr_factor: float,
+        max_norm: float,
+        fixed_norm: float | None,
+        max_value: float | None,
     ) -> None:
         self.optimizer, self.layout = optimizer, layout
-        self.step, self.lr_factor, self.max_value = step, lr_factor, max_value
+        self.step, self.lr_factor = step, lr_factor
+        self.max_norm, self.fixed_norm, self.max_value = max_norm, fixed_norm, max_value
         self._squares: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -50,13 +60,15 @@ class UpdateInBackward:
         gradient = parameter.grad
         assert gradient is not None and weight.name not in self._squares, f"{weight.name}: two backwards in a step"
         self._squares[weight.name] = self.layout.squared_norms([gradient])
+        if self.fixed_norm is not None:
+            scale_down([local_tensor(gradient)], self.fixed_norm, self.max_norm)
         if self.max_value is not None:
             cut_values([local_tensor(gradient)], self.max_value)
         self.optimizer.step(self.lr_factor, self.step, [weight])
         parameter.grad = None
 
     def norm(self) -> float:
-        """The joint norm that all gradients had, before they were cut."""
+        """The joint norm that all gradients had, before they were scaled or cut."""
         squares = [self._squares[name] for name in self.optimizer.weights if name in self._squares]
         return self.layout.joint_norm(torch.cat(squares))
 
@@ -68,11 +80,11 @@ def in_backward_problems(
     if not optimizer.in_backward:
         return
     each = "optimizer.in_backward updates a weight as soon as its gradient is there"
-    if training.max_norm < inf:
+    if training.max_norm < inf and training.fixed_norm is None:
         yield (
             "training.max_norm",
             f"{each}, and max_norm {training.max_norm} needs the joint norm of all: set training.max_norm inf; "
-            "training.max_value cuts each number by itself",
+            "training.max_value cuts each number by itself, and training.fixed_norm states the norm in advance",
         )
     for i, group in enumerate(optimizer.groups):
         if group.max_norm is not None and group.max_norm < inf:

@@ -33,6 +33,9 @@ class Training(Configurable.Config):
     max_norm: float = 1.0
     """Gradients are scaled down to this joint norm, but for groups of the optimizer with a norm of their own; inf
     leaves them as they are."""
+    fixed_norm: float | None = None
+    """Take this for the joint norm, whatever it is: gradients are scaled by max_norm / fixed_norm in every step, as is
+    known before backward (optimizer.in_backward). Without it the norm of the step counts."""
     max_value: float | None = None
     """Instead of a norm (set max_norm inf): each number of a gradient is cut to this size."""
     device: str = "auto"
@@ -50,6 +53,12 @@ class Training(Configurable.Config):
         for name in ("max_norm", "max_value"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 yield name, f"{name} {value} must be above 0; inf leaves gradients as they are"
+        if self.fixed_norm is not None and not self.max_norm < self.fixed_norm < inf:
+            yield (
+                "fixed_norm",
+                f"fixed_norm {self.fixed_norm} must be finite and above max_norm {self.max_norm}, to which it is "
+                "scaled: lower max_norm, or leave fixed_norm out",
+            )
         if self.max_value is not None and self.max_norm < inf:
             yield (
                 "max_value",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from core.config.errors import UserError
 from core.data.packing import Batch
@@ -52,6 +52,7 @@ def train_step(
     lr_factor: float,
     max_norm: float,
     on_nonfinite: Literal["stop", "skip"],
+    fixed_norm: float | None = None,
     max_value: float | None = None,
     spikes: SpikeDetector | None = None,
     sources: StepSources | None = None,
@@ -74,13 +75,14 @@ def train_step(
         start_step(part, n_valid)
     layout.measure_weights(objective.stages)
     tallies = objective.tallies(sources)
+    limits: dict[str, Any] = {"max_norm": max_norm, "fixed_norm": fixed_norm, "max_value": max_value}
     early = None
     if optimizer.config.in_backward:
-        early = UpdateInBackward(optimizer, layout, step=step, lr_factor=lr_factor, max_value=max_value)
+        early = UpdateInBackward(optimizer, layout, step=step, lr_factor=lr_factor, **limits)
     with early or nullcontext():
         loss, total = layout.sums(*objective.accumulate(batches, n_valid, tallies))
     layout.sum_counts([router.tokens_E for part in objective.stages for router in routers(part).values()])
-    norm, group_norms = (early.norm(), {}) if early else clip(optimizer, layout, max_norm, max_value)
+    norm, group_norms = (early.norm(), {}) if early else clip(optimizer, layout, **limits)
     info = StepInfo(step, loss, total, norm, updated=True, group_norms=group_norms)
     if not (math.isfinite(info.loss) and math.isfinite(info.grad_norm)):
         if on_nonfinite == "stop":
@@ -109,7 +111,7 @@ def not_finite(info: StepInfo, *, updated: bool) -> UserError:
 
 
 def clip(
-    optimizer: Optimizer, layout: RankView, max_norm: float, max_value: float | None
+    optimizer: Optimizer, layout: RankView, *, max_norm: float, fixed_norm: float | None, max_value: float | None
 ) -> tuple[float, dict[str, float]]:
     """Clip the gradients of a step; returns the joint norm of all of them before, and those of groups that are clipped
     by themselves, by their patterns."""
@@ -118,7 +120,7 @@ def clip(
         for group in optimizer.config.groups
         if group.max_norm is not None
     }
-    rest = layout.clip(optimizer.gradients(), max_norm)
+    rest = layout.clip(optimizer.gradients(), max_norm, fixed_norm)
     if max_value is not None:
         cut_values([local_tensor(gradient) for gradient in optimizer.gradients()], max_value)
     return (math.hypot(rest, *norms.values()) if norms else rest), norms

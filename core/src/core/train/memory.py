@@ -104,6 +104,7 @@ def _what_helps(run: Run, degrees: Degrees) -> str:
     early = replace(run.optimizer, in_backward=True), replace(training, max_norm=inf)
     refused = list(in_backward_problems(*early, run.parallelism, run.debug, degrees))
     if not refused and not run.optimizer.in_backward:
-        helps.append("--optimizer.in_backward --training.max_norm inf (gradients are freed as they come)")
+        norm = " --training.max_norm inf" if training.fixed_norm is None else ""
+        helps.append(f"--optimizer.in_backward{norm} (gradients are freed as they come)")
     helps.append("a smaller recipe (the debug recipe fits everywhere) or a device with more memory")
     return f"What would help: {'; '.join(helps)}"

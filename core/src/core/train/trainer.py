@@ -286,8 +286,7 @@ class Trainer(Configurable):
         c = self.config
         settings: dict[str, Any] = {
             "lr_factor": self.schedule.factor(step),
-            "max_norm": c.training.max_norm,
-            "max_value": c.training.max_value,
+            **{name: getattr(c.training, name) for name in ("max_norm", "fixed_norm", "max_value")},
             "on_nonfinite": c.debug.on_nonfinite,
             "spikes": self.checkpoints.spikes,
             "sources": self.rows.sources(step),
