@@ -1,0 +1,234 @@
+"""Layouts: counted, refused with reasons, estimated as the planner plans, and the best chosen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from autolayout import configs, trainer
+from autolayout.estimate import Estimate, Estimator
+from autolayout.hardware import H100, hardware, written
+from autolayout.layout import Layout, applied, candidates, possible, rows_per_step
+from autolayout.picture import front, picture
+from autolayout.published import RUNS, Published
+from autolayout.search import Found, command, main, planned_bytes, search
+from autolayout.trainer import AutolayoutTrainer
+from core.config import cli
+from core.config.errors import UserError
+from core.config.recipe import load_config, recipes
+from core.config.record import diff
+from core.config.validate import validate
+from core.nn.attention import Attention
+from core.plan.plan import plan
+from core.train.trainer import Trainer
+from llama3.configs import llama3_70b
+from qwen3 import configs as qwen3_configs
+from qwen3.configs import qwen3_8b, qwen3_debug, qwen3_moe_debug
+
+
+def small_run() -> Trainer.Config:
+    """A model whose weights and activations are of like size, for ranks of GPUs."""
+    config = qwen3_debug()
+    config.model.dim, config.model.n_layers, config.model.vocab_size, config.model.tie_embeddings = 256, 2, 4096, False
+    config.model.attention = Attention.Config(n_heads=8, n_kv_heads=4, head_dim=32, qk_norm=True)
+    config.training.seq_len, config.training.local_batch_size = 2048, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    return Estimator(small_run(), 8, H100)
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    config = load_config(["qwen3_debug"], qwen3_configs)
+    assert isinstance(config, Trainer.Config)
+    config.model.n_layers, config.training.local_batch_size = 1, 2
+    return search(config, 1, H100)
+
+
+def test_a_layout_leaves_the_rows_of_a_step_and_changes_nothing_else() -> None:
+    config = small_run()
+    for layout in list(candidates(config, 8, ranks_per_host=4))[::7]:
+        run = applied(config, layout, 8)
+        degrees = run.parallelism.degrees(8)
+        assert degrees.world == 8 and degrees.tensor <= 4
+        assert run.training.global_batch_size == rows_per_step(config, 8) == 16
+        changed = {path.partition(".")[0] for path, _, _ in diff(run, config)}
+        assert changed <= {"parallelism", "training", "activation_checkpoint"}
+
+
+def test_every_layout_is_possible_or_has_a_reason() -> None:
+    config = small_run()
+    layouts = [each for each in candidates(config, 8, ranks_per_host=8) if each.mode == "full" and not each.offload]
+    passed, refused = possible(config, 8, layouts)
+    assert sorted(map(str, [*passed, *(each for some in refused.values() for each in some)])) == sorted(
+        map(str, layouts)
+    )
+    (reason,) = [key for key, some in refused.items() if any(each.tensor == 8 for each in some)]
+    assert "tensor_parallel_degree 8" in reason and "4" in reason  # 4 heads of keys
+
+
+def test_experts_are_spread_as_well() -> None:
+    offered = {each.expert for each in candidates(qwen3_moe_debug(), 4, ranks_per_host=4)}
+    passed, _ = possible(qwen3_moe_debug(), 4, (Layout(expert=n, tensor=2) for n in (1, 2, 4, 8)))
+    assert offered == {each.expert for each in passed} == {1, 2, 4}
+
+
+LAYOUTS = [
+    Layout(rows=2),
+    Layout(rows=1, mode="full"),
+    Layout(tensor=2, rows=2, mode="none"),
+    Layout(context=2, rows=2),
+    Layout(pipeline=2, rows=1),
+    Layout(rows=2, offload=True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_estimate_is_near_what_the_planner_plans(layout: Layout, estimator: Estimator) -> None:
+    config = small_run()
+    found = estimator(layout)
+    assert found.peak_bytes == pytest.approx(planned_bytes(config, layout, 8), rel=0.15)
+    assert found.seconds == pytest.approx(sum(found.parts.values()))
+
+
+def test_what_is_computed_and_sent_is_what_the_planner_counts(estimator: Estimator) -> None:
+    layout = Layout(tensor=2, rows=2)
+    found = plan(applied(small_run(), layout, 8), world_size=8, rank=0)
+    measured = estimator.measurements.of(layout)
+    parts = [*measured.forward.values(), *measured.backward.values(), *measured.head]
+    assert found.microbatches == 2 and 2 * 2 * sum(part.flops for part in parts) == found.flops
+    sent = sum(line.at(2) for part in parts for kind, line in part.sent.items() if kind.axis == "tensor")
+    assert 2 * sent == sum(each.bytes for each in found.traffic if each.axis == "tensor")
+
+
+def test_times_follow_the_hardware(estimator: Estimator) -> None:
+    layout = Layout(tensor=2, rows=2)
+    usual = estimator(layout)
+    estimator.hardware = replace(H100, matmul_tflops=H100.matmul_tflops / 2, inner_gb_s=H100.inner_gb_s / 4)
+    slow = estimator(layout)
+    estimator.hardware = H100
+    assert slow.parts["products"] == pytest.approx(2 * usual.parts["products"])
+    assert slow.parts["tensor"] == pytest.approx(4 * usual.parts["tensor"])
+    assert slow.parts["memory"] == usual.parts["memory"]
+
+
+def test_a_pipeline_waits_less_with_more_microbatches(estimator: Estimator) -> None:
+    shares = []
+    for rows in (1, 2):  # of the 4 that each of 4 data ranks has in a step
+        found = estimator(Layout(pipeline=2, rows=rows))
+        work = found.seconds - found.parts["bubble"] - found.parts["update"]
+        shares.append(found.parts["bubble"] / work)
+    assert shares == [pytest.approx(1 / 4), pytest.approx(1 / 2)]
+
+
+def test_the_fastest_that_fits_is_chosen(found: Found) -> None:
+    fits = [each for each in found.estimates if each.peak_gib <= H100.memory_gib]
+    assert found.best[0].seconds == min(each.seconds for each in fits)
+    for each in found.best[:1]:
+        assert each.peak_bytes == plan(applied(found.config, each.layout, 1), world_size=1, rank=0).peak_bytes
+
+
+def test_the_command_trains_in_the_layout() -> None:
+    config, layout = load_config(["qwen3_debug"], qwen3_configs), Layout(pipeline=2, tensor=2, rows=2, interleaved=True)
+    assert isinstance(config, Trainer.Config)
+    words = command(config, layout, 16).replace("\\\n", " ").split()
+    again = load_config(["qwen3_debug"], qwen3_configs)
+    cli.override(again, cli.split_flags(words[words.index("qwen3_debug") + 1 :]))
+    assert again == applied(config, layout, 16)
+    assert words[:8] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "8", "-m", "qwen3.train", "--config"]
+
+
+def test_where_nothing_fits_the_least_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter(range(50, 500))
+    monkeypatch.setattr("autolayout.search.Estimator", lambda *_: lambda layout: estimate(1.0, next(sizes)))
+    with pytest.raises(UserError, match=r"none of \d+ layouts fits 20 GiB; the least is .* with 50\.0 GiB"):
+        search(qwen3_debug(), 1, replace(H100, memory_gib=20))
+
+
+def estimate(seconds: float, gib: float) -> Estimate:
+    return Estimate(layout=Layout(), peak_bytes=gib * 2**30, seconds=seconds)
+
+
+def test_the_front_has_what_nothing_beats() -> None:
+    points = [(3, 1), (2, 2), (2.5, 3), (1, 4), (1, 5), (4, 1)]
+    beaten = {(s, g) for s, g in points for t, h in points if (t, h) != (s, g) and t <= s and h <= g}
+    assert {(each.seconds, each.peak_gib) for each in front([estimate(*point) for point in points])} == set(
+        points
+    ) - beaten
+
+
+def test_the_picture_has_every_layout() -> None:
+    points = [estimate(seconds, 10 / seconds) for seconds in (1.0, 2.0, 4.0)]
+    root = ElementTree.fromstring(picture(points, points[:1], room_gib=5))
+    circles = root.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == 3 + 1 + 3  # points, the best, the legend
+    places = [(float(each.get("cx", "")), float(each.get("cy", ""))) for each in circles[:3]]
+    assert places == sorted(
+        places, key=lambda place: (-place[0], -place[1])
+    )  # faster is lower, less memory to the left
+
+
+def test_figures_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"like": "h100", "inner_gb_s": 100}))
+    assert hardware(str(file)) == replace(H100, inner_gb_s=100)
+    written(H100, file)
+    assert hardware(str(file)) == H100
+    for data, words in {
+        '{"inner_gb": 1}': "no figure inner_gb; did you mean inner_gb_s",
+        '{"inner_gb_s": 0}': "inner_gb_s must be a number above 0, got 0",
+        '{"like": "tpu"}': "no hardware 'tpu' to be like",
+    }.items():
+        file.write_text(data)
+        with pytest.raises(UserError, match=words):
+            hardware(str(file))
+    with pytest.raises(UserError, match="no hardware h200; h100 are known"):
+        hardware("h200")
+
+
+def test_a_dry_run_plans_the_layout_that_would_be_chosen(
+    found: Found, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(trainer, "search", lambda config, world_size, ranks: asked.append(world_size) or found)
+    sizes = ["--model.n_layers", "1", "--training.local_batch_size", "2"]
+    cli.main(configs, ["--config", "autolayout_debug", "--dry-run", "--world-size", "1", *sizes])
+    said = capsys.readouterr().out
+    assert asked == [1] and said.startswith("autolayout_debug: rank 0 of 1")
+    assert f"{found.best[0].peak_bytes / 2**20:12.3f}" in said
+
+
+def test_the_command_prints_the_table_and_draws(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rooms = []
+    monkeypatch.setattr("autolayout.search.search", lambda run, n, ranks, say: rooms.append(ranks.memory_gib) or found)
+    file, words = tmp_path / "layouts.svg", ["--config", "qwen3.configs:qwen3_debug", "--world-size", "1"]
+    main(configs, [*words, "--device-memory-gib", "40", "--out", str(file)])
+    said = capsys.readouterr().out
+    assert (
+        rooms == [40] and "layouts of qwen3_debug on 1 ranks" in said and "-m qwen3.train --config qwen3_debug" in said
+    )
+    assert ElementTree.parse(file).getroot().tag.endswith("svg")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_public_runs_are_predicted_within_a_quarter(run: Published) -> None:
+    assert run.predicted() == pytest.approx(run.tokens_per_second, rel=0.25)
+
+
+def test_recipes_differ_from_those_that_they_are_derived_from_in_the_search() -> None:
+    derived = {"autolayout_debug": qwen3_debug, "autolayout_qwen3_8b": qwen3_8b, "autolayout_llama3_70b": llama3_70b}
+    assert recipes(configs).keys() == derived.keys()
+    for name, recipe in recipes(configs).items():
+        config = recipe()
+        validate(config)
+        assert isinstance(config, AutolayoutTrainer.Config)
+        found = {path: value for path, _, value in diff(config, derived[name]()) if value is not ...}
+        assert found == {"class": "autolayout.trainer:AutolayoutTrainer", "autolayout": True, "hardware": "h100"}
