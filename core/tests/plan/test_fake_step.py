@@ -133,6 +133,12 @@ def measured(run: Trainer.Config) -> tuple[int, RestingBytes]:
 WIDE = {"dim": 64, "vocab_size": 250}
 CASES = {
     "FSDP 2 x TP 2": run_of(Toy.Config(n_layers=7, **WIDE), Parallelism(tensor_parallel_degree=2)),
+    "FSDP 2 x TP 2, Muon": run_of(
+        Toy.Config(n_layers=3, **WIDE), Parallelism(tensor_parallel_degree=2), optimizer=Muon.Config()
+    ),
+    "FSDP 2 x EP 2, Muon": run_of(
+        ToyMoE.Config(n_layers=3, **WIDE), Parallelism(expert_parallel_degree=2), optimizer=Muon.Config()
+    ),
     "FSDP 2 x EP 2": run_of(
         ToyMoE.Config(n_layers=3, **WIDE), Parallelism(expert_parallel_degree=2), mode="full", microbatches=5
     ),

@@ -6,6 +6,8 @@ Matrices are dealt out by size, the largest first, each to the one of the ranks 
 so far. In one round a rank gets as many as fit into the largest matrix, so that no more than that is there beside the
 slices. Experts that lie whole on a rank are computed there, together, and only copies of them are sent.
 
+The tensors of a plan have no numbers: what travels is made as large as it is, and nothing is copied into it.
+
 Letters: N matrices of a stack (1 where there is none), R rows, C columns. A cut may leave ranks without any row.
 """
 
@@ -22,6 +24,9 @@ from torch.distributed.tensor import DTensor
 
 Ranges = tuple[slice, slice, slice]
 """A part of a stack of matrices (N, R, C)."""
+
+StackPart = tuple[Tensor, Ranges]
+"""Numbers to be sent, or the place of those that arrive: a stack of matrices (N, R, C), and which part of it."""
 
 
 class Cut(NamedTuple):
@@ -201,40 +206,44 @@ def map_matrices(
         results[weight].copy_(function(stacks[weight].to(device)))
     empty = torch.empty(0, dtype=slices[0].dtype, device=device)
     for sent, jobs, got in rounds:
-        asked = [(rank, _shape(part)) for job in jobs for rank, part in job.senders]
-        parts = iter(_all_to_all([(owner, stacks[weight][part]) for owner, weight, part in sent], asked, empty, group))
-        answers = []
-        for job in jobs:
-            whole = empty.new_empty(job.shape)
-            for _, part in job.senders:
-                whole[part] = next(parts)
-            done = function(whole).to(empty.dtype)
-            answers += [(rank, done[part]) for rank, part in job.holders]
-        back = _all_to_all(answers, [(owner, _shape(part)) for owner, _, part in got], empty, group)
-        for (_, weight, part), values in zip(got, back, strict=True):
-            results[weight][part] = values
+        wholes = [empty.new_empty(job.shape) for job in jobs]
+        asked = [(rank, (whole, part)) for whole, job in zip(wholes, jobs, strict=True) for rank, part in job.senders]
+        _exchange([(owner, (stacks[weight], part)) for owner, weight, part in sent], asked, empty, group)
+        for i, whole in enumerate(wholes):
+            wholes[i] = function(whole)
+        answers = [(rank, (done, part)) for done, job in zip(wholes, jobs, strict=True) for rank, part in job.holders]
+        _exchange(answers, [(owner, (results[weight], part)) for owner, weight, part in got], empty, group)
     return [result.view_as(part) for result, part in zip(results, slices, strict=True)]
 
 
-def _all_to_all(
-    sent: list[tuple[int, Tensor]], wanted: list[tuple[int, tuple[int, ...]]], empty: Tensor, group: ProcessGroup
-) -> list[Tensor]:
-    """Tensors of the ranks and shapes that are wanted, in exchange for those that are sent, each to its rank.
+def _exchange(
+    sent: list[tuple[int, StackPart]], wanted: list[tuple[int, StackPart]], empty: Tensor, group: ProcessGroup
+) -> None:
+    """Send parts, each to its rank, and put those that arrive where they are wanted, each from its rank.
 
-    Those between two ranks are in the same order on both. `empty` has the type and device of all.
+    Those between two ranks are in the same order on both. What travels has the type and device of `empty`.
     """
     to, of = [0] * group.size(), [0] * group.size()
-    for rank, tensor in sent:
-        to[rank] += tensor.numel()
-    for rank, shape in wanted:
-        of[rank] += prod(shape)
-    flat = [tensor.flatten().to(empty.device) for _, tensor in sorted(sent, key=lambda pair: pair[0])]
-    joined = torch.cat(flat) if flat else empty
-    order = sorted(range(len(wanted)), key=lambda place: wanted[place][0])
+    for counts, parts in ((to, sent), (of, wanted)):
+        parts.sort(key=lambda pair: pair[0])
+        for rank, (_, part) in parts:
+            counts[rank] += _size(part)
+    has_numbers = type(empty) is Tensor
+    joined = empty.new_empty(sum(to))
+    for piece, place in _pieces(joined, sent) if has_numbers else ():
+        piece.copy_(place)
     arrived = functional.wait_tensor(functional.all_to_all_single(joined, of, to, group))
-    found = dict(zip(order, arrived.split([prod(wanted[place][1]) for place in order]), strict=True))
-    return [found[place].view(shape) for place, (_, shape) in enumerate(wanted)]
+    for piece, place in _pieces(arrived, wanted) if has_numbers else ():
+        place.copy_(piece)
 
 
-def _shape(part: Ranges) -> tuple[int, ...]:
-    return tuple(each.stop - each.start for each in part)
+def _pieces(flat: Tensor, parts: list[tuple[int, StackPart]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pieces of `flat` (n,), in which parts lie one behind the other, each with its part, of equal shape."""
+    sizes = [_size(part) for _, (_, part) in parts]
+    for piece, (_, (stack, part)) in zip(flat.split(sizes), parts, strict=True):
+        place = stack[part]
+        yield piece.view(place.shape), place
+
+
+def _size(part: Ranges) -> int:
+    return prod(each.stop - each.start for each in part)
