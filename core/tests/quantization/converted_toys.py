@@ -1,6 +1,8 @@
 """Toys whose layers have sizes that every converter takes, and steps of them whose scales are written down."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -16,7 +18,8 @@ from core.quantization.product import QuantisedProduct
 from core.step.assemble import BuiltModel
 from core.step.update import StepInfo
 from core.testing import parity
-from core.testing.parity import Case, StepResult, result_of
+from core.testing.parity import Case, StepResult, largest_differences, result_of
+from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE
 
 EXACT: dict[str, Any] = {"weights_dtype": torch.float64, "compute_dtype": torch.float64}
@@ -99,3 +102,25 @@ def of_each(cases: dict[str, Case]) -> dict[str, tuple[StepResult, Maxima]]:
 def one_rank(case: Case, **changes: Any) -> Case:
     """The same step on one rank."""
     return replace(parity.alone(case), **changes)
+
+
+def check_layouts(
+    cases: dict[str, Case], rounded: Mapping[str, float] = MappingProxyType({}), timeout_s: float = 120.0
+) -> None:
+    """Compare cases on two ranks, all on one set of them, with one rank: the maxima of scales that see a whole tensor
+    bit for bit, and the steps, whose gradients may differ in cases that are `rounded` by this share of the largest. A
+    pipeline has microbatches of a row."""
+    found = run_ranks(of_each, 2, cases, timeout_s=timeout_s)
+    for name, case in cases.items():
+        piped = case.parallelism.pipeline_parallel_degree > 1
+        expected, maxima = written_down(one_rank(case, local_batch_size=1 if piped else -1))
+        seen = [ranks[name][1] for ranks in found]
+        assert {layer for each in seen for layer in each} == maxima.keys(), name
+        for each in seen:
+            for layer, numbers in each.items():
+                more = numbers - maxima[layer]  # a pipeline's first pass only asks for shapes
+                assert maxima[layer] <= numbers and len(more) <= piped, (name, layer)
+        differences = largest_differences([ranks[name][0] for ranks in found], expected)
+        assert differences["loss"] < 1e-6, (name, differences)
+        assert differences["next loss"] < (1e-3 if name in rounded else 1e-6), (name, differences)
+        assert differences["gradient"] < rounded.get(name, 1e-5), (name, differences)

@@ -1,13 +1,12 @@
 """float8 in every layout: tensor-wise, the scales of one rank bit for bit; row-wise, within rounding."""
 
 import pytest
-from converted_toys import EXACT, dense, of_each, one_rank, sparse, written_down
+from converted_toys import EXACT, check_layouts, dense, sparse
 
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter
 from core.quantization.float8 import Float8LinearConverter
-from core.testing.parity import Case, largest_differences
-from core.testing.ranks import run_ranks
+from core.testing.parity import Case
 
 TENSORWISE: list[Converter.Config] = [Float8LinearConverter.Config(emulate=True)]
 PACKED: list[Converter.Config] = [Float8LinearConverter.Config(emulate=True, enable_fsdp_float8_all_gather=True)]
@@ -39,15 +38,4 @@ MORE = {
 def test_scales_and_steps_are_those_of_one_rank(cases: dict[str, Case]) -> None:
     """Bit for bit the scales of the first step; of a pipeline those of one rank in microbatches of one row. Row-wise
     there is nothing to ask the ranks for."""
-    found = run_ranks(of_each, 2, cases)
-    for name, case in cases.items():
-        expected, maxima = written_down(one_rank(case, local_batch_size=1 if name == "pp2" else -1))
-        seen = [ranks[name][1] for ranks in found]
-        assert {layer for each in seen for layer in each} == maxima.keys(), name
-        for each in seen:
-            for layer, numbers in each.items():
-                more = numbers - maxima[layer]  # a pipeline's first pass only asks for shapes
-                assert maxima[layer] <= numbers and len(more) <= (name == "pp2"), (name, layer)
-        differences = largest_differences([ranks[name][0] for ranks in found], expected)
-        assert max(differences["loss"], differences["next loss"]) < 1e-6, (name, differences)
-        assert differences["gradient"] < 1e-5, (name, differences)
+    check_layouts(cases)

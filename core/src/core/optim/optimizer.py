@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from math import inf
 from typing import Any
 
@@ -15,7 +14,7 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.optim.few_bits import StateDtype, at_once
 from core.optim.groups import Group, group_problems, weight_group
-from core.optim.patterns import pattern_problems
+from core.optim.patterns import fits_any, pattern_problems
 from core.optim.weight import LocalWeight, NamedWeight, WeightLayout, local_tensor
 
 OLD_NAMES = {"AdamW": "core.optim.adam:AdamW", "Adam": "core.optim.adam:Adam"}
@@ -132,8 +131,7 @@ class Optimizer(Configurable, ABC):
         """Shrinkage of this weight per step, to be multiplied by the learning rate."""
         if weight.group.weight_decay is not None:
             return weight.group.weight_decay
-        exempt = any(fnmatchcase(weight.name, glob) for glob in self.config.no_decay)
-        return 0.0 if exempt else self.config.weight_decay
+        return 0.0 if fits_any(weight.name, tuple(self.config.no_decay)) else self.config.weight_decay
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], weights: Sequence[LocalWeight], slices: Sequence[Tensor]
@@ -162,12 +160,13 @@ class Optimizer(Configurable, ABC):
                 live.setdefault(weight.group.lr_factor, []).append(weight)
         for factor, alike in live.items():
             for batch in updated_at_once(alike):
-                for weight in batch:
+                copied = [weight for weight in batch if weight.in_few_bits]
+                for weight in copied:
                     weight.open()
                 self.update(batch, lr_factor * factor)
-                for weight in batch:
-                    if self.config.ema_decay is not None:
-                        weight.add_to_average(self.config.ema_decay)
+                for weight in batch if self.config.ema_decay is not None else ():
+                    weight.add_to_average(self.config.ema_decay)
+                for weight in copied:
                     weight.close(number)
 
     @contextmanager

@@ -73,7 +73,8 @@ class LocalWeight:
         self.state: MappingProxyType[str, Tensor] = MappingProxyType({})
         """This rank's slices of the state, to be changed in place; those in few bits are there during an update."""
         self._kept: dict[str, Kept] = {}
-        self._rounded = self.parameter.dtype == torch.bfloat16
+        self._rounded = self.in_few_bits = self.parameter.dtype == torch.bfloat16
+        """Whether the weight is; and, as the states say as well, whether an update works on copies of what is kept."""
         self._start: tuple[int, ...] = ()
         """Where the slice begins in the whole."""
         self._opened: tuple[Tensor, Tensor] | None = None
@@ -88,11 +89,6 @@ class LocalWeight:
         """This rank's slice of the gradient. Of a weight without one there is none to ask for."""
         assert self.parameter.grad is not None, f"{self.name} has no gradient"
         return local_tensor(self.parameter.grad) if self._opened is None else self._opened[1]
-
-    @property
-    def in_few_bits(self) -> bool:
-        """Whether an update works on copies of what is kept."""
-        return self._rounded or not all(isinstance(each, AsItIs) for each in self._kept.values())
 
     def start_average(self) -> None:
         """Keep a mean of the weight's values in fp32, which begins with the first that is added."""
@@ -129,22 +125,21 @@ class LocalWeight:
             self.stored[key] = tensor
             kind = Rounded if tensor.dtype == torch.bfloat16 else AsItIs
             self._kept[key] = kind(local_tensor(tensor))
+        self.in_few_bits = self._rounded or not all(isinstance(each, AsItIs) for each in self._kept.values())
         if self.in_few_bits:
             _, self._start = layout.local_slice(self.parameter)
         else:
             self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
 
     def open(self) -> None:
-        """Have `value`, `grad` and `state` be what an update changes."""
-        if self.in_few_bits:
-            value, grad = self.value, self.grad
-            self._opened = (value.float(), grad.float()) if self._rounded else (value, grad)
-            self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
+        """Have `value`, `grad` and `state` of a weight in few bits be what an update changes."""
+        value, grad = self.value, self.grad
+        self._opened = (value.float(), grad.float()) if self._rounded else (value, grad)
+        self.state = MappingProxyType({key: each.read() for key, each in self._kept.items()})
 
     def close(self, step: int) -> None:
         """Keep what an update made of them, in a step of this number."""
-        if self._opened is None:
-            return
+        assert self._opened is not None, f"{self.name} is not open"
         if self._rounded:
             kept = Rounded(local_tensor(self.parameter))
             kept.write(self._opened[0], Draw(f"{step}/{self.name}", self._start, self.shape))
