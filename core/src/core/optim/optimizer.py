@@ -164,8 +164,9 @@ class Optimizer(Configurable, ABC):
                 for weight in copied:
                     weight.open()
                 self.update(batch, lr_factor * factor)
-                for weight in batch if self.config.ema_decay is not None else ():
-                    weight.add_to_average(self.config.ema_decay)
+                if (decay := self.config.ema_decay) is not None:
+                    for weight in batch:
+                        weight.add_to_average(decay)
                 for weight in copied:
                     weight.close(number)
 
