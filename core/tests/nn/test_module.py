@@ -6,12 +6,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.nn.decoder import Decoder
 from core.nn.layers import Linear, RMSNorm
 from core.nn.module import Flops, Module
 from core.nn.start import Constant, Normal
 from core.nn.weights import Weight, parameter_count, training_flops_per_token, weights
+from core.optim.groups import Group, freeze
 from core.runtime.meta import meta_model
-from core.testing.toy import Toy, on_cpu
+from core.testing.toy import Toy, ToyMoE, on_cpu
 
 
 class Parts(Module):
@@ -103,6 +105,19 @@ def test_flops_are_three_times_the_forward_ones() -> None:
 
     model = nn.ModuleDict({"table": Parts(), "scores": Scores(), "plain": nn.Linear(2, 2)})
     assert training_flops_per_token(model, 10) == Flops(matmul=3 * 2 * 12, attention=3 * 70)
+
+
+@pytest.mark.parametrize("frozen", [[], ["*.w1.weight", "output.weight"], ["tok_embeddings.*", "layers.0.*"]], ids=str)
+@pytest.mark.parametrize("config", [Toy.Config(n_layers=3), ToyMoE.Config(n_layers=3)], ids=["dense", "sparse"])
+def test_a_frozen_weight_saves_a_product(config: Decoder.Config, frozen: list[str]) -> None:
+    """Products of weights are those that torch counts, forward and backward."""
+    model, length = on_cpu(config), 32
+    freeze(model.named_parameters(), [Group(pattern=pattern, frozen=True) for pattern in frozen])
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, length, dtype=torch.long)).sum().backward()
+    kinds = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in kinds.items() if "attention" not in str(op))
+    assert products == training_flops_per_token(model, length).matmul * 2 * length
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -63,10 +63,43 @@ def parameter_count(model: nn.Module) -> int:
 
 def training_flops_per_token(model: nn.Module, seq_len: int) -> Flops:
     """Operations that training spends on one token: three times the forward ones (PaLM, arXiv:2204.02311, appendix B).
+    A product with a frozen weight is computed twice, and below the lowest part with a trained weight once.
 
     Counted from the modules as built: every matrix product including the head, a tied one too, and no product for an
     embedding lookup. The attention term compares each query with `seq_len` keys: neither the causal half nor a window
     is subtracted, and recomputation is not added, so that utilisation can be compared between runs.
     """
-    parts = [module.flops_per_token(seq_len) for module in model.modules() if isinstance(module, Module)]
-    return Flops(3 * sum(part.matmul for part in parts), 3 * sum(part.attention for part in parts))
+    through, matmul, attention = _parts_of_backward(model), 0, 0
+    for name, module in model.named_modules():
+        if isinstance(module, Module):
+            once, goes_back = module.flops_per_token(seq_len), _part_of(name) in through
+            trained, all_ = _numbers_multiplied(module, seq_len)
+            matmul += once.matmul * (1 + goes_back) + (once.matmul * trained // all_ if all_ else once.matmul)
+            attention += once.attention * (1 + 2 * goes_back)
+    return Flops(matmul, attention)
+
+
+def _part_of(name: str) -> str:
+    """The part of a model that a module or weight of this name is in: a block, or what stands beside the blocks."""
+    first, _, rest = name.partition(".")
+    return f"layers.{rest.partition('.')[0]}" if first == "layers" and rest else first
+
+
+def _parts_of_backward(model: nn.Module) -> set[str]:
+    """The parts that backward goes through: from the lowest with a trained weight on, and the model itself."""
+    parts = [_part_of(name) for name, _ in model.named_modules() if name not in ("", "layers")]
+    trained = [_part_of(name) for name, weight in model.named_parameters() if weight.requires_grad]
+    ordered = list(dict.fromkeys(parts))
+    first = min((ordered.index(part) for part in trained if part in ordered), default=len(ordered))
+    return {"", "layers", *ordered[first:]} if trained else set()
+
+
+def _numbers_multiplied(module: Module, seq_len: int) -> tuple[int, int]:
+    """Numbers in the matrices that a module multiplies with, those that are trained and all: in its own, or else in
+    those below it that count no products themselves, as a mixture's experts."""
+    own = list(module.parameters(recurse=False))
+    for child in module.modules() if not own else ():
+        if isinstance(child, Module) and child.flops_per_token(seq_len) == Flops():
+            own += child.parameters(recurse=False)
+    matrices = [weight for weight in own if weight.dim() > 1]
+    return sum(each.numel() for each in matrices if each.requires_grad), sum(each.numel() for each in matrices)

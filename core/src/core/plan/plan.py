@@ -12,6 +12,7 @@ from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.nn.kernel_checks import name_of, trains_on_cpu
 from core.nn.weights import parameter_count, training_flops_per_token
+from core.optim.groups import freeze
 from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
 from core.plan.fake_step import run_fake_step
 from core.plan.sample_blocks import blocks
@@ -131,6 +132,7 @@ def plan(run: Run, *, world_size: int | None, rank: int) -> Plan:
     if world_size is None:
         world_size = run.parallelism.degrees(1).world
     model, conversions = converted_model(run.model, run.converters)
+    freeze(model.named_parameters(), run.optimizer.groups)
     check_all(
         partial(check_run, run, world_size),
         partial(check_rank, rank, world_size),

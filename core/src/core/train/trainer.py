@@ -26,6 +26,7 @@ from core.nn.balance import force_balance
 from core.nn.decoder import Decoder
 from core.nn.weights import parameter_count, training_flops_per_token
 from core.optim.adam import AdamW
+from core.optim.groups import freeze
 from core.optim.optimizer import Optimizer
 from core.optim.schedule import Schedule
 from core.parallel.layout import Wrapping
@@ -130,6 +131,7 @@ class Trainer(Configurable):
         (plain, _), (whole, self.conversions) = (converted_model(c.model, each) for each in ([], c.converters))
         check_model(whole, c, self.device)
         check_memory(whole, c, self.device, self.world)
+        freeze(whole.named_parameters(), c.optimizer.groups)
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
         self.n_parameters = parameter_count(whole)
         self.dispatcher = make_dispatcher(c, self.device, self.world.size)
