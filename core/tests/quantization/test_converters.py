@@ -17,6 +17,7 @@ from core.nn.weights import training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, converted_model
 from core.quantization.float8 import Float8LinearConverter
+from core.quantization.microscaling import MXFP8LinearConverter
 from core.runtime.meta import meta_model
 from core.step.converted import block_problems, device_problems
 from core.testing.toy import on_cpu
@@ -120,6 +121,8 @@ def test_settings_and_devices_that_do_not_fit_are_told() -> None:
     assert path == "enable_fsdp_float8_all_gather" and "use tensorwise" in message
     ((path, message),) = device_problems([float8(), Float8LinearConverter.Config()], CPU)
     assert path == "converters.1" and "needs a GPU of compute capability 8.9" in message and "set emulate" in message
+    ((path, message),) = MXFP8LinearConverter.Config().problems()
+    assert path == "emulate" and "emulated alone, and are slower than plain products: set emulate" in message
     model, _ = converted_model(dense(), [float8()])
     assert not list(block_problems(model, Parallelism(tensor_parallel_degree=4)))
     found = [message for _, message in block_problems(model, Parallelism(tensor_parallel_degree=8))]

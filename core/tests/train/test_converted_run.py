@@ -1,6 +1,7 @@
 """Runs whose layers were converted: said, saved, gone on with, refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from core.checkpoint.settings import Checkpoint
 from core.config import cli
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
+from core.quantization.aware import QATConverter
+from core.quantization.converter import Converter
 from core.quantization.float8 import Float8LinearConverter
+from core.quantization.microscaling import FP4LinearConverter, MXFP8LinearConverter
 from core.train.trainer import Trainer
 
 
@@ -44,6 +48,31 @@ def test_a_run_says_what_it_converted_and_goes_on_to_the_same_bits(tmp_path: Pat
     plain.dump_folder, plain.checkpoint = parts.dump_folder, parts.checkpoint
     with pytest.raises(UserError, match=r"is of another run:\n  converters\.0\.class "):
         plain.build()
+
+
+BLOCKS: list[Converter.Config] = [
+    MXFP8LinearConverter.Config(emulate=True),
+    FP4LinearConverter.Config(emulate=True, random_hadamard=True),
+    QATConverter.Config(),
+]
+
+
+@pytest.mark.parametrize("converter", BLOCKS, ids=["mxfp8", "nvfp4", "qat"])
+def test_every_converter_goes_on_to_the_same_bits(tmp_path: Path, converter: Converter.Config) -> None:
+    """Also with chance in its roundings, whose generator is saved; its settings come back from config.json."""
+    run = toy_run(tmp_path)
+    run.model.dim, run.model.attention.head_dim, run.model.feed_forward.hidden_dim = 32, 16, 64
+    run.converters, run.checkpoint = [converter], Checkpoint(enable=True, interval=2)
+    _, folder = run.build().run()
+    expected, last = losses(folder), folder / "checkpoint/step-4/rank-00000.safetensors"
+    weights = last.read_bytes()
+    shutil.rmtree(folder / "checkpoint/step-4")
+    again = from_json((folder / "config.json").read_text(), Trainer.Config)
+    assert again.converters == [converter]
+    trainer: Trainer = again.build()
+    assert trainer.checkpoints.start.step == 2 and len(trainer.conversions[0].names) > 6
+    trainer.run()
+    assert losses(folder) == expected and last.read_bytes() == weights
 
 
 def test_settings_are_data_and_options(tmp_path: Path) -> None:
