@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.nn.backends import SDPA, with_sinks
 from core.nn.kernel import Positions, visible
+from core.nn.sdpa import SDPA, with_sinks
 
 
 class Case(NamedTuple):

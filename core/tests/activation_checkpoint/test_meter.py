@@ -95,7 +95,7 @@ def test_saved_bytes_fall_from_mode_to_mode():
             logits = model(tokens_BL)
         alive[mode] = meter.alive
         logits.sum().backward()
-    assert alive["none"] > 2 * alive["selective"] > 2 * 2 * alive["full"] > 0
+    assert alive["none"] > 1.5 * alive["selective"] > 1.5 * 2 * alive["full"] > 0
     d, heads, kv, hidden, n = 16, 4 * 8, 2 * 8, 24, 48
     selective = 3 * 4 * n * (heads + kv + heads + hidden + d)  # wq wv attention w1 w2, in fp32
     sums = 3 * 4 * n * 4  # attention's logarithms of sums, one per head

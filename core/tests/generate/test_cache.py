@@ -7,10 +7,10 @@ from torch import Tensor
 
 from core.generate.cache import CachedDecoder
 from core.nn.attention import Attention
-from core.nn.backends import SDPA
 from core.nn.decoder import Decoder
 from core.nn.flex import Flex
 from core.nn.kernel import KeyValues
+from core.nn.sdpa import SDPA
 from core.runtime.device import n_gpus
 from core.testing.toy import Toy, on_cpu, randomise
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from core.config.errors import UserError
 from core.config.validate import validate
 from core.nn.attention import Attention
-from core.nn.backends import SDPA
 from core.nn.flex import Flex
 from core.nn.kernel import Positions
 from core.nn.module import Flops
 from core.nn.rope import RoPE
+from core.nn.sdpa import SDPA
 from core.nn.start import Constant, Normal, Scale
 from core.nn.weights import parameter_count, training_flops_per_token, weights
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from core.config.errors import UserError
 from core.config.validate import validate
-from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
 from core.nn.feed_forward import FeedForward
 from core.nn.kernel import Mask, Positions
@@ -16,6 +15,7 @@ from core.nn.layers import RMSNorm
 from core.nn.moe import MoE
 from core.nn.mtp import Predictions
 from core.nn.rope import RoPE
+from core.nn.sdpa import SDPA
 from core.nn.weights import training_flops_per_token
 from core.runtime.meta import meta_model
 from core.testing.toy import Toy, ToyMoE, on_cpu, randomise

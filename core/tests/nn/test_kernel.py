@@ -17,14 +17,15 @@ from attention_by_loops import (
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-import core.nn.backends
 import core.nn.flex
+import core.nn.sdpa
 from core.config.errors import UserError
 from core.nn.attention import Attention
-from core.nn.backends import KERNELS, SDPA, with_sinks
+from core.nn.backends import kernel_class
 from core.nn.flex import Flex
 from core.nn.kernel import KeyValues, MaskMod, Positions, visible
 from core.nn.kernel_checks import check_kernels
+from core.nn.sdpa import SDPA, with_sinks
 from core.nn.start import Scale
 from core.runtime.device import n_gpus
 from core.testing.activation_checkpoint import Dispatched
@@ -232,7 +233,7 @@ def test_both_kernels_consume_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v, _ = sides(ORDERED, width=8, v_width=8, dtype=torch.float32)
     sdpa, flex = SDPA(), Flex()
     before = sdpa(q, k, v, sdpa.mask(ORDERED), scale=1.0)
-    for place in (core.nn.backends, core.nn.flex):
+    for place in (core.nn.sdpa, core.nn.flex):
         monkeypatch.setattr(place, "visible", gaps)
     after = sdpa(q, k, v, sdpa.mask(ORDERED), scale=1.0)
     assert (after - before).abs().max() > 0.1
@@ -276,7 +277,7 @@ def test_flex_trains_like_sdpa(window: int | None, with_sink: bool) -> None:
 def test_equal_kernels_are_one_key() -> None:
     kernels = [SDPA(), SDPA(None), SDPA(4), SDPA(4), Flex(), Flex(4), Flex(4)]
     assert len(set(kernels)) == 4 and SDPA(4) == SDPA(4) and SDPA(4) != SDPA(5) and SDPA() != Flex()
-    assert KERNELS["sdpa"] is SDPA and KERNELS["flex"] is Flex
+    assert kernel_class("sdpa") is SDPA and kernel_class("flex") is Flex
 
 
 def test_keys_are_what_is_given_until_someone_hooks_them() -> None:

@@ -16,7 +16,7 @@ def test_the_next_token_comes_first() -> None:
         merge.hnorm.weight.copy_(torch.tensor([100.0, 1000.0]))
         merge.eh_proj.weight.copy_(torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]))
     h_BLD, next_BLD = torch.tensor([[[3.0, -3.0]]]), torch.tensor([[[5.0, 5.0]]])
-    assert merge(h_BLD, next_BLD).tolist() == [[[1.0 + 10.0, 100.0 - 1000.0]]]
+    torch.testing.assert_close(merge(h_BLD, next_BLD), torch.tensor([[[1.0 + 10.0, 100.0 - 1000.0]]]))
 
 
 def test_weights_by_hand() -> None:

@@ -109,7 +109,7 @@ def test_a_name_that_nobody_registered() -> None:
         UserError, match="model.attention.backend: no attention kernel is called 'tild'; did you mean til"
     ):
         validate(Trainer.Config(model=toy(backend="tild")))
-    with pytest.raises(ValueError, match="two attention kernels are called sdpa: core.nn.backends has one"):
+    with pytest.raises(ValueError, match="two attention kernels are called sdpa: core.nn.sdpa has one"):
         register_kernel("sdpa")(Tiled)
 
 

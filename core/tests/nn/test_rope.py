@@ -58,7 +58,7 @@ def test_layouts_differ_by_the_order_of_a_head_alone() -> None:
     halves = RoPE.Config(layout="half").build(head_dim=8)(position_BL)
     neighbours = RoPE.Config(layout="interleaved").build(head_dim=8)(position_BL)
     order = [0, 4, 1, 5, 2, 6, 3, 7]
-    assert torch.equal(neighbours(x_BLNH[..., order]), halves(x_BLNH)[..., order])
+    torch.testing.assert_close(neighbours(x_BLNH[..., order]), halves(x_BLNH)[..., order])
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from core.data.packing import Batch, count_labels
-from core.nn.backends import SDPA
 from core.nn.kernel import Positions
+from core.nn.sdpa import SDPA
 from core.parallel.context import HeadsForTokens, order, split_rows
 from core.parallel.pipeline import Microbatch
 from core.testing.parity import drawn_batch

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from core.config.configurable import Configurable
 from core.nn.layers import Linear
-from core.nn.module import Module, size_problems
+from core.nn.module import Module, cpu_forms, size_problems
 from core.nn.start import Scale
 
 
@@ -36,4 +36,10 @@ class FeedForward(Module, Configurable):
         self.w2 = Linear(config.hidden_dim, dim, std=scale.residual)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_BLD)) * self.w3(x_BLD))
+        return self.w2(swiglu(self.w1(x_BLD), self.w3(x_BLD)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any shape."""
+    forms = cpu_forms(gate)
+    return F.silu(gate) * up if forms is None else forms.swiglu(gate, up)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.nn.module import Flops, Module
+from core.nn.module import Flops, Module, cpu_forms
 from core.nn.start import Constant, Normal
 
 
@@ -68,4 +68,7 @@ class RMSNorm(Module):
         self.start = {"weight": Constant(1.0)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+        weight_D = self.weight.to(x.dtype)
+        if forms := cpu_forms(x):
+            return forms.rms_norm(x, weight_D, self.eps)
+        return F.rms_norm(x, weight_D.shape, weight_D, self.eps).to(x.dtype)

@@ -1,9 +1,11 @@
 """What every part of a model is: a torch module whose weights know the names of their axes and how they start."""
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from core.config.configurable import Configurable, range_problems
 from core.nn.start import Start
@@ -30,6 +32,14 @@ LARGEST = {
 def size_problems(config: Configurable.Config, *names: str, low: int = 1) -> Iterator[tuple[str, str]]:
     """Sizes of a part that are too small, or larger than any."""
     return range_problems(config, low, **{name: LARGEST[name] for name in names})
+
+
+CPU_FORMS = "core.nn.cpu_forms"
+
+
+def cpu_forms(x: Tensor) -> Any:
+    """`core.nn.cpu_forms` for x, of any shape, on a CPU; None elsewhere, and for a compiler, which fuses by itself."""
+    return import_module(CPU_FORMS) if x.is_cpu and not torch.compiler.is_compiling() else None
 
 
 class Flops(NamedTuple):

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from core.activation_checkpoint.region import is_recomputing, kept, off_the_record
 from core.config.configurable import Configurable
 from core.nn.dispatch import Dispatcher, Local, count
-from core.nn.feed_forward import FeedForward
+from core.nn.feed_forward import FeedForward, swiglu
 from core.nn.grouped import GroupedLinear, to_autocast
-from core.nn.module import Flops, Module, size_problems
+from core.nn.module import Flops, Module, cpu_forms, size_problems
 from core.nn.start import Constant, Normal, Scale
 
 
@@ -247,7 +247,9 @@ class Experts(Module, Configurable):
         """Rows in, rows out; they come sorted by expert, `counts_E` rows for each."""
         gate_RF, up_RF = self.w1(x_RD, counts_E), self.w3(x_RD, counts_E)
         if self.config.activation == "swiglu":
-            return self.w2(F.silu(gate_RF) * up_RF, counts_E)
+            return self.w2(swiglu(gate_RF, up_RF), counts_E)
+        if forms := cpu_forms(gate_RF):
+            return self.w2(forms.clamped_swiglu(gate_RF, up_RF), counts_E)
         gate_RF, up_RF = gate_RF.clamp(max=7.0), up_RF.clamp(-7.0, 7.0)
         return self.w2(gate_RF * torch.sigmoid(1.702 * gate_RF) * (up_RF + 1), counts_E)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.config.configurable import Configurable
-from core.nn.module import Module
+from core.nn.module import Module, cpu_forms
 
 
 class Rotation(NamedTuple):
@@ -24,6 +24,8 @@ class Rotation(NamedTuple):
 
     def __call__(self, x_BLNH: Tensor) -> Tensor:
         """Turn each pair of the last dimension by its token's angle; computed in fp32, returned in x's dtype."""
+        if forms := cpu_forms(x_BLNH):
+            return forms.rotate(x_BLNH, self.cos, self.sin, self.interleaved)
         x = x_BLNH.float()
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x.chunk(2, -1)
         turned = a * self.cos - b * self.sin, b * self.cos + a * self.sin

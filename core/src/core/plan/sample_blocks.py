@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
-from core.nn.backends import SDPA
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import trains_on_cpu
+from core.nn.sdpa import SDPA
 from core.nn.weights import Weight, weights
 from core.optim.groups import Group
 from core.optim.optimizer import Optimizer

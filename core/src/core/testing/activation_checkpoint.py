@@ -19,8 +19,8 @@ from core.activation_checkpoint.save_output import Op
 HEAVY_NAME = re.compile(r"mm$|conv|attention|linear$")
 """Names of operations that have FLOPs; PyTorch's own registry knows only some of them."""
 
-CHEAP = {"wait_tensor", "all_gather_into_tensor"}
-"""Communication that is repeated on purpose: waiting is free, and a gathered tensor is large."""
+CHEAP = {"wait_tensor", "all_gather_into_tensor", "cpu_rms_norm", "cpu_rotate", "cpu_clamped_swiglu"}
+"""What is repeated on purpose: waiting is free, a gathered tensor is large, norms, rotations and gates are small."""
 
 
 class Dispatched(TorchDispatchMode):

@@ -146,15 +146,17 @@ class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
     @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be")  # dynamo makes one
     def test_compiled_checkpointing_gives_the_same_gradients(self) -> None:
-        tiny = next(iter(self.hf_configs))
-        expected = gradients(*self.training(tiny, "none", "document"))
-        for mode in ("selective", "full"):
+        """As without checkpointing, of the same operations: eager blocks on a CPU have forms of their own."""
+        found = []
+        for mode, backend in (("none", "eager"), ("selective", "aot_eager"), ("full", "aot_eager")):
             torch._dynamo.reset()
-            model, loss = self.training(tiny, mode, "document")
+            model, loss = self.training(next(iter(self.hf_configs)), mode, "document")
             for block in model.layers.values():
-                block.compile(backend="aot_eager", fullgraph=True)
-            for name, gradient in gradients(model, loss).items():
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+                block.compile(backend=backend, fullgraph=True)
+            found.append(gradients(model, loss))
+        for name, expected in found[0].items():
+            for compiled in found[1:]:
+                torch.testing.assert_close(compiled[name], expected, rtol=1e-4, atol=1e-6, msg=name)
         torch._dynamo.reset()
 
     def test_checkpointing_saves_fewer_bytes(self, tiny: str) -> None:

@@ -1,0 +1,172 @@
+"""Forms of norms, rotations and gates for CPUs, where PyTorch computes and saves step by step what is one pass.
+
+`core.nn.module.cpu_forms` finds them; the plain ones stand where it is asked. Each has its gradient
+written out; activation checkpointing, which computes them again, sees one operation, or `silu` where that is one.
+
+Letters: B rows, L length, N heads, H head width, D width that is normalised, F hidden width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LIBRARY = torch.library.Library("armature", "FRAGMENT")
+LIBRARY.define("cpu_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+LIBRARY.define("cpu_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor reciprocal) -> (Tensor, Tensor)")
+LIBRARY.define("cpu_rotate(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+LIBRARY.define("cpu_clamped_swiglu(Tensor gate, Tensor up) -> Tensor")
+RMS_NORM = torch.ops.armature.cpu_rms_norm.default
+RMS_NORM_BACKWARD = torch.ops.armature.cpu_rms_norm_backward.default
+ROTATE = torch.ops.armature.cpu_rotate.default
+CLAMPED_SWIGLU = torch.ops.armature.cpu_clamped_swiglu.default
+SUMMED_ROWS = 64
+"""Tokens that are summed by one product."""
+SLOPE, LIMIT = 1.702, 7.0
+"""Of GPT-OSS's gate."""
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` over the last dimension of x (..., D), in fp32 at least, returned in the dtype of x."""
+    return RMSNorm.apply(x, weight_D, eps)
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x r w, (..., D), with r = 1 / rms(x). For a gradient g of y, that of w is the sum over tokens of r (g x), and
+    that of x is r (g w - x c), with c = r^2 mean(g w x): the two sums are products of g x with a vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        y, reciprocal = RMS_NORM(x, weight_D, eps)
+        ctx.save_for_backward(x, weight_D, reciprocal)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *RMS_NORM_BACKWARD(grads[0], *ctx.saved_tensors), None
+
+
+def weighted_sum(x_TD: Tensor, factor: Tensor) -> Tensor:
+    """The sum (D,) of the T rows of x, each times a factor: of short blocks first, or rounding errors would add up."""
+    block = math.gcd(len(x_TD), SUMMED_ROWS)
+    return torch.bmm(factor.reshape(-1, 1, block), x_TD.view(-1, block, x_TD.shape[1])).sum((0, 1))
+
+
+@torch.library.impl(LIBRARY, "cpu_rms_norm", "CPU")
+def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    reciprocal = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * reciprocal).mul_(weight_D).to(x.dtype), reciprocal
+
+
+@torch.library.register_fake(RMS_NORM, lib=LIBRARY)
+def _fake_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=wide)
+
+
+@torch.library.impl(LIBRARY, "cpu_rms_norm_backward", "CPU")
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
+    """An operation of its own, so that its sums are not counted among the products of a model."""
+    wide, width = reciprocal.dtype, weight_D.shape[0]
+    grad, x_wide, w_D = grad.to(wide), x.to(wide), weight_D.to(wide)
+    product_TD = (grad * x_wide).reshape(-1, width)
+    mean = (product_TD @ w_D).view_as(reciprocal).mul_(reciprocal.square()).div_(width)
+    for_x = (grad * w_D).addcmul_(x_wide, mean, value=-1).mul_(reciprocal)
+    return for_x.to(x.dtype), weighted_sum(product_TD, reciprocal).to(weight_D.dtype)
+
+
+@torch.library.register_fake(RMS_NORM_BACKWARD, lib=LIBRARY)
+def _fake_rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad, dtype=x.dtype), torch.empty_like(weight_D)
+
+
+def rotate(x_BLNH: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Each pair of the last dimension turned by its angle (B or 1, L, 1, H / 2), in fp32, returned in the dtype of x:
+    (B, L, N, H)."""
+    return Rotate.apply(x_BLNH, cos, sin, interleaved)
+
+
+class Rotate(torch.autograd.Function):
+    """A pair (a, b) becomes (a cos - b sin, b cos + a sin); its gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLNH: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return ROTATE(x_BLNH, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return ROTATE(grads[0], cos, -sin, ctx.interleaved), None, None, None
+
+
+@torch.library.impl(LIBRARY, "cpu_rotate", "CPU")
+def _rotate(x_BLNH: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Pairs 2i and 2i + 1 are complex numbers; of others, each half is written where it belongs."""
+    x = x_BLNH.to(cos.dtype)
+    if interleaved:
+        pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x_BLNH.dtype)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (first, second) = x.chunk(2, -1), turned.chunk(2, -1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return turned.to(x_BLNH.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any shape, saving the two alone."""
+    return SwiGLU.apply(gate, up)
+
+
+class SwiGLU(torch.autograd.Function):
+    """For a gradient g of any shape that of up is g silu(gate), that of gate is g up silu'(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (gate, up), (grad,) = ctx.saved_tensors, grads
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """g sigmoid(1.702 g) (u + 1) with g = min(gate, 7), u = clamp(up, -7, 7), of any shape, saving the two alone."""
+    return ClampedSwiGLU.apply(gate, up)
+
+
+class ClampedSwiGLU(torch.autograd.Function):
+    """Of any shape: g sigmoid(s g) is silu(s g) / s, its derivative silu'(s g). What was clamped gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return CLAMPED_SWIGLU(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (gate, up), (grad,) = ctx.saved_tensors, grads
+        slope = gate.clamp(max=LIMIT).mul_(SLOPE)
+        for_gate = torch.ops.aten.silu_backward(up.clamp(-LIMIT, LIMIT).add_(1).mul_(grad), slope)
+        for_up = F.silu(slope).div_(SLOPE).mul_(grad)
+        return for_gate.masked_fill_(gate > LIMIT, 0.0), for_up.masked_fill_(up.abs() > LIMIT, 0.0)
+
+
+@torch.library.impl(LIBRARY, "cpu_clamped_swiglu", "CPU")
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gated = F.silu(gate.clamp(max=LIMIT).mul_(SLOPE), inplace=True).div_(SLOPE)
+    return gated.mul_(up.clamp(-LIMIT, LIMIT).add_(1))
+
+
+@torch.library.register_fake(ROTATE, lib=LIBRARY)
+@torch.library.register_fake(CLAMPED_SWIGLU, lib=LIBRARY)
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
