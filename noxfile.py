@@ -256,7 +256,8 @@ def train_and_write(session: nox.Session, package: str, recipe: str) -> None:
     session.run("torchrun", "--nproc-per-node", "2", *train)
     session.run("python", *train, "--dump_folder", recipe)
     generate = ["-m", f"{package}.generate", "--checkpoint", recipe]
-    session.run("python", *generate, "--prompt", "def main", "--max-new-tokens", "16")
+    if (ROOT / FOLDERS[package] / f"src/{package}/generate.py").exists():
+        session.run("python", *generate, "--prompt", "def main", "--max-new-tokens", "16")
 
 
 def run_debug(session: nox.Session, package: str, *options: str) -> None:

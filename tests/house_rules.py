@@ -44,7 +44,7 @@ OPTIONAL = {  # a package that a plain install lacks -> the one room that may im
     "tokenizers": "core.data",
     "torch.utils.tensorboard": "core.train.loggers",
     "torchao": None,
-    "transformers": None,
+    "transformers": "hf_models",
     "triton": "core.comm",
     "trackio": "core.train.loggers",
     "wandb": "core.train.loggers",

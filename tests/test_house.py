@@ -150,7 +150,7 @@ WRONG: list[tuple[Rule, dict[str, str], str]] = [  # rule, files changed in the 
     (optional_packages_keep_their_room, {TRAIN: "def f():\n    import wandb"}, "only core.train.loggers may"),
     (optional_packages_keep_their_room, {TRAIN: "from torch.utils import tensorboard"}, "torch.utils.tensorboard"),
     (optional_packages_keep_their_room, {MODEL: "from datasets import Dataset"}, "datasets: only core.data may"),
-    (optional_packages_keep_their_room, {DATA: "import transformers"}, "transformers: only a test may"),
+    (optional_packages_keep_their_room, {DATA: "import transformers"}, "transformers: only hf_models may"),
     (optional_packages_keep_their_room, {ROOF: "import torchao"}, "torchao: only a test may"),
     (starting_needs_no_optional_package, {DATA: "import tokenizers"}, "qwen3.train loads tokenizers through core.data"),
     (starting_needs_no_optional_package, {DATA: "try:\n    import datasets\nexcept ImportError: ..."}, "datasets"),

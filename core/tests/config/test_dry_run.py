@@ -1,7 +1,7 @@
 """--dry-run on the command line: what the owner's `plan` is asked, and how its answer is shown."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +23,34 @@ class Answer:
         return f"it costs {self.cost}"
 
 
+@dataclass(kw_only=True, slots=True)
+class Luggage(Configurable.Config):
+    bags: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Trunks(Luggage):
+    locks: int = 2
+
+
+class Guide(Configurable):
+    pass
+
+
+class Local(Guide):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Guide.Config):
+        language: str = ""
+
+
 class Voyage(Configurable):
     """What can be planned."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         days: int = 3
+        luggage: Luggage = field(default_factory=Luggage)
+        guide: Guide.Config = field(default_factory=Guide.Config)
 
         def problems(self):
             if self.days < 1:
@@ -47,14 +69,30 @@ class Voyage(Configurable):
 
 
 class Longer(Voyage):
-    """Has more settings and methods, and the same run."""
+    """Has more methods, parts of another class, and the same run."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Voyage.Config):
-        nights: int = 2
+        guide: Guide.Config = field(default_factory=Local.Config)
 
     def supper(self) -> None:
         pass
+
+
+class Stay(Longer):
+    """Has a setting that its parent's plan cannot know."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Longer.Config):
+        nights: int = 2
+
+
+class Move(Longer):
+    """Has a group of settings with more in it."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Longer.Config):
+        luggage: Trunks = field(default_factory=Trunks)
 
 
 class Return(Longer):
@@ -119,9 +157,10 @@ def test_mistakes_end_with_code_2(options: list[str], message: str, capsys: pyte
 
 
 def test_a_subclass_is_planned_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Never silently as its parent, whose methods it overrides."""
+    """Never silently as its parent, whose methods it overrides, or whose settings are not all that it has."""
     module = ModuleType("subclasses")
-    for name, owner in {"longer": Longer, "planned": Planned, "returned": Return}.items():
+    owners = {"longer": Longer, "planned": Planned, "returned": Return, "stay": Stay, "move": Move}
+    for name, owner in owners.items():
         exec(f"def {name}():\n    return owner.Config()", {"__name__": module.__name__, "owner": owner}, vars(module))
     for recipe, cost in (("longer", 30), ("planned", 60)):
         main(module, ["--config", recipe, "--dry-run"])
@@ -129,3 +168,10 @@ def test_a_subclass_is_planned_or_refused(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(module, ["--config", "returned", "--dry-run"])
     assert "Return has a __init__ of its own and the plan of its parent" in capsys.readouterr().err
+    for recipe, message in {
+        "stay": "Stay has settings of its own (nights), of which the plan of its parent knows nothing",
+        "move": "Move has settings of its own (luggage)",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(module, ["--config", recipe, "--dry-run"])
+        assert message in capsys.readouterr().err

@@ -165,7 +165,9 @@ def test_rows_are_a_function_of_their_numbers(tmp_path: Path, words: Tokenizer) 
     n, batch = whole.rows_per_epoch, whole.read(0, 3 * whole.rows_per_epoch)
     again = built(words, path, shuffle=True, validation_fraction=0.1)
     for first in (0, 1, n - 1, n, 2 * n + 3):
-        assert all(torch.equal(a[first : first + 2], b) for a, b in zip(batch, again.read(first, 2), strict=True))
+        assert all(
+            torch.equal(a[first : first + 2], b) for a, b in zip(batch[:4], again.read(first, 2)[:4], strict=True)
+        )
     epochs = [sorted(map(tuple, batch.tokens_BL[e * n : (e + 1) * n].tolist())) for e in range(3)]
     assert epochs[0] == epochs[1] == epochs[2] and not torch.equal(batch.tokens_BL[:n], batch.tokens_BL[n : 2 * n])
     held = built(words, path, split="validation", validation_fraction=0.1)

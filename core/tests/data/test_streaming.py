@@ -6,7 +6,7 @@ import torch
 
 from core.config.errors import UserError
 from core.data import streaming
-from core.data.packing import IGNORE, Batch
+from core.data.packing import IGNORE, Batch, joined_batches
 from core.data.sampling import held_out
 from core.data.text import IndexedText, StreamedText
 
@@ -30,7 +30,7 @@ def build(config, tokenizer):
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
 def endless(tokenizer, rank=0, n_ranks=1):
@@ -47,7 +47,7 @@ def test_documents_in_order_over_several_epochs(build, tokenizer, rank, n_ranks)
     loader = build(rank=rank, n_ranks=n_ranks)
     assert loader.n_rows is None and loader.rows_per_epoch is None
     n = 120
-    batch = Batch(*(torch.cat(t) for t in zip(*(loader.read(i, 6) for i in range(0, n, 6)), strict=True)))
+    batch = joined_batches([loader.read(i, 6) for i in range(0, n, 6)])
     expected = list(islice(endless(tokenizer, rank, n_ranks), n * SEQ_LEN + 1))
     assert batch.tokens_BL.flatten().tolist() == [token for token, _ in expected[:-1]]
     assert batch.labels_BL.flatten().tolist() == [IGNORE if opens else token for token, opens in expected[1:]]

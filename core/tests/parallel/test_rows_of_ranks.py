@@ -62,7 +62,7 @@ def test_rows_behind_the_last_one_count_for_nothing(n_ranks: int, end: int) -> N
     assert sorted(row for batches in ranks for row in counted(batches)) == list(range(16, end))
     assert {len(batches) for batches in ranks} == {4 // n_ranks}
     for batch in (batch for batches in ranks for batch in batches):
-        assert all(part.shape == (2, 3) for part in batch)
+        assert all(part.shape == (2, 3) for part in batch[:4])
         assert ((batch.tokens_BL >= 16) & (batch.tokens_BL < end)).all(), "a row that is not there was made up"
 
 

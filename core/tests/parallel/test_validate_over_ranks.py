@@ -39,7 +39,7 @@ class Rows:
 
     def read(self, first: int, count: int) -> Batch:
         assert 0 <= first and first + count <= HELD_OUT
-        return Batch(*(part[first : first + count] for part in self.all))
+        return self.all.rows(first, first + count)
 
 
 def train_and_validate(case: Case, steps: int, first: bool) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_validation_over_ranks(name: str) -> None:
     assert expected["losses"][0] != pytest.approx(expected["losses"][1], rel=1e-4), "training changed nothing"
     (step,) = batches_of(alone, SingleRank(CPU))
     places = source_of(torch.arange(alone.n_rows))
-    by_source = {name: Batch(*(part[places == number] for part in step)) for number, name in enumerate("abc")}
+    by_source = {name: step.map(lambda part, n=number: part[places == n]) for number, name in enumerate("abc")}
     nats_of = {name: loss_at_start(alone, rows) for name, rows in by_source.items()}
     assert expected["sources"] == pytest.approx(nats_of, rel=1e-5)
     for found in run_ranks(train_and_validate, case.world_size, case, -1, True):

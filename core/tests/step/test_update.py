@@ -47,7 +47,7 @@ def rows(n: int, *, length: int = 12, seed: int = 0) -> Batch:
 
 
 def split(batch: Batch, sizes: list[int]) -> list[Batch]:
-    return [Batch(*parts) for parts in zip(*(t.split(sizes) for t in batch), strict=True)]
+    return [Batch(*parts) for parts in zip(*(t.split(sizes) for t in batch[:4]), strict=True)]
 
 
 def step(model, batches, *, mask="causal", max_norm=math.inf, lr=0.0, on_nonfinite="stop", groups=(), **more):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from core.config.errors import UserError
 from core.config.record import absolute
@@ -139,4 +140,4 @@ class Faulty(IndexedSamples):
         batch = pack_rows(tokens, np.zeros(tokens.shape, np.bool_))
         if self.config.fault == "labels":
             batch.labels_BL[0, 3] = self.tokenizer.vocab_size
-        return Batch(*(part.float() for part in batch)) if self.config.fault == "floats" else batch
+        return batch.map(Tensor.float) if self.config.fault == "floats" else batch

@@ -118,7 +118,7 @@ def test_labels_that_do_not_count_are_left_out() -> None:
     samples = Sums.Config().build(tokenizer=Tokenizer.Config().build(), seq_len=SEQ_LEN, seed=3)
     batch, same = samples.read(5, 4), samples.read(7, 1)
     assert (batch.labels_BL == IGNORE).sum() == 4 * SEQ_LEN // 2
-    assert all(torch.equal(part[2:3], other) for part, other in zip(batch, same, strict=True))
+    assert all(torch.equal(part[2:3], other) for part, other in zip(batch[:4], same[:4], strict=True))
 
 
 def test_the_end_of_the_data_is_the_last_step(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_documents_of_a_format_of_ones_own_are_rows_as_those_of_any_other(tmp_pa
         config = kind.Config(dataset=Chapters.Config(path=str(tmp_path / "book")), cache_folder=cache)
         book = config.build(split=split, **live)
         assert book.n_rows == lines.n_rows and book.description.startswith(f"{tmp_path}/book: ")
-        for part, other in zip(book.read(0, 6), lines.read(0, 6), strict=True):
+        for part, other in zip(book.read(0, 6)[:4], lines.read(0, 6)[:4], strict=True):
             assert torch.equal(part, other)
     (tmp_path / "book").write_text("".join(CHAPTERS[1:]))
     assert config.build(split=split, **live).fingerprint != book.fingerprint

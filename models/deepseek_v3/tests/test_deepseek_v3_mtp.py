@@ -215,7 +215,7 @@ def test_a_step_reports_both_losses() -> None:
     model = build()
     batch = labelled(model)
     loss, n_valid = objective(model, "document")(batch), valid_tokens([batch])
-    rows = [Batch(*(part[i : i + 1] for part in batch)) for i in range(len(batch.tokens_BL))]
+    rows = [batch.rows(i, i + 1) for i in range(len(batch.tokens_BL))]
     optimizer = AdamW.Config().build(weights=weights(model), layout=SingleRank(torch.device("cpu")))
     settings: dict[str, Any] = {"step": 1, "lr_factor": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
     info = train_step(objective(model, "document"), optimizer, rows, **settings)

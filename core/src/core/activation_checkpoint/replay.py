@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
 )
 
 from core.activation_checkpoint.region import OFF_THE_RECORD, RECOMPUTING
+from core.config.errors import UserError
 
 FOREIGN = {"c10d", "fsdp", "profiler"}
 """Namespaces of what hooks of data parallelism do around a block's modules: it may differ, and is not ours to save."""
@@ -174,7 +175,16 @@ class Recompute(_CachedTorchDispatchMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         output = self.trace.take(func, self.position)
         self.position += 1
-        return func(*args, **kwargs) if output is RECOMPUTE else tree_map(given_back, output)
+        if output is RECOMPUTE:
+            return func(*args, **kwargs)
+        try:
+            return tree_map(given_back, output)
+        except RuntimeError as error:
+            place = self.trace.place(self.position - 1)
+            raise UserError(
+                f"{error}: the output of {func}{place}, which was kept for backward, was changed in place afterwards; "
+                "a copy is to be changed there, or use --activation_checkpoint.mode full or none"
+            ) from error
 
 
 def detached(output: Any) -> Any:

@@ -8,11 +8,11 @@ from inspect import isroutine
 from types import ModuleType
 
 from core.config.completion import program_of, script
-from core.config.configurable import Configurable, owner_of
+from core.config.configurable import Configurable, field_names, owner_of
 from core.config.decode import trusted
 from core.config.errors import UserError, did_you_mean
 from core.config.exit import exit_plainly
-from core.config.fields import alternatives, walk
+from core.config.fields import alternatives, field_types, walk
 from core.config.help import (
     CONFIG_OPTION,
     HELP,
@@ -152,7 +152,8 @@ def settle_and_run(
 def planned(config: Config, own: Own) -> str:
     """What the configured run would take of one rank, as its owner's `plan` says, in words or as JSON.
 
-    Raises `UserError` where the plan is a parent's, whose methods the owner overrides: it would be of another run.
+    Raises `UserError` where the plan is a parent's, and the owner overrides its methods or has settings that it lacks:
+    it would be of another run.
     """
     owner = owner_of(type(config))
     plan = getattr(owner, "plan", None)
@@ -163,6 +164,11 @@ def planned(config: Config, own: Own) -> str:
             f"{owner.__qualname__} has a {', '.join(changed)} of its own and the plan of its parent, which is of "
             "another run: leave --dry-run out, or give the class a static plan(config, world_size, rank)"
         )
+    if new := settings_below("plan", owner, config):
+        raise UserError(
+            f"{owner.__qualname__} has settings of its own ({', '.join(new)}), of which the plan of its parent knows "
+            "nothing: leave --dry-run out, or give the class a static plan(config, world_size, rank)"
+        )
     world_size = number("--world-size", *own["world_size"]) if "world_size" in own else None
     found = plan(config, world_size=world_size, rank=number("--rank", *own.get("rank", ["0"])))
     return json.dumps(asdict(found), indent=2) if "json" in own else str(found)
@@ -170,10 +176,25 @@ def planned(config: Config, own: Own) -> str:
 
 def overridden_below(name: str, owner: type) -> list[str]:
     """The methods that classes below the one that defines `name` override, as far as that one has them."""
-    classes = owner.__mro__
-    place = next(i for i, each in enumerate(classes) if name in vars(each))
+    classes, place = owner.__mro__, place_of(name, owner)
     known = {key for each in classes[place:-1] for key, value in vars(each).items() if isroutine(value)}
     return sorted({key for each in classes[:place] for key, value in vars(each).items() if isroutine(value)} & known)
+
+
+def settings_below(name: str, owner: type, config: Config) -> list[str]:
+    """The settings of `config` that the class which defines `name` does not have: fields, and groups of settings of a
+    class of their own that nothing is built from. (What a part of its own class builds is planned as it is built.)"""
+    known = field_types(getattr(owner.__mro__[place_of(name, owner)], "Config", type(config)))
+    found = {each: getattr(config, each) for each in field_names(type(config))}
+    new = [each for each in found if each not in known]
+    groups = {each: type(value) for each, value in found.items() if each in known and isinstance(value, Config)}
+    groups = {each: kind for each, kind in groups.items() if owner_of(kind) is None}
+    return new + [each for each, kind in groups.items() if kind not in alternatives(known[each])]
+
+
+def place_of(name: str, owner: type) -> int:
+    """Which of the classes that `owner` derives from, itself first, defines `name`."""
+    return next(i for i, each in enumerate(owner.__mro__) if name in vars(each))
 
 
 def number(flag: str, word: str) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.data.packing import Batch
+from core.data.packing import Batch, joined_batches
 from core.data.phases import PERIOD, phases, shares
 from core.data.samples import MaskKind, Samples
 from core.data.shards import json_digest
@@ -213,11 +213,8 @@ class Mixture(Samples):
         return dict(zip(self.config.names(), passes, strict=True))
 
     def rows(self, first: int, count: int) -> Batch:
-        mixed = Batch(*torch.empty(4, count, self.seq_len, dtype=torch.int64).unbind())
         sources, rows = self.turns(np.arange(first, first + count))
-        for number in np.unique(sources).tolist():
-            places = np.flatnonzero(sources == number)
-            own = self.parts[number].read(int(rows[places[0]]), len(places))  # a source has its turns in its own order
-            for whole_BL, part_BL in zip(mixed, own, strict=True):
-                whole_BL[torch.from_numpy(places)] = part_BL
-        return mixed
+        places = [np.flatnonzero(sources == number) for number in np.unique(sources)]
+        own = [self.parts[sources[each[0]]].read(int(rows[each[0]]), len(each)) for each in places]  # in its own order
+        turns = torch.from_numpy(np.concatenate(places)).argsort()
+        return joined_batches(own).map(lambda part: part[turns])

@@ -3,6 +3,8 @@
 Letters: B samples, L tokens of a sample (the sequence length).
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +14,12 @@ from torch import Tensor
 IGNORE = -100
 PADDING = -1
 """The number of the document that padding is."""
+NO_INPUTS: Mapping[str, Tensor] = MappingProxyType({})
+"""Of a model that reads tokens alone."""
 
 
 class Batch(NamedTuple):
-    """Samples side by side, each cut from the token stream; all tensors are int64 of shape (B, L).
+    """Samples side by side, each cut from the token stream; the first four tensors are int64 of shape (B, L).
 
     For the stream `a b | c d e | f` (documents divided by bars) and L = 5:
 
@@ -32,11 +36,31 @@ class Batch(NamedTuple):
     labels_BL: Tensor
     positions_BL: Tensor
     documents_BL: Tensor
+    inputs: Mapping[str, Tensor] = NO_INPUTS
+    """What the model reads beside tokens, by the names of arguments of its forward: tensors (B, ...) of any type."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with each of its tensors changed, (B, ...) each, those of `inputs` too."""
+        inputs = {name: change(value) for name, value in self.inputs.items()}
+        return Batch(*map(change, self[:4]), inputs=inputs)  # pyrefly: ignore[bad-argument-type] - four tensors
+
+    def rows(self, first: int, end: int) -> "Batch":
+        """Its rows from `first` to before `end`."""
+        return self.map(lambda part: part[first:end])
 
     def padding_BL(self) -> Tensor | None:
         """Which tokens are padding; None where none are."""
         padding_BL = self.documents_BL == PADDING
         return padding_BL if padding_BL.any() else None
+
+
+def joined_batches(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches, one behind the other. Raises `TypeError` where their `inputs` have other names."""
+    names = {tuple(sorted(batch.inputs)) for batch in batches}
+    if len(names) > 1:
+        raise TypeError(f"rows with other inputs beside their tokens cannot be mixed: {sorted(names)}")
+    tokens = (torch.cat(parts) for parts in zip(*(batch[:4] for batch in batches), strict=True))
+    return Batch(*tokens, inputs={name: torch.cat([batch.inputs[name] for batch in batches]) for name in names.pop()})
 
 
 def count_labels(labels: Tensor) -> int:

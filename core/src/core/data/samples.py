@@ -42,6 +42,11 @@ class Samples(Configurable, ABC):
             """What training.mask auto stands for."""
             return "causal"
 
+        def inputs(self, n_rows: int, seq_len: int) -> dict[str, torch.Tensor]:
+            """Zeros in the shape of what so many rows have beside their tokens (`Batch.inputs`), for a plan."""
+            del n_rows, seq_len
+            return {}
+
         def held_out(self) -> Self:
             """The same data as a set that is read for validation: all of it, once."""
             return self
@@ -111,12 +116,14 @@ class Samples(Configurable, ABC):
         if first < 0 or (self.n_rows is not None and first + count > self.n_rows):
             raise IndexError(f"rows {first} to {first + count - 1} of {self.n_rows}: the run ends before")
         batch = self.rows(first, count)
-        for name, part_BL in batch._asdict().items():
+        for name, part_BL in zip(Batch._fields[:4], batch[:4], strict=True):
             if part_BL.shape != (count, self.seq_len) or part_BL.dtype != torch.int64:
                 raise TypeError(
                     f"{type(self).__qualname__}.rows returned {name} of {tuple(part_BL.shape)} {part_BL.dtype}, "
                     f"expected {(count, self.seq_len)} torch.int64"
                 )
+        if short := [name for name, value in batch.inputs.items() if len(value) != count]:
+            raise TypeError(f"{type(self).__qualname__}.rows returned {short[0]} of another number than {count} rows")
         if batch.tokens_BL.numel():
             labels_BL = batch.labels_BL.where(batch.labels_BL != IGNORE, 0)
             for ids_BL in (batch.tokens_BL, labels_BL):

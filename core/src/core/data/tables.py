@@ -2,10 +2,13 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
+from core.config.errors import UserError
 from core.data.bad_lines import BadLines
 from core.data.compressed import check_arrow
 from core.data.library import library_errors
@@ -13,6 +16,7 @@ from core.data.rows import RowReader
 from core.data.sections import Section
 
 _BATCH_ROWS = 256
+_GROUPS = 4
 _FIELD_CHARACTERS = 2**28
 
 
@@ -58,6 +62,37 @@ def parquet_sections(path: Path, reader: RowReader, bad: BadLines) -> Iterator[S
         batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
     with file:
         yield from _batch_sections(batches, path, columns, reader, bad)
+
+
+class ParquetRows:
+    """The rows of a Parquet file by their numbers: a group of them is read at once, and the last few are kept."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        """Raises `UserError` for a file that cannot be read, or that lacks one of the columns."""
+        check_arrow(path)
+        from pyarrow import parquet
+
+        with library_errors(f"cannot read {path}"):
+            self._file = parquet.ParquetFile(path, memory_map=True)
+        if lost := [name for name in columns if name not in self._file.schema_arrow.names]:
+            raise UserError(f"{path} has no column {lost[0]}: it has {', '.join(self._file.schema_arrow.names)}")
+        self.path, self._columns = path, list(columns)
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._starts = list(accumulate(sizes, initial=0))
+        self._groups: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The values of a row, by the names of the columns."""
+        group = bisect_right(self._starts, number) - 1
+        if group not in self._groups:
+            with library_errors(f"cannot read {self.path}"):
+                found = self._file.read_row_group(group, columns=self._columns)
+            self._groups = {**dict(list(self._groups.items())[1 - _GROUPS :]), group: found}
+        (row,) = self._groups[group].slice(number - self._starts[group], 1).to_pylist()
+        return row
 
 
 def arrow_sections(path: Path, reader: RowReader, bad: BadLines) -> Iterator[Section]:

@@ -49,7 +49,7 @@ def split_rows(
     padding_BL = batch.padding_BL() if n_labels is None else None
     if n_labels is None:
         n_labels = count_labels(batch.labels_BL[:, places[mesh.get_local_rank()]])
-    batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
+    batch = batch.map(lambda part: part.to(device, non_blocking=True))
     places = places.to(device)
     own_L, all_M = places[mesh.get_local_rank()], places.flatten()
     if documents:
@@ -63,7 +63,7 @@ def split_rows(
     if padding_BL is not None:
         padding_BL = padding_BL.to(device, non_blocking=True)[:, own_L]
     positions = Positions(position_BL, own_documents, own_L[None], all_M[None], all_documents, padding_BL)
-    return Microbatch(batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions, n_labels)
+    return Microbatch(batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions, n_labels, batch.inputs)
 
 
 def apply_context(model: nn.Module, mesh: DeviceMesh, *, all_to_all: bool) -> None:

@@ -19,6 +19,7 @@ from core.nn.decoder import Decoder
 from core.nn.moe import Experts
 from core.optim.clip import squared_norms
 from core.optim.weight import local_tensor
+from core.parallel.layout import stacks
 from core.parallel.mesh import Views
 from core.parallel.settings import Parallelism
 
@@ -53,7 +54,7 @@ def apply_data(
         "offload_policy": offload,
         "reshard_after_forward": reshard == "always" or (reshard == "default" and views.degrees.pipeline == 1),
     }
-    for block in model.layers.values():
+    for block in (block for stack in stacks(model) for block in stack.layers.values()):
         experts = {weight for part in block.modules() if isinstance(part, Experts) for weight in part.parameters()}
 
         def where_to(weight: nn.Parameter, experts: set = experts) -> Any:

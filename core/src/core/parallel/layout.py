@@ -6,12 +6,13 @@ This file loads nothing of `torch.distributed.tensor`, so that a process alone s
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from core.activation_checkpoint.apply import Layered
 from core.data.packing import Batch, count_labels
 from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
@@ -30,7 +31,7 @@ class Wrapping:
 
     compute_dtype: torch.dtype
     """Weights are gathered in it."""
-    checkpoint: Callable[[Decoder], None]
+    checkpoint: Callable[[Layered], None]
     """Decides what backward keeps."""
     dispatcher: Callable[[ProcessGroup], Dispatcher]
     """Makes what takes tokens to the experts of a process group."""
@@ -41,10 +42,18 @@ class Wrapping:
 
     def of_one_rank(self, model: Decoder) -> None:
         """The steps that concern one rank: what is kept for backward, then compilation of it."""
-        self.checkpoint(model)
+        for stack in stacks(model):
+            self.checkpoint(stack)
         if self.compile_block is not None:
-            for block in model.layers.values():
+            for block in (block for stack in stacks(model) for block in stack.layers.values()):
                 self.compile_block(block)
+
+
+def stacks(model: Decoder) -> list[Layered]:
+    """The parts of a model that have blocks, `layers`, each of which is checkpointed, compiled and gathered as one: the
+    model itself, and others in it, such as a tower that reads images."""
+    found = [part for part in model.modules() if isinstance(getattr(part, "layers", None), nn.ModuleDict)]
+    return cast(list[Layered], found)
 
 
 class RankView(ABC):
@@ -205,8 +214,8 @@ def whole_rows(batch: Batch, device: torch.device, *, documents: bool, n_labels:
     """A batch of which this rank computes all tokens."""
     padding_BL = batch.padding_BL() if n_labels is None else None
     n_labels = count_labels(batch.labels_BL) if n_labels is None else n_labels
-    batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
+    batch = batch.map(lambda part: part.to(device, non_blocking=True))
     positions = Positions(batch.positions_BL, batch.documents_BL) if documents else Positions.rows(batch.tokens_BL)
     if padding_BL is not None:
         positions = positions._replace(padding_BL=padding_BL.to(device, non_blocking=True))
-    return Microbatch(batch.tokens_BL, batch.labels_BL, positions, n_labels)
+    return Microbatch(batch.tokens_BL, batch.labels_BL, positions, n_labels, batch.inputs)

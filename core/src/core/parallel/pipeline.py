@@ -8,7 +8,7 @@ by the step's number; gradients of microbatches are added, and neither the sched
 stage has a loss: what is reported is a sum over ranks to which the others add 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.config.errors import UserError
+from core.data.packing import NO_INPUTS
 from core.nn.decoder import Decoder, HeadReader
 from core.nn.kernel import Positions
 from core.parallel.schedule_file import read_schedule
@@ -38,6 +39,8 @@ class Microbatch(NamedTuple):
     positions: Positions
     n_labels: int
     """Labels of its tokens that count."""
+    inputs: Mapping[str, Tensor] = NO_INPUTS
+    """What the model reads beside tokens: those of whole rows."""
 
 
 def n_stages(settings: Parallelism, n_layers: int) -> int:

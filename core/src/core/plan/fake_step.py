@@ -97,7 +97,7 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
                 mask=training.mask_of(run.dataloader),
             )
             with Meter() as entering:
-                passes = passes_of(training, layout, models, objective)
+                passes = passes_of(training, layout, models, objective, run.dataloader.inputs)
             copies = [(weight.value, source) for weight, source in every.values() if weight.value is not source]
             fake = FakeObjective(layout, list(sampled.values()), passes, optimizer, copies)
             fake.step({None, passes.n_microbatches - 1}, updates=False)  # makes what is made once

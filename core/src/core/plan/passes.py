@@ -3,6 +3,7 @@
 Letters: B rows, L length, D width.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -53,13 +54,22 @@ class WholeModel:
         self.loss = None
 
 
-def passes_of(training: Training, layout: RankView, models: dict[int, Decoder], objective: Objective) -> Passes:
-    """What does the passes of these stages, by their numbers, or of the model."""
+def passes_of(
+    training: Training,
+    layout: RankView,
+    models: dict[int, Decoder],
+    objective: Objective,
+    inputs: Callable[[int, int], Mapping[str, torch.Tensor]],
+) -> Passes:
+    """What does the passes of these stages, by their numbers, or of the model. `inputs` has what so many rows
+    of this length have beside their tokens, (B, ...) each."""
     degrees, settings = layout.degrees, layout.settings
     piped = degrees.pipeline > 1
     n_rows = training.rows_per_step(degrees.data) // degrees.data
     n_each = settings.pipeline_parallel_microbatch_size if piped else training.local_batch_size
-    batch = Batch(*torch.zeros(4, n_each, training.seq_len, dtype=torch.int64).unbind())
+    batch = Batch(
+        *torch.zeros(4, n_each, training.seq_len, dtype=torch.int64).unbind(), inputs=inputs(n_each, training.seq_len)
+    )
     if not piped:
         return WholeModel(objective, batch, n_rows // n_each)
     pipeline = layout.pipeline(models, n_rows // n_each)

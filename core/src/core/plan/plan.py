@@ -15,7 +15,7 @@ from core.nn.weights import parameter_count, training_flops_per_token
 from core.optim.groups import freeze
 from core.parallel.settings import MOST_RANKS, Degrees, describe_degrees
 from core.plan.fake_step import run_fake_step
-from core.plan.sample_blocks import blocks
+from core.plan.sample_blocks import own_blocks
 from core.plan.segments import total
 from core.quantization.converter import converted_model
 from core.runtime.device import GIB, MIB
@@ -192,7 +192,7 @@ def notes(run: Run, model: Decoder, device: torch.device) -> Iterator[str]:
     if run.activation_checkpoint.mode == "memory_budget":
         yield "memory_budget is torch.compile's choice: planned is mode none, of which it keeps a part"
     dtype = run.training.compute_dtype(device)
-    attentions = [block.attention for block in blocks(model).values()]
+    attentions = [block.attention for block in own_blocks(model)]
     for name in sorted({name_of(each.kernel) for each in attentions if not trains_on_cpu(each, dtype)}):
         yield f"{name} attention is planned as sdpa, with a dense mask"
     if routers(model):

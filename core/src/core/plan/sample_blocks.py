@@ -57,16 +57,17 @@ def sampled_models(
 ) -> dict[int, SampledModel]:
     """The model, or this rank's stages of it by their numbers, spread over the ranks and without memory.
 
-    Weights of frozen `groups` get no gradient. Stages keep all their blocks.
+    Weights of frozen `groups` get no gradient. Stages keep all their blocks, and so do models whose blocks are none of
+    ours.
     """
     found: list[dict[int, int]] = []
 
     def sample(model: Decoder) -> None:
-        for block in blocks(model).values():
+        for block in own_blocks(model):
             if not trains_on_cpu(block.attention, wrapping.compute_dtype):
                 block.attention.kernel = SDPA(block.attention.kernel.window)
-        piped = layout.degrees.pipeline > 1
-        stand_in = {i: i for i in blocks(model)} if piped else stand_ins(model, activation_checkpoint)
+        whole = layout.degrees.pipeline > 1 or len(own_blocks(model)) < len(model.layers)
+        stand_in = {i: i for i in blocks(model)} if whole else stand_ins(model, activation_checkpoint)
         for i in set(stand_in) - set(stand_in.values()):
             del model.layers[str(i)]
         found.append(stand_in)
@@ -79,6 +80,11 @@ def sampled_models(
 def blocks(model: Decoder) -> dict[int, Block]:
     """The blocks that a model has, by their numbers."""
     return {int(name): cast(Block, block) for name, block in model.layers.items()}
+
+
+def own_blocks(model: Decoder) -> list[Block]:
+    """The blocks of a model that are core's, with an attention that is known: another program's are not."""
+    return [block for block in model.layers.values() if isinstance(block, Block)]
 
 
 def stand_ins(model: Decoder, activation_checkpoint: ActivationCheckpoint.Config) -> dict[int, int]:

@@ -1,6 +1,6 @@
 """What must hold between a run's settings, its ranks and its model before anything is allocated."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol, cast
 
@@ -204,7 +204,7 @@ def check_attention(model: Decoder, run: Run, device: torch.device) -> None:
     """Raise `UserError` for an attention kernel that cannot do what a run asks of it."""
     parallelism = run.parallelism
     check_kernels(
-        (block.attention for block in cast(Iterable[Block], model.layers.values())),
+        (block.attention for block in model.layers.values() if isinstance(block, Block)),
         n_shares=ranks_that_share("heads", parallelism)[0],
         device=device,
         dtype=run.training.compute_dtype(device),

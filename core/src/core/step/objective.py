@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from core.config.errors import UserError
 from core.data.packing import IGNORE, Batch, count_labels
 from core.nn.decoder import Decoder, HeadReader
 from core.nn.kernel import Positions
@@ -99,7 +100,8 @@ class Objective:
         (model,) = self.stages
         microbatch = self.layout.to_rank_tokens(batch, documents=self.mask == "document", n_labels=n_labels)
         with self.precision():
-            losses = model(microbatch.tokens_BL, microbatch.positions, self.reader(microbatch, n_valid, tally))
+            reader = self.reader(microbatch, n_valid, tally)
+            losses = model(microbatch.tokens_BL, microbatch.positions, reader, **microbatch.inputs)
             if isinstance(losses, Tensor):
                 return BatchLoss(losses, losses)
             total = losses.main
@@ -126,7 +128,10 @@ class Objective:
 
     def _microbatches(self, batches: Sequence[Batch]) -> list[Microbatch]:
         size = self.layout.settings.pipeline_parallel_microbatch_size
-        rows = (Batch(*parts) for batch in batches for parts in zip(*(part.split(size) for part in batch), strict=True))
+        if any(batch.inputs for batch in batches):
+            raise UserError("a pipeline hands on no inputs beside tokens: set parallelism.pipeline_parallel_degree 1")
+        starts = ((batch, first) for batch in batches for first in range(0, len(batch.tokens_BL), size))
+        rows = (batch.rows(first, first + size) for batch, first in starts)
         return [self.layout.to_rank_tokens(row, documents=self.mask == "document") for row in rows]
 
     def precision(self) -> AbstractContextManager:

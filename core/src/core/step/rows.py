@@ -64,6 +64,6 @@ def padded(batch: Batch, count: int, n_rows: int) -> Batch:
     if count == n_rows:
         return batch
     row = torch.arange(n_rows).clamp(max=max(count - 1, 0))
-    whole = Batch(*(part[row] for part in batch))
+    whole = batch.map(lambda part: part[row])
     whole.labels_BL[count:] = IGNORE
     return whole

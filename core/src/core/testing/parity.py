@@ -58,6 +58,8 @@ class Case:
     optimizer: Optimizer.Config = field(default_factory=lambda: AdamW.Config(lr=1e-2, eps=1e-6))
     """With an eps above what is left of gradients that are 0 but for rounding (1e-10), which else move weights."""
     converters: list[Converter.Config] = field(default_factory=list)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """What the rows have beside tokens, (n_rows, ...) each."""
 
 
 @dataclass
@@ -150,9 +152,9 @@ def batches_of(case: Case, layout: RankView) -> list[Batch]:
     """The microbatches of this rank."""
     n_data = layout.degrees.data
     local = case.n_rows // n_data if case.local_batch_size == -1 else case.local_batch_size
-    whole = drawn_batch(case.model, case.n_rows, case.length, case.empty_rows)
+    whole = drawn_batch(case.model, case.n_rows, case.length, case.empty_rows)._replace(inputs=case.inputs)
     starts = range(layout.data_rank * local, case.n_rows, local * n_data)
-    return [Batch(*(part[first : first + local] for part in whole)) for first in starts]
+    return [whole.rows(first, first + local) for first in starts]
 
 
 def widen(built: BuiltModel) -> None:
