@@ -18,12 +18,18 @@ LONGEST = 40
 """Lines that are not empty."""
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("extend")
+    for name, text in shown_files(PAGE).items():
+        (folder / name).write_text(text)
+    return folder
+
+
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    ((name, text),) = shown_files(PAGE).items()
-    (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    return f"{name}:noisy_debug"
+def file(place: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(place)
+    return "noisy.py:noisy_debug"
 
 
 def test_the_experiment_shakes_the_weights_as_it_says(file: str, tmp_path: Path) -> None:
