@@ -167,8 +167,8 @@ def state_axes(part: nn.Module, *, vocabulary: bool) -> None:
     by these names, as tensor parallelism is refused."""
     own = dict(part.named_parameters(recurse=False))
     if own and not isinstance(part, Head):
-        part.AXES = {name: axes_of(weight.dim(), vocabulary=vocabulary) for name, weight in own.items()}
-        part.start = {name: Constant(0.0) for name in own}
+        axes = {name: axes_of(weight.dim(), vocabulary=vocabulary) for name, weight in own.items()}
+        vars(part).update(AXES=axes, start={name: Constant(0.0) for name in own})
 
 
 def axes_of(n_dims: int, *, vocabulary: bool) -> tuple[str, ...]:

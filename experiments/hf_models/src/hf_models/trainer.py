@@ -31,7 +31,7 @@ class HFTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        # pyrefly: ignore[bad-override-mutable-attribute] - this run has no other
+        # pyrefly: ignore[bad-override] - what core asks of a decoder is there
         model: HFModel.Config = field(default_factory=HFModel.Config)
         """The folder of the model, and what it starts with."""
 
@@ -61,7 +61,7 @@ class HFTrainer(Trainer):
                 message = f"the model has a tokenizer of its own: add --tokenizer.path {self.model.path}"
                 yield "tokenizer.path", message
 
-    config: Config
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Trainer
 
     @staticmethod
     def plan(config: Any, *, world_size: int | None, rank: int) -> Any:

@@ -70,7 +70,7 @@ class ImageText(IndexedSamples):
                 "is_patch_BL": torch.zeros(n_rows, seq_len, dtype=torch.bool),
             }
 
-    config: Config
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Samples
 
     def open(self) -> None:
         c = self.config

@@ -21,7 +21,7 @@ class VLMTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        # pyrefly: ignore[bad-override-mutable-attribute] - this run has no other
+        # pyrefly: ignore[bad-override] - what core asks of a decoder is there
         model: VLM.Config
         """The language model, the tower, and the projector between."""
         # pyrefly: ignore[bad-override-mutable-attribute] - this run has no other
