@@ -38,11 +38,12 @@ def weights(model: Module) -> Iterator[Weight]:
 
 
 def _axes(model: Module, path: str, leaf: str) -> tuple[str, ...] | None:
-    own = getattr(model.get_submodule(path), "AXES", {})
+    own: Any = getattr(model.get_submodule(path), "AXES", {})
     if leaf in own:
         return own[leaf]
     parent, _, child = path.rpartition(".")
-    axes = own.get("weight") or getattr(model.get_submodule(parent), "AXES", {}).get(child)
+    around: Any = getattr(model.get_submodule(parent), "AXES", {})
+    axes = own.get("weight") or around.get(child)
     if axes and leaf in (beside := axes_beside(model.get_submodule(path), axes)):
         return beside[leaf]
     if leaf == "bias" and axes:

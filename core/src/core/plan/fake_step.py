@@ -146,7 +146,8 @@ class FakeObjective:
         """Run a step of `few` microbatches, with the update or without it; the batch that is counted is not the one
         that is computed."""
         self.few, self.updates = few, updates
-        counted = Batch(*torch.zeros(4, 1, 1, dtype=torch.int64).unbind())
+        zeros_BL = torch.zeros(1, 1, dtype=torch.int64)
+        counted = Batch(zeros_BL, zeros_BL, zeros_BL, zeros_BL)
         settings: dict[str, Any] = {"step": 1, "lr_factor": 0.0, "max_norm": 1.0, "on_nonfinite": "stop"}
         self.recorded: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
         self.optimizer.zero_grad()

@@ -72,7 +72,7 @@ def _text_config(path: str, content: bytes) -> Any:
     return stated_config(path).get_text_config()
 
 
-def model_class(path: str) -> type:
+def model_class(path: str) -> Any:
     """The class of transformers that the model of a folder is made of."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(stated_config(path))]
 
@@ -175,7 +175,7 @@ def _weights_on_meta() -> Iterator[None]:
             weight = nn.Parameter(weight.to("meta"), requires_grad=weight.requires_grad)
         register(module, name, weight)
 
-    nn.Module.register_parameter = on_meta
+    nn.Module.register_parameter = on_meta  # pyrefly: ignore[bad-assignment] - its first argument has another name
     try:
         yield
     finally:

@@ -145,7 +145,7 @@ class HFModel(Module, Configurable):
         return Flops(matmul=matmul, attention=4 * n_layers * width * seq_len)
 
 
-def own_head(theirs: nn.Linear) -> Head:
+def own_head(theirs: Any) -> Head:
     """A head of core with the weight (V, D) of a head of transformers, which may be tied."""
     with torch.device("meta"):
         head = Head(theirs.in_features, theirs.out_features, std=0.0)
