@@ -37,7 +37,8 @@ def a_run(path: Path, folder: Path) -> HFTrainer.Config:
     config.dataloader.dataset, config.dataloader.cache_folder = str(text), str(folder / "cache")
     config.training.steps, config.training.seq_len, config.training.local_batch_size = 2, 32, 2
     config.training.device, config.metrics.log_freq = "cpu", 1
-    config.validator.enable, config.lr_scheduler.decay_ratio = False, 0.0
+    config.validator.enable = False
+    config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 0, 0.0
     config.checkpoint = Checkpoint(enable=True)
     config.dump_folder = str(folder / "run")
     return config

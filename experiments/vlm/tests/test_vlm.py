@@ -160,7 +160,8 @@ def tiny_run(folder: Path) -> VLMTrainer.Config:
     config = configs.vlm_debug()
     config.training.steps, config.training.local_batch_size, config.training.device = 2, 4, "cpu"
     config.dataloader.n_shapes, config.dataloader.held_out_pairs, config.validator.steps = 40, 8, -1
-    config.metrics.log_freq, config.lr_scheduler.decay_ratio = 1, 0.0
+    config.metrics.log_freq = 1
+    config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 0, 0.0
     config.dump_folder = str(folder / "run")
     return config
 

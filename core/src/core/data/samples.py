@@ -53,9 +53,10 @@ class Samples(Configurable, ABC):
 
         @classmethod
         def upgrade(cls, data: dict[str, Any], now: Configurable.Config | None = None) -> dict[str, Any]:
-            """Text was all that there was, in one of two modes: data without a class is about that."""
+            """Text was all that there was, in one of two modes: data without a class is about that, unless they stand
+            where one class alone may."""
             stated = "mode" in data and "mode" not in field_names(cls)
-            if "class" in data or (now is not None and not stated):
+            if "class" in data or (not stated and (now is not None or cls is not Samples.Config)):
                 return data
             mode = data.get("mode", "indexed") if stated else "indexed"
             if mode not in OLD_MODES:

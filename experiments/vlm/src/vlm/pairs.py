@@ -86,7 +86,8 @@ class Folder(Pairs):
 
     def _image(self, number: int) -> Path:
         name = self.lines[number].get("file_name")
-        image = file_in(self.folder, name) if isinstance(name, str) else None
+        inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        image = file_in(self.folder, name) if inside else None
         if image is None:
             raise UserError(f"{self.folder / METADATA}:{number + 1}: there is no file {name!r} in the folder")
         return image
