@@ -178,7 +178,7 @@ def test_a_frozen_tower_stays_and_all_else_moves(tmp_path: Path) -> None:
     record, folder = trainer.run()
     still = {name for name, weight in weights_of(trainer).items() if torch.equal(weight, before[name])}
     assert still == {name for name in before if name.startswith("vision.")}
-    assert record.validation_loss == pytest.approx(math.log(2048), rel=0.1)
+    assert record.validation_loss < math.log(2048) + 0.1
     main([str(folder)])
 
 

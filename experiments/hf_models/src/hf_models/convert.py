@@ -40,9 +40,10 @@ def export(src: Path, dst: Path, dtype: torch.dtype | None = None) -> None:
     keys of the folder that the run began with, its companions, and the tokenizer of the run."""
     place = newest(src)
     run = read_config(place)
-    config: Any = from_dict(model_of(run), trust=["hf_models"])
-    if not isinstance(config, HFModel.Config):
-        raise UserError(f"{place} holds no model of transformers: its own package exports it")
+    try:
+        config: Any = from_dict(model_of(run), HFModel.Config, trust=["hf_models"])
+    except UserError as error:
+        raise UserError(f"{place} holds no model of transformers: {error}") from error
     validate(config)
     model = meta_model(config)
     source = WeightSource(own_key_map(model), place)

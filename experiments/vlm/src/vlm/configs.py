@@ -21,10 +21,11 @@ def seeing(run: Trainer.Config, vision: Vision.Config, **changes: Any) -> VLMTra
 
 def vlm_debug() -> VLMTrainer.Config:
     """A small Qwen3 that learns to say which shape is drawn where, in a few minutes on a laptop's CPU."""
-    tower = Vision.Config(dim=64, n_layers=2, n_heads=4, hidden_dim=128, image_size=32, patch_size=8)
+    tower = Vision.Config(dim=64, n_layers=2, n_heads=4, hidden_dim=256, image_size=32, patch_size=8, init_std=0.05)
     config = seeing(qwen3_debug(), tower)
     config.model.decoder.dim, config.model.decoder.n_layers = 96, 2
-    config.training.steps, config.training.seq_len, config.training.local_batch_size = 1000, 40, 32
+    config.training.steps, config.training.seq_len, config.training.local_batch_size = 1200, 40, 32
+    config.model.projector.init_std = 0.05
     config.optimizer.lr = 3e-3
     config.validator.steps = 4
     return config

@@ -15,7 +15,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
-SIZES = {"small": 0.10, "large": 0.19}
+SIZES = {"small": 0.13, "large": 0.22}
 """Half the width of a shape, in widths of the image."""
 
 
@@ -24,8 +24,8 @@ def drawn_pair(number: int, size: int) -> tuple[np.ndarray, str]:
     color. Equal on all machines."""
     draw = np.random.Generator(np.random.PCG64([number, 22]))
     color, shape, place, width = (list(names)[draw.integers(len(names))] for names in (COLORS, SHAPES, PLACES, SIZES))
-    middle = (np.array(PLACES[place]) * 0.5 + 0.25 + draw.uniform(-0.05, 0.05, 2)) * size
-    half = SIZES[width] * size * draw.uniform(0.92, 1.08)
+    middle = (np.array(PLACES[place]) * 0.5 + 0.25 + draw.uniform(-0.03, 0.03, 2)) * size
+    half = SIZES[width] * size * draw.uniform(0.95, 1.05)
     picture = draw.integers(200, 256, (size, size, 3))
     y, x = np.mgrid[:size, :size] + 0.5
     dy, dx = y - middle[0], x - middle[1]
