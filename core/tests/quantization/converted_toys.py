@@ -55,6 +55,14 @@ def sparse() -> ToyMoE.Config:
     )
 
 
+def wide() -> ToyMoE.Config:
+    """The same with experts whose weights have rows of 64 numbers and more."""
+    config = sparse()
+    assert config.moe is not None
+    config.moe.experts.hidden_dim = 64
+    return config
+
+
 Maxima = dict[str, set[tuple[float, ...]]]
 
 

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from converted_toys import EXACT, dense, one_rank, sparse
+from converted_toys import EXACT, dense, one_rank, sparse, wide
 from torch.nn import functional as F
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
@@ -24,6 +24,8 @@ from core.testing.ranks import run_ranks
 
 LORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0)]
 DORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0, dora=True, patterns=["layers.*.attention.*", "*.w2"])]
+QLORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0, quantize_base=True)]
+QDORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0, dora=True, quantize_base=True)]
 TP2, EP2, PP2 = (
     Parallelism(tensor_parallel_degree=2),
     Parallelism(expert_parallel_degree=2),
@@ -31,13 +33,19 @@ TP2, EP2, PP2 = (
 )
 CASES = {
     "tp2-dora": Case(dense(), TP2, 2, converters=DORA, checkpoint="selective", **EXACT),
-    "ep2": Case(sparse(), EP2, 2, converters=LORA, checkpoint="full", **EXACT),
+    "ep2": Case(sparse(), EP2, 2, converters=DORA, checkpoint="full", **EXACT),
+    "tp2-nf4": Case(dense(), TP2, 2, converters=QDORA, checkpoint="selective", **EXACT),
+    "fsdp2-nf4": Case(dense(), Parallelism(), 2, converters=QLORA, checkpoint="full", **EXACT),
     "float8-tp2": Case(dense(), TP2, 2, converters=[Float8LinearConverter.Config(emulate=True), *LORA], **EXACT),
 }
 MORE = {
     "fsdp2-dora": Case(dense(), Parallelism(), 2, converters=DORA, **EXACT),
     "tp2": Case(sparse(), TP2, 2, converters=LORA, **EXACT),
     "pp2": Case(dense(), PP2, 2, converters=LORA, **EXACT),
+    "ep2-lora": Case(sparse(), EP2, 2, converters=LORA, checkpoint="full", **EXACT),
+    "ep2-nf4": Case(wide(), EP2, 2, converters=QDORA, checkpoint="selective", **EXACT),
+    "fsdp2-nf4-experts": Case(wide(), Parallelism(), 2, converters=QLORA, **EXACT),
+    "pp2-nf4": Case(dense(), PP2, 2, converters=QLORA, **EXACT),
 }
 
 
@@ -78,15 +86,19 @@ def test_adapters_compute_what_they_say() -> None:
             lengths = layer.weight.norm(dim=1) / adapted.norm(dim=1)
             adapted = (layer.magnitude * lengths).unsqueeze(1) * adapted
         torch.testing.assert_close(layer(x), F.linear(x, adapted, layer.bias))
-    stack: Any = GroupedLinear(3, 6, 5, std=1.0, bias=True)
-    add_adapter(stack, 2, 1.5, magnitude=False)
-    with torch.no_grad():
-        for weight in stack.parameters():
-            weight.normal_(generator=generator)
-    y = stack(x, torch.tensor([3, 0, 4]))
-    for rows, i in ((slice(0, 3), 0), (slice(3, 7), 2)):
-        adapted = stack.weight[i] + 1.5 * stack.lora_b[i] @ stack.lora_a[i]
-        torch.testing.assert_close(y[rows], F.linear(x[rows], adapted, stack.bias[i]))
+    for magnitude in (False, True):
+        stack: Any = GroupedLinear(3, 6, 5, std=1.0, bias=True)
+        add_adapter(stack, 2, 1.5, magnitude=magnitude)
+        with torch.no_grad():
+            for weight in stack.parameters():
+                weight.normal_(generator=generator)
+        y = stack(x, torch.tensor([3, 0, 4]))
+        for rows, i in ((slice(0, 3), 0), (slice(3, 7), 2)):
+            adapted = stack.weight[i] + 1.5 * stack.lora_b[i] @ stack.lora_a[i]
+            if magnitude:
+                lengths = stack.weight[i].norm(dim=1) / adapted.norm(dim=1)
+                adapted = (stack.magnitude[i] * lengths).unsqueeze(1) * adapted
+            torch.testing.assert_close(y[rows], F.linear(x[rows], adapted, stack.bias[i]))
 
 
 def test_only_adapters_are_trained_and_products_are_counted_as_before() -> None:
@@ -110,6 +122,5 @@ def test_only_adapters_are_trained_and_products_are_counted_as_before() -> None:
 
 def test_what_has_no_adapter_is_told() -> None:
     assert "(32 x 64 has no rank 40)" in str(converted_model(sparse(), [LoRAConverter.Config(rank=40)])[1][0])
-    assert "(dora is not for experts)" in str(converted_model(sparse(), [LoRAConverter.Config(dora=True)])[1][0])
     ((path, _),) = LoRAConverter.Config(alpha=0.0).problems()
     assert path == "alpha"

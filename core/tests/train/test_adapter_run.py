@@ -22,9 +22,10 @@ from core.weights.folder import load_folder, save_weights
 TOKENS = torch.arange(12).view(1, 12)
 
 
-def adapter_run(folder: Path, *, steps: int = 4, **settings: Any) -> Trainer.Config:
+def adapter_run(folder: Path, *, steps: int = 4, dim: int = 16, **settings: Any) -> Trainer.Config:
     """A run that begins with the weights of a folder, drawn from another seed than its own."""
     config = toy_run(folder, steps=steps)
+    config.model.dim = dim
     if not (folder / "base").exists():
         save_weights(on_cpu(config.model, seed=9), folder / "base")
     config.converters = [LoRAConverter.Config(rank=4, **settings)]
@@ -41,9 +42,14 @@ def logits(model: Decoder) -> torch.Tensor:
         return model.eval()(TOKENS)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_adapters_alone_are_saved_gone_on_with_and_merged(tmp_path: Path, dora: bool) -> None:
-    config = adapter_run(tmp_path, dora=dora)
+@pytest.mark.parametrize(
+    "settings", [{}, {"dora": True}, {"dora": True, "quantize_base": True, "dim": 64}], ids=["lora", "dora", "nf4"]
+)
+def test_adapters_alone_are_saved_gone_on_with_and_merged(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = adapter_run(tmp_path, **settings)
+    if quantised := "quantize_base" in settings:
+        to_hf({"toy": Toy}, tmp_path / "base", tmp_path / "published", dtype=None, shard_gib=1.0, trust=[])
+        config.checkpoint.initial_load_path = str(tmp_path / "published")
     trainer: Trainer = config.build()
     base = {name: weight.clone() for name, weight in trainer.built.named_parameters() if name.endswith("weight")}
     _, folder = trainer.run()
@@ -59,6 +65,7 @@ def test_adapters_alone_are_saved_gone_on_with_and_merged(tmp_path: Path, dora: 
     merged = on_cpu(config.model)
     load_folder(merged, folder)
     torch.testing.assert_close(logits(merged), logits(trainer.built.models[0]), rtol=0, atol=1e-5)
+    assert quantised == any(weight.dtype == torch.uint8 for weight in base.values())
     assert not torch.allclose(logits(merged), logits(on_cpu(config.model, seed=9)), rtol=0, atol=1e-3)
     to_hf({"toy": Toy}, folder, tmp_path / "hf", dtype=None, shard_gib=1.0, trust=[])
     published = on_cpu(config.model)

@@ -1,63 +1,78 @@
 """Adapters of a Llama 3, whose queries and keys are rotated in other pairs at Hugging Face, to a folder of peft's and
-back."""
+back, and on from there."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from core.config.errors import UserError
 from core.quantization.lora import LoRAConverter
-from core.testing.toy import on_cpu
+from core.testing.adapter_suite import TOKENS, adapter_run, logits_after, logits_in_peft, logits_of
 from core.train.trainer import Trainer
 from core.weights import convert
-from core.weights.folder import load_folder
-from core.weights.hf import save_hf
 from llama3 import configs
-from llama3.model import Llama3, size
+from llama3.model import Llama3
 
-TOKENS = torch.arange(3, 27).view(2, 12)
+
+class Tuned:
+    """A folder with the base, a run that adapted it, and what its adapters are to peft; the logits of its model."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder
+        self.config = adapter_run(configs.llama3_debug(), folder, LoRAConverter.Config(rank=4, alpha=8.0, **settings))
+        self.expected = logits_after(self.config)
+        convert.main({"llama": Llama3}, ["to-hf", str(folder / "run"), str(folder / "peft"), "--peft"])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
-def tuned(request: Any, tmp_path_factory: Any) -> tuple[Path, torch.Tensor]:
-    """A folder with the base, a run that adapted it, and what its adapters are to peft; the logits of its model."""
-    folder = tmp_path_factory.mktemp("tuned")
-    config: Trainer.Config = configs.llama3_debug()
-    config.model.n_layers, config.training = 2, replace(config.training, steps=2, seq_len=32, local_batch_size=2)
-    config.validator.enable, config.lr_scheduler.warmup_steps = False, 0
-    save_hf(on_cpu(config.model, seed=5), folder / "base")
-    (folder / "text.txt").write_text("a page of text with many words in it\n" * 200)
-    config.dataloader.dataset, config.dataloader.cache_folder = str(folder / "text.txt"), str(folder / "cache")
-    config.dataloader.validation_fraction, config.dump_folder = 0.0, str(folder / "run")
-    config.converters = [LoRAConverter.Config(rank=4, alpha=8.0, dora=request.param)]
-    config.checkpoint.initial_load_path = str(folder / "base")
-    trainer: Trainer = config.build()
-    trainer.run()
-    with torch.no_grad():
-        expected = trainer.built.models[0].eval()(TOKENS)
-        base = on_cpu(config.model, seed=5).eval()(TOKENS)
-    assert (expected - base).abs().max() > 1e-3
-    convert.main({"llama": Llama3}, ["to-hf", str(folder / "run"), str(folder / "peft"), "--peft"])
-    return folder, expected
+def tuned(request: Any, tmp_path_factory: Any) -> Tuned:
+    return Tuned(tmp_path_factory.mktemp("tuned"), dora=request.param)
 
 
-def test_a_folder_of_peft_is_read_back(tuned: tuple[Path, torch.Tensor]) -> None:
-    folder, expected = tuned
-    convert.main({"llama": Llama3}, ["from-hf", str(folder / "peft"), str(folder / "merged")])
-    model = on_cpu(replace(size("debug"), n_layers=2))
-    load_folder(model, folder / "merged")
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(TOKENS), expected, rtol=0, atol=1e-5)
+def test_a_folder_of_peft_is_read_back(tuned: Tuned) -> None:
+    convert.main({"llama": Llama3}, ["from-hf", str(tuned.folder / "peft"), str(tuned.folder / "merged")])
+    found = logits_of(tuned.config, tuned.folder / "merged")
+    torch.testing.assert_close(found, tuned.expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of other programs are theirs
-def test_peft_computes_the_same(tuned: tuple[Path, torch.Tensor]) -> None:
-    peft = pytest.importorskip("peft", reason="a reference that a test environment need not have")
-    transformers = pytest.importorskip("transformers")
-    folder, expected = tuned
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(base, folder / "peft").eval()
+def test_peft_computes_the_same(tuned: Tuned) -> None:
+    found = logits_in_peft(tuned.folder / "base", tuned.folder / "peft")
+    torch.testing.assert_close(found, tuned.expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_begins_with_the_adapters_of_a_folder(tuned: Tuned) -> None:
+    config = tuned.config
+    config.checkpoint.initial_load_path, config.dump_folder = str(tuned.folder / "peft"), str(tuned.folder / "on")
+    trainer: Trainer = config.build()
     with torch.no_grad():
-        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-5)
+        found = trainer.built.models[0].eval()(TOKENS)
+    torch.testing.assert_close(found, tuned.expected, rtol=0, atol=1e-5)
+    trainer.built.models[0].train()
+    _, folder = trainer.run()
+    with torch.no_grad():
+        expected = trainer.built.models[0].eval()(TOKENS)
+    torch.testing.assert_close(logits_of(config, folder), expected, rtol=0, atol=1e-5)
+    (adapters,) = config.converters
+    assert isinstance(adapters, LoRAConverter.Config)
+    config.dump_folder = str(tuned.folder / "other")
+    stated = json.loads((tuned.folder / "peft/adapter_config.json").read_text())
+    for setting, value, words in (
+        ("rank", 8, r"converters\.0\.rank: rank 8, and .*peft has 4 for layers\.0\.attention\.wk: set rank 4"),
+        ("alpha", 16.0, r"converters\.0\.alpha: alpha 16, and .*peft has 8 for .*: set alpha 8"),
+        ("dora", not stated["use_dora"], f"dora {not stated['use_dora']}, and .* has use_dora {stated['use_dora']}"),
+        ("patterns", ["*.attention.*"], r"peft has adapters of layers\.\*\.feed_forward\.w1, .* and the recipe none"),
+    ):
+        before = getattr(adapters, setting)
+        setattr(adapters, setting, value)
+        with pytest.raises(UserError, match=words):
+            config.build()
+        setattr(adapters, setting, before)
+    config.converters = []
+    without: Trainer = config.build()
+    with torch.no_grad():
+        merged = without.built.models[0].eval()(TOKENS)
+    torch.testing.assert_close(merged, tuned.expected, rtol=0, atol=1e-5)

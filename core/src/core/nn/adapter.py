@@ -5,6 +5,8 @@
 With a magnitude (DoRA, arXiv:2402.09353) each row of V = W + scale B A gets a length of its own, relative to that of
 the row of W, and 1 at the start: y = magnitude |W| / |V| (x V^T), |V| taken for a constant by backward.
 
+Of a stack of matrices each has an adapter, and a magnitude, of its own.
+
 Letters: I input width, O output width, r rank, R rows sorted by group, G groups.
 """
 
@@ -20,7 +22,7 @@ from core.activation_checkpoint.region import recomputed
 from core.nn.grouped import GroupedLinear, grouped_mm
 from core.nn.layers import Linear
 from core.nn.module import Flops
-from core.nn.product import of_one_rank
+from core.nn.product import ByProduct, of_one_rank
 from core.nn.start import Constant, Normal
 
 ADAPTER_WEIGHTS = ("lora_a", "lora_b", "magnitude")
@@ -31,6 +33,8 @@ class Adapted:
     """What a layer's class gains with an adapter."""
 
     lora_scale: float
+    n_numbers: int
+    """Of the weight, in whatever form it is kept, and of the matrices beside it."""
     magnitude: nn.Parameter | None
     sum_columns: Callable[[Tensor], Tensor] = staticmethod(of_one_rank)
     """Sums over the inputs that this rank has, made those over all inputs: `core.parallel` replaces it."""
@@ -45,29 +49,39 @@ class Adapted:
         """As of the layer: y (..., O) of x (..., I), or of rows (R, I) with the counts of groups."""
         y = super().forward(x, *counts)  # pyrefly: ignore[missing-attribute] - the layer's
         with recomputed():  # small products: neither worth keeping, nor counted among the others
-            if counts:
-                return y + self.lora_scale * grouped_mm(grouped_mm(x, self.lora_a, *counts), self.lora_b, *counts)
-            more = self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+            multiply: Callable[..., Tensor] = grouped_mm if counts else F.linear
+            more = self.lora_scale * multiply(multiply(x, self.lora_a, *counts), self.lora_b, *counts)
             if self.magnitude is None:
                 return y + more
-            bias = 0.0 if self.bias is None else self.bias.to(y.dtype)
-            factor = self.magnitude.to(y.dtype) * self.lengthened().to(y.dtype)
+            bias = 0.0 if self.bias is None else of_rows(self.bias, y, *counts)
+            factor = of_rows(self.magnitude, y, *counts) * of_rows(self.lengthened(), y, *counts)
             return factor * (y - bias + more) + bias
 
     @torch.no_grad()
     def lengthened(self: Any) -> Tensor:
-        """|W| / |V| of each row, (O,)."""
-        weight = self.weight.float()
+        """|W| / |V| of each row, (O,) or (G, O)."""
+        weight = numbers_of(self).float()
         adapted = weight + self.lora_scale * (self.lora_b.float() @ self.lora_a.float())
         own, other = self.sum_columns(torch.stack((weight.square().sum(-1), adapted.square().sum(-1)))).sqrt()
         return own / other
 
     def flops_per_token(self: Any, seq_len: int) -> Flops:
         """Those of the layer, and of the two small products; those of experts are counted by their mixture."""
-        found = super().flops_per_token(seq_len)  # pyrefly: ignore[missing-attribute] - the layer's
-        if isinstance(self, GroupedLinear):
-            return found
-        return Flops(found.matmul + 2 * (self.lora_a.numel() + self.lora_b.numel()), found.attention)
+        del seq_len
+        return Flops() if isinstance(self, GroupedLinear) else Flops(matmul=2 * self.n_numbers)
+
+
+def of_rows(values: Tensor, y: Tensor, counts_G: Tensor | None = None) -> Tensor:
+    """Values of outputs (O,), or of those of each group (G, O), for the rows of y (..., O); in its dtype."""
+    if counts_G is None:
+        return values.to(y.dtype)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # backward adds up rows of a group in it
+    return values.repeat_interleave(counts_G, dim=0, output_size=y.shape[0]).to(y.dtype)
+
+
+def numbers_of(layer: Linear | GroupedLinear) -> Tensor:
+    """The numbers of a layer's weight, (O, I) or (G, O, I), in whatever form it is kept."""
+    return layer.product.numbers(layer.weight) if isinstance(layer, ByProduct) else layer.weight
 
 
 @cache
@@ -84,6 +98,6 @@ def add_adapter(layer: Linear | GroupedLinear, rank: int, scale: float, *, magni
     made.lora_scale = scale
     made.lora_a = nn.Parameter(layer.weight.new_empty(*stack, rank, n_in))
     made.lora_b = nn.Parameter(layer.weight.new_empty(*stack, n_out, rank))
-    layer.start |= {"lora_a": Normal((3 * n_in) ** -0.5), "lora_b": Constant(0.0)}
-    made.magnitude = nn.Parameter(layer.weight.new_empty(n_out)) if magnitude else None
-    layer.start["magnitude"] = Constant(1.0)
+    made.magnitude = nn.Parameter(layer.weight.new_empty(*stack, n_out)) if magnitude else None
+    layer.start |= {"lora_a": Normal((3 * n_in) ** -0.5), "lora_b": Constant(0.0), "magnitude": Constant(1.0)}
+    made.n_numbers = layer.weight.numel() + made.lora_a.numel() + made.lora_b.numel()

@@ -43,6 +43,7 @@ class GroupedLinear(Module):
         self.weight = nn.Parameter(torch.empty(n_groups, n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_groups, n_out)) if bias else None
         self.start = {"weight": Normal(std), "bias": Constant(0.0)}
+        self.n_numbers = n_groups * n_out * n_in
 
     def forward(self, x_RI: Tensor, counts_G: Tensor) -> Tensor:
         return self._with_bias(grouped_mm(x_RI, self.weight, counts_G), counts_G)

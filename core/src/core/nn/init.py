@@ -27,7 +27,7 @@ def materialise(
 ) -> None:
     """Give every meta weight of `model` memory on `weights_on` or else `device`, and move the buffers to `device`.
 
-    Tied weights stay one tensor; buffers keep their values.
+    Tied weights stay one tensor, those in bytes stay bytes; buffers keep their values.
     """
     ties = _ties(model)
     for name, value in model.named_parameters():
@@ -38,7 +38,8 @@ def materialise(
     def give(value: Tensor) -> Tensor:
         if not value.is_meta:
             return value.to(device)
-        return torch.empty_like(value, device=weights_on or device, dtype=dtype)
+        kept = dtype if value.is_floating_point() else value.dtype
+        return torch.empty_like(value, device=weights_on or device, dtype=kept)
 
     model._apply(give)
     for owner, name, first_owner, first_name in ties:
@@ -61,7 +62,7 @@ def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
 def init_weights(
     starts: Iterable[tuple[str, Tensor, Start]], seed: int, local_slice: Callable[[Tensor], LocalSlice] = full_slice
 ) -> None:
-    """Draw each (name, weight of any shape, start) from its own random stream, in fp32, on the weight's device.
+    """Draw each (name, weight of any shape, start) from its own random stream, in fp32 or in bytes, on its device.
 
     Of a weight that is kept here in part, `local_slice` tells which: it gets the numbers that the whole has there. A
     stack of matrices is drawn matrix by matrix, so that no more than one whole matrix is ever there.
@@ -81,8 +82,9 @@ def _fill(piece: LocalSlice, shape: torch.Size, start: Start, name: str, seed: i
         return
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(value.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    exact = value.dtype == torch.float32 and value.shape == shape
-    out = value if exact else torch.empty(shape, dtype=torch.float32, device=value.device)
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    exact = value.dtype == dtype and value.shape == shape
+    out = value if exact else torch.empty(shape, dtype=dtype, device=value.device)
     start.draw(out, generator)
     if not exact:
         cut = tuple(slice(first, first + size) for first, size in zip(piece.start, value.shape, strict=True))

@@ -57,8 +57,7 @@ class RMSNorm(Module):
     """x / rms(x) * weight over the last dimension of x (..., D) (arXiv:1910.07467), starting at ones; its parent names
     the axis.
 
-    The result has the dtype of x, so that a kernel behind it sees one dtype under mixed precision (autocast on CUDA
-    computes rms_norm in fp32 and would hand that on).
+    The result has the dtype of x, not the fp32 of autocast on CUDA, so that a kernel behind it sees one dtype.
     """
 
     def __init__(self, dim: int, *, eps: float) -> None:

@@ -289,5 +289,5 @@ class MoE(Module, Configurable):
         return y_BLD if self.shared_experts is None else y_BLD + self.shared_experts(x_BLD)
 
     def flops_per_token(self, seq_len: int) -> Flops:
-        per_expert = sum(weight.numel() for name, weight in self.experts.named_parameters() if name.endswith("weight"))
-        return Flops(matmul=2 * self.top_k * per_expert // self.n_experts)
+        n_numbers = sum(part.n_numbers for part in self.experts.children() if isinstance(part, GroupedLinear))
+        return Flops(matmul=2 * self.top_k * n_numbers // self.n_experts)

@@ -37,6 +37,10 @@ class Product(ABC):
     def grouped(self, x_RI: Tensor, weight_GOI: Tensor, counts_G: Tensor) -> Tensor:
         """y (R, O): each row times the matrix of its group, which has `counts_G` rows."""
 
+    def numbers(self, weight: Tensor) -> Tensor:
+        """What a weight is, of any shape, in whatever form it is kept."""
+        return weight
+
     def device_problem(self, device: torch.device) -> str:
         """Why it cannot be computed on `device`; empty where it can."""
         del device

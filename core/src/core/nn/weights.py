@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from core.nn.module import Flops, Module
 from core.nn.start import Start
+
+BLOCK, BLOCK_BYTES = 64, 36
+"""Numbers that share a scale in a weight of bytes, and their bytes: 32 with two numbers in each, and 4 of the scale."""
 
 
 class Weight(NamedTuple):
@@ -58,8 +61,13 @@ def axes_beside(layer: nn.Module, axes: tuple[str, ...]) -> dict[str, tuple[str,
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of scalars in the weights, a tied weight counted once."""
-    return sum(value.numel() for value in model.parameters())
+    """Number of scalars in the weights, a tied weight counted once, and one in bytes (`core.nn.nf4`) as its numbers."""
+    return sum(map(n_numbers, model.parameters()))
+
+
+def n_numbers(weight: Tensor) -> int:
+    """How many numbers a weight, of any shape, stands for."""
+    return weight.numel() if weight.is_floating_point() else weight.numel() // BLOCK_BYTES * BLOCK
 
 
 def training_flops_per_token(model: nn.Module, seq_len: int) -> Flops:

@@ -13,7 +13,7 @@ from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
 from core.nn.decoder import Block, Decoder
 from core.nn.kernel_checks import trains_on_cpu
 from core.nn.sdpa import SDPA
-from core.nn.weights import Weight, weights
+from core.nn.weights import Weight, n_numbers, weights
 from core.optim.groups import Group
 from core.optim.optimizer import Optimizer
 from core.optim.weight import local_tensor
@@ -146,7 +146,7 @@ def resting_bytes(sampled_models: dict[int, SampledModel], optimizer: Optimizer)
     for sampled in sampled_models.values():
         for name, weight in sampled.model.named_parameters():
             times = sampled.times(name)
-            n_weights += times * local_tensor(weight).numel()
+            n_weights += times * n_numbers(local_tensor(weight))
             weight_bytes += times * n_bytes(weight)
             gradients += times * n_bytes(weight.grad)
         for name, buffer in sampled.model.named_buffers():

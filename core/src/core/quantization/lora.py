@@ -7,7 +7,9 @@ from math import inf
 from core.config.configurable import range_problems
 from core.nn.adapter import ADAPTER_WEIGHTS, add_adapter
 from core.nn.decoder import Decoder
-from core.nn.grouped import GroupedLinear
+from core.nn.nf4 import NF4Product, keep_in_nf4
+from core.nn.product import ByProduct, put_product
+from core.nn.weights import BLOCK
 from core.quantization.converter import Converter, Layer
 
 
@@ -23,7 +25,9 @@ class LoRAConverter(Converter):
         alpha: float = 16.0
         """What an adapter adds is multiplied by alpha / rank."""
         dora: bool = False
-        """Train the length of each row of a weight apart from its direction (arXiv:2402.09353); not of experts."""
+        """Train the length of each row of a weight apart from its direction (arXiv:2402.09353)."""
+        quantize_base: bool = False
+        """Keep the weights that have adapters in 4 bits, NF4 with a scale for 64 numbers (QLoRA, arXiv:2305.14314)."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             yield from range_problems(self, rank=2**14)
@@ -36,11 +40,23 @@ class LoRAConverter(Converter):
         c = self.config
         if c.rank > min(layer.sizes):
             return f"{layer.sizes[0]:,} x {layer.sizes[1]:,} has no rank {c.rank:,}"
-        if c.dora and isinstance(layer.module, GroupedLinear):
-            return "dora is not for experts"
+        if c.quantize_base and (reason := why_not_nf4(layer)):
+            return reason
+        if c.quantize_base:
+            put_product(layer.module, NF4Product())
         add_adapter(layer.module, c.rank, c.alpha / c.rank, magnitude=c.dora)
+        if c.quantize_base:
+            keep_in_nf4(layer.module)
         return ""
 
     def after(self, model: Decoder) -> None:
         for name, weight in model.named_parameters():
             weight.requires_grad_(name.rpartition(".")[2] in ADAPTER_WEIGHTS)
+
+
+def why_not_nf4(layer: Layer) -> str:
+    """Why the weight of a layer cannot be kept in 4 bits; empty where it can."""
+    if isinstance(layer.module, ByProduct):
+        return "another converter has its product, and quantize_base needs a plain one"
+    n_in = layer.sizes[1]
+    return f"{n_in:,} inputs are no multiple of {BLOCK}, which quantize_base needs" if n_in % BLOCK else ""

@@ -241,7 +241,7 @@ def check_blocks(run: Run, model: Decoder) -> None:
         return
     for weight in weights(model):
         (n, words), columns = ranks_that_share(weight.axes[-1], run.parallelism), weight.value.shape[-1]
-        if names_matrix(weight.axes) and n > 1 and columns % (n * NUMBERS_PER_SCALE):
+        if weight.value.requires_grad and names_matrix(weight.axes) and n > 1 and columns % (n * NUMBERS_PER_SCALE):
             raise UserError(
                 f"optimizer.state_dtype 8-bit has a scale for {NUMBERS_PER_SCALE} numbers of a row, and {words} cuts "
                 f"the {columns:,} columns of {weight.name} into {n}, no multiple of it: use bfloat16, or a lower degree"

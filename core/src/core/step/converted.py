@@ -10,7 +10,7 @@ from core.config.errors import joined
 from core.config.fields import Problem
 from core.nn.decoder import Decoder
 from core.nn.product import layer_products
-from core.nn.weights import weights
+from core.nn.weights import BLOCK, BLOCK_BYTES, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, adapts
 from core.step.shares import ranks_that_share
@@ -27,6 +27,8 @@ class ConvertedRun(Protocol):
 def check_converted(model: Decoder, run: ConvertedRun, device: torch.device) -> None:
     """Raise `UserError` for converters whose layers `device` cannot compute, or the ranks cannot share."""
     problems = [*device_problems(run.converters, device), *block_problems(model, run.parallelism)]
+    if len(adapting := [i for i, config in enumerate(run.converters) if adapts([config])]) > 1:
+        problems.append((f"converters.{adapting[1]}", "a run has one rank and alpha: leave one converter of adapters"))
     if adapts(run.converters) and run.checkpoint.initial_load_path is None:
         problems.append(("checkpoint.initial_load_path", "adapters are for weights that are there: name their folder"))
     if problems:
@@ -45,8 +47,15 @@ def block_problems(model: Decoder, parallelism: Parallelism) -> Iterator[Problem
     sizes = {id(layer.weight): product.multiple for layer, product in layer_products(model)}
     told: set[str] = set()
     for weight in weights(model):
-        multiple = sizes.get(id(weight.value), 1)
-        for axis, size in zip(weight.axes[-2:], weight.value.shape[-2:], strict=True) if multiple > 1 else ():
+        multiple, (*rows, columns) = sizes.get(id(weight.value), 1), weight.value.shape[-2:]
+        multiples = [multiple, multiple]
+        if not weight.value.is_floating_point():
+            columns, multiples = columns // BLOCK_BYTES * BLOCK, [1, BLOCK]
+        for axis, size, multiple in zip(
+            weight.axes[-2:], (*rows, columns), multiples[-len(weight.axes) :], strict=True
+        ):
+            if multiple == 1:
+                continue
             n, words = ranks_that_share(axis, parallelism)
             if n > 1 and size % (n * multiple) and (message := f"{words} cuts {axis} {size:,}") not in told:
                 told.add(message)

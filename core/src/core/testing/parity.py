@@ -167,7 +167,7 @@ def widen(built: BuiltModel) -> None:
             cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.value.shape, strict=True))
             with torch.no_grad():
                 piece.value.add_(noise[cut])
-        else:
+        elif weight.is_floating_point():  # no byte of one in few bits is a number
             with torch.no_grad():
                 dtensor_slice(weight).value.mul_(6.0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch.nn import Parameter
 
 from core.checkpoint.find import Found, candidates, find_in
 from core.checkpoint.manifest import Damaged, Progress, read_manifest
@@ -25,6 +26,7 @@ from core.runtime.ranks import Ranks
 from core.step.assemble import BuiltModel
 from core.step.checks import Run
 from core.step.spikes import SpikeDetector
+from core.train.adapter_start import adapters_at_start, fill_adapters
 from core.train.folder import ANOTHER, config_text
 from core.train.observers import Observers
 from core.train.records import carry_on
@@ -37,11 +39,12 @@ from core.train.state import (
     set_random,
     trained_tensors,
 )
-from core.weights.adapters import adapter_settings
+from core.weights.adapters import adapter_settings, begin_with
 from core.weights.companions import run_companions
 from core.weights.convert import write_as_hf
-from core.weights.folder import folder_source, is_published, model_of
+from core.weights.folder import folder_source, is_published, model_of, under
 from core.weights.key_map import mtp_weights
+from core.weights.peft_folder import is_peft
 from core.weights.same_model import check_same_model
 
 log = logging.getLogger("armature")
@@ -78,6 +81,7 @@ class RunCheckpoints:
         """How far the run had come before."""
         if self.found is not None:
             self._go_on(self.found)
+        self._adapters = None if self.found is not None else adapters_at_start(run, model)
         self._last = self.start.step
         self._tokens_at_start: int | None = None
 
@@ -124,6 +128,8 @@ class RunCheckpoints:
             log.info(f"going on from {self.found} after step {self.start.step:,}")
         elif self.settings.initial_load_path is not None:
             self._begin_with(self.settings.initial_load_path)
+            if self._adapters is not None:
+                fill_adapters(self._adapters, self._weights, self.layout)
             log.info(f"beginning with the weights of {self.settings.initial_load_path}")
         self.saver.set_aside(self.start.step)
         self.ranks.first(self._carry_on)
@@ -247,8 +253,10 @@ class RunCheckpoints:
 
     def _begin_with(self, path: str) -> None:
         c, allow = self.settings, self.settings.allow_model_change
+        path = str(under(path)) if adapts(self.run.converters) and is_peft(path) else path
         found = find_in(path, self.ranks) if self.ranks.first(lambda: next(candidates(path), None)) else None
-        if not c.initial_load_in_hf and found is not None and adapter_settings(found.config()) is None:
+        whole = all(weight.is_floating_point() for weight in self._begins.values() if isinstance(weight, Parameter))
+        if whole and not c.initial_load_in_hf and found is not None and adapter_settings(found.config()) is None:
             check_same_model(self.model, model_of(found.config()), found, allow=allow)
             return self.saver.load(found, self._stored_weights(found))
         if c.initial_load_in_hf and not is_published(path):
@@ -261,9 +269,7 @@ class RunCheckpoints:
             )
         for name in source.pieces:
             if (weight := self._begins.get(f"model.{name}")) is not None:
-                with torch.no_grad():
-                    piece = self.layout.local_slice(weight)
-                    source.fill(name, piece.value, piece.start)
+                begin_with(source, name, self.layout.local_slice(weight))
 
     def _stored_weights(self, found: Found) -> dict[str, torch.Tensor]:
         """The weights of this rank that a run begins with: those of multi-token prediction stay as they were drawn

@@ -35,7 +35,8 @@ class LayerNumbers:
 
     def measured(self, take: Callable[[], StepInfo]) -> tuple[StepInfo, dict[str, float]]:
         """What a step returns, and its numbers; its weights are there a second time meanwhile."""
-        weights = [(part_of(name), weight) for model in self.models for name, weight in model.named_parameters()]
+        named = (each for model in self.models for each in model.named_parameters())
+        weights = [(part_of(name), weight) for name, weight in named if weight.is_floating_point()]
         before = [weight.detach().clone() for _, weight in weights]
         squares: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
         with self._watching(squares) if self.activations else ExitStack():

@@ -11,7 +11,7 @@ from torch import nn
 
 from core.config.errors import UserError
 from core.nn.decoder import Decoder
-from core.nn.weights import parameter_count, weights
+from core.nn.weights import weights
 from core.optim.optimizer import Optimizer
 from core.parallel.layout import SingleRank
 from core.parallel.settings import Degrees
@@ -48,11 +48,12 @@ def estimate(
     training: Training,
     degrees: Degrees | None = None,
 ) -> Estimate:
-    """What one rank needs: weights in `training.dtype`; of those that are trained the gradients, or the largest one
-    where backward frees them, and what the optimizer keeps; and what the loss of one microbatch holds."""
+    """What one rank needs: weights in `training.dtype` or bytes; of those that are trained the gradients, or the
+    largest one where backward frees them, and what the optimizer keeps; and what the loss of one microbatch holds."""
     degrees = degrees or Degrees()
     n_cut, dtype = degrees.world // degrees.replicate, getattr(torch, training.dtype)
-    stored = parameter_count(model) * dtype.itemsize // n_cut
+    sizes = (each.numel() * (dtype if each.is_floating_point() else each.dtype).itemsize for each in model.parameters())
+    stored = sum(sizes) // n_cut
     typed = [
         each._replace(value=nn.Parameter(each.value.to(dtype), each.value.requires_grad)) for each in weights(model)
     ]

@@ -1,5 +1,7 @@
-"""Weights of a run that trained adapters alone: those that it began with, with its adapters merged into them."""
+"""Weights of a model with adapters merged into them: those of a run that trained adapters alone, or of peft's."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ from torch import Tensor
 from core.checkpoint.find import Found
 from core.checkpoint.index import NAMES
 from core.nn.adapter import ADAPTER_WEIGHTS
+from core.nn.init import LocalSlice
+from core.nn.nf4 import decoded, encoded
+from core.nn.weights import BLOCK, BLOCK_BYTES
 from core.weights.saved import Saved
 from core.weights.shard_file import Header, RowSpan
 from core.weights.source import WeightSource
@@ -22,31 +27,94 @@ def adapter_settings(run: dict[str, Any]) -> dict[str, Any] | None:
     return next(found, None)
 
 
-class MergedWeights:
-    """The weights of a checkpoint of adapters, as if each had been added to its weight: W + alpha / rank B A, with the
-    rows of that at their lengths where there is a magnitude. They are read and merged row by row."""
+@torch.no_grad()
+def begin_with(source: WeightSource, name: str, piece: LocalSlice) -> None:
+    """Fill a piece of a weight, of any shape, with what `source` has there, made few bits where it is kept in bytes.
 
-    def __init__(self, found: Found, run: dict[str, Any], base: WeightSource) -> None:
-        """`base` has the weights that the run began with, by our names."""
-        settings = adapter_settings(run)
+    Of a stack of matrices one is in memory at a time.
+    """
+    value, start = piece
+    if value.dtype != torch.uint8:
+        source.fill(name, value, start)
+        return
+    first, *more, column = start
+    for i, box in enumerate(value.split(1)) if value.dim() == 3 else [(0, value)]:
+        n_in, at = box.shape[-1] // BLOCK_BYTES * BLOCK, column // BLOCK_BYTES * BLOCK
+        values = torch.empty(*box.shape[:-1], n_in, dtype=torch.float32, device=box.device)
+        box.copy_(encoded(source.fill(name, values, (first + i, *more, at))))
+
+
+def in_training(weight: Tensor, *, quantised: bool) -> Tensor:
+    """In fp32 what rows of a weight (..., I) were to the adapter that learned beside them."""
+    return decoded(encoded(weight), torch.float32) if quantised else weight.float()
+
+
+class Adapters(ABC):
+    """Adapters of layers of a model, by our names and in our order of rows, wherever they are kept."""
+
+    layers: Set[str]
+    """The layers that have one."""
+    quantised: bool = False
+    """Whether they were trained beside weights in few bits."""
+
+    @abstractmethod
+    def scale(self, layer: str) -> float:
+        """What the product of a layer's two matrices is multiplied by."""
+
+    @abstractmethod
+    def read(self, layer: str, leaf: str, rows: RowSpan = None) -> Tensor | None:
+        """`lora_a` (r, I) or (G, r, I), `lora_b` (O, r) or (G, O, r), `magnitude` (O,) or (G, O), or rows of it; None
+        for lengths where there are none."""
+
+
+class SavedAdapters(Adapters):
+    """The adapters in a checkpoint of a run, whose `config.json` states `run`."""
+
+    def __init__(self, found: Found, run: dict[str, Any]) -> None:
+        self.found, self.saved, settings = found, Saved(found), adapter_settings(run)
         assert settings is not None, "a run without adapters"
-        self.found, self.base, self.saved = found, base, Saved(found)
-        self.scale = settings["alpha"] / settings["rank"]
+        self.settings = settings
+        self.layers = {name.removesuffix(".lora_a") for name in self.saved.headers if name.endswith(".lora_a")}
+        self.quantised = settings.get("quantize_base", False)
+
+    def __str__(self) -> str:
+        return str(self.found)
+
+    def scale(self, layer: str) -> float:
+        return self.settings["alpha"] / self.settings["rank"]
+
+    def read(self, layer: str, leaf: str, rows: RowSpan = None) -> Tensor | None:
+        name = f"{layer}.{leaf}"
+        return self.saved.read(name, rows).float() if name in self.saved.headers else None
+
+
+class MergedWeights:
+    """The weights of a model as if each adapter had been added to its weight: W + scale B A, with the rows of that at
+    their lengths where there is a magnitude. They are read and merged row by row.
+
+    A weight that was trained beside in few bits is taken as these say it: so the merged model is the one that learned.
+    """
+
+    def __init__(self, adapters: Adapters, base: WeightSource) -> None:
+        """`base` has the weights without adapters, by our names."""
+        self.adapters, self.base = adapters, base
         self.promised: dict[str, str] = {}
         shapes = {name: list(base.key_map.weights[name].shape) for name in base.pieces}
         self.headers = {
-            name: Header(Path(str(found)), shape, NAMES[base.dtype(name)]) for name, shape in shapes.items()
+            name: Header(Path(str(adapters)), shape, NAMES[base.dtype(name)]) for name, shape in shapes.items()
         }
-        own = [name for name in self.saved.headers if name.rpartition(".")[2] not in ADAPTER_WEIGHTS]
-        self.headers |= {name: self.saved.headers[name] for name in own}
+        self.saved = adapters.saved if isinstance(adapters, SavedAdapters) else None
+        own = self.saved.headers if self.saved is not None else {}
+        self.own = {name for name in own if name.rpartition(".")[2] not in ADAPTER_WEIGHTS}
+        self.headers |= {name: own[name] for name in self.own}
 
     def __str__(self) -> str:
-        return f"{self.found} with the weights that it began with"
+        return f"{self.adapters} with the weights that it began with"
 
     @torch.no_grad()
     def read(self, key: str, rows: RowSpan = None) -> Tensor:
         """A weight, or rows of it."""
-        if key in self.saved.headers:
+        if self.saved is not None and key in self.own:
             return self.saved.read(key, rows)
         shape, dtype = self.headers[key].shape, self.base.dtype(key)
         if not shape:
@@ -55,15 +123,16 @@ class MergedWeights:
         part = torch.empty([span.stop - span.start, *shape[1:]], dtype=dtype)
         part = self.base.fill(key, part, (span.start, *[0] * (len(shape) - 1)))
         layer = key.removesuffix(".weight")
-        if f"{layer}.lora_a" in self.saved.headers:
-            part = self._merged(layer, part.float(), span).to(dtype)
+        if layer in self.adapters.layers:
+            part = self._merged(layer, in_training(part, quantised=self.adapters.quantised), span).to(dtype)
         return part[0] if isinstance(rows, int) else part
 
     def _merged(self, layer: str, weight: Tensor, rows: slice) -> Tensor:
         """Rows (rows, I) of a weight with its adapter, or experts (rows, O, I)."""
-        a = self.saved.read(f"{layer}.lora_a", rows if weight.dim() == 3 else None).float()
-        merged = weight + self.scale * (self.saved.read(f"{layer}.lora_b", rows).float() @ a)
-        if f"{layer}.magnitude" not in self.saved.headers:
+        a = self.adapters.read(layer, "lora_a", rows if weight.dim() == 3 else None)
+        b = self.adapters.read(layer, "lora_b", rows)
+        assert a is not None and b is not None, layer
+        merged = weight + self.adapters.scale(layer) * (b @ a)
+        if (magnitude := self.adapters.read(layer, "magnitude", rows)) is None:
             return merged
-        lengths = self.saved.read(f"{layer}.magnitude", rows).float() * weight.norm(dim=-1) / merged.norm(dim=-1)
-        return lengths.unsqueeze(-1) * merged
+        return (magnitude * weight.norm(dim=-1) / merged.norm(dim=-1)).unsqueeze(-1) * merged

@@ -25,12 +25,12 @@ from core.config.record import from_dict, to_json
 from core.config.validate import validate
 from core.config.version import version_lines
 from core.runtime.meta import meta_model
-from core.weights.adapters import MergedWeights
+from core.weights.adapters import MergedWeights, SavedAdapters
 from core.weights.atomic_folder import atomic_folder, vacant
 from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
 from core.weights.export import dtypes, outputs
 from core.weights.files import write_files
-from core.weights.folder import class_of, hf_config, model_of, read_config, with_base
+from core.weights.folder import class_of, hf_config, merged_peft, model_of, read_config, with_base
 from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
@@ -38,7 +38,8 @@ from core.weights.model_card import CARD, model_card
 from core.weights.mxfp4 import in_mxfp4, quantization_config
 from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
-from core.weights.peft_folder import PeftWeights, is_peft, write_peft
+from core.weights.peft_export import write_peft
+from core.weights.peft_folder import PeftFolder, is_peft
 from core.weights.saved import newest
 from core.weights.shard_file import FileSpan, Output, stretches
 from core.weights.source import WeightSource
@@ -138,8 +139,8 @@ def from_hf(
 ) -> None:
     """Write the weights of a Hugging Face folder as a folder in our format; of one of peft's, its adapters merged into
     the folder that it names."""
-    adapted = PeftWeights(src) if is_peft(src) else None
-    src = src if adapted is None else adapted.place
+    adapted = src if is_peft(src) else None
+    src = src if adapted is None else PeftFolder(src).place
     stated = read_config(src)
     family = families.get(str(stated.get("model_type")))
     if family is None:
@@ -148,7 +149,8 @@ def from_hf(
     config = hf_config(family, src, say)
     validate(config)
     model = meta_model(config)
-    write_as_own(model, WeightSource(hf_key_map(model), adapted or src), src, dst, dtype=dtype, shard_gib=shard_gib)
+    source = WeightSource(hf_key_map(model), src) if adapted is None else merged_peft(model, adapted)
+    write_as_own(model, source, src, dst, dtype=dtype, shard_gib=shard_gib)
 
 
 def from_peer(
@@ -222,11 +224,14 @@ def to_hf(
     validate(config)
     model = meta_model(config)
     weights = with_base(model, place) if peft else None
-    if peft and not isinstance(weights, MergedWeights):
+    adapters = weights.adapters if isinstance(weights, MergedWeights) else None
+    if peft and adapters is None:
         raise UserError(f"--peft: {place} is no checkpoint of a run that trains adapters")
     with atomic_folder(dst) as folder:
-        if isinstance(weights, MergedWeights):
-            return write_peft(model, weights, read_config(place), folder)
+        if isinstance(weights, MergedWeights) and isinstance(adapters, SavedAdapters):
+            base = read_config(place)["checkpoint"]["initial_load_path"]
+            base = PeftFolder(Path(base)).place if is_peft(base) else base
+            return write_peft(model, weights, adapters, str(base), folder)
         write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, mxfp4=mxfp4, say=say)
 
 

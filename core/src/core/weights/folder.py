@@ -14,10 +14,11 @@ from core.config.errors import UserError
 from core.config.json_file import read_json
 from core.config.links import file_in
 from core.config.record import to_dict, to_json
-from core.weights.adapters import MergedWeights, adapter_settings
+from core.weights.adapters import MergedWeights, SavedAdapters, adapter_settings
 from core.weights.hf import load_from, save_by
 from core.weights.hf_model import StoredModel, with_hf
 from core.weights.key_map import hf_key_map, mtp_weights, own_key_map
+from core.weights.peft_folder import PeftAdapters, PeftFolder, is_peft
 from core.weights.same_model import check_same_model
 from core.weights.saved import newest
 from core.weights.source import WeightSource
@@ -40,6 +41,8 @@ def load_folder(model: StoredModel, folder: str | Path, *, allow_model_change: b
 def folder_source(model: StoredModel, found: Path | Found, *, allow_model_change: bool = False) -> WeightSource:
     """The weights of `load_folder` for `model`, which needs no memory; errors and logs as there. Those of multi-token
     prediction may be missing."""
+    if not isinstance(found, Found) and is_peft(found):
+        return merged_peft(model, found, allow_model_change=allow_model_change)
     if not is_published(found):
         return own_source(model, found, allow_model_change=allow_model_change)
     check_same_model(model, to_dict(hf_config(type(model), found)), found, allow=allow_model_change)
@@ -84,7 +87,21 @@ def with_base(model: StoredModel, place: str | Path | Found) -> str | Path | Fou
     base = run["checkpoint"]["initial_load_path"]
     if "://" not in base and not Path(base).exists():
         raise UserError(f"{place} holds adapters alone, and the weights that its run began with, {base}, are not there")
-    return MergedWeights(place, run, folder_source(model, newest(base), allow_model_change=True))
+    return MergedWeights(SavedAdapters(place, run), folder_source(model, under(base), allow_model_change=True))
+
+
+def under(folder: str | Path) -> Path | Found:
+    """Where the weights are that a run of adapters began with, which may have begun with adapters of peft's."""
+    return PeftFolder(Path(folder)).place if is_peft(folder) else newest(folder)
+
+
+def merged_peft(model: StoredModel, folder: Path, *, allow_model_change: bool = False) -> WeightSource:
+    """The weights of the Hugging Face folder that one of peft's names, with the adapters merged into them."""
+    peft = PeftFolder(folder)
+    base = folder_source(model, peft.place, allow_model_change=allow_model_change)
+    key_map, adapters = own_key_map(model), PeftAdapters(peft, hf_key_map(model), base)
+    may_lack = mtp_weights(key_map.weights, model.config.n_layers)
+    return WeightSource(key_map, MergedWeights(adapters, base), may_lack=may_lack)
 
 
 def save_weights(

@@ -1,0 +1,68 @@
+"""Adapters of experts, each of which peft keeps in those of a parameter that holds two of our weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.config.recipe import load_config
+from core.optim.groups import freeze
+from core.quantization.converter import converted_model
+from core.quantization.lora import LoRAConverter
+from core.step.checks import check_model
+from core.testing.adapter_suite import TOKENS, adapter_run, logits_after, logits_in_peft, logits_of
+from core.testing.document import shown_files
+from core.train.trainer import Trainer
+from core.weights import convert
+from qwen3 import configs
+from qwen3.model import Qwen3MoE
+
+FAMILY: Any = {"qwen3_moe": Qwen3MoE}
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of other programs are theirs
+@pytest.mark.parametrize("patterns", [["*"], ["*.w1", "*.wq"]], ids=["all", "one"])
+def test_peft_has_the_adapters_of_experts_and_we_read_them(tmp_path: Path, patterns: list[str]) -> None:
+    adapters = LoRAConverter.Config(rank=4, alpha=12.0, patterns=patterns)
+    config = adapter_run(configs.qwen3_moe_debug(), tmp_path, adapters)
+    expected = logits_after(config)
+    convert.main(FAMILY, ["to-hf", str(tmp_path / "run"), str(tmp_path / "peft"), "--peft"])
+    convert.main(FAMILY, ["from-hf", str(tmp_path / "peft"), str(tmp_path / "merged")])
+    torch.testing.assert_close(logits_of(config, tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+    config.checkpoint.initial_load_path, config.dump_folder = str(tmp_path / "peft"), str(tmp_path / "on")
+    trainer: Trainer = config.build()
+    with torch.no_grad():
+        found = trainer.built.models[0].eval()(TOKENS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_in_peft(tmp_path / "base", tmp_path / "peft"), expected, rtol=0, atol=1e-5)
+
+
+def test_what_peft_cannot_have_is_told(tmp_path: Path) -> None:
+    adapters = LoRAConverter.Config(rank=4, patterns=["*.experts.*"], dora=True)
+    config = adapter_run(configs.qwen3_moe_debug(), tmp_path, adapters)
+    expected = logits_after(config)
+    torch.testing.assert_close(logits_of(config, tmp_path / "run"), expected, rtol=0, atol=1e-5)
+    with pytest.raises(SystemExit):
+        convert.main(FAMILY, ["to-hf", str(tmp_path / "run"), str(tmp_path / "peft"), "--peft"])
+    assert not (tmp_path / "peft").exists()
+
+
+def test_the_document_has_recipes_that_train_what_they_say(tmp_path: Path) -> None:
+    document = Path(__file__).parents[3] / "docs/adapters.md"
+    (tmp_path / "tune.py").write_text(shown_files(document)["tune.py"])
+    trained = {}
+    for name in ("tuned", "tuned_in_4_bits", "last_blocks"):
+        config = load_config([f"{tmp_path / 'tune.py'}:{name}"], configs)
+        config.checkpoint.initial_load_path = str(tmp_path)
+        model, _ = converted_model(config.model, config.converters)
+        freeze(model.named_parameters(), config.optimizer.groups)
+        check_model(model, config, torch.device("cpu"))
+        trained[name] = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert all(weight.dtype == torch.uint8 for weight in frozen_layers(model)) == (name == "tuned_in_4_bits")
+    assert len(trained["tuned"]) == 28 * 4 * 2 and len(trained["tuned_in_4_bits"]) == 28 * 7 * 2
+    assert {name.split(".")[1] for name in trained["last_blocks"]} == {"24", "25", "26", "27"}
+
+
+def frozen_layers(model: Any) -> list[torch.Tensor]:
+    return [layer.w1.weight for layer in (block.feed_forward for block in model.layers.values())]
