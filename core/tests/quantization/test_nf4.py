@@ -14,23 +14,28 @@ from core.nn.adapter import numbers_of
 from core.nn.grouped import grouped_mm
 from core.nn.init import init_weights, materialise
 from core.nn.nf4 import LEVELS, NF4_GROUPED_MM, NF4_MM, decoded, encoded
-from core.nn.weights import parameter_count, training_flops_per_token, weights
+from core.nn.weights import n_numbers, parameter_count, training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import converted_model
 from core.quantization.float8 import Float8LinearConverter
 from core.quantization.lora import LoRAConverter
 from core.step.converted import block_problems
+from core.step.settings import Training
+from core.train.memory import estimate
+from core.train.trainer import Trainer
 
-QLORA: list[Any] = [LoRAConverter.Config(rank=4, quantize_base=True)]
 LORA: list[Any] = [LoRAConverter.Config(rank=4)]
+QLORA: list[Any] = [LoRAConverter.Config(rank=4, quantize_base=True)]
+QDORA: list[Any] = [LoRAConverter.Config(rank=4, quantize_base=True, dora=True)]
 
 
 def by_formula(values: torch.Tensor) -> torch.Tensor:
     """The nearest level of each number, block by block, times the largest."""
     blocks = values.reshape(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
-    distances = (blocks.unsqueeze(-1) / largest.unsqueeze(-1) - LEVELS).abs()
-    return (LEVELS[distances.argmin(-1)] * largest).view_as(values)
+    table = torch.tensor(LEVELS)
+    distances = (blocks.unsqueeze(-1) / largest.unsqueeze(-1) - table).abs()
+    return (table[distances.argmin(-1)] * largest).view_as(values)
 
 
 def test_levels_are_quantiles_of_the_normal_distribution() -> None:
@@ -39,7 +44,7 @@ def test_levels_are_quantiles_of_the_normal_distribution() -> None:
     above = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat((above, below, torch.zeros(1, dtype=torch.float64))).sort().values
-    torch.testing.assert_close(LEVELS.double(), levels / levels.max(), rtol=0, atol=2e-7)
+    torch.testing.assert_close(torch.tensor(LEVELS, dtype=torch.float64), levels / levels.max(), rtol=0, atol=2e-7)
 
 
 def test_numbers_become_the_nearest_levels() -> None:
@@ -96,6 +101,23 @@ def test_a_model_keeps_few_bytes_and_counts_its_numbers() -> None:
             assert layer.weight.nbytes * 64 == other.weight.numel() * 36
             torch.testing.assert_close(numbers_of(layer), by_formula(other.weight.detach()), rtol=0, atol=0)
             torch.testing.assert_close(layer.lora_a, other.lora_a, rtol=0, atol=0)
+
+
+def test_an_estimate_and_a_plan_count_the_bytes() -> None:
+    found = {}
+    for name, converters in (("plain", []), ("nf4", QDORA)):
+        run = Trainer.Config(model=wide(), training=Training(steps=1, seq_len=32, local_batch_size=2, device="cpu"))
+        run.converters, run.checkpoint.initial_load_path = converters, "base" if converters else None
+        model, _ = converted_model(run.model, converters)
+        frozen = [weight for weight in model.parameters() if not weight.is_floating_point()]
+        n_bytes = 4 * (parameter_count(model) - sum(map(n_numbers, frozen))) + sum(weight.nbytes for weight in frozen)
+        assert estimate(model, run.optimizer, run.loss, run.training).weights == n_bytes
+        for world_size in (1, 2):
+            plan = Trainer.plan(run, world_size=world_size, rank=0)
+            assert plan.weights_bytes * world_size == n_bytes and plan.model_parameters == parameter_count(model)
+        found[name] = n_bytes
+        assert bool(frozen) == any("lora: " in note for note in plan.notes)
+    assert found["nf4"] < 0.4 * found["plain"]
 
 
 def test_checkpoints_of_activations_count_its_products() -> None:

@@ -1,5 +1,6 @@
 """Adapters of experts, each of which peft keeps in those of a parameter that holds two of our weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from core.config.recipe import load_config
+from core.evaluate import command as evaluate
+from core.generate import command as generate
 from core.optim.groups import freeze
 from core.quantization.converter import converted_model
 from core.quantization.lora import LoRAConverter
@@ -38,14 +41,28 @@ def test_peft_has_the_adapters_of_experts_and_we_read_them(tmp_path: Path, patte
     torch.testing.assert_close(logits_in_peft(tmp_path / "base", tmp_path / "peft"), expected, rtol=0, atol=1e-5)
 
 
-def test_what_peft_cannot_have_is_told(tmp_path: Path) -> None:
-    adapters = LoRAConverter.Config(rank=4, patterns=["*.experts.*"], dora=True)
+def test_lengths_of_experts_beside_4_bits_are_merged_and_not_for_peft(tmp_path: Path, capsys: Any) -> None:
+    adapters = LoRAConverter.Config(rank=4, patterns=["*.experts.*"], dora=True, quantize_base=True)
     config = adapter_run(configs.qwen3_moe_debug(), tmp_path, adapters)
     expected = logits_after(config)
-    torch.testing.assert_close(logits_of(config, tmp_path / "run"), expected, rtol=0, atol=1e-5)
+    run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(config, Path(run)), expected, rtol=0, atol=1e-5)
     with pytest.raises(SystemExit):
-        convert.main(FAMILY, ["to-hf", str(tmp_path / "run"), str(tmp_path / "peft"), "--peft"])
+        convert.main(FAMILY, ["to-hf", run, str(tmp_path / "peft"), "--peft"])
+    assert "has lengths of rows (dora), which peft does not have of experts" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert not (tmp_path / "peft").exists()
+    convert.main(FAMILY, ["to-hf", run, merged])
+    found = []
+    for folder in (run, merged):
+        asked = ["--checkpoint", folder, "--perplexity", str(tmp_path / "text.txt"), "--device", "cpu"]
+        evaluate.main(configs, [*asked, "--out", str(tmp_path / "found.json")])
+        found.append(json.loads((tmp_path / "found.json").read_text())["perplexity"])
+        capsys.readouterr()
+        generate.main(configs, ["--checkpoint", folder, "--prompt", "a page", "--max_new_tokens", "8", "--device", "cpu"])
+        found.append(capsys.readouterr().out)
+    assert found[:2] == found[2:] and "a page" in found[1]
 
 
 def test_the_document_has_recipes_that_train_what_they_say(tmp_path: Path) -> None:

@@ -23,14 +23,11 @@ from core.nn.product import Product
 from core.nn.start import Start
 from core.nn.weights import BLOCK, BLOCK_BYTES
 
-LEVELS = torch.tensor(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    device="cpu",
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 SMALLEST = 1e-38
 """What the largest number of a block counts as at least when it is divided by."""
@@ -46,7 +43,8 @@ def encoded(values: Tensor) -> Tensor:
     """The bytes (..., C) of numbers (..., I): two levels in a byte, the first in its upper half, then the scale."""
     blocks = values.float().unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(-1, keepdim=True)
-    middles = ((LEVELS[1:] + LEVELS[:-1]) / 2).to(values.device)
+    table = torch.tensor(LEVELS, device=values.device)
+    middles = (table[1:] + table[:-1]) / 2
     levels = torch.bucketize(blocks * (1.0 / amax.clamp(min=SMALLEST)), middles).to(torch.uint8).unflatten(-1, (-1, 2))
     return torch.cat((levels[..., 0] << 4 | levels[..., 1], amax.view(torch.uint8)), -1).flatten(-2)
 
@@ -56,7 +54,7 @@ def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     blocks = weight.unflatten(-1, (-1, BLOCK_BYTES))
     pairs, amax = blocks[..., : BLOCK // 2], blocks[..., BLOCK // 2 :].contiguous().view(torch.float32)
     levels = torch.stack((pairs >> 4, pairs & 15), -1).flatten(-2)
-    return (LEVELS.to(weight.device)[levels.int()] * amax).flatten(-2).to(dtype)
+    return (torch.tensor(LEVELS, device=weight.device)[levels.int()] * amax).flatten(-2).to(dtype)
 
 
 class NF4Product(Product):

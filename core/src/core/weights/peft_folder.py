@@ -153,8 +153,10 @@ class PeftAdapters(Adapters):
         a = parts["lora_a"].unflatten(0, (n_experts, -1))
         b = parts["lora_b"].unflatten(1, (-1, n_experts)).permute(2, 0, 1)
         self._scales[layer] = self.folder.scale(piece.key, a.shape[1])
-        b = KeyPart(piece.key, half=piece.half, experts=True).view(b)
+        whole, b = b, KeyPart(piece.key, half=piece.half, experts=True).view(b)
         used = b.any(0).any(0)  # some of the ranks may be those of the other half alone
+        if whole.any() and not used.any():
+            return
         self._found[layer] = (
             {"lora_a": a[:, used], "lora_b": b[..., used]} if used.any() else {"lora_a": a, "lora_b": b}
         )
