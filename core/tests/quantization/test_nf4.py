@@ -13,7 +13,7 @@ from core.config.errors import UserError
 from core.nn.adapter import numbers_of
 from core.nn.grouped import grouped_mm
 from core.nn.init import init_weights, materialise
-from core.nn.nf4 import LEVELS, NF4_GROUPED_MM, NF4_MM, decoded, encoded
+from core.nn.nf4 import LEVELS, NF4_GROUPED_MM, NF4_MM, from_nf4, to_nf4
 from core.nn.weights import n_numbers, parameter_count, training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import converted_model
@@ -50,32 +50,32 @@ def test_levels_are_quantiles_of_the_normal_distribution() -> None:
 def test_numbers_become_the_nearest_levels() -> None:
     values = torch.randn(3, 5, 192, generator=torch.Generator().manual_seed(0))
     values[0, 0, :64] = 0.0
-    stored = encoded(values)
+    stored = to_nf4(values)
     assert stored.dtype == torch.uint8 and stored.shape == (3, 5, 108)
-    found = decoded(stored, torch.float32)
+    found = from_nf4(stored, torch.float32)
     assert not found[0, 0, :64].any()
     torch.testing.assert_close(found[1:], by_formula(values[1:]), rtol=0, atol=0)
-    torch.testing.assert_close(decoded(encoded(found), torch.float32), found, rtol=0, atol=0)
-    assert torch.equal(stored[:, 2:4, 36:72], encoded(values[:, 2:4, 64:128]))
+    torch.testing.assert_close(from_nf4(to_nf4(found), torch.float32), found, rtol=0, atol=0)
+    assert torch.equal(stored[:, 2:4, 36:72], to_nf4(values[:, 2:4, 64:128]))
 
 
 def test_bitsandbytes_writes_the_same_bytes() -> None:
     reference = pytest.importorskip("bitsandbytes", reason="a reference that a test environment need not have")
     values = torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
     bits, state = reference.functional.quantize_4bit(values, blocksize=64, quant_type="nf4")
-    blocks = encoded(values).view(-1, 36)
+    blocks = to_nf4(values).view(-1, 36)
     assert torch.equal(blocks[:, :32].reshape(-1), bits.view(-1))
     assert torch.equal(blocks[:, 32:].contiguous().view(torch.float32).view(-1), state.absmax)
     found = reference.functional.dequantize_4bit(bits, state)
-    torch.testing.assert_close(decoded(encoded(values), torch.float32), found, rtol=0, atol=0)
+    torch.testing.assert_close(from_nf4(to_nf4(values), torch.float32), found, rtol=0, atol=0)
 
 
 def test_products_are_those_of_the_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 128, generator=generator, dtype=torch.float64, requires_grad=True)
     values = torch.randn(3, 5, 128, generator=generator)
-    stored, counts = encoded(values), torch.tensor([3, 0, 4])
-    numbers = decoded(stored, torch.float64)
+    stored, counts = to_nf4(values), torch.tensor([3, 0, 4])
+    numbers = from_nf4(stored, torch.float64)
     for made, expected in (
         (NF4_MM(x, stored[0], False), F.linear(x, numbers[0])),
         (NF4_GROUPED_MM(x, stored, counts, False), grouped_mm(x, numbers, counts)),
@@ -107,7 +107,7 @@ def test_an_estimate_and_a_plan_count_the_bytes() -> None:
     found = {}
     for name, converters in (("plain", []), ("nf4", QDORA)):
         run = Trainer.Config(model=wide(), training=Training(steps=1, seq_len=32, local_batch_size=2, device="cpu"))
-        run.converters, run.checkpoint.initial_load_path = converters, "base" if converters else None
+        run.converters, run.checkpoint.enable, run.checkpoint.initial_load_path = converters, True, "base"
         model, _ = converted_model(run.model, converters)
         frozen = [weight for weight in model.parameters() if not weight.is_floating_point()]
         n_bytes = 4 * (parameter_count(model) - sum(map(n_numbers, frozen))) + sum(weight.nbytes for weight in frozen)

@@ -21,7 +21,7 @@ from core.nn.grouped import GroupedLinear, grouped_mm, to_autocast
 from core.nn.layers import Linear
 from core.nn.product import Product
 from core.nn.start import Start
-from core.nn.weights import BLOCK, BLOCK_BYTES
+from core.nn.weights import NF4_BLOCK, NF4_BLOCK_BYTES
 
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -39,9 +39,9 @@ NF4_MM = save_product(torch.ops.armature.nf4_mm.default, weight=1)
 NF4_GROUPED_MM = save_output(torch.ops.armature.nf4_grouped_mm.default)
 
 
-def encoded(values: Tensor) -> Tensor:
+def to_nf4(values: Tensor) -> Tensor:
     """The bytes (..., C) of numbers (..., I): two levels in a byte, the first in its upper half, then the scale."""
-    blocks = values.float().unflatten(-1, (-1, BLOCK))
+    blocks = values.float().unflatten(-1, (-1, NF4_BLOCK))
     amax = blocks.abs().amax(-1, keepdim=True)
     table = torch.tensor(LEVELS, device=values.device)
     middles = (table[1:] + table[:-1]) / 2
@@ -49,10 +49,10 @@ def encoded(values: Tensor) -> Tensor:
     return torch.cat((levels[..., 0] << 4 | levels[..., 1], amax.view(torch.uint8)), -1).flatten(-2)
 
 
-def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def from_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers (..., I) of bytes (..., C)."""
-    blocks = weight.unflatten(-1, (-1, BLOCK_BYTES))
-    pairs, amax = blocks[..., : BLOCK // 2], blocks[..., BLOCK // 2 :].contiguous().view(torch.float32)
+    blocks = weight.unflatten(-1, (-1, NF4_BLOCK_BYTES))
+    pairs, amax = blocks[..., : NF4_BLOCK // 2], blocks[..., NF4_BLOCK // 2 :].contiguous().view(torch.float32)
     levels = torch.stack((pairs >> 4, pairs & 15), -1).flatten(-2)
     return (torch.tensor(LEVELS, device=weight.device)[levels.int()] * amax).flatten(-2).to(dtype)
 
@@ -64,7 +64,7 @@ class NF4Product(Product):
         return "NF4Product()"
 
     def numbers(self, weight: Tensor) -> Tensor:
-        return decoded(weight, torch.float32)
+        return from_nf4(weight, torch.float32)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         return NF4_MM(to_autocast(x).flatten(0, -2), weight, False).unflatten(0, x.shape[:-1])
@@ -80,15 +80,15 @@ class StartInNF4(NamedTuple):
 
     def draw(self, out: Tensor, generator: torch.Generator) -> None:
         """Fill bytes `out` (..., C)."""
-        values = torch.empty(*out.shape[:-1], out.shape[-1] // BLOCK_BYTES * BLOCK, device=out.device)
+        values = torch.empty(*out.shape[:-1], out.shape[-1] // NF4_BLOCK_BYTES * NF4_BLOCK, device=out.device)
         self.plain.draw(values, generator)
-        out.copy_(encoded(values))
+        out.copy_(to_nf4(values))
 
 
 def keep_in_nf4(layer: Linear | GroupedLinear) -> None:
     """Have a layer, which has no memory yet and whose product is an `NF4Product`, keep its weight in these bytes."""
     *rows, n_in = layer.weight.shape
-    stored = torch.empty(*rows, n_in // BLOCK * BLOCK_BYTES, dtype=torch.uint8, device=layer.weight.device)
+    stored = torch.empty(*rows, n_in // NF4_BLOCK * NF4_BLOCK_BYTES, dtype=torch.uint8, device=layer.weight.device)
     layer.weight = nn.Parameter(stored, requires_grad=False)
     start: Any = layer.start
     start["weight"] = StartInNF4(start["weight"])
@@ -97,7 +97,7 @@ def keep_in_nf4(layer: Linear | GroupedLinear) -> None:
 @torch.library.impl(LIBRARY, "nf4_mm", "CompositeExplicitAutograd")
 def _mm(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """x (T, I) times the weight (O, C) transposed, or x (T, O) times it."""
-    numbers = decoded(weight, x.dtype)
+    numbers = from_nf4(weight, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return x @ (numbers if transposed else numbers.t())
 
@@ -105,13 +105,13 @@ def _mm(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 @torch.library.impl(LIBRARY, "nf4_grouped_mm", "CompositeExplicitAutograd")
 def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
     """Each row, of x (R, I) or (R, O), times the matrix of its group, of (G, O, C)."""
-    numbers = decoded(weight, x.dtype)
+    numbers = from_nf4(weight, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return grouped_mm(x, numbers.mT if transposed else numbers, counts)
 
 
 def _fake(x: Tensor, weight: Tensor, *way: Any) -> Tensor:
-    n_out = weight.shape[-1] // BLOCK_BYTES * BLOCK if way[-1] else weight.shape[-2]
+    n_out = weight.shape[-1] // NF4_BLOCK_BYTES * NF4_BLOCK if way[-1] else weight.shape[-2]
     return x.new_empty(x.shape[0], n_out)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from core.nn.module import Flops, Module
 from core.nn.start import Start
 
-BLOCK, BLOCK_BYTES = 64, 36
+NF4_BLOCK, NF4_BLOCK_BYTES = 64, 36
 """Numbers that share a scale in a weight of bytes, and their bytes: 32 with two numbers in each, and 4 of the scale."""
 
 
@@ -67,7 +67,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def n_numbers(weight: Tensor) -> int:
     """How many numbers a weight, of any shape, stands for."""
-    return weight.numel() if weight.is_floating_point() else weight.numel() // BLOCK_BYTES * BLOCK
+    return weight.numel() if weight.is_floating_point() else weight.numel() // NF4_BLOCK_BYTES * NF4_BLOCK
 
 
 def training_flops_per_token(model: nn.Module, seq_len: int) -> Flops:

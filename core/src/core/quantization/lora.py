@@ -9,7 +9,7 @@ from core.nn.adapter import ADAPTER_WEIGHTS, add_adapter
 from core.nn.decoder import Decoder
 from core.nn.nf4 import NF4Product, keep_in_nf4
 from core.nn.product import ByProduct, put_product
-from core.nn.weights import BLOCK
+from core.nn.weights import NF4_BLOCK
 from core.quantization.converter import Converter, Layer
 
 
@@ -59,4 +59,4 @@ def why_not_nf4(layer: Layer) -> str:
     if isinstance(layer.module, ByProduct):
         return "another converter has its product, and quantize_base needs a plain one"
     n_in = layer.sizes[1]
-    return f"{n_in:,} inputs are no multiple of {BLOCK}, which quantize_base needs" if n_in % BLOCK else ""
+    return f"{n_in:,} inputs are no multiple of {NF4_BLOCK}, which quantize_base needs" if n_in % NF4_BLOCK else ""

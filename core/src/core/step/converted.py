@@ -10,7 +10,7 @@ from core.config.errors import joined
 from core.config.fields import Problem
 from core.nn.decoder import Decoder
 from core.nn.product import layer_products
-from core.nn.weights import BLOCK, BLOCK_BYTES, weights
+from core.nn.weights import NF4_BLOCK, NF4_BLOCK_BYTES, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, adapts
 from core.step.shares import ranks_that_share
@@ -50,7 +50,7 @@ def block_problems(model: Decoder, parallelism: Parallelism) -> Iterator[Problem
         multiple, (*rows, columns) = sizes.get(id(weight.value), 1), weight.value.shape[-2:]
         multiples = [multiple, multiple]
         if not weight.value.is_floating_point():
-            columns, multiples = columns // BLOCK_BYTES * BLOCK, [1, BLOCK]
+            columns, multiples = columns // NF4_BLOCK_BYTES * NF4_BLOCK, [1, NF4_BLOCK]
         for axis, size, multiple in zip(
             weight.axes[-2:], (*rows, columns), multiples[-len(weight.axes) :], strict=True
         ):

@@ -24,7 +24,8 @@ def adapter_run(config: Trainer.Config, folder: Path, adapters: LoRAConverter.Co
     (folder / "text.txt").write_text("a page of text with many words in it\n" * 200)
     config.dataloader.dataset, config.dataloader.cache_folder = str(folder / "text.txt"), str(folder / "cache")
     config.dataloader.validation_fraction, config.dump_folder = 0.0, str(folder / "run")
-    config.converters, config.checkpoint.initial_load_path = [adapters], str(folder / "base")
+    config.converters = [adapters]
+    config.checkpoint.initial_load_path = str(folder / "base")
     return config
 
 

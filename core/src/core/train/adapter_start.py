@@ -34,12 +34,12 @@ def adapters_at_start(run: Run, model: Decoder) -> PeftAdapters | None:
     names = [name for name, _ in converted_model(model.config, run.converters)[0].named_parameters()]
     layers = {name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")}
     at = f"converters.{run.converters.index(config)}"
-    if problems := list(differences(config, adapters, layers, at, path)):
+    if problems := list(adapter_differences(config, adapters, layers, at, path)):
         raise joined(problems)
     return adapters
 
 
-def differences(
+def adapter_differences(
     config: LoRAConverter.Config, adapters: PeftAdapters, layers: set[str], at: str, path: str
 ) -> Iterator[Problem]:
     """What differs between a recipe, whose adapters are of these layers, and the adapters in the folder `path`."""

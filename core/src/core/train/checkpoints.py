@@ -42,7 +42,7 @@ from core.train.state import (
 from core.weights.adapters import adapter_settings, begin_with
 from core.weights.companions import run_companions
 from core.weights.convert import write_as_hf
-from core.weights.folder import folder_source, is_published, model_of, under
+from core.weights.folder import folder_source, is_published, model_of, weights_under
 from core.weights.key_map import mtp_weights
 from core.weights.peft_folder import is_peft
 from core.weights.same_model import check_same_model
@@ -253,7 +253,7 @@ class RunCheckpoints:
 
     def _begin_with(self, path: str) -> None:
         c, allow = self.settings, self.settings.allow_model_change
-        path = str(under(path)) if adapts(self.run.converters) and is_peft(path) else path
+        path = str(weights_under(path)) if adapts(self.run.converters) and is_peft(path) else path
         found = find_in(path, self.ranks) if self.ranks.first(lambda: next(candidates(path), None)) else None
         whole = all(weight.is_floating_point() for weight in self._begins.values() if isinstance(weight, Parameter))
         if whole and not c.initial_load_in_hf and found is not None and adapter_settings(found.config()) is None:

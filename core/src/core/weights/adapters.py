@@ -12,8 +12,8 @@ from core.checkpoint.find import Found
 from core.checkpoint.index import NAMES
 from core.nn.adapter import ADAPTER_WEIGHTS
 from core.nn.init import LocalSlice
-from core.nn.nf4 import decoded, encoded
-from core.nn.weights import BLOCK, BLOCK_BYTES
+from core.nn.nf4 import from_nf4, to_nf4
+from core.nn.weights import NF4_BLOCK, NF4_BLOCK_BYTES
 from core.weights.saved import Saved
 from core.weights.shard_file import Header, RowSpan
 from core.weights.source import WeightSource
@@ -39,14 +39,14 @@ def begin_with(source: WeightSource, name: str, piece: LocalSlice) -> None:
         return
     first, *more, column = start
     for i, box in enumerate(value.split(1)) if value.dim() == 3 else [(0, value)]:
-        n_in, at = box.shape[-1] // BLOCK_BYTES * BLOCK, column // BLOCK_BYTES * BLOCK
+        n_in, at = box.shape[-1] // NF4_BLOCK_BYTES * NF4_BLOCK, column // NF4_BLOCK_BYTES * NF4_BLOCK
         values = torch.empty(*box.shape[:-1], n_in, dtype=torch.float32, device=box.device)
-        box.copy_(encoded(source.fill(name, values, (first + i, *more, at))))
+        box.copy_(to_nf4(source.fill(name, values, (first + i, *more, at))))
 
 
 def in_training(weight: Tensor, *, quantised: bool) -> Tensor:
     """In fp32 what rows of a weight (..., I) were to the adapter that learned beside them."""
-    return decoded(encoded(weight), torch.float32) if quantised else weight.float()
+    return from_nf4(to_nf4(weight), torch.float32) if quantised else weight.float()
 
 
 class Adapters(ABC):

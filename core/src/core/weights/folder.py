@@ -87,10 +87,10 @@ def with_base(model: StoredModel, place: str | Path | Found) -> str | Path | Fou
     base = run["checkpoint"]["initial_load_path"]
     if "://" not in base and not Path(base).exists():
         raise UserError(f"{place} holds adapters alone, and the weights that its run began with, {base}, are not there")
-    return MergedWeights(SavedAdapters(place, run), folder_source(model, under(base), allow_model_change=True))
+    return MergedWeights(SavedAdapters(place, run), folder_source(model, weights_under(base), allow_model_change=True))
 
 
-def under(folder: str | Path) -> Path | Found:
+def weights_under(folder: str | Path) -> Path | Found:
     """Where the weights are that a run of adapters began with, which may have begun with adapters of peft's."""
     return PeftFolder(Path(folder)).place if is_peft(folder) else newest(folder)
 
