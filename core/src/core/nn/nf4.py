@@ -69,8 +69,8 @@ class NF4Product(Product):
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         return NF4_MM(to_autocast(x).flatten(0, -2), weight, False).unflatten(0, x.shape[:-1])
 
-    def grouped(self, x_RI: Tensor, weight_GOC: Tensor, counts_G: Tensor) -> Tensor:
-        return NF4_GROUPED_MM(to_autocast(x_RI), weight_GOC, counts_G, False)
+    def grouped(self, x_RI: Tensor, weight_GOI: Tensor, counts_G: Tensor) -> Tensor:
+        return NF4_GROUPED_MM(to_autocast(x_RI), weight_GOI, counts_G, False)
 
 
 class StartInNF4(NamedTuple):
