@@ -7,13 +7,15 @@ import pytest
 import torch
 from converted_toys import EXACT, dense, one_rank, sparse, wide
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.activation_checkpoint.survey import survey
 from core.nn.adapter import add_adapter
 from core.nn.grouped import GroupedLinear
+from core.nn.init import init_weights, materialise
 from core.nn.layers import Linear
-from core.nn.weights import training_flops_per_token
+from core.nn.weights import training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import converted_model
 from core.quantization.float8 import Float8LinearConverter
@@ -118,6 +120,22 @@ def test_only_adapters_are_trained_and_products_are_counted_as_before() -> None:
         for each in ([], LORA)
     ]
     assert saved[0] == saved[1]
+
+
+@pytest.mark.parametrize(("config", "converters"), [(sparse(), LORA), (wide(), QLORA)], ids=["lora", "nf4"])
+def test_products_are_those_that_torch_counts(config: Any, converters: list[Any]) -> None:
+    """But for the gradients of the input of the first block, which nobody asks for: below it all is frozen."""
+    model, _ = converted_model(config, converters)
+    materialise(model, torch.device("cpu"), torch.float32)
+    init_weights(((weight.name, weight.value, weight.start) for weight in weights(model)), 0)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(64).view(2, 32) % 62).sum().backward()
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    first: Any = model.layers["0"].attention
+    unasked = 0
+    for layer in (first.wq, first.wk, first.wv):
+        unasked += 2 * (layer.n_numbers - layer.lora_b.numel())
+    assert products == (training_flops_per_token(model, 32).matmul - unasked) * 64
 
 
 def test_what_has_no_adapter_is_told() -> None:

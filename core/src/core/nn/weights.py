@@ -110,5 +110,6 @@ def _numbers_multiplied(module: Module, seq_len: int) -> tuple[int, int]:
     for child in module.modules() if not own else ():
         if isinstance(child, Module) and child.flops_per_token(seq_len) == Flops():
             own += child.parameters(recurse=False)
-    matrices = [weight for weight in own if weight.dim() > 1]
-    return sum(each.numel() for each in matrices if each.requires_grad), sum(each.numel() for each in matrices)
+    n_dims = max((weight.dim() for weight in own), default=0)  # in a stack of matrices, biases have two
+    matrices = [weight for weight in own if weight.dim() == n_dims > 1]
+    return sum(n_numbers(each) for each in matrices if each.requires_grad), sum(map(n_numbers, matrices))
