@@ -184,7 +184,7 @@ def evals(session: nox.Session) -> None:
 def loggers(session: nox.Session) -> None:
     """Report to Weights & Biases, Trackio and MLflow, all on this machine (a minute)."""
     install(session, "core")
-    session.install("wandb>=0.19", "trackio>=0.20", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13")
+    session.install("wandb>=0.19", "trackio>=0.20", "mlflow-skinny>=3", "sqlalchemy>=2,<2.1", "alembic>=1.13")
     session.run("python", "-m", "pytest", "core/tests/train/test_loggers.py", "-m", "loggers", *session.posargs)
 
 

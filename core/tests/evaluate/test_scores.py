@@ -142,7 +142,7 @@ def test_the_command_says_how_well_files_are_predicted(weights, tmp_path, capsys
 )
 def test_mistakes_are_said_before_weights_are_read(weights, monkeypatch, capsys, words, said):
     monkeypatch.setattr("core.evaluate.command.find_spec", lambda name: None)
-    monkeypatch.setattr("core.evaluate.command.loaded_model", None)
+    monkeypatch.setattr("core.generate.folder.loaded_model", None)
     with pytest.raises(SystemExit) as end:
         main(evaluated_recipes, ["--config", "toy", "--checkpoint", str(weights), *words])
     assert end.value.code == 2 and said in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 def test_the_command_continues_the_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(tmp_path, TEMPLATES["turns"])
     save_hf(on_cpu(Toy.Config(vocab_size=2048, max_seq_len=256)), folder)
-    monkeypatch.setattr("core.generate.command.loaded_model", lambda *args, **settings: None)
+    monkeypatch.setattr("core.generate.folder.loaded_model", lambda *args, **settings: None)
     model, tokenizer = Toy.Config(max_seq_len=256, vocab_size=2048), toy_recipes.toy().tokenizer
     config = Generation.Config(checkpoint=str(folder), prompt=["hello"], chat=True, model=model, tokenizer=tokenizer)
     made = config.build()

@@ -367,6 +367,11 @@ def test_tokenizer_json_of_the_checkpoint_and_a_prompt_without_bos(write, fails,
     assert message == "error: prompt 2 has no tokens, and this tokenizer none to begin with: write something\n"
 
 
+def test_without_a_prompt_a_document_is_begun(write) -> None:
+    out, _ = write("--temperature", "0", "--max-new-tokens", "8")
+    assert out == greedy_text("", 8) + "\n"
+
+
 def test_a_folder_without_a_tokenizer_does_not_get_just_any(text, fails, tmp_path) -> None:
     """The bundled one goes with a model of as many rows, and with a run that says so."""
     save_hf(toy(vocab_size=2050), tmp_path / "hf")
@@ -523,9 +528,9 @@ def test_wrong_settings(fails, words: list[str], message: str) -> None:
 
 
 def test_all_wrong_settings_are_told_at_once(fails) -> None:
-    message = fails("--top-p", "2", "--top-k", "-1", checkpoint=None)
+    message = fails("--top-p", "2", "--top-k", "-1", "--chat", checkpoint=None)
     assert "checkpoint: no weights: give their folder, --checkpoint FOLDER" in message
-    assert 'prompt: nothing to continue: give --prompt "..." or --prompt-file FILE' in message
+    assert 'prompt: nothing to answer: give --prompt "..." or --prompt-file FILE' in message
     assert "top_p 2.0" in message and "top_k -1" in message
 
 

@@ -7,13 +7,14 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from core.data.packing import Batch, count_labels
-from core.nn.kernel import Positions
+from core.nn.kernel import Positions, visible
 from core.nn.sdpa import SDPA
 from core.parallel.context import HeadsForTokens, order, split_rows
 from core.parallel.pipeline import Microbatch
 from core.testing.parity import drawn_batch
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
+from core.train.attention_logits import WatchedKernel, largest_logit
 
 
 def test_order_by_hand() -> None:
@@ -94,11 +95,19 @@ def heads_for_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_ranks:
     all_M = order(q.shape[2], n_ranks, balanced=True).flatten()
     mine = [side[:, :, own_L].clone().requires_grad_() for side in (q, k, v)]
     sinks_N = torch.linspace(-1, 1, q.shape[1]).requires_grad_()
-    wide = HeadsForTokens(SDPA(4), mesh)
-    mask = wide.mask(Positions(own_L[None], None, own_L[None], all_M[None], None))
+    watched, positions = WatchedKernel(SDPA(4)), Positions(own_L[None], None, own_L[None], all_M[None], None)
+    wide = HeadsForTokens(watched, mesh)  # pyrefly: ignore[bad-argument-type] - it is not built from a window
+    mask = wide.mask(positions)
     out = wide(*mine, mask, scale=0.3, sinks_N=sinks_N)
     (out * torch.arange(out.numel() * n_ranks).view(*out.shape[:2], -1, out.shape[-1])[:, :, own_L]).sum().backward()
-    return {"index": own_L, "out": out, "sinks": sinks_N.grad, **dict(zip("qkv", (x.grad for x in mine), strict=True))}
+    gathered = largest_logit(mine[0].detach(), k[:, :, all_M], visible(positions, 4), scale=0.3)
+    largest = {"largest of heads": watched.found[0], "largest of tokens": gathered}
+    return largest | {
+        "index": own_L,
+        "out": out,
+        "sinks": sinks_N.grad,
+        **dict(zip("qkv", (x.grad for x in mine), strict=True)),
+    }
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
@@ -112,6 +121,10 @@ def test_heads_are_given_for_tokens(n_ranks: int) -> None:
     plain = SDPA(4)
     out = plain(*whole, plain.mask(Positions(torch.arange(8)[None])), scale=0.3, sinks_N=sinks_N)
     (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
+    rule = visible(Positions(torch.arange(8)[None]), 4)
+    for name in ("largest of heads", "largest of tokens"):
+        largest = largest_logit(q, k, rule, scale=0.3)
+        torch.testing.assert_close(torch.stack([part[name] for part in found]).max(), largest)
     back_L = torch.cat([part["index"] for part in found]).argsort()
     expected = {"out": out, **dict(zip("qkv", (x.grad for x in whole), strict=True))}
     for name, value in expected.items():

@@ -96,14 +96,43 @@ def test_a_page_opens_draws_and_switches_its_axes(browser, tmp_path):
     assert opened.complaints == [] and len(opened.asked) == 1
 
 
+def test_rates_to_come_validation_and_where_a_step_goes_are_drawn(browser, tmp_path):
+    run = write_run(
+        tmp_path / "run", [record(step, validation_loss=3.0 if step % 10 == 0 else None) for step in range(1, 41)]
+    )
+    start = {"step": 0, "event": "start", "text": "began", "schedule": [[1, 1e-3], [50, 1e-3], [100, 1e-4]]}
+    (run / "events.jsonl").write_text(lines_of([start]))
+    (run / "profile_traces").mkdir()
+    table = f"where the time of a step goes\n\n{'':36}{'ms per step':>12}{'share':>9}\n"
+    table += "".join(f"{name:36}{ms:12,.2f}{share:9.1%}\n" for name, ms, share in (("a", 1500, 0.75), ("b", 500, 0.25)))
+    (run / "profile_traces" / "step-10-rank-0.txt").write_text(f"{table}{'a step':36}{2000:12,.2f}\n")
+    opened = Opened(browser, page_of(tmp_path, run))
+    page = opened.page
+    assert opened.scale("lr", "x")[1] == 100, "rates to the last step"
+    assert page.evaluate("charts.get('loss').plot.series.length") == 1 + 3, "validation, what was measured, smoothed"
+    page.select_option("#axis", "tokens")
+    assert opened.scale("lr", "x")[1] == 40 * 512
+    widths = page.locator(".split i").evaluate_all("parts => parts.map(part => part.style.width)")
+    assert widths == ["75%", "25%"]
+    rows = page.locator(".split-table tr").all_inner_texts()
+    assert [row.split() for row in rows] == [
+        ["ms", "per", "step", "share"],
+        ["a", "1,500.00", "75.0%"],
+        ["b", "500.00", "25.0%"],
+    ]
+    assert page.locator("summary").first.inner_text() == "Where the time of a step goes"
+    page.locator("[data-name=loss] .widen").click()
+    assert opened.page.evaluate("charts.get('loss').plot.width") > 1000 and opened.complaints == []
+
+
 def test_dark_pages_are_dark(browser, tmp_path):
     address = page_of(tmp_path, write_run(tmp_path / "run", map(record, range(1, 30))))
     back = "getComputedStyle(document.body).backgroundColor"
-    assert Opened(browser, address).page.evaluate(back) == "rgb(255, 255, 255)"
+    assert Opened(browser, address).page.evaluate(back) == "rgb(243, 244, 246)"
     dark = Opened(browser, address, scheme="dark")
-    assert dark.page.evaluate(back) == "rgb(20, 23, 27)"
+    assert dark.page.evaluate(back) == "rgb(17, 20, 24)"
     dark.page.click("#theme")
-    assert dark.page.evaluate(back) == "rgb(255, 255, 255)" and dark.complaints == []
+    assert dark.page.evaluate(back) == "rgb(243, 244, 246)" and dark.complaints == []
 
 
 def test_two_hundred_thousand_steps_open_at_once_and_keep_their_spike(browser, tmp_path):

@@ -76,7 +76,7 @@ def test_what_cannot_be_read_is_a_line_each_and_the_rest_is_drawn(tmp_path, caps
     (empty / "config.json").write_text("{}")
     said = told(capsys, good, torn, empty, "--out", tmp_path / "page.html").splitlines()
     assert [line.partition(": ")[0] for line in said[:-1]] == ["torn", "torn", "torn", "empty"]
-    assert "config.json is not JSON" in said[0] and said[1] == "torn: 1 lines of events.jsonl are no events"
+    assert "config.json is not JSON" in said[0] and said[1] == "torn: 1 line of events.jsonl is no event"
     assert said[3] == "empty: metrics.jsonl cannot be read: No such file or directory"
     runs = data_in((tmp_path / "page.html").read_text())["runs"]
     assert [len(run["axes"]["step"]) for run in runs] == [1, 2, 0] and runs[1]["system"] == {"torch": "2"}
@@ -94,6 +94,35 @@ def test_what_cannot_be_read_is_a_line_each_and_the_rest_is_drawn(tmp_path, caps
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     assert refusal(capsys, *words) == said
+
+
+def test_mixed_versions_are_said_of_runs_and_of_the_starts_of_one(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, map(record, (1, 2))) for name in ("a", "b", "c")]
+    for run, versions in zip(runs, (["2.13.0"], ["2.13.0", "2.14.1"], []), strict=True):
+        starts = [{"step": k, "event": "start", "system": {"core": "1.0", "torch": v}} for k, v in enumerate(versions)]
+        (run / "events.jsonl").write_text(lines_of(starts))
+    out = tmp_path / "page.html"
+    line = "mixed versions of torch: 2.13.0 (a, b), 2.14.1 (b)"
+    assert told(capsys, *runs, "--out", out).splitlines()[0] == line
+    assert data_in(out.read_text())["notes"] == [line]
+    told(capsys, runs[0], runs[2], "--out", out)
+    assert data_in(out.read_text())["notes"] == []
+
+
+def test_tables_are_in_the_order_of_steps_and_the_schedule_is_that_of_the_last_start(tmp_path, capsys):
+    run = write_run(tmp_path / "run", map(record, (1, 2)))
+    for name in ("profile_traces/step-20-rank-0", "profile_traces/step-3-rank-0", "memory_snapshot/step-2-rank-0"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / f"{name}.txt").write_text(f"table of {name}")
+    schedules = ([[1, 0.5]], [[1, 0.1], [2, "x"], [3], None, [4, 0.2]], "no list")
+    (run / "events.jsonl").write_text(
+        lines_of({"step": step, "event": "start", "schedule": each} for step, each in enumerate(schedules))
+    )
+    told(capsys, run)
+    (shown,) = data_in((run / "report.html").read_text())["runs"]
+    names = ["profile_traces/step-3-rank-0", "profile_traces/step-20-rank-0", "memory_snapshot/step-2-rank-0"]
+    assert shown["profiles"] == {f"{name}.txt": f"table of {name}" for name in names}
+    assert shown["schedule"] == [[1, 0.1], [4, 0.2]]
 
 
 def test_the_plan_stands_beside_what_was_measured(tmp_path):

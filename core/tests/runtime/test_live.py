@@ -44,10 +44,23 @@ def test_the_line_has_what_there_is_room_for():
 
 def test_before_the_first_report_it_says_what_is_done_for_how_long():
     assert (
-        shown_line(None, Doing("step 1", for_s=75.2), 9.0, 80).text
-        == "the first step, which loads and compiles, for 1:15"
+        shown_line(None, Doing("step 1", for_s=75.2), 9.0, 80).text == "the first step, which loads and compiles  1:15"
     )
-    assert shown_line(None, Doing("a save", for_s=3, note="12 MB"), 0.0, 80).text == "a save for 0:03, 12 MB"
+    assert shown_line(None, Doing("a save", for_s=3, note="12 MB"), 0.0, 80).text == "a save  12 MB  0:03"
+    reading = Doing("reading tensors", for_s=12, note="1.50 GiB of 6.00 GiB", share=0.25)
+    whole = "reading tensors  1.50 GiB of 6.00 GiB  0:12"
+    assert shown_line(None, reading, 0.0, 80) == (0.25, 80 - len(whole) - 2, whole)
+    assert shown_line(None, reading, 0.0, 30) == (0.25, 0, "reading tensors  0:12")
+
+
+def test_work_of_known_size_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(activity, "_phases", {})
+    with activity.working("loading weights"):
+        notes = [(activity.doings()[activity.MAIN].note, activity.doings()[activity.MAIN].share)]
+        for _ in activity.followed(["ab", "cdefgh"], lambda item: len(item) * 2**20):
+            notes.append((activity.doings()[activity.MAIN].note, activity.doings()[activity.MAIN].share))
+        notes.append((activity.doings()[activity.MAIN].note, activity.doings()[activity.MAIN].share))
+    assert notes == [("", None), ("", None), ("2.00 MiB of 8.00 MiB", 0.25), ("8.00 MiB of 8.00 MiB", 1.0)]
 
 
 def test_messages_stay_above_the_line_and_nothing_of_it_is_left(monkeypatch):
@@ -103,4 +116,4 @@ def test_a_doing_that_nobody_reports_is_drawn():
     stream = Terminal()
     with LiveLine(stream, lambda: Doing("loading weights", for_s=7)) as line:
         line.say("hello")
-    assert "loading weights for 0:07" in stream.getvalue()
+    assert "loading weights  0:07" in stream.getvalue()

@@ -3,6 +3,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from toy_run import toy_run
 
@@ -29,6 +30,8 @@ def test_a_run_writes_its_starts_saves_and_ends(tmp_path):
         ("end", 4, "finished 4 steps"),
     ]
     assert events[0]["system"]["torch"] == torch.__version__ and events[0]["system"]["ranks"] == "1"
+    steps, rates = zip(*events[3]["schedule"], strict=True)
+    assert steps == (1, 2, 3, 4) and rates == pytest.approx([0.005, 0.01, 0.01, 0.005])  # 2 steps up, 2 down to 0
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch.distributed as dist
 import troubled_run as program
 from rank_life import live, torchrun_environ
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from troubled_run import troubled_run
 
 from core.config.cli import main
@@ -100,7 +101,7 @@ def same(folder: Path, expected: list[list[float]]) -> bool:
 
 def of_layers(record: dict) -> dict[str, float]:
     """The numbers of single layers in a record."""
-    return {name: value for name, value in record.items() if "_norm/" in name or "_rms/" in name}
+    return {name: value for name, value in record.items() if "_norm/" in name or "_rms/" in name or "_logit/" in name}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def alone_layers(alone_folder) -> list[dict[str, float]]:
 @pytest.mark.parametrize("tensor", [1, 2], ids=["FSDP 2", "TP 2"])
 def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, alone_layers, tensor):
     options = ["--parallelism.tensor_parallel_degree", str(tensor), "--debug.log_every_rank"]
-    options += ["--metrics.per_layer_freq", "3"]
+    options += ["--metrics.per_layer_freq", "3", "--metrics.enable_tensorboard", "--metrics.save_for_all_ranks"]
     ended = launch(troubled_run(tmp_path, "run"), *options)
     assert ended.codes == [0, 0], ended.texts
     folder = tmp_path / "run"
@@ -142,8 +143,16 @@ def test_two_ranks_train_as_one_and_speak_once(tmp_path, alone, alone_layers, te
         "events.jsonl",
         "logs",
         "metrics.jsonl",
+        "tb",
         "torchrun-id",
     ]
+    for rank in (0, 1):
+        events = EventAccumulator(str(folder / "tb" / f"rank-{rank}")).Reload()
+        assert [each.step for each in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+        assert [each.value for each in events.Scalars("train/loss")] == pytest.approx(
+            [row[1] for row in alone], rel=1e-5
+        )
+        assert all(each.value > 0 for each in events.Scalars("speed/memory_gib"))
     assert ended.texts[1] == "" and ended.texts[0].count("tokenises here") == 1
     assert "2 (tensor 2)" in ended.texts[0] if tensor == 2 else "2 (shard 2)" in ended.texts[0]
     logs = [(folder / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]

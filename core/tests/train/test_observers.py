@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from observers_of_a_user import Patience, Perplexity, Scripted
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_run import toy_run
 
 from core.checkpoint.settings import Checkpoint
 from core.config import cli
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
+from core.report.command import read_runs
+from core.report.page import page_data
 from core.step.update import StepInfo
 from core.testing.ranks import run_ranks
 from core.train.metrics import Record
@@ -33,8 +36,11 @@ def observed(folder: Path, *observers: Observer.Config, steps: int = 4, freq: in
     return config
 
 
-def test_numbers_stand_in_the_record_and_on_the_console_if_asked(tmp_path: Path, capsys: Any) -> None:
+def test_numbers_stand_in_the_record_the_page_and_tensorboard_and_on_the_console_if_asked(
+    tmp_path: Path, capsys: Any
+) -> None:
     config = observed(tmp_path, Perplexity.Config(decay=0.0, console=True), Scripted.Config())
+    config.metrics.enable_tensorboard = True
     record, folder = config.build().run()
     found = records(folder)
     assert [each["perplexity"] for each in found] == [pytest.approx(math.exp(each["loss"])) for each in found]
@@ -42,6 +48,12 @@ def test_numbers_stand_in_the_record_and_on_the_console_if_asked(tmp_path: Path,
     assert record is not None and record.numbers == {"perplexity": found[-1]["perplexity"], "seen": 4}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.rpartition("  ")[2] for line in lines] == [f"perplexity {each['perplexity']:.4g}" for each in found]
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    assert [each.value for each in events.Scalars("train/perplexity")] == pytest.approx(
+        [each["perplexity"] for each in found]
+    )
+    (shown,) = page_data(read_runs([str(folder)]))["runs"]
+    assert shown["curves"]["perplexity"]["values"] == pytest.approx([each["perplexity"] for each in found], rel=1e-6)
     seen = [line.split() for line in (folder / "seen-0").read_text().splitlines()]
     assert [(int(step), float(loss), float(norm)) for step, loss, norm in seen] == [
         (each["step"], each["loss"], each["grad_norm"]) for each in found

@@ -32,6 +32,8 @@ def test_time_is_summed_by_what_it_is_for():
         event("aten::exp", cpu=700, parent=event("SoftmaxLoss")),
         event("aten::_foreach_norm", cpu=2000),
         event("aten::add", cpu=1500),
+        event("rows of the step", cpu=300),
+        event("aten::copy_", cpu=100, parent=event("rows of the step")),
     ]
     assert rows(time_table(found, "steps 3 to 4")) == {
         "attention": ["0.75", "7.5%"],
@@ -39,16 +41,18 @@ def test_time_is_summed_by_what_it_is_for():
         "norms": ["0.00", "0.0%"],
         "loss": ["0.50", "5.0%"],
         "optimizer, clipping": ["1.00", "10.0%"],
+        "data": ["0.20", "2.0%"],
         "communication": ["0.00", "0.0%"],
         "other operations": ["0.75", "7.5%"],
-        "idle, Python between operations": ["4.00", "40.0%"],
+        "idle, Python between operations": ["3.80", "38.0%"],
         "a step": ["10.00"],
     }
 
 
 def test_on_an_accelerator_the_kernels_count():
     step = event("ProfilerStep*", cpu=50, wall=8000)
-    found = [step, event("aten::mm", cpu=900, device=5000), event("nccl:all_reduce", device=1000, cpu=9)]
+    wait = event("rows of the step", cpu=400, wall=400)
+    found = [step, wait, event("aten::mm", cpu=900, device=5000), event("nccl:all_reduce", device=1000, cpu=9)]
     table = rows(time_table(found, "step 3"))
     assert table["matrix products"] == ["5.00", "62.5%"] and table["communication"] == ["1.00", "12.5%"]
-    assert table["idle, Python between operations"] == ["2.00", "25.0%"]
+    assert table["data"] == ["0.40", "5.0%"] and table["idle, Python between operations"] == ["1.60", "20.0%"]

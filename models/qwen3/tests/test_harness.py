@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from core.evaluate.command import main as evaluate
+from core.evaluate.observer import Evaluator
+from core.runtime.records import read_records
+from core.train.trainer import Trainer
 from core.weights.convert import main as convert
 from qwen3 import configs
 from qwen3.model import Qwen3
@@ -40,16 +43,21 @@ METRICS |= {("texts", name) for name in ("word_perplexity", "byte_perplexity", "
 QUESTIONS = ["def main(", "import ", "class Node:\n    def __init__(self", "The parser ", "for name in names:\n    "]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folder of a run of some steps, and that of its export."""
-    home = tmp_path_factory.mktemp("trained")
+def short_run(home: Path, name: str = "run") -> Trainer.Config:
+    """A run of some steps in a folder of `home`."""
     config = configs.qwen3_debug()
     (home / "text.txt").write_text("".join(f"def function_{n}(a, b):\n    return a + {n}\n\n" for n in range(3000)))
-    config.dataloader.dataset, config.dump_folder = str(home / "text.txt"), str(home / "run")
+    config.dataloader.dataset, config.dump_folder = str(home / "text.txt"), str(home / name)
     config.training.steps, config.training.seq_len, config.training.local_batch_size = 12, 128, 2
     config.model.max_seq_len, config.validator.enable = 256, False
-    config.build().run()
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of such a run, and that of its export."""
+    home = tmp_path_factory.mktemp("trained")
+    short_run(home).build().run()
     convert({"qwen3": Qwen3}, ["to-hf", str(home / "run"), str(home / "hf")])
     return home / "run", home / "hf"
 
@@ -94,3 +102,22 @@ def test_results_are_those_of_the_backend_for_hugging_face(trained, tmp_path, mo
         for name, value in metrics.items():
             assert value == pytest.approx(found["results"][task][f"{name},none"], rel=1e-5), (task, name)
     assert {(task, name) for task, metrics in ours.items() for name in metrics} == METRICS
+
+
+def test_an_observer_runs_the_tasks_while_the_model_trains(trained, tmp_path, monkeypatch):
+    """Its numbers are those of the command on what was saved at that step; the run learns as without it."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    write_tasks(tmp_path, [" a, b"] * len(QUESTIONS))
+    config = short_run(tmp_path, "observed")
+    config.observers = [Evaluator.Config(freq=6, tasks=list(TASKS), include_path=str(tmp_path), batch_tokens=600)]
+    _, folder = config.build().run()
+    records, plain = read_records(folder), read_records(trained[0])
+    assert [record["loss"] for record in records] == [record["loss"] for record in plain]
+    words = ["--tasks", *TASKS, "--include-path", str(tmp_path), "--batch-tokens", "600"]
+    evaluate(configs, ["--checkpoint", str(folder), *words, "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["tasks"]
+    seen = {name: value for name, value in records[-1].items() if name.startswith("eval/")}
+    expected = {f"eval/{task}/{name}": value for task, metrics in found.items() for name, value in metrics.items()}
+    assert seen == pytest.approx(expected, rel=1e-5) and len(seen) == len(METRICS)
+    assert sum("eval/choices/acc" in record for record in records) == 2

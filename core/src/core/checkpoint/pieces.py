@@ -31,7 +31,7 @@ from core.checkpoint.manifest import TENSORS, Written
 from core.checkpoint.storage import Storage
 from core.checkpoint.tree_hash import n_threads
 from core.config.errors import at_most
-from core.runtime.activity import advance, waiting, working
+from core.runtime.activity import followed, waiting, working
 
 
 class WrittenBox(NamedTuple):
@@ -197,8 +197,9 @@ class TensorReader(StorageReader):
             self._fill(target, self.index[name].dtype, pieces[name, start], item)
 
         with ThreadPoolExecutor(n_threads() if self.storage.is_local else 1, "reading") as pool:
-            for _ in pool.map(fill, items, targets):
-                advance()
+            filled = pool.map(fill, items, targets)
+            for _ in followed(targets, lambda target: target.nbytes):
+                next(filled)
         for item, target in zip(items, targets, strict=True):
             planner.commit_tensor(item, target)
         done: Future[None] = Future()

@@ -1,6 +1,7 @@
 """The command line of evaluation: `python -m <model>.evaluate`."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,23 +10,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from core.config import cli
-from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
+from core.config.fields import Problem
 from core.config.help import OwnOption, show, usage
 from core.config.recipe import recipe_module, recipes
 from core.config.text_file import read_text
-from core.config.validate import validate
-from core.data.tokenizer import Tokenizer
 from core.evaluate.perplexity import MOST_TEXT_MIB, SEQ_LEN, STRIDE, Perplexity, perplexity_of
 from core.evaluate.scores import score_rows
 from core.generate.command import WRITING_OPTIONS, Generation, chosen_generation, generation_of, note
-from core.generate.folder import end_ids, existing, folder_tokenizer, loaded_model
-from core.nn.decoder import Decoder
-from core.runtime.device import select_device
+from core.generate.folder import FolderModel, end_ids
+from core.runtime.live import line_on
 
 MEASURED_BY = {
     "checkpoint": OwnOption("FOLDER", "the weights: a run, a checkpoint, what convert wrote, or a Hugging Face folder"),
@@ -69,14 +65,11 @@ def evaluation_of(chosen: Generation.Config) -> "Evaluation.Config":
     return Evaluation.Config(model=chosen.model, tokenizer=chosen.tokenizer, checkpoint=chosen.checkpoint)
 
 
-class Evaluation(Configurable):
+class Evaluation(FolderModel):
     """How good the model of a folder of weights is."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Configurable.Config):
-        checkpoint: str | None = None
-        """Folder of the weights: a run, of which the newest whole checkpoint is taken, a checkpoint, what `convert`
-        wrote, or a Hugging Face folder."""
+    class Config(FolderModel.Config):
         perplexity: list[str] = field(default_factory=list)
         """Files of UTF-8 text, each predicted as one document."""
         tasks: list[str] = field(default_factory=list)
@@ -95,19 +88,9 @@ class Evaluation(Configurable):
         """Tokens in one forward, or one row."""
         out: str | None = None
         """A file for the results as JSON."""
-        allow_model_change: bool = False
-        """Measure with settings of the model, such as another rope base or window, that are not those of the
-        weights."""
-        device: str = "auto"
-        """auto (the accelerator, or else the CPU), cpu, or cuda."""
-        model: Decoder.Config
-        """The model and its sizes."""
-        tokenizer: Tokenizer.Config
-        """How text becomes token ids; without a path the tokenizer of the checkpoint, if there is one in its folder."""
 
-        def problems(self) -> Iterator[tuple[str, str]]:
-            if self.checkpoint is None:
-                yield "checkpoint", "no weights: give their folder, --checkpoint FOLDER"
+        def problems(self) -> Iterator[Problem]:
+            yield from super().problems()
             if not self.perplexity and not self.tasks:
                 yield "perplexity", "nothing to measure: give --perplexity FILE, --tasks TASK, or both"
             if self.tasks and find_spec("lm_eval") is None:
@@ -119,21 +102,19 @@ class Evaluation(Configurable):
                 yield "stride", f"stride {self.stride} must be at most seq_len {self.seq_len}"
 
     def __init__(self, config: Config) -> None:
-        validate(config)
+        super().__init__(config)
         self.config = config
         self.texts = {file: read_text(Path(file).expanduser(), MOST_TEXT_MIB) for file in config.perplexity}
-        self.folder = existing(config.checkpoint or "")
-        self.device = select_device(config.device)
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.tokenizer, _ = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
-        asked = {"ragged": bool(config.tasks), "allow_model_change": config.allow_model_change}
-        self.model = loaded_model(config.model, self.folder, self.device, self.dtype, **asked)
+        self.model = self.load(ragged=bool(config.tasks))
 
     def run(self) -> None:
         """Print the results, and write them where a file is named."""
+        for line in self.summary(self.model):
+            note(line)
         found: dict[str, Any] = {"checkpoint": str(self.folder)}
         if self.texts:
-            found["perplexity"] = {file: self.perplexity(text)._asdict() for file, text in self.texts.items()}
+            with line_on(sys.stderr):
+                found["perplexity"] = {file: self.perplexity(text)._asdict() for file, text in self.texts.items()}
             show(perplexity_table(found["perplexity"]))
         if self.config.tasks:
             found["tasks"] = self.tasks()

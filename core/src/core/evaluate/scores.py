@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.nn.decoder import Decoder
 from core.nn.layers import Head
+from core.runtime.activity import followed, working
 
 MOST_LOGITS = 2**24
 """So many logits exist at a time: 64 MiB in fp32."""
@@ -39,9 +40,12 @@ def score_rows(model: Decoder, rows: Sequence[ScoredRow], *, batch_tokens: int) 
     Rows of similar length share a forward of at most `batch_tokens` tokens, or of one row.
     """
     scores: dict[int, Score] = {}
-    for numbers in batches_by_length([len(row.ids) - 1 for row in rows], batch_tokens):
-        found = _scored(model, [rows[number] for number in numbers])
-        scores |= dict(zip(numbers, found, strict=True))
+    lengths = [len(row.ids) - 1 for row in rows]
+    batches = list(batches_by_length(lengths, batch_tokens))
+    with working("predicting texts"):
+        for numbers in followed(batches, lambda batch: sum(lengths[n] for n in batch), lambda n: f"{n:,} tokens"):
+            found = _scored(model, [rows[number] for number in numbers])
+            scores |= dict(zip(numbers, found, strict=True))
     return [scores[number] for number in range(len(rows))]
 
 

@@ -9,25 +9,20 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from core.config import cli
-from core.config.configurable import Configurable
 from core.config.decode import trusted
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
+from core.config.fields import Problem
 from core.config.help import HELP, MANY, PRINT_COMPLETION, TRUST, VERSION, OwnOption, show, usage
 from core.config.options import comparable
 from core.config.recipe import is_folder, load_config, recipe_module, recipes
-from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
-from core.generate.folder import described, dtype_name, end_ids, existing, folder_tokenizer, loaded_model
+from core.generate.folder import FolderModel, described, end_ids, existing
 from core.generate.generate import Completion, generate
 from core.generate.printed import PrintedText
 from core.generate.sample import Sampler
 from core.nn.decoder import Decoder
-from core.nn.weights import parameter_count
-from core.runtime.device import describe, select_device
 
 WRITING_OPTIONS = {
     "config": OwnOption("NAME|FILE.json|FOLDER", "what the model is, if the folder of its weights does not tell", MANY),
@@ -39,7 +34,7 @@ WRITING_OPTIONS = {
 }
 NEEDED = {
     "checkpoint": OwnOption("FOLDER", "the weights: a run, a checkpoint, what convert wrote, or a Hugging Face folder"),
-    "prompt": OwnOption("TEXT", "a beginning; several are continued as one batch"),
+    "prompt": OwnOption("TEXT", "a beginning, or else that of a document; several are continued as one batch"),
 }
 """Settings that are explained with those options, because there is no text without them."""
 
@@ -59,7 +54,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
             return
         title = "\n".join(
             [
-                usage("--checkpoint FOLDER --prompt TEXT [--prompt TEXT ...]", WRITING_OPTIONS | NEEDED),
+                usage("--checkpoint FOLDER [--prompt TEXT ...]", WRITING_OPTIONS | NEEDED),
                 "\nThe text goes to standard output, all else to standard error.",
                 f"recipes: {', '.join(known)}",
             ]
@@ -112,16 +107,13 @@ def prompts_among(flags: Sequence[cli.Flag]) -> tuple[list[str], list[cli.Flag]]
     return prompts, others
 
 
-class Generation(Configurable):
+class Generation(FolderModel):
     """Text that a model writes after prompts."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Configurable.Config):
-        checkpoint: str | None = None
-        """Folder of the weights: a run, of which the newest whole checkpoint is taken, a checkpoint, what `convert`
-        wrote, or a Hugging Face folder."""
+    class Config(FolderModel.Config):
         prompt: list[str] = field(default_factory=list)
-        """Beginnings of texts; on the command line one for each --prompt."""
+        """Beginnings of texts; on the command line one for each --prompt. Without any a document is begun."""
         prompt_file: str | None = None
         """A UTF-8 file whose text is one prompt more; a line end at its end does not count."""
         chat: bool = False
@@ -138,20 +130,11 @@ class Generation(Configurable):
         """Choose from the likeliest tokens only whose probabilities reach this sum."""
         seed: int = 0
         """Starts the draws of the first prompt, seed + 1 those of the second, and so on."""
-        allow_model_change: bool = False
-        """Write with settings of the model, such as another rope base or window, that are not those of the weights."""
-        device: str = "auto"
-        """auto (the accelerator, or else the CPU), cpu, or cuda."""
-        model: Decoder.Config
-        """The model and its sizes."""
-        tokenizer: Tokenizer.Config
-        """How text becomes token ids; without a path the tokenizer of the checkpoint, if there is one in its folder."""
 
-        def problems(self) -> Iterator[tuple[str, str]]:
-            if self.checkpoint is None:
-                yield "checkpoint", "no weights: give their folder, --checkpoint FOLDER"
-            if not self.prompt and self.prompt_file is None:
-                yield "prompt", 'nothing to continue: give --prompt "..." or --prompt-file FILE'
+        def problems(self) -> Iterator[Problem]:
+            yield from super().problems()
+            if self.chat and not self.prompt and self.prompt_file is None:
+                yield "prompt", 'nothing to answer: give --prompt "..." or --prompt-file FILE'
             if self.max_new_tokens < 1:
                 yield "max_new_tokens", f"max_new_tokens {self.max_new_tokens} must be at least 1"
             if not 0 <= self.temperature < float("inf"):
@@ -164,13 +147,10 @@ class Generation(Configurable):
                 yield "seed", f"seed {self.seed} must be from 0 to 2^63 - 1"
 
     def __init__(self, config: Config) -> None:
-        validate(config)
+        super().__init__(config)
         self.config = config
-        self.folder = existing(config.checkpoint or "")
-        self.device = select_device(config.device)
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
-        self.texts = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
+        given = [*config.prompt, *([] if config.prompt_file is None else [read_prompt(config.prompt_file)])]
+        self.texts = given or [""]
         self.begin: Callable[[str], list[int]] = self.tokenizer.encode_prompt
         if config.chat:
             from core.generate.chat import ChatPrompts  # loads jinja2
@@ -179,9 +159,7 @@ class Generation(Configurable):
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
         self.end_ids = end_ids(self.tokenizer, self.folder)
-        ragged = len({len(ids) for ids in self.prompts}) > 1
-        asked = {"ragged": ragged, "allow_model_change": config.allow_model_change}
-        self.model = loaded_model(config.model, self.folder, self.device, self.dtype, **asked)
+        self.model = self.load(ragged=len({len(ids) for ids in self.prompts}) > 1)
 
     def encode(self, text: str, number: int) -> list[int]:
         """The ids of a prompt, as of the beginning of a document; of a chat, as its template begins it."""
@@ -197,7 +175,7 @@ class Generation(Configurable):
 
     def run(self) -> None:
         """Print the continuations as they come, or each as JSON when it ends."""
-        for line in self.summary():
+        for line in self.summary(self.model):
             note(line)
         started = time.perf_counter()
         try:
@@ -229,15 +207,6 @@ class Generation(Configurable):
             end_ids=self.end_ids,
             emit=output,
         )
-
-    def summary(self) -> list[str]:
-        """Which tokenizer, which model, where."""
-        own = ", that of the checkpoint" if self.own_tokenizer else ""
-        model = f"{type(self.model).__name__} of {parameter_count(self.model):,} parameters from {self.folder}"
-        return [
-            f"tokenizer  {self.tokenizer.description}{own}",
-            f"model      {model}, {dtype_name(self.dtype)} on {describe(self.device)}",
-        ]
 
     def limits_met(self, completions: list[Completion]) -> Iterator[str]:
         """What the end of the model's positions cut off."""

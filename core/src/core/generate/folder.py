@@ -1,27 +1,93 @@
 """What a folder of weights says of the model in it, and of its tokenizer."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
 import torch
 
+from core.config.configurable import Configurable
 from core.config.errors import UserError
+from core.config.fields import Problem
 from core.config.links import file_in
 from core.config.recipe import published
 from core.config.record import from_dict
+from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.kernel_checks import check_kernels
-from core.runtime.device import free_memory
+from core.nn.weights import parameter_count
+from core.runtime.device import describe, free_memory, select_device
+from core.runtime.live import line_on
 from core.runtime.meta import meta_model
 from core.runtime.units import size_text
+from core.weights.adapters import adapter_settings
 from core.weights.companions import SENTENCEPIECE, TOKENIZER_JSON, companions_place, stated_ids
 from core.weights.folder import load_folder, model_of, read_config, silent
 from core.weights.saved import described_in
+
+MANY_BYTES = 2**28
+"""Of so many it is shown how far their loading is."""
+
+
+class FolderModel(Configurable, ABC):
+    """What a command does with the model of a folder of weights."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        checkpoint: str | None = None
+        """Folder of the weights: a run, of which the newest whole checkpoint is taken, a checkpoint, what `convert`
+        wrote, or a Hugging Face folder."""
+        allow_model_change: bool = False
+        """Compute with settings of the model, such as another rope base or window, that are not those of the
+        weights."""
+        device: str = "auto"
+        """auto (the accelerator, or else the CPU), cpu, or cuda."""
+        model: Decoder.Config
+        """The model and its sizes."""
+        tokenizer: Tokenizer.Config
+        """How text becomes token ids; without a path the tokenizer of the checkpoint, if there is one in its folder."""
+
+        def problems(self) -> Iterator[Problem]:
+            if self.checkpoint is None:
+                yield "checkpoint", "no weights: give their folder, --checkpoint FOLDER"
+
+    def __init__(self, config: Config) -> None:
+        validate(config)
+        self.folder = existing(config.checkpoint or "")
+        self.device = select_device(config.device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
+        self._stored = config.model, config.allow_model_change
+
+    def summary(self, model: Decoder) -> Iterator[str]:
+        """Which tokenizer, which model, where, and what its layers were in training."""
+        own = ", that of the checkpoint" if self.own_tokenizer else ""
+        yield f"tokenizer  {self.tokenizer.description}{own}"
+        named = f"{type(model).__name__} of {parameter_count(model):,} parameters from {self.folder}"
+        yield f"model      {named}, {dtype_name(self.dtype)} on {describe(self.device)}"
+        run = read_config(described_in(self.folder))
+        adapters = adapter_settings(run)
+        if adapters is not None:
+            yield f"adapters   of rank {adapters['rank']}, merged into the weights that the run began with"
+        stated = [each["class"] for each in run.get("converters", []) if each != adapters]
+        if stated:
+            yield f"trained    by {', '.join(name.rpartition(':')[2] for name in stated)}, computed without here"
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do what the command is for."""
+
+    def load(self, *, ragged: bool) -> Decoder:
+        """The model with its weights: see `loaded_model`."""
+        config, allow = self._stored
+        return loaded_model(config, self.folder, self.device, self.dtype, ragged=ragged, allow_model_change=allow)
 
 
 def described(
@@ -101,7 +167,8 @@ def loaded_model(
             f"{size_text(free)} left: choose a smaller model or another device"
         )
     materialise(model, device, dtype)
-    load_folder(model, folder, allow_model_change=allow_model_change)
+    with line_on(sys.stderr) if n_bytes > MANY_BYTES else nullcontext():
+        load_folder(model, folder, allow_model_change=allow_model_change)
     return model.eval()
 
 

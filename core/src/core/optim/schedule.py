@@ -92,12 +92,17 @@ class Schedule(Configurable):
     def _above_minimum(self, share: float) -> float:
         return self.config.min_lr_factor + (1 - self.config.min_lr_factor) * share
 
+    def sampled(self, n_steps: int, n: int) -> list[tuple[int, float]]:
+        """At most `n` of the steps from 1 to `n_steps`, evenly spread, and the share of the peak that each has."""
+        n = min(n, n_steps)
+        steps = [1 + round(i * (n_steps - 1) / max(n - 1, 1)) for i in range(n)]
+        return [(step, self.factor(step)) for step in steps]
+
     def picture(self, n_steps: int, width: int, height: int = 4) -> list[str]:
         """Lines of at most `width` characters: what the steps from 1 to `n_steps` have, as columns of marks."""
-        n = min(width, n_steps)
-        shown = [self.factor(1 + round(i * (n_steps - 1) / max(n - 1, 1))) for i in range(n)]
+        shown = self.sampled(n_steps, width)
         return [
-            "".join("#" if share * height > level + 0.5 else " " for share in shown).rstrip()
+            "".join("#" if share * height > level + 0.5 else " " for _, share in shown).rstrip()
             for level in reversed(range(height))
         ]
 

@@ -75,6 +75,10 @@ class RankView(ABC):
         """Each value summed over all ranks, in double precision."""
 
     @abstractmethod
+    def maxima(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks."""
+
+    @abstractmethod
     def sum_of_data(self, value: float) -> float:
         """A value that is equal on the ranks which read equal rows, summed over those that read different ones."""
 
@@ -160,6 +164,9 @@ class SingleRank(RankView):
         self.is_first, self.gathers = True, False
 
     def sums(self, *values: float) -> list[float]:
+        return list(values)
+
+    def maxima(self, *values: float) -> list[float]:
         return list(values)
 
     def sum_of_data(self, value: float) -> float:

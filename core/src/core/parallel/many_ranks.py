@@ -42,6 +42,11 @@ class ManyRanks(RankView):
         dist.all_reduce(total)
         return total.tolist()
 
+    def maxima(self, *values: float) -> list[float]:
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def sum_of_data(self, value: float) -> float:
         return self.sums(value)[0] * self.degrees.data / self.degrees.world
 

@@ -81,7 +81,7 @@ class Columns:
     def notes(self) -> Iterator[str]:
         """What is wrong with the file, a line each."""
         if self.n_damaged:
-            yield f"{self.n_damaged:,} lines of {self.file.name} are no records"
+            yield not_so(self.n_damaged, f"of {self.file.name}", "record")
         if self.rest.strip():
             yield f"the last line of {self.file.name} is half written"
         if self.n_again:
@@ -104,6 +104,11 @@ class Columns:
         if not len(self) or not np.isfinite(each := self["step_time_s"]).all():
             return None
         return np.cumsum(each * np.diff(self["step"], prepend=0.0))
+
+
+def not_so(n: int, where: str, what: str) -> str:
+    """What is said of `n` lines of a file that are not what they should be."""
+    return f"1 line {where} is no {what}" if n == 1 else f"{n:,} lines {where} are no {what}s"
 
 
 def as_number(value: Any) -> float:

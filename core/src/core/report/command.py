@@ -75,8 +75,11 @@ def write_page(runs: Sequence[RunFolder], out: Path | None) -> None:
         run.read()
         for note in run.notes:
             show(f"{run.name}: {note}")
+    data = page_data(runs)
+    for note in data["notes"]:
+        show(note)
     file = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    text = page_text(page_data(runs))
+    text = page_text(data)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
+from core.config.errors import at_most
 from core.config.record import differences
 from core.report.run_folder import RunFolder
 from core.runtime.units import rate
@@ -13,6 +14,23 @@ from core.runtime.units import rate
 OWN = ("dump_folder", "recipe")
 """Settings that name a run, and say nothing of it."""
 MISSING = "(not stated)"
+
+
+VERSIONS = ("core", "torch")
+"""What of a system a run's numbers depend on."""
+
+
+def mixed_versions(runs: Sequence[RunFolder]) -> Iterator[str]:
+    """What is said of runs, and of starts of one run, that had not the same versions, a line each."""
+    for name in VERSIONS:
+        found: dict[str, dict[str, None]] = {}
+        for run in runs:
+            for system in run.systems():
+                if name in system:
+                    found.setdefault(system[name], {})[run.name] = None
+        if len(found) > 1:
+            said = (f"{version} ({', '.join(at_most(3, list(names)))})" for version, names in found.items())
+            yield f"mixed versions of {name}: {', '.join(said)}"
 
 
 def differing_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:

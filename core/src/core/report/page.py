@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from core.report.comparison import differing_settings, written
+from core.report.comparison import differing_settings, mixed_versions, written
 from core.report.curves import drawn_curves, heat_maps
 from core.report.run_folder import RunFolder
 
@@ -14,7 +14,8 @@ UPLOT = "uPlot-1.6.32.min"
 PLACES_OF_FILES = {
     "/*{charts.css}*/": f"{UPLOT}.css",
     "/*{page.css}*/": "page.css",
-    "/*{charts.js}*/": f"{UPLOT}.js",
+    "/*{library.js}*/": f"{UPLOT}.js",
+    "/*{charts.js}*/": "charts.js",
     "/*{page.js}*/": "page.js",
 }
 """What stands in page.html for a file."""
@@ -25,6 +26,7 @@ def page_data(runs: Sequence[RunFolder], *, version: int = 0, following: bool = 
     return {
         "version": version,
         "following": following,
+        "notes": list(mixed_versions(runs)),
         "differences": differing_settings(runs) if len(runs) > 1 else [],
         "runs": [run_data(run) for run in runs],
     }
@@ -40,7 +42,8 @@ def run_data(run: RunFolder) -> dict[str, Any]:
         "maps": heat_maps(run.columns),
         "events": run.shown_events(),
         "settings": [[path, written(value)] for path, value in run.settings().items()],
-        "system": run.system(),
+        "system": (run.systems() or [{}])[-1],
+        "schedule": run.schedule(),
         "profiles": run.profiles,
         "plan": list(run.planned()),
         **drawn_curves(run.columns),

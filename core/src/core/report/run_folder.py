@@ -1,6 +1,7 @@
 """One run as its report sees it: all that its folder says, whatever became of the files."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
@@ -12,11 +13,16 @@ import numpy as np
 from core.config.errors import UserError
 from core.config.json_file import read_json
 from core.config.record import differences
-from core.report.columns import Columns
+from core.report.columns import Columns, as_number, not_so
 from core.runtime.records import EVENTS, RECORDS
 from core.runtime.units import KIB, duration, rate, size_text
 
 CONFIG, PLAN = "config.json", "plan.json"
+TABLES = {
+    "profiling.save_traces_folder": "profile_traces",
+    "profiling.save_memory_snapshot_folder": "memory_snapshot",
+}
+"""The settings of the folders in which profiles write tables, and what these are where a run does not say."""
 MOST_EVENTS = 300
 """So many events are shown, the newest."""
 FILES = {CONFIG, RECORDS, EVENTS}
@@ -33,7 +39,7 @@ class RunFolder:
     events: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
     profiles: dict[str, str] = field(default_factory=dict)
-    """Tables of where a step's time goes, by the names of their files."""
+    """Tables of where the time and the memory of a step go, by the names of their files."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, a line each."""
 
@@ -46,7 +52,8 @@ class RunFolder:
         self.notes = []
         self.config = self._object(CONFIG)
         files = {name: self.folder / name for name in (CONFIG, EVENTS, PLAN)}
-        files |= {file.name: file for file in sorted((self.folder / self._traces()).glob("*.txt"))}
+        tables = [file for folder in self._folders_of_tables() for file in sorted(folder.glob("*.txt"), key=numbers_in)]
+        files |= {f"{file.parent.name}/{file.name}": file for file in tables}
         seen = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
         changed, self._seen = seen != self._seen, seen
         self.plan = self._object(PLAN) if PLAN in seen else {}
@@ -59,10 +66,11 @@ class RunFolder:
             self.notes.append(f"{RECORDS} cannot be read: {error.strerror}")
         return changed
 
-    def _traces(self) -> str:
-        """The folder of traces; of a path, which somebody else may have stated, its last part."""
-        stated = self.setting("profiling.save_traces_folder")
-        return Path(stated).name if isinstance(stated, str) else "profile_traces"
+    def _folders_of_tables(self) -> Iterator[Path]:
+        """Where traces and snapshots are; of a path, which somebody else may have stated, the last part."""
+        for setting, usual in TABLES.items():
+            stated = self.setting(setting)
+            yield self.folder / (Path(stated).name if isinstance(stated, str) else usual)
 
     def _object(self, name: str) -> dict[str, Any]:
         try:
@@ -84,7 +92,7 @@ class RunFolder:
             if isinstance(event, dict) and type(event.get("step")) is int:
                 found.append(event)
         if len(found) < len(lines):
-            self.notes.append(f"{len(lines) - len(found):,} lines of {EVENTS} are no events")
+            self.notes.append(not_so(len(lines) - len(found), f"of {EVENTS}", "event"))
         return found
 
     def setting(self, path: str) -> Any:
@@ -126,6 +134,12 @@ class RunFolder:
         recipe, steps = self.setting("recipe"), self.setting("training.steps")
         if recipe:
             found["recipe"] = str(recipe)
+        converters = self.setting("converters")
+        classes = (
+            [each.get("class") for each in converters if isinstance(each, dict)] if isinstance(converters, list) else []
+        )
+        if classes:
+            found["converters"] = ", ".join(str(name).rpartition(":")[2] for name in classes)
         if last := self.last("step"):
             found["step"] = f"{last[1]:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")
         if last := self.last("loss"):
@@ -142,10 +156,16 @@ class RunFolder:
             found["training time"] = duration(times[-1])
         return found
 
-    def system(self) -> dict[str, str]:
-        """What the run was on when it last started."""
+    def systems(self) -> list[dict[str, str]]:
+        """What the run was on at each of its starts."""
         starts = [event["system"] for event in self.events if isinstance(event.get("system"), dict)]
-        return {str(name): str(value) for name, value in starts[-1].items()} if starts else {}
+        return [{str(name): str(value) for name, value in start.items()} for start in starts]
+
+    def schedule(self) -> list[list[float]]:
+        """Steps and their learning rates, to the last step of the run, as it stated them when it last started."""
+        stated = [event["schedule"] for event in self.events if isinstance(event.get("schedule"), list)]
+        pairs = (pair for pair in (stated[-1] if stated else []) if isinstance(pair, list) and len(pair) == 2)
+        return [pair for pair in pairs if np.isfinite([as_number(value) for value in pair]).all()]
 
     def planned(self) -> Iterator[tuple[str, str, str]]:
         """What the plan in plan.json said and what was measured: the name, and both as text."""
@@ -184,6 +204,11 @@ def found_runs(words: Sequence[str]) -> list[RunFolder]:
     return [
         RunFolder(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
     ]
+
+
+def numbers_in(file: Path) -> list[int]:
+    """The numbers in the name of a file, such as step-10-rank-0.txt."""
+    return list(map(int, re.findall(r"\d+", file.name)))
 
 
 def is_run(folder: Path) -> bool:

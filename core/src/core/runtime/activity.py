@@ -2,11 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from core.runtime.units import size_text
+
+Item = TypeVar("Item")
 MAIN = threading.main_thread().name
 
 
@@ -22,6 +25,8 @@ class Doing(NamedTuple):
     """How long it has made no progress."""
     note: str = ""
     """How far it has come."""
+    share: float | None = None
+    """The share that is done; None where nobody knows."""
 
     def __str__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -36,6 +41,7 @@ class _Phase:
     began: float
     moved: float
     note: str = ""
+    share: float | None = None
 
 
 _phases: dict[str, list[_Phase]] = {}
@@ -63,19 +69,32 @@ def waiting() -> Iterator[None]:
         yield
 
 
-def advance(note: str = "") -> None:
+def advance(note: str = "", share: float | None = None) -> None:
     """The work of this thread moves on, or that of the main thread where this one is in no phase of its own: a sign of
-    life, cheap enough for every few megabytes."""
+    life, cheap enough for every few megabytes. `share` of it is done."""
     if stack := _phases.get(_thread()) or _phases.get(MAIN):
-        stack[-1].moved = time.monotonic()
-        stack[-1].note = note or stack[-1].note
+        phase = stack[-1]
+        phase.moved = time.monotonic()
+        phase.note, phase.share = note or phase.note, phase.share if share is None else share
+
+
+def followed(
+    items: Sequence[Item], size: Callable[[Item], int], words: Callable[[int], str] = size_text
+) -> Iterator[Item]:
+    """The items, while this thread says, in such words, how much of their sizes, which are bytes by
+    default, is behind it."""
+    total, done = sum(map(size, items)), 0
+    for item in items:
+        yield item
+        done += size(item)
+        advance(f"{words(done)} of {words(total)}", done / max(total, 1))
 
 
 def doings() -> dict[str, Doing]:
     """What each thread does that is in a phase, by its name; the main thread always does something."""
     now = time.monotonic()
     inner = {name: stack[-1] for name, stack in list(_phases.items()) if stack}
-    found = {name: Doing(p.name, p.waits, now - p.began, now - p.moved, p.note) for name, p in inner.items()}
+    found = {name: Doing(p.name, p.waits, now - p.began, now - p.moved, p.note, p.share) for name, p in inner.items()}
     return {MAIN: Doing(), **found}
 
 

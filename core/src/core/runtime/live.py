@@ -4,7 +4,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TextIO
 
 from core.runtime.activity import MAIN, Doing, doings
@@ -44,21 +45,30 @@ class Shown(NamedTuple):
 
 def shown_line(progress: RunProgress | None, doing: Doing, since_s: float, width: int) -> Shown:
     """The line for `width` columns, `since_s` seconds after the report: as many parts as there is room for, and a bar
-    in what is left. Before the first report it says what the run is doing, and for how long."""
+    in what is left. Before the first report it says what the run is doing, how far that is, and for how long."""
     found = IN_STEP.fullmatch(doing.phase)
     if progress is None:
-        note = f", {doing.note}" if doing.note else ""
-        first = "the first step, which loads and compiles," if found else doing.phase
-        return Shown(None, 0, f"{first} for {clock(doing.for_s)}{note}"[:width])
+        first = "the first step, which loads and compiles" if found else doing.phase
+        return with_bar(doing.share, [first, *filter(None, [doing.note]), clock(doing.for_s)], width)
     step = int(found[1]) if found else progress.step
     left = f"eta {clock(max(progress.remaining_s - since_s, 0))}"
     parts = [f"step {step}/{progress.last_step}", *([] if found else [doing.phase]), left, *progress.fields]
+    return with_bar(step / progress.last_step, parts, width)
+
+
+def with_bar(share: float | None, parts: Sequence[str], width: int) -> Shown:
+    """As many of the parts as `width` columns have room for, and a bar where there is a share and room is left."""
     text = parts[0]
     for part in parts[1:]:
         if len(text) + GAP + len(part) <= width:
             text += f"{'':{GAP}}{part}"
     room = width - len(text) - GAP
-    return Shown(step / progress.last_step, min(room, MOST_BAR) if room >= LEAST_BAR else 0, text[:width])
+    return Shown(share, min(room, MOST_BAR) if share is not None and room >= LEAST_BAR else 0, text[:width])
+
+
+def line_on(stream: TextIO) -> AbstractContextManager:
+    """The line on a stream that can have it, while the block runs."""
+    return LiveLine(stream) if can_redraw(stream) else nullcontext()
 
 
 class LiveLine:

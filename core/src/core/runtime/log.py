@@ -32,6 +32,11 @@ class Console(logging.Handler):
 
     _line: LiveLine | None = None
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the line is shown."""
+        return self._line is not None
+
     @contextmanager
     def live(self) -> Iterator[None]:
         """Show the line while the block runs."""
@@ -91,6 +96,11 @@ def live_line() -> Iterator[None]:
             if isinstance(handler, Console):
                 shown.enter_context(handler.live())
         yield
+
+
+def is_live() -> bool:
+    """Whether such a line is shown at this moment: what says how far it is needs no line of its own."""
+    return any(isinstance(handler, Console) and handler.is_live for handler in log.handlers)
 
 
 class LogFile(logging.Handler):

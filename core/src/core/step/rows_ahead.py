@@ -13,6 +13,9 @@ from core.parallel.layout import RankView
 from core.step.rows import microbatches, own_rows
 from core.step.source_losses import SourceLosses, StepSources
 
+ROWS_EVENT = "rows of the step"
+"""What a trace calls the wait for the rows of a step, or the reading of them."""
+
 
 class RowsAhead:
     """This rank's microbatches of a step. Rows that are read in order, with a place to save, are not read ahead."""
@@ -51,7 +54,7 @@ class RowsAhead:
         """The microbatches of `step`; those of the next are begun to be read. What is waited has a place in traces."""
         began = time.perf_counter()
         ahead, self._next = self._next, None
-        with record_function("rows of the step"):
+        with record_function(ROWS_EVENT):
             batches = ahead[1].result() if ahead is not None and ahead[0] == step else self.read(step)
         self._waited_s += time.perf_counter() - began
         self._steps += 1

@@ -19,8 +19,10 @@ from core.data.samples import Samples
 from core.nn.adapter import ADAPTER_WEIGHTS
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
+from core.optim.weight import local_tensor
 from core.parallel.layout import RankView
 from core.quantization.converter import adapts
+from core.runtime.activity import followed, working
 from core.runtime.disk import needed
 from core.runtime.ranks import Ranks
 from core.step.assemble import BuiltModel
@@ -267,9 +269,10 @@ class RunCheckpoints:
             raise UserError(
                 f"{path} stores {few} in few bits: add --checkpoint.initial_load_in_hf_quantized to decode them"
             )
-        for name in source.pieces:
-            if (weight := self._begins.get(f"model.{name}")) is not None:
-                begin_with(source, name, self.layout.local_slice(weight))
+        slices = {name: self._begins[f"model.{name}"] for name in source.pieces if f"model.{name}" in self._begins}
+        with working("loading weights"):
+            for name in followed(list(slices), lambda name: local_tensor(slices[name]).nbytes):
+                begin_with(source, name, self.layout.local_slice(slices[name]))
 
     def _stored_weights(self, found: Found) -> dict[str, torch.Tensor]:
         """The weights of this rank that a run begins with: those of multi-token prediction stay as they were drawn

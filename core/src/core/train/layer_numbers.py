@@ -13,6 +13,7 @@ from core.nn.balance import routers
 from core.nn.decoder import Decoder
 from core.parallel.layout import RankView
 from core.step.update import StepInfo
+from core.train.attention_logits import watched_logits
 
 NO_LAYERS = ("tok_embeddings", "norm", "output")
 """The parts of a decoder that are no layers."""
@@ -23,12 +24,12 @@ class LayerNumbers:
 
     Numbers are named by what they are and the part: `weight_norm/layers.3`. Norms are of a part's weights after the
     step, of their gradients after clipping, and of what the update changed; `activation_rms` is that of the residual
-    stream behind a block, over the tokens of the step; `router_entropy` is that of the experts' shares of a step's
-    tokens, 1 where all are alike.
+    stream behind a block, over the tokens of the step; `attention_max_logit` is the largest of a step, sinks left out;
+    `router_entropy` is that of the experts' shares of a step's tokens, 1 where all are alike.
     """
 
     def __init__(self, models: Sequence[Decoder], layout: RankView, *, activations: bool) -> None:
-        """`activations` needs forward hooks, which torch.compile does not let in."""
+        """`activations`, and with them logits, need a look into a forward, which torch.compile does not allow."""
         self.models, self.layout, self.activations = list(models), layout, activations
         config = self.models[0].config
         self.parts = [*NO_LAYERS, *(f"layers.{i}" for i in range(config.n_layers + config.n_mtp_layers))]
@@ -39,7 +40,11 @@ class LayerNumbers:
         weights = [(part_of(name), weight) for name, weight in named if weight.is_floating_point()]
         before = [weight.detach().clone() for _, weight in weights]
         squares: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
-        with self._watching(squares) if self.activations else ExitStack():
+        logits: dict[str, list[Tensor]] = {}
+        with ExitStack() as watching:
+            if self.activations:
+                watching.enter_context(self._watching(squares))
+                logits = watching.enter_context(watched_logits(self.models))
             info = take()
         with torch.no_grad():
             kinds = {
@@ -50,7 +55,7 @@ class LayerNumbers:
                 ],
             }
             numbers = {name: norm for kind, tensors in kinds.items() for name, norm in self._norms(kind, tensors)}
-        return info, numbers | dict(self._rms(squares)) | self._entropies()
+        return info, numbers | dict(self._rms(squares)) | dict(self._logits(logits)) | self._entropies()
 
     def _norms(self, kind: str, tensors: list[tuple[str, Any]]) -> Iterator[tuple[str, float]]:
         found = dict.fromkeys(self.parts, 0.0)
@@ -84,6 +89,14 @@ class LayerNumbers:
         for part, total, count in zip(self.parts, totals, totals[len(sums) :], strict=False):
             if count:
                 yield f"activation_rms/{part}", math.sqrt(total / count)
+
+    def _logits(self, found: dict[str, list[Tensor]]) -> Iterator[tuple[str, float]]:
+        if not self.activations:
+            return
+        own = [float(torch.stack(found[part]).amax()) if found.get(part) else -math.inf for part in self.parts]
+        for part, largest in zip(self.parts, self.layout.maxima(*own), strict=True):
+            if largest > -math.inf:
+                yield f"attention_max_logit/{part}", largest
 
     def _entropies(self) -> dict[str, float]:
         own = {

@@ -62,7 +62,8 @@ class Metrics(Configurable):
         """Steps between two lines; the first and the last step are always reported."""
         per_layer_freq: int | None = None
         """Steps between two measurements of single layers, whose numbers are in the next line: norms of weights,
-        gradients and updates, activations, routers. A measured step holds its weights a second time."""
+        gradients and updates, activations and the largest logits of attention (not under torch.compile), routers. A
+        measured step holds its weights a second time."""
         enable_tensorboard: bool = False
         """Also write TensorBoard events (needs the `tensorboard` extra)."""
         save_tb_folder: str = "tb"

@@ -118,6 +118,7 @@ def contents(run: ReportedRun, folder: Path, saved: Found | None) -> Iterator[tu
         "metrics.jsonl": "the curve, in lines of JSON",
         run.metrics.save_tb_folder: "the curve, for TensorBoard",
         run.profiling.save_traces_folder: "traces of steps",
+        run.profiling.save_memory_snapshot_folder: "where the memory of steps goes",
         "events.jsonl": "starts, saves, steps left out",
         "logs": "what each rank said",
     }

@@ -4,12 +4,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from core.step.rows_ahead import ROWS_EVENT
+
+DATA = "data"
 KINDS = {
     "attention": ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product", "aten::_flash_attention", "flex_"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::_scaled_"),
     "norms": ("aten::rms_norm", "aten::_fused_rms_norm"),
     "loss": ("SoftmaxLoss", "aten::log_softmax", "aten::logsumexp"),
     "optimizer, clipping": ("aten::_foreach", "aten::_fused_adam", "aten::lerp"),
+    DATA: (ROWS_EVENT,),
     "communication": ("nccl:", "gloo:", "c10d::", "_c10d", "record_param_comms", "FSDP::"),
 }
 """What an event is for, by how its name begins, or that of the outermost event around it that is named here."""
@@ -20,11 +24,11 @@ STEP_EVENT = "ProfilerStep"
 def time_table(events: Iterable[Any], title: str) -> str:
     """A table of milliseconds per step and shares of a recording with torch.profiler; `events` are its FunctionEvents.
 
-    An accelerator's time is that of its kernels; on a CPU it is that of the operations themselves, whichever thread of
-    the program calls them.
+    An accelerator's time is that of its kernels, and of the wait for data; on a CPU it is that of the operations
+    themselves, whichever thread of the program calls them.
     """
     events = list(events)
-    steps = [event for event in events if event.name.startswith(STEP_EVENT) and str(event.device_type).endswith("CPU")]
+    steps = [event for event in events if event.name.startswith(STEP_EVENT) and is_of_cpu(event)]
     n_steps, wall = max(len(steps), 1), sum(event.time_range.elapsed_us() for event in steps)
     spent = Counter(dict(times_by_kind(events)))
     rows = {kind: spent[kind] for kind in (*KINDS, OTHER_OPERATIONS)}
@@ -41,10 +45,16 @@ def times_by_kind(events: list[Any]) -> Iterator[tuple[str, float]]:
     measure = "self_device_time_total" if any(event.self_device_time_total for event in events) else ""
     spent: Counter[str] = Counter()
     for event in events:
-        if not event.name.startswith(STEP_EVENT):
-            own = getattr(event, measure) if measure else event.self_cpu_time_total
-            spent[kind_of(event)] += own
+        if measure and event.name == ROWS_EVENT and is_of_cpu(event):
+            spent[DATA] += event.time_range.elapsed_us()
+        elif not event.name.startswith(STEP_EVENT):
+            spent[kind_of(event)] += getattr(event, measure) if measure else event.self_cpu_time_total
     yield from spent.items()
+
+
+def is_of_cpu(event: Any) -> bool:
+    """Whether an event is of the program, and no mark of it among the kernels of an accelerator."""
+    return str(event.device_type).endswith("CPU")
 
 
 def kind_of(event: Any) -> str:

@@ -17,11 +17,13 @@ from core.quantization.converter import Conversion
 from core.runtime.device import describe
 from core.runtime.log import WIDTH, event
 from core.step.checks import Run
-from core.train.checkpoints import RunCheckpoints
 from core.train.identity import versions
 from core.train.metrics import Metrics
 from core.train.profile import Profiler
+from core.train.step_report import StepReport
 
+N_RATES = 200
+"""So many steps stand for all in the picture of the learning rate."""
 MARGIN = 11
 """Columns of the names."""
 
@@ -81,13 +83,16 @@ def summary(
     return "\n".join(head.values())
 
 
-def started(device: torch.device, checkpoints: RunCheckpoints) -> dict[str, Any]:
-    """What makes the head of a run the event of its start: the step that it goes on after, and the system."""
+def started(report: StepReport) -> dict[str, Any]:
+    """What makes the head of a run the event of its start: the step that it goes on after, the system, and the learning
+    rates of some of its steps up to the last."""
+    checkpoints, device, peak = report.checkpoints, report.layout.device, report.run.optimizer.lr
+    rates = [[step, float(f"{peak * share:.6g}")] for step, share in report.schedule.sampled(report.last_step, N_RATES)]
     modules = {name: sys.modules[name] for name in ("core", "torch")}
     facts = {name.removeprefix("version of "): version for name, version in versions(modules).items()}
     system = {"device": describe(device), "ranks": str(checkpoints.ranks.size), "platform": platform(), **facts}
     step = checkpoints.start.step
-    return event("start", step, text="went on" if step else "began", system=system)
+    return event("start", step, text="went on" if step else "began", system=system, schedule=rates)
 
 
 def row(name: str, value: str) -> str:

@@ -37,7 +37,7 @@ from core.runtime.device import describe, select_device
 from core.runtime.distributed import Comm, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.launcher import World, find_world
-from core.runtime.log import start_logging
+from core.runtime.log import live_line, start_logging
 from core.runtime.ranks import Ranks
 from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
@@ -135,7 +135,7 @@ class Trainer(Configurable):
         self.flops_per_token = training_flops_per_token(whole, c.training.seq_len)
         self.n_parameters = parameter_count(whole)
         self.dispatcher = make_dispatcher(c, self.device, self.world.size)
-        with ExitStack() as opened:
+        with live_line(), ExitStack() as opened:
             ranks = Ranks.patient(opened.enter_context(process_group(find_world(), self.device, c.comm)))
             opened.callback(release)
             check_agreement(lambda: run_facts(resolved(c, self.device), self.tokenizer, self.device), ranks)
@@ -237,11 +237,11 @@ class Trainer(Configurable):
                 return self.outcome.again()
         began = time.perf_counter()
         with self.exit:
-            log.info(self.summary(), extra=started(self.device, self.checkpoints))
+            log.info(self.summary(), extra=started(self.report))
             self.checkpoints.ranks.first(lambda: write_config(self.folder, config_text(self.config, self.device)))
             anomalies = torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly)
-            start = self.checkpoints.start.step
-            profiler = self.config.profiling.build(folder=self.folder, rank=self.world.rank, start=start)
+            live = {"folder": self.folder, "rank": self.world.rank, "device": self.device}
+            profiler = self.config.profiling.build(start=self.checkpoints.start.step, **live)
             advice = memory_advice(self.device, self.config, self.layout.degrees)
             stop = StopRequest(saving=self.config.checkpoint.saving_signal)
             with stop, collected_garbage(), anomalies, profiler, self.metrics, advice:
@@ -258,7 +258,7 @@ class Trainer(Configurable):
             step += 1
             if step % c.training.gc_freq == 0:
                 gc.collect(1)
-            info = self.report.measured(step, self.step)
+            info = profiler.measured(step, lambda n: self.report.measured(n, self.step), self.built, self.optimizer)
             profiler.step()
             if step == start + 1:
                 self.activation_checkpoint.report()

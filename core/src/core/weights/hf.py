@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from core.config.errors import UserError
+from core.runtime.activity import followed, working
 from core.weights.export import dtypes, outputs
 from core.weights.files import write_files
 from core.weights.hf_model import StoredModel, with_hf
@@ -62,8 +63,9 @@ def load_from(source: WeightSource) -> None:
     weights = source.key_map.weights
     for name, weight in weights.items():
         assert not weight.is_meta, f"{name} has no memory to load into: materialise the model first"
-    for name in source.pieces:
-        source.fill(name, weights[name])
+    with working("loading weights"):
+        for name in followed(list(source.pieces), lambda name: weights[name].nbytes):
+            source.fill(name, weights[name])
 
 
 def save_by(
