@@ -195,6 +195,15 @@ def test_states_and_updates_are_those_of_a_real_run(optimizer: Optimizer.Config)
     assert total(found.segments).peak == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("n_ranks", [1, 4])
+def test_equal_matrices_are_counted_as_often_as_they_are_there(monkeypatch: pytest.MonkeyPatch, n_ranks: int):
+    run = run_of(ToyMoE.Config(n_layers=4, **WIDE), optimizer=Muon.Config())
+    few = run_fake_step(run, world_size=n_ranks, rank=0, device=CPU)
+    monkeypatch.setattr("core.plan.shared_matrices.recorded_once", lambda function, _: function)
+    every = run_fake_step(run, world_size=n_ranks, rank=0, device=CPU)
+    assert few.segments == every.segments
+
+
 @pytest.mark.parametrize(("model", "microbatches"), [(Mixed.Config(n_layers=16), 1), (Toy.Config(n_layers=7), 6)])
 def test_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch, model: Decoder.Config, microbatches: int):
     degree = 2 if isinstance(model, Mixed.Config) else 1

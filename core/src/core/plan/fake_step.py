@@ -29,6 +29,7 @@ from core.plan.passes import Passes, passes_of
 from core.plan.pipeline_passes import Action
 from core.plan.sample_blocks import RestingBytes, SampledModel, every_weight, n_bytes, resting_bytes, sampled_models
 from core.plan.segments import MessageKind, Recorder, Segment, expand
+from core.plan.shared_matrices import SharedMatrices
 from core.plan.traffic import axes
 from core.step.checks import Run
 from core.step.objective import Objective
@@ -88,7 +89,8 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
             for model in models.values():
                 materialise(model, _CPU, getattr(torch, training.dtype))
             every = every_weight(sampled)
-            optimizer = run.optimizer.build(weights=[weight for weight, _ in every.values()], layout=layout)
+            matrices = SharedMatrices(layout)
+            optimizer = run.optimizer.build(weights=[weight for weight, _ in every.values()], layout=matrices)
             objective = Objective(
                 list(models.values()),
                 run.loss.build(),
@@ -99,7 +101,7 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
             with Meter() as entering:
                 passes = passes_of(training, layout, models, objective, run.dataloader.inputs)
             copies = [(weight.value, source) for weight, source in every.values() if weight.value is not source]
-            fake = FakeObjective(layout, list(sampled.values()), passes, optimizer, copies)
+            fake = FakeObjective(layout, list(sampled.values()), passes, optimizer, matrices, copies)
             fake.step({None, passes.n_microbatches - 1}, updates=False)  # makes what is made once
             fake.step(microbatches_of_interest(passes.order), updates=True)
             kept = resting_bytes(sampled, optimizer)
@@ -131,10 +133,12 @@ class FakeObjective:
         sampled_models: list[SampledModel],
         passes: Passes,
         optimizer: Optimizer,
+        matrices: SharedMatrices,
         copies: list[tuple[nn.Parameter, nn.Parameter]],
     ) -> None:
         """`copies` are weights of blocks that are not there, each with the weight whose gradient stands for its own."""
         self.layout, self.passes, self.optimizer, self.copies = layout, passes, optimizer, copies
+        self.matrices = matrices
         self.models = [part.model for part in sampled_models]
         self.axes = group_axes(layout, experts=any(routers(model) for model in self.models))
         self.stand_in = {i: other for part in sampled_models for i, other in part.stand_in.items()}
@@ -152,6 +156,7 @@ class FakeObjective:
         self.recorded: dict[tuple[str, int], list[list[Segment]]] = defaultdict(list)
         self.optimizer.zero_grad()
         with Recorder(self.axes, self._gradients) as self.recorder, self.recorder.listening(self.models):
+            self.matrices.recorder = self.recorder
             train_step(cast(Objective, self), self.optimizer, [counted], **settings)
             self.update = self.recorder.end("update")
 
