@@ -63,13 +63,13 @@ def test_tokens_take_everything_along(documents: bool, n_ranks: int, balanced: b
             "index": positions.index_BL.expand(3, -1),
             "document": positions.document_BL if documents else torch.zeros_like(tokens_BL),
         }
-        for tokens_BL, labels_BL, positions, _ in parts
+        for tokens_BL, labels_BL, positions, *_ in parts
     ]
     joined = {name: torch.cat([part[name] for part in own], 1) for name in expected}
     back_L = joined["index"][0].argsort()
     for name, whole in expected.items():
         assert torch.equal(joined[name][:, back_L], whole), name
-    for _, labels_BL, positions, n_labels in parts:
+    for _, labels_BL, positions, n_labels, _ in parts:
         assert n_labels == count_labels(labels_BL)
         assert torch.equal(positions.key_index_BM.expand(3, -1), joined["index"])
         if documents:

@@ -1,6 +1,7 @@
 """The end of a run: what it returns and says, a run that is finished already, and one that gets more steps."""
 
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -14,8 +15,10 @@ from toy_run import toy_run
 from core.config.errors import UserError
 from core.config.record import from_json, to_json
 from core.runtime.launcher import World
+from core.runtime.log import is_live
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
+from core.train import trainer as trainer_module
 from core.train.metrics import Record, last_record
 from core.train.outcome import RunResult, calling_package, command, command_module, goes_on
 from core.train.trainer import Trainer
@@ -63,6 +66,21 @@ def test_a_run_returns_its_last_record_and_its_folder(tmp_path: Path) -> None:
     result = run.build().run()
     assert result.folder == tmp_path / "run"
     assert result.record == last_record(tmp_path / "run") and result.record.step == 2
+
+
+def test_on_a_terminal_the_line_is_there_while_a_run_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(logging.getLogger("armature"), "handlers", [])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown, before = [], trainer_module.open_samples
+    monkeypatch.setattr(
+        trainer_module, "open_samples", lambda *args, **settings: shown.append(is_live()) or before(*args, **settings)
+    )
+    trainer = toy_run(tmp_path, steps=1).build()
+    assert shown == [True, True] and not is_live()
+    trainer.run()
+    assert not is_live()
 
 
 def test_a_last_checkpoint_that_vanished_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
