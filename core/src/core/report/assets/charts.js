@@ -191,9 +191,9 @@ function drawMap(panel, map) {
     pen.fillRect(x, y, 1, 1);
   }));
   const scale = make("div", null, panel, { class: "scale" });
-  make("span", short(low), scale);
+  make("span", short(+low.toPrecision(3)), scale);
   make("i", null, scale).style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(shade).join(",")})`;
-  make("span", short(high), scale);
+  make("span", short(+high.toPrecision(3)), scale);
   const words = make("span", `${map.layers[0]} on top, to step ${short(map.steps.at(-1))}`, scale);
   canvas.addEventListener("mousemove", (event) => {
     const x = Math.min(map.steps.length - 1, Math.floor((event.offsetX / canvas.clientWidth) * map.steps.length));

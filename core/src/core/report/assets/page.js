@@ -118,7 +118,7 @@ function setShares(place, text) {
   const lines = text.trim().split("\n"), rows = lines.map((line) => ROWS.exec(line.trim())).filter(Boolean);
   if (!rows.length) { make("pre", text, place); return; }
   const unit = lines.find((line) => /^\s+\S.*share$/.test(line))?.trim().replace(/\s*share$/, "") ?? "";
-  const paint = (k) => `hsl(${[212, 28, 160, 305, 52, 265, 12, 190, 90][k % 9]} ${isDark() ? "55% 58%" : "52% 48%"} / ${k > 8 ? 0.5 : 1})`;
+  const paint = (k) => shade(0.15 + (0.85 * k) / Math.max(1, rows.length - 1)); // neighbours differ in lightness
   const bar = make("div", null, place, { class: "split", role: "img", "aria-label": rows.map(([, name, , share]) => `${name} ${share}%`).join(", ") });
   rows.forEach(([, name, , share], k) => {
     const part = make("i", null, bar, { title: `${name} ${share}%` });
