@@ -42,6 +42,14 @@ def test_the_line_has_what_there_is_room_for():
     )
 
 
+def test_the_time_left_follows_steps_that_are_faster_than_those_reported():
+    """Four steps in 8 s behind a first one of 4 s: 15 of 2 s are left, not 19 of 4 s; and no more than was reported."""
+    first = RunProgress(1, 20, 76.0, [])
+    assert shown_line(first, Doing("step 6"), 8.0, 60).text == "step 6/20  eta 0:30"
+    assert shown_line(first, Doing("step 2"), 8.0, 60).text == "step 2/20  eta 1:08"
+    assert shown_line(first, Doing("step 3"), 8.0, 60).text == "step 3/20  eta 1:08"
+
+
 def test_before_the_first_report_it_says_what_is_done_for_how_long():
     assert (
         shown_line(None, Doing("step 1", for_s=75.2), 9.0, 80).text == "the first step, which loads and compiles  1:15"

@@ -51,7 +51,10 @@ def shown_line(progress: RunProgress | None, doing: Doing, since_s: float, width
         first = "the first step, which loads and compiles" if found else doing.phase
         return with_bar(doing.share, [first, *filter(None, [doing.note]), clock(doing.for_s)], width)
     step = int(found[1]) if found else progress.step
-    left = f"eta {clock(max(progress.remaining_s - since_s, 0))}"
+    left_s, n_done = progress.remaining_s - since_s, step - 1 - progress.step
+    if n_done > 0:  # the first report is of a step that takes longer than others
+        left_s = min(left_s, (progress.last_step - step + 1) * since_s / n_done)
+    left = f"eta {clock(max(left_s, 0))}"
     parts = [f"step {step}/{progress.last_step}", *([] if found else [doing.phase]), left, *progress.fields]
     return with_bar(step / progress.last_step, parts, width)
 

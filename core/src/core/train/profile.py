@@ -1,6 +1,7 @@
 """Traces of single steps, for chrome://tracing and Perfetto, and where their time and their memory go."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Profiler(Configurable):
             with needed(self.memory_folder, ANOTHER):
                 self.memory_folder.mkdir(parents=True, exist_ok=True)
         if config.enable_profiling:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints a line at both ends of a recording otherwise
             with needed(self.folder, ANOTHER):
                 self.folder.mkdir(parents=True, exist_ok=True)
             wait = config.profile_freq - config.profiler_warmup - config.profiler_active
