@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/checkpoint_cpu.py
 
 All save the same tensors, flush them to the disk, remove what they saved before, and load them again, in turns in one
-process; between turns the disk comes to rest. Ours also hashes what it writes, reads it back and compares; loading with
-it verifies first. The bare disk is one write of as many bytes from memory, flushed, and one read. Ratios are to plain
-dcp, of wall and of CPU times, per round of turns: median (lowest to highest); below 1 is faster. A file that a
+process; between turns the disk comes to rest. Ours also sums up what it writes, reads it back and compares; loading
+with it verifies first. The bare disk is one write of as many bytes from memory, flushed, and one read. Ratios are to
+plain dcp, of wall and of CPU times, per round of turns: median (lowest to highest); below 1 is faster. A file that a
 verification reads twice ends the run.
 
 Then steps of a small model, of which every tenth is saved: the stall is what the loop waits for the saver, as a share
@@ -34,7 +34,7 @@ from core.checkpoint.find import Found
 from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.tree_hash import LEAF_BYTES
+from core.checkpoint.sums import STRETCH_BYTES
 from core.runtime.ranks import Ranks
 from core.train.state import model_tensors, optimizer_tensors
 
@@ -70,15 +70,15 @@ class Ours:
         self.saver.load(self.find(), tensors)
 
     def check_reads(self) -> None:
-        """Every stretch of every file of a checkpoint is hashed once when it is verified."""
-        hashed: list[str] = []
+        """Every stretch of every file of a checkpoint is summed up once when it is verified."""
+        summed: list[str] = []
         storage: Any = self.saver.storage
-        undisturbed = storage._leaf
-        storage._leaf = lambda name, at: (hashed.append(name.rpartition("/")[2]), undisturbed(name, at))[1]
+        undisturbed = storage._stretch
+        storage._stretch = lambda name, *place: (summed.append(name.rpartition("/")[2]), undisturbed(name, *place))[1]
         files = self.find().manifest.files
-        del storage._leaf
-        wanted = {name: max(1, -(-file.n_bytes // LEAF_BYTES)) for name, file in files.items()}
-        assert {name: hashed.count(name) for name in files} == wanted, f"hashed: {hashed}"
+        del storage._stretch
+        wanted = {name: max(1, -(-file.n_bytes // STRETCH_BYTES)) for name, file in files.items()}
+        assert {name: summed.count(name) for name in files} == wanted, f"summed up: {summed}"
 
 
 class Other(ABC):
@@ -172,7 +172,7 @@ def compare(folder: Path, mib: int, rounds: int) -> None:
 
 
 def stall(folder: Path, rounds: int) -> None:
-    trainer = make_trainer(folder / "trainer", argparse.Namespace(rows=4, length=256), mode="none")
+    trainer = make_trainer(folder / "trainer", argparse.Namespace(rows=4, length=256, compute="float32"), mode="none")
     saver = trainer.checkpoints.saver
     tensors = model_tensors(trainer.built.models) | optimizer_tensors(trainer.optimizer)
     waits: dict[str, list[float]] = {}

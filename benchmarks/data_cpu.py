@@ -29,7 +29,7 @@ import tokenizers
 from core.data.corpus import Corpus
 from core.data.source import StandardLibrary
 from core.data.tokenizer import Tokenizer
-from core.data.workers import n_cores
+from core.runtime.cores import n_cores
 
 _encoder: Any = None
 

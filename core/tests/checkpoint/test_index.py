@@ -45,7 +45,7 @@ def vouch(checkpoint: Path) -> None:
     said = json.loads((checkpoint / "manifest.json").read_text())
     del said["digest"]
     for name in said["files"]:
-        said["files"][name] = {"n_bytes": storage.size(name), "sha256": storage.digest(name)}
+        said["files"][name] = {"n_bytes": storage.size(name), "crc32": storage.sums(name)}
     (checkpoint / "manifest.json").write_text(json.dumps({**said, "digest": manifest_digest(said)}))
 
 

@@ -33,14 +33,14 @@ def storage(tmp_path):
 
 def manifest(files=None):
     progress = Progress(step=3, tokens=96, rows=6, rows_per_step=2, places=[{"position": 1}], text="abc")
-    files = {name: Written(0, "0" * 64) for name in (CONFIG_FILE, TENSORS)} | (files or {})
+    files = {name: Written(0, "0" * 8) for name in (CONFIG_FILE, TENSORS)} | (files or {})
     return Manifest(progress=progress, kind="full", world_size=2, versions={"torch": "2"}, files=files)
 
 
 def file(storage, name, content=b"content"):
     with storage.create(f"step-3/{name}") as made:
         made.write(content)
-    return Written(made.n_bytes, made.hex())
+    return Written(made.n_bytes, made.sums())
 
 
 def test_what_is_written_is_read(storage):
@@ -53,8 +53,8 @@ def test_what_is_written_is_read(storage):
 def test_every_file_is_read_once(storage, monkeypatch):
     files = {name: file(storage, name) for name in "abc"}
     opened = []
-    digest = Storage.digest
-    monkeypatch.setattr(Storage, "digest", lambda self, name: (opened.append(name), digest(self, name))[1])
+    sums = Storage.sums
+    monkeypatch.setattr(Storage, "sums", lambda self, name, *rest: (opened.append(name), sums(self, name, *rest))[1])
     assert file_problems(storage, "step-3", files) == []
     assert opened == ["step-3/a", "step-3/b", "step-3/c"]
 
@@ -110,10 +110,14 @@ def test_a_manifest_that_is_no_longer_what_was_written(storage, tmp_path):
         ("layout", None, "layout: expected int, got None"),
         ("versions", ["torch"], r"versions: expected dict\[str, str\]"),
         ("files", {}, "names no config.json; no tensors.json"),
-        ("files.more", {"n_bytes": 1}, "more: sha256 is missing"),
-        ("files.more", {"n_bytes": 1.5, "sha256": "0" * 64}, "more: n_bytes: expected int, got 1.5"),
-        ("files.more", {"n_bytes": -1, "sha256": "0" * 64}, "names the size of more -1"),
-        ("files.more", {"n_bytes": 1, "sha256": "F" * 64}, "names more with a hash that is none"),
+        ("files.more", {"n_bytes": 1}, "more: crc32 is missing"),
+        ("files.more", {"n_bytes": 1.5, "crc32": "0" * 8}, "more: n_bytes: expected int, got 1.5"),
+        ("files.more", {"n_bytes": -1, "crc32": "0" * 8}, "names the size of more -1"),
+        ("files.more", {"n_bytes": 1, "crc32": "F" * 8}, "names more with a crc32 that is none"),
+        ("files.more", {"n_bytes": 1, "crc32": "0" * 16}, "names more with a crc32 that is none"),
+        ("files.more", {"n_bytes": 2**24 + 1, "crc32": "0" * 8}, "names more with a crc32 that is none"),
+        ("files.more", {"n_bytes": 2**62, "crc32": "0" * 8}, "names more with a crc32 that is none"),
+        ("files.more", {"n_bytes": 1, "sha256": "0" * 64}, "more: crc32 is missing, sha256 is unknown"),
         ("files.more", None, "files: more: expected dict"),
         ("more", 1, "more is unknown"),
     ],

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from rank_life import live, torchrun_environ
 from toy_run import toy_run
 
-from core.checkpoint.storage import Digest, Storage
+from core.checkpoint.storage import NewFile, Storage
 from core.config.cli import main
 from core.config.record import to_json
 from core.step.update import StepInfo
@@ -69,7 +69,7 @@ def ask(before: Callable[[Any, Any], None], chosen: Callable[[str], bool]) -> No
     create = Storage.create
 
     @contextmanager
-    def create_so(storage: Storage, name: str) -> Iterator[Digest]:
+    def create_so(storage: Storage, name: str) -> Iterator[NewFile]:
         with create(storage, name) as file:
             if chosen(name):
                 file.stream = Disk(file.stream, before)  # pyrefly: ignore[bad-assignment] - as much as is used

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: which step it is of, what is in it, and the size and hash of every file."""
+"""What a checkpoint says of itself: which step it is of, what is in it, and the size and sums of every file."""
 
 import hashlib
 import json
@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 from core.checkpoint.storage import Storage
+from core.checkpoint.sums import CRC32, OF_LAYOUT
 from core.config.errors import UserError, at_most
 from core.config.json_file import parse_json, typed
 
-LAYOUT = 2
-"""Version of the layout of a checkpoint that is written here, and the newest that can be read. In layout 1 the hash of
-every file is its SHA-256, since then that of `core.checkpoint.tree_hash`."""
+LAYOUT = 3
+"""Version of the layout of a checkpoint that is written here, and the newest that can be read. Layouts differ in the
+sums of files, of which `core.checkpoint.sums` has the algorithms."""
 MANIFEST = "manifest.json"
 CONFIG_FILE = "config.json"
 TENSORS = "tensors.json"
 COMPANIONS = "companions"
 """The folder in a checkpoint of what goes along with its weights: a tokenizer, a license."""
-SHA256 = re.compile("[0-9a-f]{64}")
+DIGITS = re.compile("[0-9a-f]+")
 FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 """The name of a file in a checkpoint, or in a folder of it."""
 SaveKind = Literal["full", "model"]
@@ -42,7 +43,8 @@ class Written(NamedTuple):
     """A file, and what it was when it was written."""
 
     n_bytes: int
-    sha256: str
+    sums: str
+    """As a manifest states them, by the name of their algorithm."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,7 +86,7 @@ class Manifest:
 
 def write_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
     """Write `manifest.json`, which makes a folder a checkpoint."""
-    files = {name: written._asdict() for name, written in manifest.files.items()}
+    files = {name: {"n_bytes": written.n_bytes, CRC32.name: written.sums} for name, written in manifest.files.items()}
     said = {**asdict(manifest), "files": files}
     with storage.create(f"{folder}/{MANIFEST}") as file:
         file.write((json.dumps({**said, "digest": manifest_digest(said)}, indent=1) + "\n").encode())
@@ -120,17 +122,24 @@ def manifest_of(said: dict[str, Any]) -> Manifest:
     """A manifest from what stands in its file; raises `UserError` for what cannot be one."""
     said = entries(said, PARTS, MANIFEST, needed=set(PARTS))
     progress = Progress(**entries(said["progress"], get_type_hints(Progress), f"{MANIFEST}: progress"))
-    types = get_type_hints(Written)
-    files = {
-        name: Written(**entries(file, types, f"{MANIFEST}: {name}", needed=set(types)))
-        for name, file in said["files"].items()
+    if said["layout"] not in OF_LAYOUT:
+        raise UserError(f"{MANIFEST} names layout {said['layout']}")
+    algorithm = OF_LAYOUT[said["layout"]]
+    types = {"n_bytes": int, algorithm.name: str}
+    stated = {
+        name: entries(file, types, f"{MANIFEST}: {name}", needed=set(types)) for name, file in said["files"].items()
     }
+    files = {name: Written(file["n_bytes"], file[algorithm.name]) for name, file in stated.items()}
     numbers = {name: getattr(progress, name) for name in ("step", "tokens", "rows", "rows_per_step")}
     numbers |= {f"the size of {name}": file.n_bytes for name, file in files.items()}
     wrong = [f"{name} {number}" for name, number in numbers.items() if not 0 <= number < 2**63]
-    wrong += [f"{name} {said[name]}" for name in ("world_size", "layout") if said[name] < 1]
+    wrong += [f"world_size {said['world_size']}"] if said["world_size"] < 1 else []
     wrong += [f"{name!r}, which is no file in the folder" for name in files if not FILE.fullmatch(name)]
-    wrong += [f"{name} with a hash that is none" for name, file in files.items() if not SHA256.fullmatch(file.sha256)]
+    wrong += [
+        f"{name} with a {algorithm.name} that is none"
+        for name, file in files.items()
+        if not (DIGITS.fullmatch(file.sums) and len(file.sums) == algorithm.n_digits(file.n_bytes))
+    ]
     wrong += [f"no {name}" for name in (CONFIG_FILE, TENSORS) if name not in files]
     if wrong:
         raise UserError(f"{MANIFEST} names {'; '.join(at_most(5, wrong))}")
@@ -155,13 +164,13 @@ def manifest_digest(said: dict[str, Any]) -> str:
 
 def file_problems(storage: Storage, folder: str, files: dict[str, Written], layout: int = LAYOUT) -> list[str]:
     """What is wrong with those files of a checkpoint of this layout; each is read once."""
-    found, digest = [], storage.plain_digest if layout == 1 else storage.digest
+    found, algorithm = [], OF_LAYOUT[layout]
     for name, written in files.items():
         try:
             n_bytes = storage.size(f"{folder}/{name}")
             if n_bytes != written.n_bytes:
                 found.append(f"{name} has {n_bytes:,} bytes, not {written.n_bytes:,}")
-            elif digest(f"{folder}/{name}") != written.sha256:
+            elif storage.sums(f"{folder}/{name}", algorithm) != written.sums:
                 found.append(f"{name} has other bytes than were written")
         except FileNotFoundError:
             found.append(f"{name} is missing")

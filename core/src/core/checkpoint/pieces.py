@@ -29,7 +29,7 @@ from torch.futures import Future
 from core.checkpoint.index import NAMES, StoredBox, StoredTensor, index_problems, index_text, key_of, memory, read_piece
 from core.checkpoint.manifest import TENSORS, Written
 from core.checkpoint.storage import Storage
-from core.checkpoint.tree_hash import n_threads
+from core.checkpoint.sums import n_threads
 from core.config.errors import at_most
 from core.runtime.activity import followed, waiting, working
 
@@ -120,7 +120,7 @@ class TensorWriter(StorageWriter):
             file.write(text)
             for tensor in tensors:
                 file.write(memory(tensor.cpu().contiguous()))
-        written = Written(file.n_bytes, file.hex())
+        written = Written(file.n_bytes, file.sums())
         begin = 8 + len(text)
         done.set_result(
             [
@@ -147,7 +147,7 @@ class TensorWriter(StorageWriter):
         with self.storage.create(f"{self.folder}/{TENSORS}") as file:
             file.write(index_text(index).encode())
         self.files = {place.file: place.written for place in places.values()}
-        self.files[TENSORS] = Written(file.n_bytes, file.hex())
+        self.files[TENSORS] = Written(file.n_bytes, file.sums())
 
 
 class TensorReader(StorageReader):

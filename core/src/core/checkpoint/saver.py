@@ -4,8 +4,8 @@ A save may end at any instruction: by a kill, a full disk, a lost machine. What 
 `step-N` is a whole checkpoint, always, and that the ones before are untouched until it is. So:
 
 1. All ranks write their pieces into `step-N.tmp`, which nothing reads; each file is flushed to the disk, read back,
-   compared and hashed: what a disk returns counts, not what was handed to it.
-2. The first rank, when all have succeeded, writes `manifest.json` with the size and hash of every file, and last its
+   compared and summed up: what a disk returns counts, not what was handed to it.
+2. The first rank, when all have succeeded, writes `manifest.json` with the size and sums of every file, and last its
    own hash.
 3. The folder gets its name: one rename, which is there or not, and a flush of the folder above it. An object store has
    no such rename; there the manifest is moved last, and a folder without one is no checkpoint.
@@ -224,7 +224,7 @@ class Saver:
         for name, content in {CONFIG_FILE: self.config.encode(), **beside}.items():
             with self.storage.create(f"{growing}/{name}") as file:
                 file.write(content)
-            written[name] = Written(file.n_bytes, file.hex())
+            written[name] = Written(file.n_bytes, file.sums())
         if self.companions:
             self.storage.flush(f"{growing}/{COMPANIONS}")
         return written
@@ -236,7 +236,7 @@ class Saver:
             self.export(Found(self.storage, growing, made), Path(self.storage.path(f"{growing}/hf")))
             for name in self.storage.names(f"{growing}/hf"):
                 file = f"{growing}/hf/{name}"
-                made.files[f"hf/{name}"] = Written(self.storage.size(file), self.storage.digest(file))
+                made.files[f"hf/{name}"] = Written(self.storage.size(file), self.storage.sums(file))
         write_manifest(self.storage, growing, made)
         if self.storage.exists(folder):
             self._set_aside(made.progress.step)

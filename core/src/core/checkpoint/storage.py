@@ -1,6 +1,5 @@
 """Where checkpoints lie: a folder of this machine, or one behind an fsspec URI such as s3://bucket/run."""
 
-import hashlib
 import os
 import re
 import stat
@@ -19,7 +18,7 @@ from typing import IO, Any, cast
 import fsspec
 import numpy as np
 
-from core.checkpoint.tree_hash import LEAF_BYTES, TreeHash, hash_of_leaves, n_threads
+from core.checkpoint.sums import CRC32, Algorithm, RunningSums, n_threads
 from core.config.errors import UserError
 from core.runtime.activity import advance
 from core.runtime.disk import flush
@@ -30,9 +29,9 @@ CHUNK_BYTES = 2**24
 MUCH = 2**26
 """Bytes that are worth a way to the disk before the file is closed."""
 BEHIND = 8
-"""So many parts may wait to be hashed."""
-HASHED_BYTES = 2**20
-"""Bytes that are hashed at a time: they stay near the processor, too."""
+"""So many parts may wait to be summed up."""
+SUMMED_BYTES = 2**20
+"""Bytes that are read and summed up at a time: they stay near the processor, too."""
 PART = 2**17
 """Bytes that are compared at a time: they stay near the processor."""
 
@@ -41,20 +40,20 @@ STEP = re.compile("step-(0|[1-9][0-9]*)")
 """The name of the folder of a checkpoint."""
 
 
-class Digest:
-    """A file that is being written, and the hash and number of the bytes that went into it.
+class NewFile:
+    """A file that is being written, and the sums and number of the bytes that went into it.
 
-    Of a file of this machine every part is read back and compared at once; hashing, and the way to the disk, go on
+    Of a file of this machine every part is read back and compared at once; summing up, and the way to the disk, go on
     beside that.
     """
 
-    def __init__(self, stream: IO[bytes], again: BufferedReader | None, hasher: Executor, flusher: Executor) -> None:
+    def __init__(self, stream: IO[bytes], again: BufferedReader | None, summer: Executor, flusher: Executor) -> None:
         """`again` reads the file that `stream` writes, where that can be done already; the executors have one thread
         each."""
         self.stream, self.n_bytes = stream, 0
-        self._again, self._hasher, self._flusher = again, hasher, flusher
+        self._again, self._summer, self._flusher = again, summer, flusher
         self._found = memoryview(bytearray(PART))
-        self._hash, self._hashed = TreeHash(), deque[Future[None]]()
+        self._sums, self._summed = RunningSums(), deque[Future[None]]()
         self._flushed, self._flushed_from = cast(Future[None] | None, None), 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -62,7 +61,7 @@ class Digest:
         data = memoryview(data).cast("B")
         for at in range(0, len(data), CHUNK_BYTES):
             part = data[at : at + CHUNK_BYTES]
-            self._hashed.append(self._hasher.submit(self._hash.update, part))
+            self._summed.append(self._summer.submit(self._sums.update, part))
             self.stream.write(part)
             self.n_bytes += len(part)
             advance(f"{size_text(self.n_bytes)} written")
@@ -70,8 +69,8 @@ class Digest:
                 self.stream.flush()
                 self._compare(part, self._again)
                 self._begin_flush(self._again)
-            if len(self._hashed) > BEHIND:
-                self._hashed.popleft().result()
+            if len(self._summed) > BEHIND:
+                self._summed.popleft().result()
 
     def flush(self) -> None:
         """Let what was written reach the disk."""
@@ -80,9 +79,9 @@ class Digest:
         self.stream.flush()
         os.fsync(self.stream.fileno())
 
-    def hex(self) -> str:
-        """The hash of a file that is closed."""
-        return self._hash.hexdigest()
+    def sums(self) -> str:
+        """The sums of a file that is closed."""
+        return self._sums.stated()
 
     def _compare(self, part: memoryview, again: BufferedReader) -> None:
         for at in range(0, len(part), PART):
@@ -152,32 +151,22 @@ class Storage:
                 memory = memory[n_bytes:]
                 advance()
 
-    def digest(self, name: str) -> str:
-        """The hash of a file, as `core.checkpoint.tree_hash` has it; of one of this machine worked out on several
-        cores."""
-        n_bytes = self.size(name)
-        with ThreadPoolExecutor(n_threads() if self.is_local else 1, "hashing") as pool:
-            return hash_of_leaves(list(pool.map(partial(self._leaf, name), range(0, max(n_bytes, 1), LEAF_BYTES))))
+    def sums(self, name: str, algorithm: Algorithm = CRC32) -> str:
+        """The sums of a file, as `core.checkpoint.sums` states them; several threads read one of this machine."""
+        places = range(0, max(self.size(name), 1), algorithm.stretch_bytes)
+        with ThreadPoolExecutor(n_threads() if self.is_local else 1, "summing") as pool:
+            return algorithm.stated(list(pool.map(partial(self._stretch, name, algorithm), places)))
 
-    def _leaf(self, name: str, at: int) -> bytes:
-        """The SHA-256 of the stretch of a file that begins at `at`."""
-        found, left, memory = hashlib.sha256(), LEAF_BYTES, memoryview(bytearray(HASHED_BYTES))
+    def _stretch(self, name: str, algorithm: Algorithm, at: int) -> bytes:
+        """The sum of the stretch of a file that begins at `at`."""
+        found, left, memory = algorithm.begin(), algorithm.stretch_bytes, memoryview(bytearray(SUMMED_BYTES))
         with self._asked(), self.fs.open(self._file(name), "rb") as stream:
             stream.seek(at)
             while left and (n_bytes := stream.readinto(memory[:left])):
                 found.update(memory[:n_bytes])
                 left -= n_bytes
-            advance()
-        return found.digest()
-
-    def plain_digest(self, name: str) -> str:
-        """The SHA-256 of a file, which layout 1 has for all."""
-        found = hashlib.sha256()
-        with self._asked(), self.fs.open(self._file(name), "rb") as stream:
-            while data := stream.read(CHUNK_BYTES):
-                found.update(data)
                 advance()
-        return found.hexdigest()
+        return found.digest()
 
     def make(self, folder: str) -> None:
         """Make a folder, and those above it, unless they are there."""
@@ -185,16 +174,16 @@ class Storage:
             self.fs.makedirs(self.path(folder), exist_ok=True)
 
     @contextmanager
-    def create(self, name: str) -> Iterator[Digest]:
+    def create(self, name: str) -> Iterator[NewFile]:
         """A new file; when the block ends it has reached the disk. Raises `OSError` where it reads otherwise."""
         with self._asked(), ExitStack() as exits:
             stream = exits.enter_context(self.fs.open(self.path(name), "wb"))
             again = exits.enter_context(open(self.path(name), "rb")) if self.is_local else None
-            hasher, flusher = (exits.enter_context(ThreadPoolExecutor(1, name)) for name in ("hashing", "flushing"))
-            yield (digest := Digest(stream, again, hasher, flusher))
+            summer, flusher = (exits.enter_context(ThreadPoolExecutor(1, name)) for name in ("summing", "flushing"))
+            yield (file := NewFile(stream, again, summer, flusher))
             if self.is_local:
-                digest.flush()
-        assert digest.n_bytes == self.size(name), name
+                file.flush()
+        assert file.n_bytes == self.size(name), name
 
     def rename(self, old: str, new: str, *, last: str) -> None:
         """Give a folder another name, at once on this machine; elsewhere file by file, the one named `last` at the end.
@@ -229,7 +218,7 @@ class Storage:
             self.make(trial)
             with self.create(f"{trial}/file") as file:
                 file.write(b"written")
-            if self.digest(f"{trial}/file") != file.hex():
+            if self.sums(f"{trial}/file") != file.sums():
                 raise OSError(EIO, "other bytes are read there than were written")
             self.flush(trial)
             self.rename(trial, f"{trial}-renamed", last="file")

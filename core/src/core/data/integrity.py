@@ -9,7 +9,6 @@ again in every window that is read (`TokenStream.windows`).
 import hashlib
 import json
 import logging
-import os
 import stat
 import time
 import uuid
@@ -25,6 +24,7 @@ from core.config.errors import UserError
 from core.config.json_file import read_json, typed
 from core.data.shards import STARTS, VERIFIED, DamagedError, TokenManifest, token_type
 from core.runtime.activity import advance
+from core.runtime.cores import n_cores
 
 log = logging.getLogger("armature")
 
@@ -93,7 +93,7 @@ def _remember(folder: Path, verified: dict[str, Stamp], new: dict[str, Stamp]) -
 def _verify(folder: Path, manifest: TokenManifest, names: Iterable[str], n_bytes: int) -> None:
     if n_bytes >= _LONG_BYTES:
         log.info("verifying %s GB of tokens in %s, once", f"{n_bytes / 1e9:,.1f}", folder)
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, n_cores())) as threads:
         for _ in threads.map(lambda name: _verify_file(folder / name, manifest), names):
             pass
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.data.sections import LeftOut, Section
+from core.runtime.cores import n_cores
 
 FEW_BATCHES = 16
 """So many batches are tokenised here before it pays to start processes."""
@@ -73,11 +74,6 @@ def encoded_in_order(
             yield from _by_workers(encoder, chain([job], jobs), sections_of, n)
             return
         yield job, Encoded.of(encoder, sections_of(job))
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _by_workers(
