@@ -5,8 +5,9 @@
 
 A Qwen3 of so many GiB in bfloat16, with drawn bytes, in files of one GiB, converted to our form and back, and copied,
 each flushed to the disk, in turns; what was written is removed before the next turn. Ratios are to the copy: above 1 is
-faster. Memory is the most that a process had, PyTorch's own included. `import` is what a process takes that loads the
-command and does nothing: it is taken off, because a copy loads nothing.
+faster. Memory is the most that a process had, PyTorch's own included. The clocks of a conversion begin when its process
+has loaded the command, because a copy loads nothing; what the command loads later counts. `import` is what a process
+takes that loads the command and does nothing.
 """
 
 import argparse
@@ -35,8 +36,14 @@ from core.weights.key_map import hf_key_map
 from core.weights.shard_file import Output, stretches
 from qwen3.model import size
 
-CLOCKS = ("wall_s", "cpu_s")
-CALL = "import sys; from qwen3.convert import *; main({'qwen3': Qwen3}, sys.argv[1:]) if sys.argv[1:] else None"
+CALL = """
+import sys, time
+from qwen3.convert import *
+wall, cpu = time.perf_counter(), time.process_time()
+main({"qwen3": Qwen3}, sys.argv[1:]) if sys.argv[1:] else None
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(time.perf_counter() - wall, time.process_time() - cpu, peak)
+"""
 
 
 def drawn(shape: list[int], number: int) -> Iterator[Tensor]:
@@ -79,15 +86,17 @@ class Taken(NamedTuple):
 
 
 def convert(*words: str | Path) -> Taken:
-    """What a process takes that converts, or just loads the command."""
+    """What a process takes that converts, once it has loaded the command; or that just does this."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = f"{CALL}; print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    run = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", CALL, *map(str, words)], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Taken(time.perf_counter() - began, cpu_s, int(run.stdout.split()[-1]) / 1024)
+    wall_s, cpu_s, peak_kib = map(float, run.stdout.split()[-3:])
+    if not words:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall_s = time.perf_counter() - began
+        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Taken(wall_s, cpu_s, peak_kib / 1024)
 
 
 def copy(src: Path, dst: Path) -> Taken:
@@ -124,14 +133,10 @@ def main() -> None:
 
 
 def show(taken: dict[str, list[Taken]], mib: float) -> None:
-    """A line for each, of what it takes beside loading the command."""
-    idle_s = {clock: statistics.median(getattr(each, clock) for each in taken["import"]) for clock in CLOCKS}
+    """A line for each."""
     print(f"{'':10}{'wall s':>8}  {'copy to it':22}{'MiB/s':>8}{'CPU s':>8}{'memory':>12}")
     for name, each in taken.items():
-        wall_s, cpu_s = (
-            [getattr(one, clock) - (0 if name in ("import", "copy") else idle_s[clock]) for one in each]
-            for clock in CLOCKS
-        )
+        wall_s, cpu_s, _ = zip(*each, strict=True)
         ratios = sorted(copied.wall_s / one for copied, one in zip(taken["copy"], wall_s, strict=True))
         told = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         speed, most = mib / statistics.median(wall_s), max(one.memory_mib for one in each)
