@@ -68,18 +68,24 @@ def test_torchtitan_with_experts(titan: Any, tmp_path: Path) -> None:
     assert torch.equal(found["layers.0.moe.router.gate.weight"], theirs["layers.0.moe.router.gate.weight"])
 
 
-def test_megatron_with_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("alone", "n_mtp"), [(False, 0), (True, 0), (False, 1), (True, 1)])
+def test_megatron_with_experts(alone: bool, n_mtp: int, tmp_path: Path) -> None:
     """Its model is built and saved, but does not run, on a CPU: the values are compared."""
     sizes = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2, "qk_layernorm": True}
-    theirs = written_by_megatron(tmp_path, num_layers=3, ffn_hidden_size=24, **sizes)
+    sizes |= {"mtp_num_layers": n_mtp} if n_mtp else {}
+    theirs = written_by_megatron(tmp_path, alone=alone, num_layers=3, ffn_hidden_size=24, **sizes)
     stated = STATED | dict(
         model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=24,
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=128,
         tie_word_embeddings=False,
     )  # fmt: skip
-    found = converted("megatron", tmp_path, Qwen3MoE.from_hf_config(stated), MODELS).state_dict()
-    for i in range(3):
-        at, ours = f"decoder.layers.{i}", f"layers.{i}"
+    config = Qwen3MoE.from_hf_config(stated)
+    config.n_mtp_layers = n_mtp
+    found = converted("megatron", tmp_path, config, MODELS).state_dict()
+    for name, place in (("enorm", "enorm"), ("hnorm", "hnorm"), ("eh_proj", "eh_proj"), ("norm", "final_layernorm")):
+        assert n_mtp == 0 or torch.equal(found[f"ahead.3.{name}.weight"], theirs[f"mtp.layers.0.{place}.weight"])
+    for i in range(3 + n_mtp):
+        at, ours = f"decoder.layers.{i}" if i < 3 else "mtp.layers.0.transformer_layer", f"layers.{i}"
         assert torch.equal(found[f"{ours}.moe.router.gate.weight"], theirs[f"{at}.mlp.router.weight"])
         assert torch.equal(found[f"{ours}.ffn_norm.weight"], theirs[f"{at}.pre_mlp_layernorm.weight"])
         assert torch.equal(found[f"{ours}.attention.q_norm.weight"], theirs[f"{at}.self_attention.q_layernorm.weight"])

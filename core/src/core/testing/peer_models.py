@@ -26,7 +26,7 @@ if __name__ == "__main__":
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -38,25 +38,28 @@ if __name__ == "__main__":
         gradient_accumulation_fusion=False,
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    ahead = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
     model = GPTModel(
-        config, spec, vocab_size=128, max_sequence_length=64,
+        config, spec, vocab_size=128, max_sequence_length=64, mtp_block_spec=ahead,
         position_embedding_type="rope", share_embeddings_and_output_weights=False,
     )
     for number, weight in enumerate(model.parameters()):
         torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(number))
     os.mkdir(folder)
-    dist_checkpointing.save(model.sharded_state_dict(), folder)
+    metadata = {"singleton_local_shards": bool(int(sys.argv[4]))}
+    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), folder)
     torch.save({name: each for name, each in model.state_dict().items() if each is not None}, sys.argv[2])
 """
 
 
-def written_by_megatron(folder: Path, **sizes: object) -> dict[str, Tensor]:
+def written_by_megatron(folder: Path, *, alone: bool = False, **sizes: object) -> dict[str, Tensor]:
     """The weights of a drawn model of megatron-core, of the width 32 with 4 heads of 8 in 2 groups, by its names; they
-    lie in `theirs` as it saved them. It is built and saved, but does not run, on a CPU."""
+    lie in `theirs` as it saved them, `alone` with experts and halves one by one. It is built and saved, but does not
+    run, on a CPU."""
     (folder / "write.py").write_text(MEGATRON)
     heads = {"hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8}
     places = [str(folder / name) for name in ("write.py", "theirs", "state.pt")]
-    words = [sys.executable, *places, json.dumps({**heads, **sizes})]
+    words = [sys.executable, *places, json.dumps({**heads, **sizes}), str(int(alone))]
     done = subprocess.run(
         words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )

@@ -84,7 +84,7 @@ class KeyMap:
     copies: dict[str, str] = field(default_factory=dict)
     """The same for keys that are written, too."""
     ignored: re.Pattern[str] | None = None
-    """Stored keys that are passed over."""
+    """Stored keys that are passed over, unless a weight has them."""
 
     def keys(self) -> set[str]:
         """All keys that may be stored."""
@@ -130,7 +130,9 @@ def form_key_map(model: StoredModel, form: KeyForm) -> KeyMap:
         pattern, number = pattern_of(name)
         head_dim = model.rope_dim() if pattern in form.halves else None
         if found := places_of(form.keys[pattern]):
-            places[name] = [key_parts(place, number, len(weight), head_dim, model.config) for place in found]
+            n_layers = model.config.n_layers
+            fitting = [place for place in found if not number or fits(place, int(number) - n_layers)]
+            places[name] = [key_parts(place, number, len(weight), head_dim, model.config) for place in fitting]
     numbers = sorted({pattern_of(found[0][0].key)[1] for found in places.values()} - {""})
     behind = [number for number in numbers if int(number) >= model.config.n_layers]
     return KeyMap(
@@ -162,11 +164,21 @@ def mtp_weights(names: Iterable[str], n_layers: int) -> frozenset[str]:
     return frozenset(name for name in names if (number := pattern_of(name)[1]) and int(number) >= n_layers)
 
 
+def fits(place: KeyPlace, ahead: int) -> bool:
+    """Whether a weight of a block may be in this place; `ahead` is the number of a block of multi-token prediction
+    among those, negative for any other."""
+    if "{i-n_layers}" in (place if isinstance(place, str) else place.key):
+        return ahead >= 0
+    return ahead < 0 or not (isinstance(place, Joined) and place.of_blocks)
+
+
 def key_parts(
     place: KeyPlace, number: str, n_rows: int, head_dim: int | None = None, config: Any = None
 ) -> list[KeyPart]:
     """The pieces of one of our weights in this place; `config` is that of the model, which joined weights need."""
     key = (place if isinstance(place, str) else place.key).replace("{i}", number)
+    if "{i-n_layers}" in key:
+        key = key.replace("{i-n_layers}", str(int(number) - config.n_layers))
     if isinstance(place, Stacked):
         return [KeyPart(key, row, row, place.half, place.transposed) for row in range(n_rows)]
     if isinstance(place, Joined):

@@ -1,6 +1,7 @@
 """The key table of a model family: our names of weights, and where Hugging Face keeps their values. Read both ways.
 
-An entry `"layers.{i}.attention.wq.weight": PLACE` is for all blocks, `{i}` is the number of the block. The place is
+An entry `"layers.{i}.attention.wq.weight": PLACE` is for all blocks, `{i}` is the number of the block; a place with
+`{i-n_layers}` is for those of multi-token prediction alone, which are counted there from 0. The place is
 
     "model.layers.{i}.self_attn.q_proj.weight"      a tensor
     "model.layers.{i}.mlp.experts.{e}.down.weight"  a tensor for each of our rows, which is an expert

@@ -76,23 +76,43 @@ def litgpt_form(halves: frozenset[str] = frozenset()) -> KeyForm:
     return KeyForm(keys=keys, halves=halves)
 
 
+MEGATRON_BLOCKS = (
+    "decoder.layers.{i}",
+    "mtp.layers.{i-n_layers}.transformer_layer",
+    "mtp.layers.{i-n_layers}.mtp_model_layer",
+)
+"""Blocks with a number each; those of multi-token prediction have had two names."""
+ALONE = {"first": "_w", "second": "_v"}
+"""Ends of the names of halves that lie in tensors of their own."""
+
+
 def block_places(
     *names: str, heads: Heads | None = None, half: Half | None = None, experts: bool = False
 ) -> tuple[KeyPlace, ...]:
     """The places of a weight of a block in megatron-core's `torch_dist`: blocks that are all alike lie along an axis of
-    their own, others have a number each."""
+    their own, others have a number each; experts and halves are one tensor, or (`singleton_local_shards`) each its
+    own."""
     rows: dict[str, Any] = {"heads": heads, "grouped": True, "half": half, "experts": experts}
-    alike = [Joined(f"decoder.layers.{name}", of_blocks=True, **rows) for name in names]
-    if experts:  # one is read at a time
-        return (*alike, *(Stacked(f"decoder.layers.{{i}}.{name}", half) for name in names))
-    return (*alike, *(Joined(f"decoder.layers.{{i}}.{name}", **rows) for name in names))
+    found: list[KeyPlace] = [Joined(f"decoder.layers.{name}", of_blocks=True, **rows) for name in names]
+    for name in (f"{block}.{name}" for block in MEGATRON_BLOCKS for name in names):
+        if experts:  # one is read at a time
+            one = name.replace("experts.experts.", "experts.experts.{e}.")
+            found += [Stacked(name, half), f"{one}{ALONE.get(half or '', '')}"]
+        else:
+            found += [Joined(name, **rows), *([f"{name}{ALONE[half]}"] if half else [])]
+    return tuple(found)
+
+
+EXPERT_ROWS: tuple[tuple[str, int, Half | None], ...] = (("w1", 1, "first"), ("w3", 1, "second"), ("w2", 2, None))
+AHEAD = (("enorm", "enorm"), ("hnorm", "hnorm"), ("eh_proj", "eh_proj"), ("norm", "final_layernorm"))
 
 
 def megatron_form(
     halves: frozenset[str] = frozenset(), others: Mapping[str, tuple[KeyPlace, ...]] | None = None
 ) -> KeyForm:
     """megatron-core's `torch_dist`; `others` are places that a family alone has. A norm goes by the name of the linear
-    layer behind it where the two are one module. Blocks for multi-token prediction are passed over."""
+    layer behind it where the two are one module. What multi-token prediction has is passed over where the model has
+    none."""
     experts, shared = "mlp.experts.experts.linear_fc", "mlp.shared_experts.linear_fc"
     block: dict[str, tuple[KeyPlace, ...]] = {
         "attention_norm.weight": block_places("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
@@ -102,15 +122,19 @@ def megatron_form(
         "attention.wo.bias": block_places("self_attention.linear_proj.bias"),
         "attention.q_norm.weight": block_places("self_attention.q_layernorm.weight"),
         "attention.k_norm.weight": block_places("self_attention.k_layernorm.weight"),
+        "attention.sinks": block_places("self_attention.core_attention.softmax_offset"),
         "ffn_norm.weight": block_places("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
         "feed_forward.w1.weight": block_places("mlp.linear_fc1.weight", half="first"),
         "feed_forward.w3.weight": block_places("mlp.linear_fc1.weight", half="second"),
         "feed_forward.w2.weight": block_places("mlp.linear_fc2.weight"),
         "moe.router.gate.weight": block_places("mlp.router.weight"),
+        "moe.router.gate.bias": block_places("mlp.router.bias"),
         "moe.router.selection_bias": block_places("mlp.router.expert_bias"),
-        "moe.experts.w1.weight": block_places(f"{experts}1.weight", half="first", experts=True),
-        "moe.experts.w3.weight": block_places(f"{experts}1.weight", half="second", experts=True),
-        "moe.experts.w2.weight": block_places(f"{experts}2.weight", experts=True),
+        **{
+            f"moe.experts.{w}.{kind}": block_places(f"{experts}{layer}.{kind}", half=half, experts=True)
+            for w, layer, half in EXPERT_ROWS
+            for kind in ("weight", "bias")
+        },
         "moe.shared_experts.w1.weight": block_places(f"{shared}1.weight", half="first"),
         "moe.shared_experts.w3.weight": block_places(f"{shared}1.weight", half="second"),
         "moe.shared_experts.w2.weight": block_places(f"{shared}2.weight"),
@@ -118,6 +142,7 @@ def megatron_form(
     keys: KeyTable = {
         "tok_embeddings.weight": "embedding.word_embeddings.weight",
         **{f"layers.{{i}}.{name}": places for name, places in block.items()},
+        **{f"ahead.{{i}}.{name}.weight": f"mtp.layers.{{i-n_layers}}.{place}.weight" for name, place in AHEAD},
         "norm.weight": "decoder.final_layernorm.weight",
         "output.weight": "output_layer.weight",
     }

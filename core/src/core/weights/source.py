@@ -60,7 +60,8 @@ class WeightSource:
                 self.folder.rename(names)
                 old, new = next((old, new) for old, new in sorted(names.items()) if old != new)
                 log.info(f"{path}: keys are read under other names, {old} as {new}")
-        headers = {key: header for key, header in self.folder.headers.items() if not key_map.ignores(key)}
+        of_model, found = key_map.keys(), self.folder.headers.items()
+        headers = {key: header for key, header in found if key in of_model or not key_map.ignores(key)}
         self.stored = stored_weights(headers)
         if may_lack and not any(part.key in self.stored for name in may_lack for part in key_map.places[name][0]):
             log.info(f"{path} has none of the {len(may_lack)} weights of multi-token prediction: they are not loaded")

@@ -1,7 +1,7 @@
 """GPT-OSS as other programs keep it."""
 
 from core.weights.keys import Half, KeyPlace, Stacked
-from core.weights.peer_forms import titan_form
+from core.weights.peer_forms import megatron_form, titan_form
 from gpt_oss.hf import KEYS
 
 
@@ -19,4 +19,8 @@ EXPERTS: dict[str, tuple[KeyPlace, ...]] = {
     "w2.weight": experts("mlp2_weight", "EDF"),
     "w2.bias": experts("mlp2_bias", "ED"),
 }
-FORMS = {"dcp": titan_form(KEYS, {f"layers.{{i}}.moe.experts.{name}": places for name, places in EXPERTS.items()})}
+FORMS = {
+    "dcp": titan_form(KEYS, {f"layers.{{i}}.moe.experts.{name}": places for name, places in EXPERTS.items()}),
+    "megatron": megatron_form(),
+}
+"""megatron-core keeps the gates of experts in front of what they multiply, as for every other family."""
