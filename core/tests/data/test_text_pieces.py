@@ -11,7 +11,7 @@ import pytest
 
 from core.data import packing
 from core.data.hf_tokenizer import HuggingFace
-from core.data.pieces import TEXT_PIECE, Pieces, joins_pieces
+from core.data.pieces import DEEPSEEK, DEEPSEEK_PIECE, TEXT_PIECE, Pieces, piece_of
 from core.data.tiktoken_file import PUBLISHED
 
 tokenizers = pytest.importorskip("tokenizers", reason="the hf extra is not installed")
@@ -21,7 +21,7 @@ LETTERS = [
     *"éßſKǅªµ日本ー中のがàе́д٣४Ⅷ²½\u2003\u2028\u3000\u200b\u200d\ufeff\u0301\u0903\U0001f40b\U0001d7d9",
 ]
 WORDS = [*LETTERS, *[" "] * 12, *"aAbB1" * 3, "'s", "'LL", "'re", "  ", "\n    ", "\r\n", "foo", " Bar", "1234"]
-KINDS = ["GPT-2", *(each.name for each in PUBLISHED.values())]
+KINDS = ["GPT-2", "DeepSeek-V3", *(each.name for each in PUBLISHED.values())]
 
 
 def cutter(kind: str) -> Any:
@@ -29,9 +29,10 @@ def cutter(kind: str) -> Any:
     pre = tokenizers.pre_tokenizers
     if kind == "GPT-2":
         return pre.ByteLevel(add_prefix_space=False)
-    (pattern,) = {each.pattern for each in PUBLISHED.values() if each.name == kind}
-    split = pre.Split(tokenizers.Regex(pattern), "isolated")
-    return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    patterns = DEEPSEEK if kind == "DeepSeek-V3" else {each.pattern for each in PUBLISHED.values() if each.name == kind}
+    splits = [pre.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
+    assert len(splits) == (3 if kind == "DeepSeek-V3" else 1)
+    return pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def texts(n: int) -> list[str]:
@@ -45,12 +46,12 @@ def words_of(cut: Any, text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_piece_is_cut_as_it_is_in_its_text(kind: str) -> None:
-    cut = cutter(kind)
+    cut, piece_of_kind = cutter(kind), DEEPSEEK_PIECE if kind == "DeepSeek-V3" else TEXT_PIECE
     for text in texts(1500):
-        pieces = TEXT_PIECE.findall(text)
+        pieces = piece_of_kind.findall(text)
         assert "".join(pieces) == text
         assert [word for piece in pieces for word in words_of(cut, piece)] == words_of(cut, text), repr(text)
-    assert max(map(len, TEXT_PIECE.findall(TEXT))) < 30, "hardly anything is taken apart"
+    assert max(map(len, piece_of_kind.findall(TEXT))) < 30, "hardly anything is taken apart"
 
 
 def trained(kind: str, *, normalizer: Any = None) -> Any:
@@ -91,6 +92,14 @@ def test_ids_are_those_of_whole_texts(tmp_path: Path, monkeypatch: pytest.Monkey
             assert len(found._pieces._known) <= 500
 
 
+def test_ids_of_deepseek_are_those_of_whole_texts(tmp_path: Path) -> None:
+    made = trained("DeepSeek-V3", normalizer=tokenizers.normalizers.Sequence([]))
+    found = read(made, tmp_path / "tokenizer.json")
+    assert piece_of(made) is DEEPSEEK_PIECE and found._pieces is not None
+    some = [*texts(800), "a  5", "a  日本", "x   y  !z  \u0301", "12  ,34 5", "tab\t7"]
+    assert found.encode_batch(some) == whole(made, some)
+
+
 def test_what_is_kept_is_not_encoded_again() -> None:
     asked: list[str] = []
 
@@ -108,7 +117,7 @@ def test_what_is_kept_is_not_encoded_again() -> None:
 @pytest.mark.parametrize("change", ["prefix", "dropout", "normaliser", "pattern", "no words", "unigram"])
 def test_other_tokenizers_encode_whole_texts(change: str, tmp_path: Path) -> None:
     made = trained("GPT-2")
-    assert joins_pieces(made) and all(joins_pieces(trained(kind)) for kind in KINDS[1:2])
+    assert piece_of(made) is piece_of(trained(KINDS[2])) is TEXT_PIECE
     if change == "prefix":
         made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     elif change == "pattern":
@@ -122,7 +131,7 @@ def test_other_tokenizers_encode_whole_texts(change: str, tmp_path: Path) -> Non
         made.normalizer = tokenizers.normalizers.NFKC()
     else:
         made.model = tokenizers.models.Unigram([("a", -1.0)])
-    assert not joins_pieces(made)
+    assert piece_of(made) is None
     if change in ("prefix", "pattern", "no words"):
         found = read(made, tmp_path / "tokenizer.json")
         assert found.encode_batch(texts(20)) == whole(made, texts(20))

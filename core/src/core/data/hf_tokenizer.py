@@ -14,7 +14,7 @@ from core.config.fields import short_repr
 from core.config.json_file import read_json, typed
 from core.config.text_file import read_text
 from core.data.library import library_errors
-from core.data.pieces import Pieces, joins_pieces
+from core.data.pieces import Pieces, piece_of
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 TEMPLATE_MIB = 1
@@ -54,7 +54,8 @@ class HuggingFace:
             self.special_texts: list[str] = [token.content for token in added.values() if token.special]
             begun = self._begun()
             looked_for = [token.content for token in added.values() if not (self._as_text and token.special)]
-            self._pieces = Pieces(self._encode_whole, looked_for) if joins_pieces(self._tokenizer) else None
+            piece = piece_of(self._tokenizer)
+            self._pieces = None if piece is None else Pieces(self._encode_whole, looked_for, piece)
         files = [path.with_name(name) for name in ROLE_FILES]
         stated = {file: read_json(file) for file in files if os.path.exists(file)} | {path: roles or {}}
         self.bos_id = self._special(stated, "bos_token")
