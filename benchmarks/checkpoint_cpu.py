@@ -34,7 +34,7 @@ from core.checkpoint.find import Found
 from core.checkpoint.manifest import Progress
 from core.checkpoint.saver import Saver
 from core.checkpoint.settings import Checkpoint
-from core.checkpoint.sums import STRETCH_BYTES
+from core.checkpoint.sums import SUM_BYTES
 from core.runtime.ranks import Ranks
 from core.train.state import model_tensors, optimizer_tensors
 
@@ -77,7 +77,7 @@ class Ours:
         storage._stretch = lambda name, *place: (summed.append(name.rpartition("/")[2]), undisturbed(name, *place))[1]
         files = self.find().manifest.files
         del storage._stretch
-        wanted = {name: max(1, -(-file.n_bytes // STRETCH_BYTES)) for name, file in files.items()}
+        wanted = {name: max(1, -(-file.n_bytes // SUM_BYTES)) for name, file in files.items()}
         assert {name: summed.count(name) for name in files} == wanted, f"summed up: {summed}"
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from core.runtime.cores import n_cores
 
-STRETCH_BYTES = 2**24
+SUM_BYTES = 2**24
 """Bytes of a stretch; the last one may have fewer."""
 MOST_THREADS = 4
 """So many threads read files side by side, if there are as many cores."""
@@ -57,10 +57,10 @@ class Algorithm(NamedTuple):
         return 2 * len(self.begin().digest()) * n_stated
 
 
-CRC32 = Algorithm("crc32", Crc32, STRETCH_BYTES, hashed=False)
+CRC32 = Algorithm("crc32", Crc32, SUM_BYTES, hashed=False)
 OF_LAYOUT = {
     1: Algorithm("sha256", hashlib.sha256, 2**63, hashed=True),
-    2: Algorithm("sha256", hashlib.sha256, STRETCH_BYTES, hashed=True),
+    2: Algorithm("sha256", hashlib.sha256, SUM_BYTES, hashed=True),
     3: CRC32,
 }
 """The algorithm of each layout of a checkpoint."""

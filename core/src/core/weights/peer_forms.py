@@ -82,7 +82,7 @@ MEGATRON_BLOCKS = (
     "mtp.layers.{i-n_layers}.mtp_model_layer",
 )
 """Blocks with a number each; those of multi-token prediction have had two names."""
-ALONE = {"first": "_w", "second": "_v"}
+SINGLE_ENDS = {"first": "_w", "second": "_v"}
 """Ends of the names of halves that lie in tensors of their own."""
 
 
@@ -97,9 +97,9 @@ def block_places(
     for name in (f"{block}.{name}" for block in MEGATRON_BLOCKS for name in names):
         if experts:  # one is read at a time
             one = name.replace("experts.experts.", "experts.experts.{e}.")
-            found += [Stacked(name, half), f"{one}{ALONE.get(half or '', '')}"]
+            found += [Stacked(name, half), f"{one}{SINGLE_ENDS.get(half or '', '')}"]
         else:
-            found += [Joined(name, **rows), *([f"{name}{ALONE[half]}"] if half else [])]
+            found += [Joined(name, **rows), *([f"{name}{SINGLE_ENDS[half]}"] if half else [])]
     return tuple(found)
 
 
