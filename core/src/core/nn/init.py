@@ -43,7 +43,7 @@ def materialise(
 
     model._apply(give)
     for owner, name, first_owner, first_name in ties:
-        setattr(owner, name, getattr(first_owner, first_name))
+        owner._parameters[name] = first_owner._parameters[first_name]
 
 
 def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:

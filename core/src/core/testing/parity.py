@@ -98,14 +98,13 @@ def result_of(case: Case) -> StepResult:
     device = torch.device("cpu")
     layout: RankView = SingleRank(device) if case.world_size == 1 else ManyRanks(case.parallelism, device)
     built = build_case(case, layout)
-    objective = Objective(
-        built.models,
-        case.loss.build(),
-        layout=layout,
-        dtype=case.compute_dtype,
-        mask=case.mask,
-        pipeline=built.pipeline,
-    )
+    settings = {"layout": layout, "dtype": case.compute_dtype, "mask": case.mask}
+    return step_result(case, built, Objective(built.models, case.loss.build(), pipeline=built.pipeline, **settings))
+
+
+def step_result(case: Case, built: BuiltModel, objective: Objective) -> StepResult:
+    """One step of `case`, and the loss of a second one, by an objective for a model that was built for it."""
+    layout = objective.layout
     optimizer = case.optimizer.build(weights=built.weights(), layout=layout)
     batches = batches_of(case, layout)
     start = {name: full(weight.detach()).clone() for name, weight in built.named_parameters()}
@@ -121,8 +120,9 @@ def result_of(case: Case) -> StepResult:
     return StepResult(info.loss, info.grad_norm, following.loss, balance, start, gradients, counts, bias)
 
 
-def build_case(case: Case, layout: RankView) -> BuiltModel:
-    """This rank's part of the model, with a start that makes every weight matter."""
+def build_case(case: Case, layout: RankView, change: Callable[[Wrapping], Wrapping] | None = None) -> BuiltModel:
+    """This rank's part of the model, with a start that makes every weight matter; `change` may put something else
+    around its blocks."""
     rows = case.n_rows // layout.degrees.data
     wrapping = Wrapping(
         compute_dtype=case.compute_dtype,
@@ -133,7 +133,7 @@ def build_case(case: Case, layout: RankView) -> BuiltModel:
     built = assemble(
         case.model,
         layout,
-        wrapping,
+        wrapping if change is None else change(wrapping),
         dtype=case.weights_dtype,
         seed=7,
         groups=case.optimizer.groups,

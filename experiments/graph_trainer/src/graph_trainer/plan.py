@@ -1,0 +1,97 @@
+"""What a run of graphs takes of one rank: core's plan, with what a step's graph holds, computes and sends."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+
+from core.data.packing import Batch
+from core.nn.balance import routers
+from core.nn.init import materialise
+from core.parallel.fake import fake_ranks
+from core.parallel.layout import RankView, SingleRank
+from core.parallel.many_ranks import ManyRanks
+from core.plan.fake_step import group_axes
+from core.plan.plan import Plan, Traffic
+from core.plan.plan import plan as plan_of_core
+from core.plan.segments import MessageKind
+from core.plan.traffic import message
+from core.step.assemble import spread_models
+from core.step.checks import Run
+from graph_trainer.memory import size_of
+from graph_trainer.objective import GraphObjective
+from graph_trainer.passes import prepare
+from graph_trainer.settings import GraphCompile
+from graph_trainer.trace import is_op, values_of
+from graph_trainer.wrapping import GraphWrapping, lets_go
+
+OF_THE_UPDATE = ("all", "stage")
+"""Axes of messages that a graph has none of: norms and counts over all ranks."""
+
+
+def plan(run: Run, graphs: GraphCompile, *, world_size: int | None, rank: int) -> Plan:
+    """What `run` takes of `rank`, with one graph per microbatch. Raises `UserError` as `core.plan.plan.plan` does."""
+    found = plan_of_core(run, world_size=world_size, rank=rank)
+    graph, axes = fake_graph(run, graphs, found)
+    size, kinds = size_of(graph), messages(graph, axes)
+    n = found.microbatches
+    resting = found.weights_bytes + found.optimizer_bytes + found.inputs_bytes + found.gradients_bytes * (n > 1)
+    traffic = [each for each in found.traffic if each.axis in OF_THE_UPDATE]
+    for kind, (calls, n_bytes) in kinds.items():
+        traffic.append(Traffic(axis=kind.axis, collective=kind.collective, calls=n * calls, bytes=n * n_bytes))
+    notes = [each for each in found.notes if not each.startswith("activations are those")]
+    on_host = [f"{size.on_host / 2**20:,.1f} MiB of them lie in the host's memory"] if size.on_host else []
+    told = f"activations are those of a step's graph after {', '.join(graphs.passes)}; compiled, it holds less"
+    return replace(
+        found,
+        activations_bytes=size.peak - found.gradients_bytes,
+        peak_bytes=resting + size.peak,
+        peak_at="a step's graph",
+        flops=n * size.flops,
+        traffic=sorted(traffic, key=lambda each: -each.bytes),
+        notes=[*notes, told, *on_host],
+    )
+
+
+def fake_graph(run: Run, graphs: GraphCompile, known: Plan) -> tuple[Graph, dict[str, str]]:
+    """The graph of a microbatch after its passes, on fake tensors, and the axes of process groups by their names."""
+    cpu, training = torch.device("cpu"), run.training
+    with nullcontext() if known.world_size == 1 else fake_ranks(known.world_size, known.rank):
+        layout: RankView = SingleRank(cpu) if known.world_size == 1 else ManyRanks(run.parallelism, cpu)
+        dtype = getattr(torch, known.compute_dtype)
+        around = GraphWrapping(run.activation_checkpoint)
+        models = spread_models(run.model, layout, around.wrapping(dtype), run.optimizer.groups, ())
+        (model,) = models.values()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            materialise(model, cpu, getattr(torch, training.dtype))
+            settings = {"layout": layout, "dtype": dtype, "mask": training.mask_of(run.dataloader)}
+            let_go = lets_go(run.parallelism)
+            objective = GraphObjective(
+                [model], run.loss.build(), graphs=graphs, policies=around.policies, let_go=let_go, **settings
+            )
+            n_tokens = (known.microbatch_rows, known.seq_len)
+            batch = Batch(*torch.zeros(4, *n_tokens, dtype=torch.int64).unbind())
+            n_labels = batch.labels_BL.numel()
+            microbatch = layout.to_rank_tokens(batch, documents=objective.mask == "document", n_labels=n_labels)
+            inputs = objective.inputs(microbatch, float(n_labels), None)
+            module = objective.trace(microbatch, None, inputs)
+            names = list(objective.slots.names.values())
+            settings = replace(graphs, enable=False)
+            prepared = prepare(module, settings, around.policies, names, let_go=let_go)
+        return prepared.module.graph, dict(group_axes(layout, experts=bool(routers(model))))
+
+
+def messages(graph: Graph, axes: dict[str, str]) -> dict[MessageKind, tuple[int, int]]:
+    """Of each kind of message how many this rank sends, and their bytes."""
+    calls, sent = Counter(), Counter()
+    for node in graph.nodes:
+        if is_op(node) and getattr(node.target, "namespace", None) == "_c10d_functional":
+            args, _ = values_of(node)
+            if (found := message(node.target, args, node.meta["val"])) is not None:
+                kind = MessageKind(axes[found.group.group_name], found.collective)
+                calls[kind] += 1
+                sent[kind] += found.n_bytes
+    return {kind: (calls[kind], sent[kind]) for kind in calls}
