@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from os import environ
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,11 +29,11 @@ from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.testing.parity import Case, batches_of, build_case
 from core.testing.ranks import run_ranks
-from graph_trainer.settings import GraphCompile
+from graph_trainer.settings import GraphCompile, PassName
 from graph_trainer.steps import built_for_graphs
 from qwen3.model import size
 
-MERGED = ["dead_code", "save_set", "merge_collectives", "prefetch"]
+MERGED: list[PassName] = ["dead_code", "save_set", "merge_collectives", "prefetch"]
 CPU = torch.device("cpu")
 
 
@@ -91,6 +92,7 @@ def allocated(step: Callable[[], Any]) -> float:
     """The most MiB that a step has allocated at once, beside what stood before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
+    assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -102,6 +104,7 @@ def allocated(step: Callable[[], Any]) -> float:
 def on_one_rank(n_layers: int, n_rows: int, length: int, rounds: int, whole: bool) -> None:
     """Print the table of one rank."""
     case = case_of(n_layers, n_rows, length)
+    torch.compile(torch.sin)(torch.ones(8))  # what compiling anything needs once
     ways: dict[str, Callable[[], Callable[[], Any]]] = {
         "eager": lambda: eager_way(case),
         "torch.compile per block": lambda: eager_way(case_compiled(case)),
@@ -129,7 +132,7 @@ def on_one_rank(n_layers: int, n_rows: int, length: int, rounds: int, whole: boo
 
 def case_compiled(case: Case) -> Case:
     """The same, compiled block by block as core does it."""
-    return Case(**{**vars(case), "compile": "inductor"})
+    return replace(case, compile="inductor")
 
 
 class Sent(TorchDispatchMode):

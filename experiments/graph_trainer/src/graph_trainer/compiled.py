@@ -6,7 +6,6 @@ Inductor keep them apart: it does not look at tags.
 
 import time
 from collections.abc import Callable
-from itertools import count
 from logging import getLogger
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch._inductor import standalone_compile
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from graph_trainer.trace import BLOCK, is_backward
+from graph_trainer.trace import BLOCK, is_backward, is_op
 
 log = getLogger("armature")
 
@@ -44,9 +43,9 @@ def compiled(module: GraphModule, regions: Literal["whole", "blocks"]) -> Callab
         call, n_parts = by_inductor(module), 1
     else:
         call = split_by_block(module)
-        parts = [name for name, part in call.named_children() if any(is_of_block(node) for node in part.graph.nodes)]
-        for name in parts:
-            setattr(call, name, CompiledPart(getattr(call, name)))
+        parts = {name: part for name, part in call.named_children() if isinstance(part, GraphModule) and of_block(part)}
+        for name, part in parts.items():
+            setattr(call, name, CompiledPart(part))
         n_parts = len(parts)
     log.info(f"graph compiled in {n_parts} parts: {time.perf_counter() - began:.1f} s")
     return call
@@ -58,16 +57,16 @@ def by_inductor(module: GraphModule) -> Callable[..., Any]:
     return standalone_compile(module, examples, dynamic_shapes="from_graph")
 
 
-def is_of_block(node: Node) -> bool:
-    return node.op == "call_function" and node.meta.get(BLOCK) is not None
+def of_block(part: GraphModule) -> bool:
+    return any(is_op(node) and node.meta.get(BLOCK) is not None for node in part.graph.nodes)
 
 
 def split_by_block(module: GraphModule) -> GraphModule:
     """The graph as parts in their order: nodes of one block and phase that follow each other, and what is between."""
-    number, part_of, before = count(), {}, None
+    part_of: dict[Node, int] = {}
+    number, before = 0, None
     for node in module.graph.nodes:
         kind = (node.meta.get(BLOCK), is_backward(node))
-        if kind != before:
-            current, before = next(number), kind
-        part_of[node] = current
+        number, before = number + (kind != before), kind
+        part_of[node] = number
     return split_module(module, module, part_of.__getitem__, keep_original_order=True)

@@ -98,8 +98,8 @@ class GraphObjective(Objective):
         def step(tensors: list[Tensor]) -> list[Tensor | None]:
             stored, (count, tokens_BL, labels_BL, *rest) = tensors[:n_stored], tensors[n_stored:]
             given = iter(rest)
-            positions = Positions(*(None if part is None else next(given) for part in batch.positions))
-            microbatch = Microbatch(tokens_BL, labels_BL, positions, batch.n_labels)
+            positions: Any = (None if part is None else next(given) for part in batch.positions)
+            microbatch = Microbatch(tokens_BL, labels_BL, Positions(*positions), batch.n_labels)
             own = None if tally is None else Tally(*given)
             with self.slots.holding(stored):
                 main, total = self._loss(microbatch, cast(float, TokenCount(count)), own)

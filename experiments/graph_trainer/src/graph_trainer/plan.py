@@ -1,6 +1,7 @@
 """What a run of graphs takes of one rank: core's plan, with what a step's graph holds, computes and sends."""
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from core.plan.segments import MessageKind
 from core.plan.traffic import message
 from core.step.assemble import spread_models
 from core.step.checks import Run
-from graph_trainer.memory import size_of
+from graph_trainer.memory import GraphSize, size_of
 from graph_trainer.objective import GraphObjective
 from graph_trainer.passes import prepare
 from graph_trainer.settings import GraphCompile
@@ -35,8 +36,7 @@ OF_THE_UPDATE = ("all", "stage")
 def plan(run: Run, graphs: GraphCompile, *, world_size: int | None, rank: int) -> Plan:
     """What `run` takes of `rank`, with one graph per microbatch. Raises `UserError` as `core.plan.plan.plan` does."""
     found = plan_of_core(run, world_size=world_size, rank=rank)
-    graph, axes = fake_graph(run, graphs, found)
-    size, kinds = size_of(graph), messages(graph, axes)
+    size, kinds = fake_graph(run, graphs, found)
     n = found.microbatches
     resting = found.weights_bytes + found.optimizer_bytes + found.inputs_bytes + found.gradients_bytes * (n > 1)
     traffic = [each for each in found.traffic if each.axis in OF_THE_UPDATE]
@@ -56,8 +56,9 @@ def plan(run: Run, graphs: GraphCompile, *, world_size: int | None, rank: int) -
     )
 
 
-def fake_graph(run: Run, graphs: GraphCompile, known: Plan) -> tuple[Graph, dict[str, str]]:
-    """The graph of a microbatch after its passes, on fake tensors, and the axes of process groups by their names."""
+def fake_graph(run: Run, graphs: GraphCompile, known: Plan) -> tuple[GraphSize, dict[MessageKind, tuple[int, int]]]:
+    """The graph of a microbatch after its passes in numbers, and of each kind of message how many it sends, and bytes;
+    on fake tensors, among ranks that are not there."""
     cpu, training = torch.device("cpu"), run.training
     with nullcontext() if known.world_size == 1 else fake_ranks(known.world_size, known.rank):
         layout: RankView = SingleRank(cpu) if known.world_size == 1 else ManyRanks(run.parallelism, cpu)
@@ -81,10 +82,11 @@ def fake_graph(run: Run, graphs: GraphCompile, known: Plan) -> tuple[Graph, dict
             names = list(objective.slots.names.values())
             settings = replace(graphs, enable=False)
             prepared = prepare(module, settings, around.policies, names, let_go=let_go)
-        return prepared.module.graph, dict(group_axes(layout, experts=bool(routers(model))))
+        axes = group_axes(layout, experts=bool(routers(model)))
+        return size_of(prepared.module.graph), messages(prepared.module.graph, axes)
 
 
-def messages(graph: Graph, axes: dict[str, str]) -> dict[MessageKind, tuple[int, int]]:
+def messages(graph: Graph, axes: Mapping[str, str]) -> dict[MessageKind, tuple[int, int]]:
     """Of each kind of message how many this rank sends, and their bytes."""
     calls, sent = Counter(), Counter()
     for node in graph.nodes:

@@ -47,7 +47,7 @@ class Slots:
 
     @contextmanager
     def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """While this runs, the model holds `tensors` in the places of the stored ones, whatever their shape."""
+        """While this runs, the model holds `tensors`, of any shape, in the places of the stored ones."""
         before = self.stored()
         self._put(tensors)
         try:
@@ -81,10 +81,10 @@ def blocks_named(blocks: nn.ModuleDict) -> Iterator[None]:
     finally:
         for number, block in blocks.items():
             block._forward_hooks.update(own[number][1])
-            if own[number][0] is None:
+            if (forward := own[number][0]) is None:
                 del block.forward
             else:
-                block.forward = own[number][0]
+                block.forward = forward
 
 
 def backward_phase() -> Any:
@@ -93,7 +93,7 @@ def backward_phase() -> Any:
 
 
 def trace(step: Step, inputs: Sequence[Tensor]) -> GraphModule:
-    """The graph of `step` on tensors like `inputs`, of any shapes, which it is right for alone; they may be fake.
+    """The graph of `step` on tensors like `inputs`, each of any shape, which it is right for alone; they may be fake.
 
     Nothing is computed.
     """
@@ -158,5 +158,6 @@ def note_value(node: Node) -> None:
     args, kwargs = values_of(node)
     mode = detect_fake_mode((args, kwargs))
     assert mode is not None, f"{node} has no tensor among its arguments"
+    assert callable(node.target), f"{node} is no operation"
     with mode, torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
