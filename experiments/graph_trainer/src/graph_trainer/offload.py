@@ -77,6 +77,7 @@ def candidates(nodes: list[Node]) -> Iterator[tuple[Node, Node]]:
     own = [node for node in nodes if is_op(node) and not is_backward(node) and isinstance(node.meta.get("val"), Tensor)]
     last_block = max((int(node.meta[BLOCK]) for node in own if node.meta.get(BLOCK) is not None), default=0)
     shares: dict[int, list[Node]] = {}
+    order = {node: place for place, node in enumerate(nodes)}
     for node in own:
         for storage in storages_of(node):
             shares.setdefault(storage, []).append(node)
@@ -87,7 +88,7 @@ def candidates(nodes: list[Node]) -> Iterator[tuple[Node, Node]]:
         if storage in barred or read != [node] or not in_block or storages_of(node)[storage] < LEAST_BYTES:
             continue
         forward = {user for each in family for user in each.users if not is_backward(user) and user.op != "output"}
-        yield node, max({*family, *forward}, key=nodes.index)
+        yield node, max({*family, *forward}, key=order.__getitem__)
 
 
 def start_of_block(node: Node, nodes: list[Node]) -> Node:
