@@ -91,7 +91,7 @@ class GraphObjective(Objective):
         return [*stored, count, batch.tokens_BL, batch.labels_BL, *positions, *(tally or ())]
 
     def trace(self, batch: Microbatch, tally: Tally | None, inputs: list[Tensor]) -> torch.fx.GraphModule:
-        """The graph of the loss and its gradient, as it is traced."""
+        """The graph of the loss and its gradient, as it is traced, for `inputs` like these, each of any shape."""
         (model,) = self.stages
         n_stored, n_weights = len(self.slots.stored()), len(self.slots.names)
 
