@@ -38,6 +38,8 @@ class GraphTrainer(Trainer):
             if self.debug.detect_anomaly:
                 yield "debug.detect_anomaly", "a graph's operations have no traceback: train without graph_trainer"
 
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Trainer
+
     @staticmethod
     def plan(config: Any, *, world_size: int | None, rank: int) -> Any:
         from graph_trainer.plan import plan  # loads much that a run does without
