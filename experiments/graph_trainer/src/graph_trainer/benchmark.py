@@ -92,8 +92,8 @@ def allocated(step: Callable[[], Any]) -> float:
     """The most MiB that a step has allocated at once, beside what stood before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    assert profile.profiler is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()

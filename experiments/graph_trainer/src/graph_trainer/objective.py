@@ -77,7 +77,7 @@ class GraphObjective(Objective):
         by a graph that is made for batches like this one."""
         inputs = self.inputs(batch, n_valid, tally)
         key = tuple((each.shape, each.stride(), each.dtype, each.requires_grad) for each in inputs)
-        key = (key, tuple(part is None for part in batch.positions), tally is None)
+        key = (key, tuple(part is None for part in batch.positions), tuple(batch.inputs), tally is None)
         if key not in self.prepared:
             self.prepared[key] = self._prepare(batch, tally, inputs)
         with torch.no_grad():
@@ -88,7 +88,7 @@ class GraphObjective(Objective):
         stored = [local_tensor(each).detach().requires_grad_(each.requires_grad) for each in self.slots.stored()]
         count = torch.tensor(n_valid, dtype=torch.float64, device=self.layout.device)
         positions = [part for part in batch.positions if part is not None]
-        return [*stored, count, batch.tokens_BL, batch.labels_BL, *positions, *(tally or ())]
+        return [*stored, count, batch.tokens_BL, batch.labels_BL, *positions, *batch.inputs.values(), *(tally or ())]
 
     def trace(self, batch: Microbatch, tally: Tally | None, inputs: list[Tensor]) -> torch.fx.GraphModule:
         """The graph of the loss and its gradient, as it is traced, for `inputs` like these, each of any shape."""
@@ -100,6 +100,7 @@ class GraphObjective(Objective):
             given = iter(rest)
             positions: Any = (None if part is None else next(given) for part in batch.positions)
             microbatch = Microbatch(tokens_BL, labels_BL, Positions(*positions), batch.n_labels)
+            microbatch = microbatch._replace(inputs={name: next(given) for name in batch.inputs})
             own = None if tally is None else Tally(*given)
             with self.slots.holding(stored):
                 main, total = self._loss(microbatch, cast(float, TokenCount(count)), own)
@@ -116,7 +117,7 @@ class GraphObjective(Objective):
     def _loss(self, batch: Microbatch, n_valid: float, tally: Tally | None) -> tuple[Tensor, Tensor]:
         (model,) = self.stages
         with self.precision():
-            losses = model(batch.tokens_BL, batch.positions, self.reader(batch, n_valid, tally))
+            losses = model(batch.tokens_BL, batch.positions, self.reader(batch, n_valid, tally), **batch.inputs)
             if isinstance(losses, Tensor):
                 return losses, losses
             total = losses.main

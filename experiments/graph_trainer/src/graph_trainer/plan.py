@@ -74,7 +74,8 @@ def fake_graph(run: Run, graphs: GraphCompile, known: Plan) -> tuple[GraphSize, 
                 [model], run.loss.build(), graphs=graphs, policies=around.policies, let_go=let_go, **settings
             )
             n_tokens = (known.microbatch_rows, known.seq_len)
-            batch = Batch(*torch.zeros(4, *n_tokens, dtype=torch.int64).unbind())
+            zeros_BL = torch.zeros(n_tokens, dtype=torch.int64)
+            batch = Batch(zeros_BL, zeros_BL.clone(), zeros_BL.clone(), zeros_BL.clone())
             n_labels = batch.labels_BL.numel()
             microbatch = layout.to_rank_tokens(batch, documents=objective.mask == "document", n_labels=n_labels)
             inputs = objective.inputs(microbatch, float(n_labels), None)

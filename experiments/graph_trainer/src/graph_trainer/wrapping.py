@@ -7,6 +7,8 @@ import torch
 from core.activation_checkpoint.apply import ActivationCheckpoint, Layered
 from core.activation_checkpoint.policy import Policy
 from core.comm.backend import dispatchers
+from core.config.errors import UserError
+from core.nn.decoder import Decoder
 from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
 from graph_trainer.fsdp import share_weights
@@ -20,7 +22,13 @@ class GraphWrapping:
         self.policies: dict[str, Policy] = {}
 
     def read(self, model: Layered) -> None:
-        """Find the policies of the blocks of `model`, and mark modules that are recomputed by name."""
+        """Find the policies of the blocks of `model`, and mark modules that are recomputed by name. Raises `UserError` for
+        another stack of blocks beside the decoder's, such as a tower's."""
+        if not isinstance(model, Decoder):
+            kind = type(model).__name__
+            raise UserError(
+                f"a graph knows the blocks of a decoder, not those of a {kind}: train without graph_trainer"
+            )
         self.policies.update(self.checkpoint.policies(model))
 
     def wrapping(self, compute_dtype: torch.dtype) -> Wrapping:
