@@ -22,13 +22,13 @@ class GraphWrapping:
         self.policies: dict[str, Policy] = {}
 
     def read(self, model: Layered) -> None:
-        """Find the policies of the blocks of `model`, and mark modules that are recomputed by name. Raises `UserError` for
-        another stack of blocks beside the decoder's, such as a tower's."""
+        """Find the policies of the blocks of `model`, and mark modules that are recomputed by name.
+
+        Raises `UserError` for another stack of blocks beside the decoder's, such as a tower's.
+        """
         if not isinstance(model, Decoder):
             kind = type(model).__name__
-            raise UserError(
-                f"a graph knows the blocks of a decoder, not those of a {kind}: train without graph_trainer"
-            )
+            raise UserError(f"a graph knows a decoder's blocks, not those of a {kind}: train without graph_trainer")
         self.policies.update(self.checkpoint.policies(model))
 
     def wrapping(self, compute_dtype: torch.dtype) -> Wrapping:
