@@ -85,7 +85,7 @@ class Estimator:
         rises = [part.rise.per_row * rows for i in blocks for part in (measured.forward[i], measured.backward[i])]
         if len(self.measurements.model.layers) - 1 in blocks:
             rises += [part.rise.at(rows) for part in measured.head]
-        return lying + held + in_flight * activations + max(rises)
+        return lying + held + in_flight * activations + max(rises, default=0)
 
     def one_piece(self, measured: Measured, rows: int, n_microbatches: int) -> float:
         """Bytes beside what lies between steps, without a pipeline."""
