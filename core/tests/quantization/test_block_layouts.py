@@ -89,7 +89,9 @@ def test_compiled_steps_are_those_of_one_rank() -> None:
 
 @ignore_dynamo
 @pytest.mark.parametrize("name", ["nvfp4", "qat-nvfp4"])
-def test_compiled_blocks_have_the_same_bits(name: str) -> None:
+def test_compiled_blocks_have_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(dense(), converters=[CONVERTERS[name]], checkpoint="selective")
+    for place in ("layers", "feed_forward", "rope"):  # a compiler gets the plain forms, which round otherwise
+        monkeypatch.setattr(f"core.nn.{place}.cpu_forms", lambda x: None)
     differences = largest_differences(list(compiled({name: case}).values()), result_of(case))
     assert not any(differences.values()), differences
