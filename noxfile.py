@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -34,6 +34,8 @@ EXTRAS = ["data", "hf", "tensorboard"]
 TORCH = "torch==2.13.0"  # what CI runs on; docs/decisions/0002-torch-range.md
 CUDA_BUILD = "torch==2.14.1"
 TEST_TOOLS = ["hatchling>=1.27", "packaging>=24", "pytest>=8", "pytest-xdist>=3.6", "transformers>=5"]
+ONE_THREAD = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+"""Tests and their ranks share the cores: a pool of threads in each would have them wait for one another."""
 SIDE_BY_SIDE = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]  # docs/decisions/0012
 
 each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name]) for name in FOLDERS])
@@ -101,29 +103,27 @@ def tests(session: nox.Session, package: str) -> None:
     install(session, package)
     if package in TRAINED and not session.posargs:
         run_debug(session, package, "--training.steps", "5")
-    # Tests and their ranks share the cores: a pool of threads in each would have them wait for one another.
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *SIDE_BY_SIDE, *session.posargs, env=threads)
+    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *SIDE_BY_SIDE, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False, requires=["shared"])
 def matrix(session: nox.Session) -> None:
     """Compare every model in every layout with one rank, and print the table of docs/layouts.md (about an hour)."""
-    for package in TRAINED:
-        install(session, package)
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    tests = [f"{folder}/tests" for folder in FOLDERS.values()]
-    session.run("python", "-m", "pytest", *tests, "-m", "layout or matrix", *session.posargs, env=threads)
+    run_marked(session, "layout or matrix")
 
 
 @nox.session(default=False, requires=["shared"])
 def faults(session: nox.Session) -> None:
     """Kill runs at random moments of their saves, fail their disks at every point, change files at random (an hour)."""
+    run_marked(session, "faults", "-rP")
+
+
+def run_marked(session: nox.Session, marks: str, *options: str) -> None:
+    """Run the tests of all packages that have these marks, which CI leaves out."""
     for package in TRAINED:
         install(session, package)
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     tests = [f"{folder}/tests" for folder in FOLDERS.values()]
-    session.run("python", "-m", "pytest", *tests, "-m", "faults", "-rP", *session.posargs, env=threads)
+    session.run("python", "-m", "pytest", *tests, "-m", marks, *options, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False, requires=["shared"])
@@ -200,32 +200,14 @@ def stories(session: nox.Session) -> None:
     )
 
 
-def releases(*names: str) -> Callable[[Callable], Callable]:
-    """A session for each of these releases of torch, called torch-2.15 and so on."""
-    return nox.parametrize("release", [nox.param(name, id=f"torch-{name}") for name in names])
-
-
-def run_tests_on(session: nox.Session, release: str) -> None:
-    """Run the tests of all packages on a release of torch, in an environment of its own."""
+@nox.session(default=False)
+@nox.parametrize("release", [nox.param(name, id=f"torch-{name}") for name in ("2.11", "2.12", "2.14", "2.15")])
+def releases(session: nox.Session, release: str) -> None:
+    """Run the tests of all packages on a release of torch that CI does not run on (gigabytes, an hour)."""
     session.install(f"torch=={release}.*", *third_party())
     for folder in FOLDERS.values():
         session.install("--no-build-isolation", f"./{folder}")
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, env=threads)
-
-
-@nox.session(default=False)
-@releases("2.14", "2.15")
-def newest(session: nox.Session, release: str) -> None:
-    """Run all tests on a release that is newer than CI's (gigabytes, an hour)."""
-    run_tests_on(session, release)
-
-
-@nox.session(default=False)
-@releases("2.11", "2.12")
-def oldest(session: nox.Session, release: str) -> None:
-    """Run all tests on a release that is older than CI's (gigabytes, an hour)."""
-    run_tests_on(session, release)
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
@@ -240,6 +222,15 @@ def cuda_build(session: nox.Session) -> None:
         session.run("python", "-m", "core.doctor")
         for recipe in debug_recipes():
             train_and_write(session, *recipe)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Measure what a GPU does with all this, eight minutes; in small where there is none (gigabytes; docs/gpu.md)."""
+    session.install(CUDA_BUILD)
+    for folder in TRAINED.values():
+        session.install(f"./{folder}")
+    session.run("python", "benchmarks/gpu.py", *session.posargs)
 
 
 def debug_recipes() -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from attention_by_loops import (
     with_gradients,
 )
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import core.nn.flex
 import core.nn.sdpa
@@ -43,7 +43,7 @@ every_where = pytest.mark.parametrize("positions", WHERES.values(), ids=WHERES.k
 
 def test_rows_start_at_position_0() -> None:
     positions = Positions.rows(torch.zeros(3, 5, dtype=torch.long))
-    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions[1:] == (None,) * 5
+    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions[1:] == (None,) * 6
     assert positions.is_plain and positions.grid == (1, 5, 5)
 
 
@@ -209,6 +209,24 @@ def test_flex_equals_loops(positions: Positions, window: int | None, with_sink: 
     out = kernel(q, k, v, kernel.mask(positions), scale=0.3, sinks_N=sinks_N)
     expected = looped(*(t.double() for t in (q, k, v)), positions, scale=0.3, window=window, sinks_N=sinks_N)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 200, 500])
+@pytest.mark.parametrize("lengths", [[640], [600], [128, 256, 216], [40, 1, 300, 87, 212], [5]], ids=str)
+def test_blocks_of_flex_are_those_of_the_table(lengths: list[int], window: int | None) -> None:
+    """Which blocks are computed, and which without a mask: found by arithmetic, and by PyTorch from all pairs."""
+    rows = torch.tensor([documents(*lengths), documents(*reversed(lengths))])
+    positions = Positions(torch.zeros_like(rows), rows if len(lengths) > 1 else None)
+    n_rows, length, _ = positions.grid
+    found = Flex(window).mask(positions)
+    expected = create_block_mask(visible(positions, window), n_rows, None, length, length, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        ours, theirs = getattr(found, f"{kind}_indices"), getattr(expected, f"{kind}_indices")
+        for place, n in enumerate(getattr(expected, f"{kind}_num_blocks").flatten().tolist()):
+            assert torch.equal(ours.flatten(0, -2)[place, :n], theirs.flatten(0, -2)[place, :n]), kind
+    assert found.shape == expected.shape and found.BLOCK_SIZE == expected.BLOCK_SIZE
 
 
 @eager_flex

@@ -53,7 +53,7 @@ class Attention(SelfAttention, Configurable):
         """A token sees so many tokens at most, itself included; all before it when None."""
         backend: str = "sdpa"
         """Attention kernel: sdpa (PyTorch's scaled_dot_product_attention), flex (flex_attention; training needs a GPU),
-        or one that a file of yours registers."""
+        varlen (varlen_attn; needs a GPU), or one that a file of yours registers."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             wrong = dict(size_problems(self, "n_heads", "head_dim"))

@@ -1,4 +1,4 @@
-"""The attention kernels by their names, which `attention.backend` takes: sdpa, flex, and those of others."""
+"""The attention kernels by their names, which `attention.backend` takes: sdpa, flex, varlen, and those of others."""
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -12,6 +12,7 @@ KERNELS: dict[str, Any] = {
     "sdpa": "core.nn.sdpa:SDPA",
     "tiles": "core.nn.tiles:Tiles",
     "flex": "core.nn.flex:Flex",
+    "varlen": "core.nn.varlen:Varlen",
 }
 """Every kernel that this process has, by its name: its class, or where that stands, to be loaded when it is chosen."""
 

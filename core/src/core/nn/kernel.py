@@ -25,7 +25,9 @@ class Positions(NamedTuple):
     `position_BL` is the place in the document, `document_BL` the document of each token, whose tokens follow each other
     in the row (None: a row is one document), `index_BL` the place in the row where that is not 0, 1, 2, ... The next
     two say the same of the keys where these are not the tokens themselves, because some were computed earlier or
-    elsewhere; `padding_BL` which tokens count nowhere.
+    elsewhere; `padding_BL` which tokens count nowhere. `spans` is what the host knows of `document_BL` and a device
+    would have to be asked for: where documents start in the rows laid end to end, (S,) int32, the longest's length, and
+    how many rows they are.
     """
 
     position_BL: Tensor
@@ -34,6 +36,7 @@ class Positions(NamedTuple):
     key_index_BM: Tensor | None = None
     key_document_BM: Tensor | None = None
     padding_BL: Tensor | None = None
+    spans: tuple[Tensor, int, int] | None = None
 
     @classmethod
     def rows(cls, tokens_BL: Tensor) -> "Positions":
@@ -50,12 +53,7 @@ class Positions(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether rows are single documents and the keys are the tokens, in their order."""
-        return not any_given(self[1:5])
-
-
-def any_given(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether one of them, of any shape, is not None."""
-    return any(tensor is not None for tensor in tensors)
+        return all(tensor is None for tensor in self[1:5])
 
 
 def visible(positions: Positions, window: int | None = None) -> MaskMod:

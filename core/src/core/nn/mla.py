@@ -66,7 +66,7 @@ class MLA(SelfAttention, Configurable):
         """Width of a value."""
         backend: str = "sdpa"
         """Attention kernel: sdpa (PyTorch's scaled_dot_product_attention), flex (flex_attention; training needs a GPU),
-        or one that a file of yours registers."""
+        varlen (varlen_attn; needs a GPU), or one that a file of yours registers."""
 
         def problems(self) -> Iterator[tuple[str, str]]:
             ranks = ("q_lora_rank", "kv_lora_rank")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from core.activation_checkpoint.save_output import save_output
 from core.nn.grouped import LIBRARY
-from core.nn.kernel import KernelUse, Mask, Positions, any_given
+from core.nn.kernel import KernelUse, Mask, Positions
 from core.nn.tiling import WORTH_CUTTING, Tile, rows_of, starts
 
 LIBRARY.define(
@@ -72,7 +72,7 @@ class Tiles:
     @staticmethod
     def takes(positions: Positions) -> bool:
         """Whether tokens are on a CPU, are the keys, and stand in their order."""
-        return positions.position_BL.is_cpu and not any_given((positions.index_BL, positions.key_index_BM))
+        return positions.position_BL.is_cpu and positions.index_BL is None and positions.key_index_BM is None
 
     @staticmethod
     def pays(q_BNLH: Tensor, mask: Mask, sinks_N: Tensor | None) -> bool:

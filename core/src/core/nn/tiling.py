@@ -84,8 +84,20 @@ def rows_of(start_BL: Tensor | None, n_rows: int, length: int, window: int | Non
 
 def starts(positions: Positions) -> Tensor:
     """Where the document of each token starts in its row, (B or 1, L); at 0 where rows are single documents."""
-    document_BL = positions.document_BL
+    document_BL, device = positions.document_BL, positions.position_BL.device
     if document_BL is None:
-        return torch.zeros(1, positions.position_BL.shape[1], dtype=torch.int64)
-    opens_BL = F.pad(document_BL[:, 1:] != document_BL[:, :-1], (1, 0))
-    return (opens_BL * torch.arange(document_BL.shape[1])).cummax(1).values
+        return torch.zeros(1, positions.position_BL.shape[1], dtype=torch.int64, device=device)
+    return (opens(document_BL) * torch.arange(document_BL.shape[1], device=device)).cummax(1).values
+
+
+def opens(document_BL: Tensor) -> Tensor:
+    """Whether a token is the first of its document in its row, (B, L)."""
+    return F.pad(document_BL[:, 1:] != document_BL[:, :-1], (1, 0), value=True)
+
+
+def spans(document_BL: Tensor) -> tuple[Tensor, int, int]:
+    """Where documents start in the rows laid end to end, (S,) int32, the longest's length, and how many rows there
+    are. The device is waited for."""
+    starts_S = opens(document_BL).flatten().nonzero().flatten()
+    longest = starts_S.diff(append=starts_S.new_tensor([document_BL.numel()])).max()
+    return starts_S.int(), int(longest), len(document_BL)

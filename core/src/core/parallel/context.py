@@ -16,6 +16,7 @@ from core.nn.decoder import Block
 from core.nn.kernel import Kernel, KeyValues, Mask, Positions
 from core.parallel.pipeline import Microbatch
 from core.parallel.tensor import gather_tokens
+from core.runtime.device import to_device
 
 
 def order(length: int, n_ranks: int, *, balanced: bool) -> Tensor:
@@ -49,8 +50,8 @@ def split_rows(
     padding_BL = batch.padding_BL() if n_labels is None else None
     if n_labels is None:
         n_labels = count_labels(batch.labels_BL[:, places[mesh.get_local_rank()]])
-    batch = batch.map(lambda part: part.to(device, non_blocking=True))
-    places = places.to(device)
+    batch = batch.map(lambda part: to_device(part, device))
+    places = to_device(places, device)
     own_L, all_M = places[mesh.get_local_rank()], places.flatten()
     if documents:
         position_BL, own_documents, all_documents = (
@@ -61,7 +62,7 @@ def split_rows(
     else:
         position_BL, own_documents, all_documents = own_L[None], None, None
     if padding_BL is not None:
-        padding_BL = padding_BL.to(device, non_blocking=True)[:, own_L]
+        padding_BL = to_device(padding_BL, device)[:, own_L]
     positions = Positions(position_BL, own_documents, own_L[None], all_M[None], all_documents, padding_BL)
     return Microbatch(batch.tokens_BL[:, own_L], batch.labels_BL[:, own_L], positions, n_labels, batch.inputs)
 

@@ -18,11 +18,13 @@ from core.nn.decoder import Decoder
 from core.nn.dispatch import Dispatcher
 from core.nn.init import LocalSlice, full_slice
 from core.nn.kernel import Positions
+from core.nn.tiling import spans
 from core.optim.clip import scale_down, squared_norms
 from core.optim.weight import local_tensor
 from core.parallel.pipeline import Microbatch, Pipeline
 from core.parallel.settings import Degrees, Parallelism
 from core.parallel.vocabulary import Vocabulary, WholeVocabulary
+from core.runtime.device import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +221,14 @@ class SingleRank(RankView):
 
 def whole_rows(batch: Batch, device: torch.device, *, documents: bool, n_labels: int | None = None) -> Microbatch:
     """A batch of which this rank computes all tokens."""
-    padding_BL = batch.padding_BL() if n_labels is None else None
+    counted = n_labels is None
+    padding_BL = batch.padding_BL() if counted else None
+    spanned = spans(batch.documents_BL) if documents and counted else None
     n_labels = count_labels(batch.labels_BL) if n_labels is None else n_labels
-    batch = batch.map(lambda part: part.to(device, non_blocking=True))
+    batch = batch.map(lambda part: to_device(part, device))
     positions = Positions(batch.positions_BL, batch.documents_BL) if documents else Positions.rows(batch.tokens_BL)
     if padding_BL is not None:
-        positions = positions._replace(padding_BL=padding_BL.to(device, non_blocking=True))
+        positions = positions._replace(padding_BL=to_device(padding_BL, device))
+    if spanned is not None:
+        positions = positions._replace(spans=(to_device(spanned[0], device), *spanned[1:]))
     return Microbatch(batch.tokens_BL, batch.labels_BL, positions, n_labels, batch.inputs)

@@ -159,6 +159,12 @@ def device_name(device: torch.device) -> str:
     return getattr(torch.get_device_module(device), "get_device_name", lambda device: device.type)(device)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's, of any shape, on a device, without waiting for it: a GPU copies from pinned memory."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 def random_state(device: torch.device) -> Tensor:
     """A copy of the state of the generator that draws on `device`, a tensor of bytes."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)

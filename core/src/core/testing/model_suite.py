@@ -37,6 +37,7 @@ from core.testing.command_suite import CommandSuite
 from core.testing.layout_suite import LayoutSuite
 from core.testing.oracles import cross_entropy
 from core.testing.resume_suite import ResumeSuite
+from core.testing.step_suite import StepSuite
 from core.testing.toy import on_cpu, randomise
 from core.train.trainer import Trainer
 from core.weights.hf import load_hf, save_hf
@@ -44,7 +45,7 @@ from core.weights.hf import load_hf, save_hf
 FLOPS_SEQ_LEN = 4096
 
 
-class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite):
+class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite, StepSuite):
     """The tests of a model package. Derive a class named Test... from this one and fill in its attributes,
     and those of `CommandSuite`, `LayoutSuite` and `ResumeSuite`."""
 
