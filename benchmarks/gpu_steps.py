@@ -213,7 +213,7 @@ def sizes(device: torch.device, tiny: bool) -> Cases:
         (qwen3_0_6b, {"mode": "none", "compiled": False}),
         (qwen3_1_7b, {"mode": "full", "compiled": True}),
     ]
-    for recipe, case in cases[: 6 if tiny else None]:
+    for recipe, case in cases[2:6] if tiny else cases:
         config = small(qwen3_debug if tiny else recipe, tiny)
         config.activation_checkpoint.mode = case["mode"]
         config.model.attention.backend = case.get("attention", "sdpa")

@@ -133,3 +133,25 @@ def test_a_compiled_loss_is_used_under_tensor_parallelism() -> None:
     plain = run_ranks(result_of, 2, case)[0].loss
     for loss, calls in run_ranks(compiled_calls, 2, case):
         assert calls > 0 and loss == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
+def test_a_compiled_loss_takes_chunks_of_any_length() -> None:
+    """The last chunk of a step is as long as its labels leave it: it is no reason to compile again."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    head, x_BLD = Head(8, 61, std=0.02), torch.randn(1, 25, 8, requires_grad=True)
+    torch.nn.init.normal_(head.weight)
+    labels_BL = torch.arange(25)[None]
+    compiled, plain = (CrossEntropy.Config(chunk_tokens=10).build(compile_backend=each) for each in (backend, None))
+    for n in (25, 23):
+        labels_BL[:, n:] = IGNORE
+        found, expected = (loss(x_BLD, labels_BL, head, WholeVocabulary(61), n_labels=n) for loss in (compiled, plain))
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == 1
+    torch._dynamo.reset()

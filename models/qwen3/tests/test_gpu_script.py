@@ -19,6 +19,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks the input
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be")  # dynamo makes one
 @pytest.mark.parametrize(
     "name", ["environment", "recipes", "sizes", "waits", "attention", "loss", "experts", "profile"]
 )

@@ -25,6 +25,8 @@ from core.step.source_losses import Tally
 CHUNK_LOGITS = 2**24
 """Logits of a chunk that are worth no cut: 64 MiB in fp32."""
 
+TokenLoss = Callable[[Tensor, Tensor, Vocabulary], Tensor]
+
 
 class Loss(Configurable, ABC):
     """What training lowers: reads the residual stream through the head itself, on one rank and on many alike.
@@ -67,9 +69,9 @@ class Loss(Configurable, ABC):
     def __init__(self, config: Config, *, compile_backend: str | None = None) -> None:
         """torch.compile gets `of_tokens` where a backend is named."""
         self.config = config
-        self._of_tokens: Callable[[Tensor, Tensor, Vocabulary], Tensor] = self.of_tokens
+        self._of_tokens: TokenLoss = self.of_tokens
         if compile_backend is not None:
-            self._of_tokens = torch.compile(self.of_tokens, backend=compile_backend)
+            self._of_tokens = of_any_length(torch.compile(self.of_tokens, backend=compile_backend))
 
     @abstractmethod
     def of_tokens(self, logits_BLv: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -150,6 +152,17 @@ class Loss(Configurable, ABC):
         if tally is not None and sources_BL is not None:
             tally.add(loss_Bl, vocabulary.own_tokens(sources_BL))
         return loss_Bl
+
+
+def of_any_length(compiled: TokenLoss) -> TokenLoss:
+    """A compiled `of_tokens` that is not compiled again for the last chunk, whose length depends on the labels."""
+
+    def of_tokens(logits_BLv: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
+        for tensor in (logits_BLv, labels_BL):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return compiled(logits_BLv, labels_BL, vocabulary)
+
+    return of_tokens
 
 
 class CrossEntropy(Loss):
