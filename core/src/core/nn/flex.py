@@ -14,7 +14,7 @@ from torch import Tensor
 from core.nn.kernel import KernelUse, Mask, MaskMod, Positions, visible
 from core.nn.tiling import starts
 
-BLOCK = 128
+BLOCK_SIZE = 128
 """Queries, and keys, of a block that is computed or skipped; PyTorch's own default."""
 
 
@@ -78,10 +78,10 @@ def block_mask(start_BL: Tensor, window: int | None, rule: MaskMod) -> Mask:
     length, device = start_BL.shape[1], start_BL.device
     place_L = torch.arange(length, device=device)
     oldest_BL = start_BL if window is None else torch.maximum(start_BL, place_L - window + 1)
-    block_S = torch.arange(-(-length // BLOCK), device=device)
-    first_Q, last_Q = block_S * BLOCK, block_S * BLOCK + BLOCK - 1
-    any_BQ = oldest_BL[:, first_Q] // BLOCK
-    all_BQ = (oldest_BL[:, last_Q.clamp(max=length - 1)] + BLOCK - 1) // BLOCK
+    block_S = torch.arange(-(-length // BLOCK_SIZE), device=device)
+    first_Q, last_Q = block_S * BLOCK_SIZE, block_S * BLOCK_SIZE + BLOCK_SIZE - 1
+    any_BQ = oldest_BL[:, first_Q] // BLOCK_SIZE
+    all_BQ = (oldest_BL[:, last_Q.clamp(max=length - 1)] + BLOCK_SIZE - 1) // BLOCK_SIZE
     before_QS = block_S < block_S[:, None]
     whole_BQS = before_QS & (block_S >= all_BQ[..., None]) & (last_Q < length)[:, None]
     part_BQS = (before_QS | torch.eye(len(block_S), dtype=torch.bool, device=device)) & (block_S >= any_BQ[..., None])
@@ -89,7 +89,7 @@ def block_mask(start_BL: Tensor, window: int | None, rule: MaskMod) -> Mask:
     counted = ((t.sum(-1, dtype=torch.int32), t.argsort(dim=-1, descending=True, stable=True).int()) for t in sides)
     (n_part, part), (n_whole, whole) = counted
     return BlockMask.from_kv_blocks(
-        n_part, part, n_whole, whole, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
+        n_part, part, n_whole, whole, BLOCK_SIZE=BLOCK_SIZE, mask_mod=rule, seq_lengths=(length, length)
     )
 
 

@@ -46,8 +46,7 @@ FLOPS_SEQ_LEN = 4096
 
 
 class ModelSuite(CommandSuite, LayoutSuite, ResumeSuite, StepSuite):
-    """The tests of a model package. Derive a class named Test... from this one and fill in its attributes,
-    and those of `CommandSuite`, `LayoutSuite` and `ResumeSuite`."""
+    """The tests of a model package: derive a class named Test... and fill in its attributes, its parents' too."""
 
     configs: ClassVar[ModuleType]
     """The module of its recipes; those of other models of the package are left to their own suite."""
