@@ -75,8 +75,9 @@ class Varlen:
             k_BKMH, v_BKMV = (side.repeat_interleave(n_heads // side.shape[1], 1) for side in (k_BKMH, v_BKMV))
         ends_S, longest = ends(mask, n_rows, length, q_BNLH.device)
         window = -1 if self.window is None else self.window - 1
-        sides = (side.transpose(1, 2).flatten(0, 1) for side in (q_BNLH, k_BKMH, v_BKMV))
-        o_TNV = varlen_attn(*sides, ends_S, ends_S, longest, longest, scale=scale, window_size=(window, 0), **settings)
+        q, k, v = (side.transpose(1, 2).flatten(0, 1) for side in (q_BNLH, k_BKMH, v_BKMV))
+        settings |= {"scale": scale, "window_size": (window, 0)}
+        o_TNV = varlen_attn(q, k, v, ends_S, ends_S, longest, longest, **settings)
         assert isinstance(o_TNV, Tensor)
         return o_TNV.unflatten(0, (n_rows, length)).transpose(1, 2)[..., :v_width]
 
