@@ -8,9 +8,15 @@ from core.step.rows_ahead import ROWS_EVENT
 
 DATA = "data"
 KINDS = {
-    "attention": ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product", "aten::_flash_attention", "flex_"),
+    "attention": (
+        "aten::scaled_dot_product_attention",
+        "aten::_scaled_dot_product",
+        "aten::_flash_attention",
+        "armature::tiled_attention",
+        "flex_",
+    ),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::_scaled_"),
-    "norms": ("aten::rms_norm", "aten::_fused_rms_norm"),
+    "norms": ("aten::rms_norm", "aten::_fused_rms_norm", "armature::cpu_rms_norm"),
     "loss": ("SoftmaxLoss", "aten::log_softmax", "aten::logsumexp"),
     "optimizer, clipping": ("aten::_foreach", "aten::_fused_adam", "aten::lerp"),
     DATA: (ROWS_EVENT,),
