@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.config.errors import UserError
 from core.data.packing import IGNORE
+from core.nn.weights import training_flops_per_token
 from core.parallel.layout import SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
+from core.runtime.meta import meta_model
 from core.step.assemble import assemble, compile_block
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective, valid_tokens
@@ -154,3 +156,15 @@ def test_fsdp_on_two_ranks_has_the_gradients_of_a_plain_loop(folders: Any) -> No
             _, expected = plain_loss(path, drawn_batch(HFModel.Config(path=str(path)), n_rows=4, length=16))
             for name, gradient in expected.items():
                 assert (gradients[name] - gradient).abs().max() < 2e-5 * gradient.abs().max(), name
+
+
+def test_operations_are_counted_once(folders: Any) -> None:
+    """Of OLMoE, of whose four experts a token is sent to two; tied weights of the head are a product, too."""
+    for family, n_active in (("olmoe", 0.5), ("qwen3", 1.0), ("granite", 1.0)):
+        model = meta_model(HFModel.Config(path=str(folders(family))))
+        sizes = {name: weight.numel() for name, weight in model.named_parameters() if weight.dim() > 1}
+        tied = model.config.tie_embeddings
+        products = sum(n * (n_active if ".experts." in name else 1) for name, n in sizes.items())
+        products -= 0 if tied else sizes["model.embed_tokens.weight"]
+        found = training_flops_per_token(model, 10)
+        assert found.matmul == 6 * products and found.attention == 3 * 3 * 4 * 64 * 10

@@ -133,12 +133,14 @@ class HFModel(Module, Configurable):
             return self.theirs(input_ids=tokens_BL, use_cache=False, **where).logits
 
     def flops_per_token(self, seq_len: int) -> Flops:
-        """Products with every matrix, of experts with those that a token is sent to, and attention to all keys."""
+        """Products with every matrix, of experts with those that a token is sent to, and attention to all keys. A head
+        of core counts its own."""
         stated, n_layers, looked_up = text_config(self.config.path), self.config.n_layers, self.tok_embeddings.weight
         matmul = 0
         for weight in self.parameters():
             share = getattr(stated, "num_experts_per_tok", len(weight)) / len(weight) if weight.dim() == 3 else 1
-            if weight.dim() > 1 and (weight is not looked_up or self.config.tie_embeddings):
+            elsewhere = self.door is not None and weight is self.output.weight
+            if weight.dim() > 1 and not elsewhere and (weight is not looked_up or self.config.tie_embeddings):
                 matmul += int(2 * weight.numel() * share)
         n_heads = getattr(stated, "num_attention_heads", 0)
         width = n_heads * (getattr(stated, "head_dim", None) or self.config.dim // max(n_heads, 1))

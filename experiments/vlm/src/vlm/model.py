@@ -79,13 +79,13 @@ class VLM(Module, Configurable):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
+        self.vision = c.vision.build()  # in the order of forward
+        self.projector = c.projector.build(n_in=c.vision.dim, n_out=c.dim, n_patches=c.vision.n_patches)
         decoder: Decoder = c.decoder.build()
         for name, part in decoder.named_children():
             self.add_module(name, part)
         decoder.tok_embeddings = None  # it gets the stream with the patches in it, as a later stage of a pipeline does
         vars(self).update(decoder=decoder)
-        self.vision = c.vision.build()
-        self.projector = c.projector.build(n_in=c.vision.dim, n_out=c.dim, n_patches=c.vision.n_patches)
 
     def train(self, mode: bool = True) -> "VLM":
         super().train(mode)
