@@ -37,7 +37,7 @@ def a_run(path: Path, folder: Path) -> HFTrainer.Config:
     config.dataloader.dataset, config.dataloader.cache_folder = str(text), str(folder / "cache")
     config.training.steps, config.training.seq_len, config.training.local_batch_size = 2, 32, 2
     config.training.device, config.metrics.log_freq = "cpu", 1
-    config.validator.enable = False
+    config.validator.enable, config.metrics.per_layer_freq = False, 2
     config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 0, 0.0
     config.checkpoint = Checkpoint(enable=True)
     config.dump_folder = str(folder / "run")
@@ -68,6 +68,8 @@ def test_a_run_goes_on_and_comes_out_as_a_folder_of_its_family(tmp_path: Path) -
     again.training.steps = 4
     again.build().run()
     assert losses(str(halves)) == losses(str(whole / "run")) and len(losses(str(halves))) == 4
+    last = json.loads((halves / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"update_norm/layers.2", "update_norm/lm_head", "activation_rms/layers.0"} <= last.keys()
     exported, resumed = tmp_path / "exported", tmp_path / "resumed"
     export(whole / "run", exported)
     export(halves, resumed)

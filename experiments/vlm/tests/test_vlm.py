@@ -160,7 +160,7 @@ def tiny_run(folder: Path) -> VLMTrainer.Config:
     config = configs.vlm_debug()
     config.training.steps, config.training.local_batch_size, config.training.device = 2, 4, "cpu"
     config.dataloader.n_shapes, config.dataloader.held_out_pairs, config.validator.steps = 40, 8, -1
-    config.metrics.log_freq = 1
+    config.metrics.log_freq = config.metrics.per_layer_freq = 1
     config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 0, 0.0
     config.dump_folder = str(folder / "run")
     return config
@@ -179,6 +179,8 @@ def test_a_frozen_tower_stays_and_all_else_moves(tmp_path: Path) -> None:
     still = {name for name, weight in weights_of(trainer).items() if torch.equal(weight, before[name])}
     assert still == {name for name in before if name.startswith("vision.")}
     assert record.validation_loss < math.log(2048) + 0.1
+    assert {"update_norm/projector", "weight_norm/vision"} <= record.numbers.keys()
+    assert "update_norm/vision" not in record.numbers
     main([str(folder)])
 
 

@@ -7,7 +7,7 @@ of a value.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,9 @@ def watched_logits(models: Sequence[Decoder]) -> Iterator[dict[str, list[Tensor]
     found: dict[str, list[Tensor]] = {}
     holders: list[tuple[Any, Kernel]] = []
     for model in models:
-        for number, block in cast(dict[str, Block], dict(model.layers.items())).items():
+        for number, block in model.layers.items():
+            if not isinstance(block, Block):  # another program's, whose attention is not known
+                continue
             holder: Any = block.attention
             while hasattr(holder.kernel, "kernel"):  # one that calls another with other tokens or heads
                 holder = holder.kernel

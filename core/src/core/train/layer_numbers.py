@@ -32,12 +32,12 @@ class LayerNumbers:
         """`activations`, and with them logits, need a look into a forward, which torch.compile does not allow."""
         self.models, self.layout, self.activations = list(models), layout, activations
         config = self.models[0].config
-        self.parts = [*NO_LAYERS, *(f"layers.{i}" for i in range(config.n_layers + config.n_mtp_layers))]
+        layers = [f"layers.{i}" for i in range(config.n_layers + config.n_mtp_layers)]
+        self.parts = list(dict.fromkeys([*NO_LAYERS, *layers, *(part for part, _ in self._weights())]))
 
     def measured(self, take: Callable[[], StepInfo]) -> tuple[StepInfo, dict[str, float]]:
         """What a step returns, and its numbers; its weights are there a second time meanwhile."""
-        named = (each for model in self.models for each in model.named_parameters())
-        weights = [(part_of(name), weight) for name, weight in named if weight.is_floating_point()]
+        weights = [(part, weight) for part, weight in self._weights() if weight.is_floating_point()]
         before = [weight.detach().clone() for _, weight in weights]
         squares: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
         logits: dict[str, list[Tensor]] = {}
@@ -56,6 +56,12 @@ class LayerNumbers:
             }
             numbers = {name: norm for kind, tensors in kinds.items() for name, norm in self._norms(kind, tensors)}
         return info, numbers | dict(self._rms(squares)) | dict(self._logits(logits)) | self._entropies()
+
+    def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of this rank, each with its part: its block, whatever names its model has, or else its name's."""
+        for model in self.models:
+            of_blocks = {weight: f"layers.{i}" for i, block in model.layers.items() for weight in block.parameters()}
+            yield from ((of_blocks.get(each, part_of(name)), each) for name, each in model.named_parameters())
 
     def _norms(self, kind: str, tensors: list[tuple[str, Any]]) -> Iterator[tuple[str, float]]:
         found = dict.fromkeys(self.parts, 0.0)
