@@ -18,7 +18,10 @@ from core.data.packing import IGNORE, Batch
 from core.data.samples import Samples
 from core.nn.init import materialise
 from core.runtime.meta import meta_model
-from core.weights.folder import load_folder
+from core.weights.hf import load_from
+from core.weights.key_map import own_key_map
+from core.weights.saved import newest
+from core.weights.source import WeightSource
 from vlm import configs
 from vlm.trainer import VLMTrainer
 
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{asked.run} is no run of vlm")
         model = meta_model(config.model)
         materialise(model, torch.device("cpu"), torch.float32)
-        load_folder(model, asked.run)
+        load_from(WeightSource(own_key_map(model), newest(asked.run)))
         sizes = {"seq_len": config.training.seq_len, "seed": config.debug.seed}
         rows = config.dataloader.build(tokenizer=config.tokenizer.build(), split="validation", **sizes)
         right, n = count_exact(model.eval(), rows)
