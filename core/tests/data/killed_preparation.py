@@ -19,7 +19,7 @@ from core.data.tokenizer import Tokenizer
 
 
 def main(settings: str, place: int) -> None:
-    sections._BATCH_CHARACTERS, sections.ROW_CHARACTERS = 2000, 1500
+    sections._BATCH_CHARACTERS = 2000
     shards.SHARD_TOKENS, preparation.JOURNAL_BYTES = 3000, 6000
     numbers = count(1)
 

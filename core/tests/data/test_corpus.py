@@ -300,7 +300,7 @@ def test_preparation_needs_no_more_memory_for_more_text(tmp_path, tokenizer, mon
         path.write_text(("word " * 19 + "word\n") * n_lines)
         tracemalloc.start()
         try:
-            corpus = Corpus.Config(dataset=str(path)).build(tokenizer=tokenizer)
+            corpus = Corpus.Config(dataset=str(path), processes=1).build(tokenizer=tokenizer)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()

@@ -1,6 +1,9 @@
 """Preparation by several processes, and after it was interrupted: the same files, byte for byte."""
 
+import bz2
+import gzip
 import json
+import lzma
 import random
 import resource
 import signal
@@ -15,14 +18,14 @@ from typing import Any
 import pytest
 
 from core.config.errors import UserError
-from core.data import preparation, sections, shards, workers
+from core.data import merge, preparation, sections, shards, workers
 from core.data.bad_lines import BadLines
 from core.data.corpus import Corpus
-from core.data.dataset import open_source
+from core.data.dataset import SeveralSources, open_source
 from core.data.progress import ProgressLine
 from core.data.sampling import SPLITS
 from core.data.sections import LeftOut, Section, cut_row
-from core.data.source import Source
+from core.data.source import Source, StandardLibrary, TextFiles
 from core.data.tokenizer import Tokenizer
 
 
@@ -35,10 +38,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus.Config:
     texts[70] = "a long one. " * 2000
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     monkeypatch.setattr(sections, "_BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(sections, "ROW_CHARACTERS", 1500)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 3000)
     monkeypatch.setattr(preparation, "JOURNAL_BYTES", 6000)
-    return Corpus.Config(dataset=str(tmp_path / "text.jsonl"), validation_fraction=0.2)
+    return Corpus.Config(dataset=str(tmp_path / "text.jsonl"), validation_fraction=0.2, section_characters=1500)
 
 
 def content(corpus: Corpus) -> dict[str, bytes]:
@@ -53,6 +55,68 @@ def test_any_number_of_processes_writes_the_same_files(config: Any, tokenizer: T
     assert found[0] == found[1] and len(found[0]) > 5
 
 
+@pytest.fixture
+def several(config: Any, tmp_path: Path) -> Corpus.Config:
+    """Files of several kinds, with long documents, blank ones, lines that are none, and a file without any."""
+    lines = (tmp_path / "text.jsonl").read_bytes().splitlines(keepends=True)
+    (folder := tmp_path / "several").mkdir()
+    (folder / "a.jsonl.xz").write_bytes(lzma.compress(b"".join(lines[:90])))
+    (folder / "b.txt").write_text("A line of text.\n\n" * 9000)
+    (folder / "c.jsonl").write_bytes(b"")
+    (folder / "d.jsonl.bz2").write_bytes(bz2.compress(b'no JSON\n{"text": " "}\n' + b"".join(lines[90:150])))
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[150:]) + b"neither\n"))
+    (three := tmp_path / "three").mkdir()
+    for name in "xyz":
+        (three / f"{name}.py").write_text(f"# {name}\n" * 900)
+    library = StandardLibrary.Config(root=str(three), section_characters=1500)
+    files = TextFiles.Config(path=str(folder), on_bad_line="skip", section_characters=1500)
+    config.dataset = SeveralSources.Config(sources=[files, library])
+    return config
+
+
+def test_parts_of_several_kinds_become_the_same_files(
+    several: Any, tokenizer: Tokenizer, tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.data.source.topics", {"topic": "All there is about it."})
+    found, said = [], []
+    for processes in (1, 2, 4):
+        several.processes, several.cache_folder = processes, str(tmp_path / f"cache-{processes}")
+        logged.clear()
+        found.append(content(several.build(tokenizer=tokenizer)))
+        said.append([line for line in logged if "left out" in line or "long documents" in line])
+    assert found[0] == found[1] == found[2] and len(found[0]) > 5
+    assert said[0] == said[1] == said[2] and len(said[0]) == 4
+    assert "left out 2 unreadable lines; the first: " in said[0][0] and "d.jsonl.bz2:1: not JSON" in said[0][0]
+    assert "left out 1 empty files; the first: " in said[0][1] and "c.jsonl: it holds no document" in said[0][1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_parts_that_were_written_are_not_read_again(
+    processes: int, several: Any, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.data.source.topics", {"topic": "All there is about it."})
+    several.processes = processes
+    several.cache_folder = str(tmp_path / "whole")
+    whole = content(several.build(tokenizer=tokenizer))
+    several.cache_folder = str(tmp_path / "torn")
+    write, begun = preparation.SplitFiles.write, []
+    for last in (1, 3):  # the number of the part in which it is interrupted
+
+        def torn(self: Any, pieces: Any, last: int = last) -> tuple[int, int]:
+            if self.part > last:
+                raise KeyboardInterrupt
+            return write(self, pieces)
+
+        monkeypatch.setattr(preparation.SplitFiles, "write", torn)
+        with pytest.raises(KeyboardInterrupt):
+            several.build(tokenizer=tokenizer)
+    monkeypatch.setattr(preparation.SplitFiles, "write", write)
+    items = merge.Reader.items
+    monkeypatch.setattr(merge.Reader, "items", lambda self, *place: (begun.append(place[:2]), items(self, *place))[1])
+    assert content(several.build(tokenizer=tokenizer)) == whole
+    assert begun[0][0] >= 3
+
+
 @pytest.mark.parametrize("after", [1, 9, 15])
 def test_an_interrupted_preparation_continues(
     after: int, config: Any, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
@@ -62,13 +126,13 @@ def test_an_interrupted_preparation_continues(
     config.cache_folder = str(tmp_path / "torn")
     write, seen = preparation.SplitFiles.write, []
 
-    def torn(self: Any, job: Any, tokens: Any) -> int:
-        seen.append(job.first)
-        n_bytes = write(self, job, tokens)
+    def torn(self: Any, pieces: Any) -> tuple[int, int]:
+        seen.append(self.next)
+        found = write(self, pieces)
         if len(seen) == after:
             self.writers["train"]._starts.write(b"half a pla")  # what a crash leaves behind the last entry
             raise KeyboardInterrupt
-        return n_bytes
+        return found
 
     monkeypatch.setattr(preparation.SplitFiles, "write", torn)
     with pytest.raises(KeyboardInterrupt):
@@ -93,7 +157,9 @@ def test_a_killed_preparation_continues(config: Any, tokenizer: Tokenizer, tmp_p
     config.cache_folder = str(tmp_path / "whole")
     whole = content(config.build(tokenizer=tokenizer))
     config.cache_folder = str(tmp_path / "torn")
-    settings = {name: getattr(config, name) for name in ("dataset", "validation_fraction", "cache_folder")}
+    settings = {
+        name: getattr(config, name) for name in ("dataset", "validation_fraction", "section_characters", "cache_folder")
+    }
     assert killed(settings, 60) == -signal.SIGKILL
     assert content(config.build(tokenizer=tokenizer)) == whole
     assert len([line for line in logged if "going on behind" in line]) == 1
@@ -104,7 +170,8 @@ def test_kills_at_random_moments_change_nothing(config: Any, tokenizer: Tokenize
     config.cache_folder = str(tmp_path / "whole")
     whole, draw, n_kills = content(config.build(tokenizer=tokenizer)), random.Random(1), 0
     for number in range(12):
-        settings = {"dataset": config.dataset, "validation_fraction": 0.2, "processes": 1 + number % 2}
+        settings = {"dataset": config.dataset, "validation_fraction": 0.2, "section_characters": 1500}
+        settings["processes"] = 1 + number % 2
         settings["cache_folder"] = config.cache_folder = str(tmp_path / f"torn-{number}")
         while (code := killed(settings, draw.randint(1, 120))) == -signal.SIGKILL:
             n_kills += 1
@@ -124,15 +191,17 @@ def test_a_mistake_in_the_text_leaves_nothing(config: Any, tokenizer: Tokenizer)
 
 def test_a_worker_that_dies_is_told(config: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     config.processes = 2
-    start = workers._Worker.__init__
+    start = workers.Worker.__init__
 
-    def dies(self: Any, encoder: Any) -> None:
-        start(self, encoder)
-        self._process.kill()
+    def dies(self: Any, work: Any) -> None:
+        start(self, work)
+        if work.name == dying:
+            self._process.kill()
 
-    monkeypatch.setattr(workers._Worker, "__init__", dies)
-    with pytest.raises(UserError, match="a process that tokenises ended with code -9, out of memory perhaps"):
-        config.build(tokenizer=tokenizer)
+    monkeypatch.setattr(workers.Worker, "__init__", dies)
+    for dying in ("tokenises", "reads text"):
+        with pytest.raises(UserError, match=f"a process that {dying} ended with code -9, out of memory perhaps"):
+            config.build(tokenizer=tokenizer)
 
 
 def test_the_line_says_how_long_it_will_take(config: Any, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:

@@ -187,7 +187,8 @@ def test_a_long_document_is_one_but_where_it_is_held_out(
     tmp_path, tokenizer, short_sections, monkeypatch, logged, name, batch
 ):
     monkeypatch.setattr(sections_module, "_BATCH_CHARACTERS", batch)
-    corpus = Corpus.Config(dataset=dataset(tmp_path, name), validation_fraction=0.2).build(tokenizer=tokenizer)
+    config = Corpus.Config(dataset=dataset(tmp_path, name), validation_fraction=0.2, processes=1)
+    corpus = config.build(tokenizer=tokenizer)
     expected = expected_documents(tokenizer, 0.2)
     for split in SPLITS:
         check_stream(corpus.split(split), expected[split])

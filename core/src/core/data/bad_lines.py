@@ -18,10 +18,9 @@ OnBadLine = Literal["error", "skip"]
 class BadLines:
     """What cannot be read: the first is an error, or all are left out and counted."""
 
-    def __init__(self, policy: OnBadLine) -> None:
-        self.policy = policy
-        self.count = 0
-        self.first = ""
+    def __init__(self, policy: OnBadLine, count: int = 0, first: str = "") -> None:
+        """So many were reported before."""
+        self.policy, self.count, self.first = policy, count, first
 
     def add(self, place: str, reason: str) -> None:
         """Report what stands at `place` ("file:line"); raises UserError unless the policy is "skip"."""

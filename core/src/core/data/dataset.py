@@ -5,11 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 from core.config.errors import UserError, at_most
 from core.config.record import absolute
 from core.data.bad_lines import BadLines, OnBadLine
+from core.data.parts import Part, Reached
 from core.data.rows import RowReader
 from core.data.sections import Section
 from core.data.source import HUB, STANDARD_LIBRARY, HubDataset, Source, StandardLibrary, TextFiles
@@ -34,29 +36,37 @@ class SeveralSources(Source):
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
 
     def open(self) -> None:
-        self.parts: list[Source] = [source.build() for source in self.config.sources]
-        self.on_bad_line = "error" if any(part.on_bad_line == "error" for part in self.parts) else "skip"
-        self.name = ", ".join(at_most(_MOST_NAMES, [part.name for part in self.parts]))
-        files = Counter(file for part in self.parts if isinstance(part, TextFiles) for file in part.files)
+        self.sources: list[Source] = [source.build() for source in self.config.sources]
+        self.on_bad_line = "error" if any(source.on_bad_line == "error" for source in self.sources) else "skip"
+        self.name = ", ".join(at_most(_MOST_NAMES, [source.name for source in self.sources]))
+        files = Counter(file for source in self.sources if isinstance(source, TextFiles) for file in source.files)
         if twice := [file for file, n in files.items() if n > 1]:
             raise UserError(f"{twice[0]} is named twice: it would be read twice")
 
     def read_rows_by(self, reader: RowReader) -> None:
-        for part in self.parts:
-            part.read_rows_by(reader)
+        for source in self.sources:
+            source.read_rows_by(reader)
 
     def fingerprint(self) -> list[Any]:
-        return [part.fingerprint() for part in self.parts]
+        return [source.fingerprint() for source in self.sources]
+
+    def parts(self) -> list[Part]:
+        parts = [source.parts() for source in self.sources]
+        self._n_parts = list(map(len, parts))
+        return list(chain.from_iterable(parts))
+
+    def reading(self, number: int, at: Part | Reached) -> None:
+        for source, n_parts in zip(self.sources, self._n_parts, strict=True):
+            source.reading(min(max(number, 0), n_parts), at if 0 <= number < n_parts else Reached())
+            number -= n_parts
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
-        for part in self.parts:
-            for section in part.sections_of(bad):
-                self.place = part.place or part.name
-                yield section
+        for source in self.sources:
+            yield from source.sections_of(bad)
 
     def done(self) -> float | None:
-        known = [share for part in self.parts if (share := part.done()) is not None]
-        return sum(known) / len(self.parts) if len(known) == len(self.parts) else None
+        known = [share for source in self.sources if (share := source.done()) is not None]
+        return sum(known) / len(self.sources) if len(known) == len(self.sources) else None
 
 
 def absolute_dataset(dataset: Dataset) -> Dataset:

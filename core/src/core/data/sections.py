@@ -6,8 +6,8 @@ document of its own. Tokens at a cut may differ from those of the whole text, so
 any.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 ROW_CHARACTERS = 2**20
 """So long may a section of a text be that is known to be one document: a row, a file of the standard library."""
@@ -15,6 +15,7 @@ FILE_CHARACTERS = 2**17
 """So long may one of a text file be: that may hold a whole corpus, of which validation and every rank want a share."""
 _BATCH_CHARACTERS = 2**20
 _PART_CHARACTERS = 2**16
+_Item = TypeVar("_Item")
 
 
 class LeftOut(NamedTuple):
@@ -88,11 +89,16 @@ def settled(sections: Sequence[Section], places: Sequence[Hashable]) -> list[Sec
 
 def batches(sections: Iterable[Section]) -> Iterator[list[Section]]:
     """The sections in lists of about a million characters, so that many cores may encode one."""
-    batch: list[Section] = []
+    return grouped(sections, lambda section: len(section.text))
+
+
+def grouped(items: Iterable[_Item], characters: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """What stands for sections in lists of about a million characters."""
+    batch: list[_Item] = []
     size = 0
-    for section in sections:
-        batch.append(section)
-        size += len(section.text)
+    for item in items:
+        batch.append(item)
+        size += characters(item)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -6,7 +6,7 @@ import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,11 +17,11 @@ from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.bad_lines import BadLines, OnBadLine, reading
-from core.data.compressed import Place
 from core.data.library import library_errors
+from core.data.parts import Part, PassCounts, Reached, read_part
 from core.data.rows import RowReader, TextField
 from core.data.sections import Section, cut_row
-from core.data.text_files import Format, find_files, read_sections
+from core.data.text_files import Format, TextFile, file_state, find_files
 
 STANDARD_LIBRARY = "stdlib"
 HUB = "hf:"
@@ -41,8 +41,6 @@ class Source(Configurable, ABC):
 
     name: str
     """What errors and the head of a run call it."""
-    place: str = ""
-    """What is read of it now, a file say; empty where there is but one."""
     on_bad_line: OnBadLine = "error"
     """What a document that cannot be read does, where `sections_of` reports it."""
 
@@ -57,6 +55,14 @@ class Source(Configurable, ABC):
     @abstractmethod
     def fingerprint(self) -> list[Any]:
         """What changes when the text does (data for JSON), found without reading the text."""
+
+    def parts(self) -> Sequence[Part]:
+        """What its documents lie in, in their order: all of it in one, which this process reads, unless it says
+        otherwise."""
+        return [WholeSource(self)]
+
+    def reading(self, number: int, at: Part | Reached) -> None:
+        """Hear how far a pass is: through so many parts, and in the next."""
 
     def done(self) -> float | None:
         """Which share of a pass is read, from 0 to 1; None where that is not known."""
@@ -76,19 +82,38 @@ class Source(Configurable, ABC):
         Raises UserError at an unreadable line (unless these are left out: their number is logged at the end of the
         pass) and at the end of a pass that found no document.
         """
-        bad = BadLines(self.on_bad_line)
-        blank, found = BadLines("skip"), False
-        for section in self.sections_of(bad):
-            if section.is_blank:
-                blank.add(self.place or self.name, "no visible character")
-            else:
-                found = True
-                yield section
-        bad.summarise(self.name)
-        blank.summarise(self.name, "empty documents")
-        if not found:
-            left_out = f", with {bad.count:,} unreadable lines left out" if bad.count else ""
+        counts, number = PassCounts(), 0
+        for number, part in enumerate(self.parts(), start=1):
+            self.reading(number - 1, part)
+            yield from read_part(part, self.on_bad_line, counts)
+        self.reading(number, Reached())
+        self.summarise(counts)
+
+    def summarise(self, counts: PassCounts) -> None:
+        """Log what a pass left out. Raises `UserError` where it found no document."""
+        for left_out, what in (
+            (counts.bad, "unreadable lines"),
+            (counts.empty, "empty files"),
+            (counts.blank, "empty documents"),
+        ):
+            BadLines("skip", *left_out).summarise(self.name, what)
+        if not counts.found:
+            left_out = f", with {counts.bad.count:,} unreadable lines left out" if counts.bad.count else ""
             raise UserError(f"{self.name} yields no text{left_out}")
+
+
+class WholeSource(Part):
+    """All of a source."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @property
+    def place(self) -> str:
+        return self.source.name
+
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        return self.source.sections_of(bad)
 
 
 class RowSource(Source):
@@ -118,6 +143,7 @@ class StandardLibrary(Source):
             return {"root": absolute(self.root)}
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Source
+    on_bad_line = "skip"
 
     def open(self) -> None:
         self.name = STANDARD_LIBRARY
@@ -174,35 +200,29 @@ class TextFiles(RowSource):
         self.reader = TextField(self.config.text_field, self.config.section_characters)
         with reading(self.name):
             self.files = find_files(self.name, self.config.format)
-        self._found = [_file_state(file) for file in self.files]
-        self._number, self._place = 0, Place()
+        self._found = [file_state(file) for file in self.files]
+        self._read: tuple[int, Part | Reached] = 0, Reached()
 
     def fingerprint(self) -> list[Any]:
         return self._found
 
+    def parts(self) -> list[TextFile]:
+        c = self.config
+        return [
+            TextFile(path, found, self.reader, c.format, c.section_characters)
+            for path, found in zip(self.files, self._found, strict=True)
+        ]
+
+    def reading(self, number: int, at: Part | Reached) -> None:
+        self._read = number, at
+
     def sections_of(self, bad: BadLines) -> Iterator[Section]:
-        c, empty = self.config, BadLines("skip")
-        for number, (file, found) in enumerate(zip(self.files, self._found, strict=True)):
-            self._number, self._place, self.place = number, Place(), str(file)
-            self._check_unchanged(file, found)
-            n_read, n_bad = 0, bad.count
-            for section in read_sections(file, self.reader, bad, c.format, self._place, c.section_characters):
-                n_read += 1
-                yield section
-            if not n_read and bad.count == n_bad:
-                empty.add(str(file), "it holds no document")
-            self._check_unchanged(file, found)
-        self._number = len(self.files)
-        empty.summarise(self.name, "empty files")
+        for part in self.parts():
+            yield from part.sections_of(bad)
 
     def done(self) -> float | None:
-        sizes = [size for _, size, _ in self._found]
-        return (sum(sizes[: self._number]) + self._place.n_bytes) / max(sum(sizes), 1)
-
-    def _check_unchanged(self, file: Path, found: list[Any]) -> None:
-        """Text that changes under a run would be read as something that its fingerprint does not stand for."""
-        if _file_state(file) != found:
-            raise UserError(f"{file} has changed since the run began to read: start again once nothing writes there")
+        (number, at), sizes = self._read, [size for _, size, _ in self._found]
+        return (sum(sizes[:number]) + at.n_bytes) / max(sum(sizes), 1)
 
 
 class HubDataset(RowSource):
@@ -244,7 +264,7 @@ class HubDataset(RowSource):
                 found: Any = datasets.load_from_disk(c.dataset)
                 splits = found if saved[0] == _SAVED[0] else {"train": found, str(found.split or "train"): found}
                 files = [each["filename"] for split in splits.values() for each in split.cache_files]
-                self._found: list[Any] = [_file_state(Path(file)) for file in files]
+                self._found: list[Any] = [file_state(Path(file)) for file in files]
         else:
             if not os.path.isdir(c.dataset) and "/" not in c.dataset and _is_format(c.dataset):
                 raise UserError(f"{dataset} is a format and no dataset: name the files, without {HUB}")
@@ -268,12 +288,6 @@ class HubDataset(RowSource):
             if row is _END:
                 return
             yield from self.reader.sections(row, f"{self.name}, row {number}", bad)
-
-
-def _file_state(file: Path) -> list[Any]:
-    with reading(file):
-        found = file.stat()
-    return [str(file), found.st_size, found.st_mtime_ns]
 
 
 def _is_format(name: str) -> bool:

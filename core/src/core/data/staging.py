@@ -23,7 +23,7 @@ log = logging.getLogger("armature")
 
 _NAME = re.compile(r".+\.[0-9a-f]{12}")
 _LOCK = "lock"
-JOURNAL = "journal.json"
+JOURNAL = "journal-of-parts.json"
 """Says how far the work in a folder is: it is continued when the same is asked for again."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _STALE_S = 24 * 3600.0

@@ -8,12 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 from core.config.errors import UserError
 from core.data.bad_lines import BadLines, reading
 from core.data.compressed import COMPRESSIONS, Place, open_bytes
 from core.data.json_array import array_values
+from core.data.parts import Part
 from core.data.rows import RowReader, TextField
 from core.data.sections import FILE_CHARACTERS, Section, split_sections
 from core.data.tables import arrow_sections, csv_sections, parquet_sections
@@ -104,6 +105,49 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+class TextFile(Part):
+    """One of the files."""
+
+    travels = is_file = True
+
+    def __init__(
+        self, path: Path, found: list[Any], reader: RowReader, format: Format | None, section_characters: int | None
+    ) -> None:
+        """`found` is what the file was when it was found."""
+        self.path, self.found, self.reader, self.format = path, found, reader, format
+        self.section_characters, self._at = section_characters, Place()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextFile, (self.path, self.found, self.reader, self.format, self.section_characters)
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._at.n_bytes
+
+    def sections_of(self, bad: BadLines) -> Iterator[Section]:
+        self._check_unchanged()
+        yield from read_sections(self.path, self.reader, bad, self.format, self._at, self.section_characters)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """Text that changes under a run would be read as something that its fingerprint does not stand for."""
+        if file_state(self.path) != self.found:
+            raise UserError(
+                f"{self.path} has changed since the run began to read: start again once nothing writes there"
+            )
+
+
+def file_state(file: Path) -> list[Any]:
+    """The path of a file, its size and when it was changed last."""
+    with reading(file):
+        found = file.stat()
+    return [str(file), found.st_size, found.st_mtime_ns]
 
 
 def read_sections(

@@ -1,8 +1,8 @@
-"""Sections tokenised by several processes, in their order.
+"""Processes that read the parts of a source, and that tokenise what is read.
 
-A worker is a program, `main`: it gets an encoder and then batches of sections on its standard input, and answers with
-tokens. It is no fork, because the threads of a tokenizer do not survive one, and
-no `multiprocessing` either, which would run the user's script again.
+Each is a program, `main`, which gets what it works with and then one piece of work after another on its standard input.
+It is no fork, because the threads of a tokenizer do not survive one, and no `multiprocessing` either, which would run
+the user's script again.
 """
 
 import os
@@ -10,25 +10,16 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from queue import SimpleQueue
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from core.config.errors import UserError
+from core.data.bad_lines import OnBadLine
+from core.data.parts import Batch, Part, PassCounts, part_items
 from core.data.sections import LeftOut, Section
-from core.runtime.cores import n_cores
-
-FEW_BATCHES = 16
-"""So many batches are tokenised here before it pays to start processes."""
-_AHEAD = 2
-"""Batches that wait for each process."""
-_Job = TypeVar("_Job")
 
 
 class SectionEncoder(Protocol):
@@ -62,89 +53,81 @@ class Encoded(NamedTuple):
         return np.split(self.ids, np.cumsum(self.lengths)[:-1])
 
 
-def encoded_in_order(
-    encoder: SectionEncoder, jobs: Iterable[_Job], sections_of: Callable[[_Job], list[Section]], processes: int | None
-) -> Iterator[tuple[_Job, Encoded]]:
-    """Each job with the tokens of its sections, in order, whatever the number of processes; None is one for each core
-    once there are many jobs."""
-    jobs, few = iter(jobs), processes is None
-    n = n_cores() if processes is None else processes
-    for number, job in enumerate(jobs, start=1):
-        if n > 1 and (not few or number > FEW_BATCHES):
-            yield from _by_workers(encoder, chain([job], jobs), sections_of, n)
-            return
-        yield job, Encoded.of(encoder, sections_of(job))
+class Work(Protocol):
+    """What a process does: answers to one piece of work after another. It is pickled for that process."""
+
+    name: str
+
+    def answers(self, given: Any) -> Iterator[Any]: ...
 
 
-def _by_workers(
-    encoder: SectionEncoder, jobs: Iterable[_Job], sections_of: Callable[[_Job], list[Section]], n: int
-) -> Iterator[tuple[_Job, Encoded]]:
-    idle: SimpleQueue[_Worker] = SimpleQueue()
+class Encoding:
+    """Batches become `Encoded`."""
 
-    def encode(sections: list[Section]) -> Encoded:
-        worker = idle.get()
-        try:
-            return worker(sections)
-        finally:
-            idle.put(worker)
-
-    with _started(encoder, n) as workers, ThreadPoolExecutor(n) as threads:
-        for worker in workers:
-            idle.put(worker)
-        waiting: deque[tuple[_Job, Future[Encoded]]] = deque()
-        try:
-            for job in jobs:
-                waiting.append((job, threads.submit(encode, sections_of(job))))
-                if len(waiting) >= _AHEAD * n:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-
-@contextmanager
-def _started(encoder: SectionEncoder, n: int) -> Iterator[list["_Worker"]]:
-    workers = [_Worker(encoder) for _ in range(n)]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-class _Worker:
-    """A process that tokenises; it ends with this one."""
+    name = "tokenises"
 
     def __init__(self, encoder: SectionEncoder) -> None:
+        self.encoder = encoder
+
+    def answers(self, given: Batch) -> Iterator[Encoded]:
+        yield Encoded.of(self.encoder, given.sections())
+
+
+class Reading:
+    """A part, of which some sections are passed over, becomes batches, and what was found in it."""
+
+    name = "reads text"
+
+    def __init__(self, policy: OnBadLine) -> None:
+        self.policy = policy
+
+    def answers(self, given: tuple[Part, int]) -> Iterator[Batch | PassCounts]:
+        part, skip = given
+        yield from part_items(part, self.policy, skip)
+
+
+class Worker:
+    """A process that works for this one, and ends with it."""
+
+    def __init__(self, work: Work) -> None:
+        self._name = work.name
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["TOKENIZERS_PARALLELISM"] = "false"
         command = [sys.executable, "-c", f"from {__name__} import main; main()"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
-        pickle.dump(encoder, self._input)
+        self._work = work
+        self._begun = False
 
-    def __call__(self, sections: list[Section]) -> Encoded:
+    def answers(self, given: Any) -> Iterator[Any]:
+        """What it answers to a piece of work. Raises `UserError` as the work does, and where the process ends."""
         try:
-            pickle.dump(sections, self._input)
+            if not self._begun:
+                self._begun = True
+                pickle.dump(self._work, self._input)
+            pickle.dump(given, self._input)
             self._input.flush()
-            answer: Any = pickle.load(self._output)
+            while True:
+                answer = pickle.load(self._output)
+                if answer is None:
+                    return
+                if isinstance(answer, UserError):
+                    raise answer
+                yield answer
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
             raise UserError(
-                f"a process that tokenises ended with code {code}, out of memory perhaps: try fewer, with processes 1"
+                f"a process that {self._name} ended with code {code}, out of memory perhaps: try fewer, with "
+                "processes 1"
             ) from error
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """Close what leads to it, once nobody waits there."""
         for stream in (self._input, self._output):
             try:
                 stream.close()
@@ -152,16 +135,19 @@ class _Worker:
                 pass  # what was not sent any more
 
 
-def work(given: IO[bytes], answers: IO[bytes]) -> None:
-    """Tokenise batches of sections until there are no more."""
-    encoder: SectionEncoder = pickle.load(given)
+def serve(given: IO[bytes], answers: IO[bytes]) -> None:
+    """Work until there is no more; None ends the answers to each piece."""
+    work: Work = pickle.load(given)
     while True:
         try:
-            sections = pickle.load(given)
+            piece = pickle.load(given)
         except EOFError:
             return
         try:
-            answer: Any = Encoded.of(encoder, sections)
+            for answer in work.answers(piece):
+                pickle.dump(answer, answers)
+                answers.flush()
+            answer: Any = None
         except UserError as error:
             answer = error
         pickle.dump(answer, answers)
@@ -173,4 +159,4 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; who started this one ends it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
-    work(sys.stdin.buffer, answers)
+    serve(sys.stdin.buffer, answers)
