@@ -11,13 +11,13 @@ from core.config.errors import UserError
 from core.data import merge
 from core.data.bad_lines import BadLines
 from core.data.merge import PartEnd, Reader, Tokens
-from core.data.parts import Part
+from core.data.parts import SourcePart
 from core.data.sections import Section
 
 N = 2
 
 
-class Letters(Part):
+class Letters(SourcePart):
     """So many documents of one letter each, of which some are large enough for a batch of their own."""
 
     travels = True

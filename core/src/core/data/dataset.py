@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from core.config.errors import UserError, at_most
 from core.config.record import absolute
 from core.data.bad_lines import BadLines, OnBadLine
-from core.data.parts import Part, Reached
+from core.data.parts import Reached, SourcePart
 from core.data.rows import RowReader
 from core.data.sections import Section
 from core.data.source import HUB, STANDARD_LIBRARY, HubDataset, Source, StandardLibrary, TextFiles
@@ -50,12 +50,12 @@ class SeveralSources(Source):
     def fingerprint(self) -> list[Any]:
         return [source.fingerprint() for source in self.sources]
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SourcePart]:
         parts = [source.parts() for source in self.sources]
         self._n_parts = list(map(len, parts))
         return list(chain.from_iterable(parts))
 
-    def reading(self, number: int, at: Part | Reached) -> None:
+    def reading(self, number: int, at: SourcePart | Reached) -> None:
         for source, n_parts in zip(self.sources, self._n_parts, strict=True):
             source.reading(min(max(number, 0), n_parts), at if 0 <= number < n_parts else Reached())
             number -= n_parts

@@ -18,8 +18,8 @@ from threading import Condition, Lock, Thread
 from typing import NamedTuple
 
 from core.data.bad_lines import OnBadLine
-from core.data.parts import Batch, Part, PassCounts, part_items
-from core.data.workers import Encoded, Encoding, Reading, SectionEncoder, Worker
+from core.data.parts import Batch, PassCounts, SourcePart, part_items
+from core.data.workers import Encoded, Encoding, PartReading, SectionEncoder, Worker
 from core.runtime.cores import n_cores
 
 FEW_BATCHES = 16
@@ -49,7 +49,7 @@ Item = Tokens | PartEnd
 class Reader(NamedTuple):
     """Reads the parts of a source, and tokenises them."""
 
-    parts: Sequence[Part]
+    parts: Sequence[SourcePart]
     policy: OnBadLine
     encoder: SectionEncoder
     folder: Path
@@ -107,7 +107,7 @@ class _Merge:
         numbers = range(first, len(self.parts))
         self.left.extend((number, skip * (number == first)) for number in numbers if self.parts[number].travels)
         encoders = [Worker(Encoding(self.reader.encoder)) for _ in range(self.n)]
-        readers = [Worker(Reading(self.reader.policy)) for _ in range(min(self.n, len(self.left)))]
+        readers = [Worker(PartReading(self.reader.policy)) for _ in range(min(self.n, len(self.left)))]
         threads = [Thread(target=self._tokenise, args=(worker,), daemon=True) for worker in encoders]
         threads += [Thread(target=self._read, args=(worker,), daemon=True) for worker in readers]
         try:

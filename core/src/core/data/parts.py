@@ -10,7 +10,7 @@ from core.data.bad_lines import BadLines, OnBadLine
 from core.data.sections import Section, batches
 
 
-class Part(ABC):
+class SourcePart(ABC):
     """Documents of a source in a fixed order."""
 
     travels = False
@@ -108,7 +108,7 @@ class Batch(NamedTuple):
         return all(self.opens) and all(self.closes)
 
 
-def read_part(part: Part, policy: OnBadLine, counts: PassCounts) -> Iterator[Section]:
+def read_part(part: SourcePart, policy: OnBadLine, counts: PassCounts) -> Iterator[Section]:
     """The sections of a part that have a visible character; the others, and what cannot be read, are counted when the
     part ends. Raises `UserError` for what cannot be read unless the policy is "skip"."""
     bad, blank, n_read, found = BadLines(policy), BadLines("skip"), 0, 0
@@ -125,7 +125,7 @@ def read_part(part: Part, policy: OnBadLine, counts: PassCounts) -> Iterator[Sec
     counts.add(PassCounts(found, unreadable, invisible, empty))
 
 
-def part_items(part: Part, policy: OnBadLine, skip: int = 0) -> Iterator[Batch | PassCounts]:
+def part_items(part: SourcePart, policy: OnBadLine, skip: int = 0) -> Iterator[Batch | PassCounts]:
     """The batches of a part behind its first `skip` sections, and at last what was found in all of it."""
     counts = PassCounts()
     sections = read_part(part, policy, counts)

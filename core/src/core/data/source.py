@@ -18,7 +18,7 @@ from core.config.errors import UserError
 from core.config.record import absolute
 from core.data.bad_lines import BadLines, OnBadLine, reading
 from core.data.library import library_errors
-from core.data.parts import Part, PassCounts, Reached, read_part
+from core.data.parts import PassCounts, Reached, SourcePart, read_part
 from core.data.rows import RowReader, TextField
 from core.data.sections import Section, cut_row
 from core.data.text_files import Format, TextFile, file_state, find_files
@@ -56,12 +56,12 @@ class Source(Configurable, ABC):
     def fingerprint(self) -> list[Any]:
         """What changes when the text does (data for JSON), found without reading the text."""
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourcePart]:
         """What its documents lie in, in their order: all of it in one, which this process reads, unless it says
         otherwise."""
         return [WholeSource(self)]
 
-    def reading(self, number: int, at: Part | Reached) -> None:
+    def reading(self, number: int, at: SourcePart | Reached) -> None:
         """Hear how far a pass is: through so many parts, and in the next."""
 
     def done(self) -> float | None:
@@ -102,7 +102,7 @@ class Source(Configurable, ABC):
             raise UserError(f"{self.name} yields no text{left_out}")
 
 
-class WholeSource(Part):
+class WholeSource(SourcePart):
     """All of a source."""
 
     def __init__(self, source: Source) -> None:
@@ -201,7 +201,7 @@ class TextFiles(RowSource):
         with reading(self.name):
             self.files = find_files(self.name, self.config.format)
         self._found = [file_state(file) for file in self.files]
-        self._read: tuple[int, Part | Reached] = 0, Reached()
+        self._read: tuple[int, SourcePart | Reached] = 0, Reached()
 
     def fingerprint(self) -> list[Any]:
         return self._found
@@ -213,7 +213,7 @@ class TextFiles(RowSource):
             for path, found in zip(self.files, self._found, strict=True)
         ]
 
-    def reading(self, number: int, at: Part | Reached) -> None:
+    def reading(self, number: int, at: SourcePart | Reached) -> None:
         self._read = number, at
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:

@@ -14,7 +14,7 @@ from core.config.errors import UserError
 from core.data.bad_lines import BadLines, reading
 from core.data.compressed import COMPRESSIONS, Place, open_bytes
 from core.data.json_array import array_values
-from core.data.parts import Part
+from core.data.parts import SourcePart
 from core.data.rows import RowReader, TextField
 from core.data.sections import FILE_CHARACTERS, Section, split_sections
 from core.data.tables import arrow_sections, csv_sections, parquet_sections
@@ -107,7 +107,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-class TextFile(Part):
+class TextFile(SourcePart):
     """One of the files."""
 
     travels = is_file = True

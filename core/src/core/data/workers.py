@@ -18,7 +18,7 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.data.bad_lines import OnBadLine
-from core.data.parts import Batch, Part, PassCounts, part_items
+from core.data.parts import Batch, PassCounts, SourcePart, part_items
 from core.data.sections import LeftOut, Section
 
 
@@ -73,7 +73,7 @@ class Encoding:
         yield Encoded.of(self.encoder, given.sections())
 
 
-class Reading:
+class PartReading:
     """A part, of which some sections are passed over, becomes batches, and what was found in it."""
 
     name = "reads text"
@@ -81,7 +81,7 @@ class Reading:
     def __init__(self, policy: OnBadLine) -> None:
         self.policy = policy
 
-    def answers(self, given: tuple[Part, int]) -> Iterator[Batch | PassCounts]:
+    def answers(self, given: tuple[SourcePart, int]) -> Iterator[Batch | PassCounts]:
         part, skip = given
         yield from part_items(part, self.policy, skip)
 
@@ -135,7 +135,7 @@ class Worker:
                 pass  # what was not sent any more
 
 
-def serve(given: IO[bytes], answers: IO[bytes]) -> None:
+def answer_all(given: IO[bytes], answers: IO[bytes]) -> None:
     """Work until there is no more; None ends the answers to each piece."""
     work: Work = pickle.load(given)
     while True:
@@ -159,4 +159,4 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; who started this one ends it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
-    serve(sys.stdin.buffer, answers)
+    answer_all(sys.stdin.buffer, answers)
