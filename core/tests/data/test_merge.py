@@ -78,7 +78,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def letters(items: Iterator[merge.Item]) -> str:
+def letters(items: Iterator[merge.MergeItem]) -> str:
     """The letters of all documents, and a full stop at the end of each part."""
     return "".join(
         "." if isinstance(item, PartEnd) else "".join(chr(ids[0]) for ids in item.encoded.documents()) for item in items

@@ -43,7 +43,7 @@ class PartEnd(NamedTuple):
     counts: PassCounts
 
 
-Item = Tokens | PartEnd
+MergeItem = Tokens | PartEnd
 
 
 class Reader(NamedTuple):
@@ -55,7 +55,7 @@ class Reader(NamedTuple):
     folder: Path
     """Where there is room for tokens whose turn has not come."""
 
-    def items(self, part: int, skip: int, processes: int | None) -> Generator[Item]:
+    def items(self, part: int, skip: int, processes: int | None) -> Generator[MergeItem]:
         """The batches of a part behind its first `skip` sections, and of all parts behind it, in order and with their
         tokens, whatever the number of processes; None is one for each core, once there are many batches."""
         n = n_cores() if processes is None else processes
@@ -94,7 +94,7 @@ class _Merge:
         """Batches to be tokenised: a heap by part and number."""
         self.held = set[int]()
         """Parts that have a batch ready, which is to wait before it waits there."""
-        self.found: dict[tuple[int, int], Item | _Spilled | Exception] = {}
+        self.found: dict[tuple[int, int], MergeItem | _Spilled | Exception] = {}
         self.kept = 0
         """Batches of them whose tokens are in memory."""
         self.current = 0
@@ -102,7 +102,7 @@ class _Merge:
         self.files: dict[int, _File] = {}
         self.stopped = False
 
-    def items(self, first: int, skip: int, begun: Iterator[Batch | PassCounts]) -> Iterator[Item]:
+    def items(self, first: int, skip: int, begun: Iterator[Batch | PassCounts]) -> Iterator[MergeItem]:
         """As of `Reader`; `begun` is the rest of the first part, for one that does not travel."""
         numbers = range(first, len(self.parts))
         self.left.extend((number, skip * (number == first)) for number in numbers if self.parts[number].travels)
@@ -136,7 +136,7 @@ class _Merge:
             how()
             self.changed.notify_all()
 
-    def _read_elsewhere(self, number: int) -> Iterator[Item]:
+    def _read_elsewhere(self, number: int) -> Iterator[MergeItem]:
         for place in count():
             yield (item := self._take(number, place))
             if isinstance(item, PartEnd):
@@ -144,7 +144,7 @@ class _Merge:
         if (file := self.files.pop(number, None)) is not None:
             file.close()
 
-    def _read_here(self, number: int, items: Iterator[Batch | PassCounts]) -> Iterator[Item]:
+    def _read_here(self, number: int, items: Iterator[Batch | PassCounts]) -> Iterator[MergeItem]:
         taken = 0
         for place, item in enumerate(items):
             if isinstance(item, PassCounts):
@@ -155,7 +155,7 @@ class _Merge:
                 yield self._take(number, taken)
                 taken += 1
 
-    def _take(self, number: int, place: int) -> Item:
+    def _take(self, number: int, place: int) -> MergeItem:
         """An item when it is there. Raises what kept it from being there."""
         with self.changed:
             self.changed.wait_for(lambda: (number, place) in self.found)
@@ -166,14 +166,14 @@ class _Merge:
             raise item
         return self.files[number].read(item) if isinstance(item, _Spilled) else item
 
-    def _put(self, number: int, place: int, item: Item | Exception) -> None:
+    def _put(self, number: int, place: int, item: MergeItem | Exception) -> None:
         """Have an item wait for its turn, in a file where it is of a later part."""
         with self.changed:
             later = number > self.current and isinstance(item, Tokens)
             if later and number not in self.files:
                 self.files[number] = _File(self.reader.folder)
             file = self.files[number] if later else None
-        found: Item | _Spilled | Exception = item
+        found: MergeItem | _Spilled | Exception = item
         if file is not None:
             try:
                 found = file.write(item)
@@ -239,13 +239,13 @@ class _File:
     def __init__(self, folder: Path) -> None:
         self._file, self._lock = tempfile.TemporaryFile(dir=folder), Lock()
 
-    def write(self, item: Item | Exception) -> _Spilled:
+    def write(self, item: MergeItem | Exception) -> _Spilled:
         with self._lock:
             at = self._file.seek(0, 2)
             pickle.dump(item, self._file)
             return _Spilled(at)
 
-    def read(self, spilled: _Spilled) -> Item:
+    def read(self, spilled: _Spilled) -> MergeItem:
         with self._lock:
             self._file.seek(spilled.at)
             return pickle.load(self._file)

@@ -14,7 +14,7 @@ import numpy as np
 from core.config.json_file import read_json
 from core.data import shards
 from core.data.bad_lines import BadLines
-from core.data.merge import Item, PartEnd, Reader, Tokens
+from core.data.merge import MergeItem, PartEnd, Reader, Tokens
 from core.data.parts import PassCounts, Reached
 from core.data.progress import ProgressLine
 from core.data.sampling import SPLITS, Split, held_out
@@ -79,7 +79,7 @@ class SplitFiles:
                 lines.count, lines.first = count, first
             log.info("%s: going on behind %s sections, which are tokenised", source.name, f"{self.next:,}")
 
-    def pieces(self, items: Iterable[Item]) -> Iterator[Piece]:
+    def pieces(self, items: Iterable[MergeItem]) -> Iterator[Piece]:
         """The sections of what is left to do."""
         in_part = self.in_part
         for item in items:
