@@ -145,21 +145,21 @@ PEERS = ["litgpt==0.5.13", "torchtitan==0.3.0", "megatron-core==0.16.1"]
 THEIR_NEEDS = [
     "lightning==2.6.6", "torchmetrics==1.9.0", "lightning-utilities==0.15.3", "pytorch-lightning==2.6.6",
     "jsonargparse==4.53.0", "psutil==7.2.2", "requests==2.34.2", "torchdata==0.11.0", "torch_checkpointing==0.1.1",
-    "einops==0.8.2", "spmd_types==0.2.3",
+    "einops==0.8.2", "spmd_types==0.2.3", "peft==0.21.2", "accelerate==1.15.0", "bitsandbytes==0.50.2",
 ]  # fmt: skip
 
 
 @nox.session(default=False, requires=["shared"])
 def peers(session: nox.Session) -> None:
-    """Let litgpt, torchtitan and megatron-core write tiny models, and read them; let lm_eval read one (minutes)."""
-    packages = ("llama3", "qwen3")
-    for package in packages:
+    """Let litgpt, torchtitan and megatron-core write tiny models, and read them; let lm_eval and peft read ours."""
+    for package in ("llama3", "qwen3"):
         install(session, package)
     session.install("--no-deps", *PEERS, *THEIR_NEEDS)  # their requirements would bring another torch's world
     session.install("lm-eval[hf]==0.4.13", TORCH)
-    tests = [f"{FOLDERS[package]}/tests" for package in packages]
+    tests = [f"{FOLDERS[package]}/tests" for package in ("llama3", "qwen3")]
     session.run("python", "-m", "pytest", *tests, "-m", "peers", *session.posargs)
-    session.run("python", "-m", "pytest", "core/tests/data/test_token_files.py", "-k", "its_own or own_reader")
+    tests += ["core/tests/data/test_token_files.py", "core/tests/quantization/test_nf4.py"]
+    session.run("python", "-m", "pytest", *tests, "-k", "its_own or own_reader or peft or bitsandbytes")
 
 
 @nox.session(default=False, requires=["shared"])

@@ -79,6 +79,12 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint\.initial_load_path: adapters are for weights that are there"):
         config.build()
     config = adapter_run(tmp_path, steps=2)
+    config.converters = [LoRAConverter.Config(rank=4, patterns=[pattern]) for pattern in ("*.wq", "*.wk")]
+    with pytest.raises(
+        UserError, match=r"converters\.1: a run has one rank and alpha: leave one converter of adapters"
+    ):
+        config.build()
+    config = adapter_run(tmp_path, steps=2)
     _, folder = config.build().run()
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="holds adapters alone, and the weights that its run began with, .* are not"):
