@@ -20,8 +20,10 @@ from core.weights.peft_folder import PEFT_CONFIG, PEFT_ENDS, PEFT_PREFIX, PEFT_W
 def write_peft(model: StoredModel, weights: MergedWeights, adapters: SavedAdapters, base: str, folder: Path) -> None:
     """Write the adapters of a run that began with the weights in the folder `base`.
 
-    Raises `UserError` for adapters of experts that peft cannot have: with lengths, or where each expert is a module.
+    Raises `UserError` for what peft cannot have: lengths of experts' rows, experts that are a module each, and a bias
+    on the choice of experts that moved.
     """
+    check_biases(weights)
     key_map, settings = hf_key_map(model), adapters.settings
     stacks: dict[str, list[tuple[KeyPart, str]]] = defaultdict(list)
     tensors: dict[str, Tensor] = {}
@@ -59,6 +61,17 @@ def write_peft(model: StoredModel, weights: MergedWeights, adapters: SavedAdapte
     (folder / PEFT_CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
     named = {f"{PEFT_PREFIX}{name}": value.contiguous() for name, value in tensors.items()}
     save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+
+
+def check_biases(weights: MergedWeights) -> None:
+    """Raise `UserError` for what a run saved beside adapters and what differs from its base."""
+    for name in sorted(weights.own):
+        found = weights.read(name)
+        before = torch.zeros_like(found)
+        if name in weights.base.pieces:
+            weights.base.fill(name, before)
+        if not torch.equal(found, before):
+            raise UserError(f"{name} moved in training, to balance experts, and peft keeps adapters: leave --peft out")
 
 
 def dense_tensors(
