@@ -15,6 +15,9 @@ from core.weights.hf_model import StoredModel
 from core.weights.key_map import KeyMap, KeyPart, hf_key_map
 from core.weights.peft_folder import PEFT_CONFIG, PEFT_ENDS, PEFT_PREFIX, PEFT_WEIGHTS, nested, sibling_parameters
 
+TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""Modules that peft 0.21 takes for experts' in a model that has some, a dense or shared network's too."""
+
 
 @torch.no_grad()
 def write_peft(model: StoredModel, weights: MergedWeights, adapters: SavedAdapters, base: str, folder: Path) -> None:
@@ -28,6 +31,7 @@ def write_peft(model: StoredModel, weights: MergedWeights, adapters: SavedAdapte
     stacks: dict[str, list[tuple[KeyPart, str]]] = defaultdict(list)
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
+    has_experts = any(places[-1][0].stored_row is not None for places in key_map.places.values())
     for layer in sorted(adapters.layers):
         piece = key_map.places[f"{layer}.weight"][-1][0]
         if piece.stored_row is not None:
@@ -36,6 +40,11 @@ def write_peft(model: StoredModel, weights: MergedWeights, adapters: SavedAdapte
             raise UserError(f"{layer}: peft has no adapters of experts that are modules: leave --peft out")
         else:
             targets.append(piece.key.removesuffix(".weight"))
+            if has_experts and targets[-1].rpartition(".")[2] in TAKEN_FOR_EXPERTS:
+                raise UserError(
+                    f"{layer}: of a model with experts peft takes {targets[-1]} for theirs: leave --peft out, or give "
+                    "it no adapter"
+                )
             tensors |= dense_tensors(targets[-1], layer, piece, weights, adapters)
     if stacks and settings["dora"]:
         layer = next(iter(stacks.values()))[0][1]
