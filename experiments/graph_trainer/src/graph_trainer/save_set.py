@@ -16,10 +16,10 @@ Gathered weights are the other way round: a block's are gathered again in its ba
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from operator import getitem
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.traceback import annotate
@@ -50,7 +50,9 @@ def tag(graph: Graph, policies: Mapping[str, Policy], *, let_go: bool) -> dict[s
         tag_gathers(graph)
     tag_views(graph)
     for node in list(must_save(graph)):
-        node.meta[RECOMPUTE] = False
+        for each in (node, *node.all_input_nodes[: node.target is getitem]):
+            each.meta[RECOMPUTE] = False
+    tag_results(graph)
     return decided
 
 
@@ -90,11 +92,19 @@ def tag_views(graph: Graph) -> None:
     """Have backward make views of what blocks save by itself: they are no memory, and what is saved has one name."""
     seen: set[int] = set()
     for node in graph.nodes:
-        if is_op(node) and not is_backward(node) and isinstance(node.meta.get("val"), Tensor):
+        if is_op(node) and not is_backward(node) and node.target is not getitem:
             storages = storages_of(node).keys()
             if storages and storages <= seen and node.meta.get(BLOCK) is not None:
                 node.meta[RECOMPUTE] = True
             seen.update(storages)
+    tag_results(graph)
+
+
+def tag_results(graph: Graph) -> None:
+    """Have each of several results share the fate of the operation: no tuple crosses from forward to backward."""
+    for node in graph.nodes:
+        if node.target is getitem and not is_backward(node):
+            node.meta[RECOMPUTE] = node.all_input_nodes[0].meta.get(RECOMPUTE, False)
 
 
 def must_save(graph: Graph) -> Iterator[Node]:
