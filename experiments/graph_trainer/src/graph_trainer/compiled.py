@@ -7,6 +7,7 @@ Inductor keep them apart: it does not look at tags.
 import time
 from collections.abc import Callable
 from logging import getLogger
+from operator import getitem
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ def of_block(part: GraphModule) -> bool:
 
 def split_by_block(module: GraphModule) -> GraphModule:
     """The graph as parts in their order: nodes of one block and phase that follow each other, and what is between."""
+    for node in reversed(module.graph.find_nodes(op="call_function", target=getitem)):
+        node.all_input_nodes[0].append(node)  # a part returns tensors, and no tuple of them
     part_of: dict[Node, int] = {}
     number, before = 0, None
     for node in module.graph.nodes:
