@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -386,13 +387,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(saved, caplog, name):
+def test_a_damaged_checkpoint_is_named_and_passed_over(saved, caplog, monkeypatch, name):
     file, damage, words = DAMAGES[name]
     newest = Path(f"{saved.dump_folder}/checkpoint/step-6")
     damage(newest / file)
-    logging.getLogger("armature").addHandler(caplog.handler)
+    monkeypatch.setattr(logging.getLogger("armature"), "propagate", True)
     assert whole_step(saved) == 4
-    logging.getLogger("armature").removeHandler(caplog.handler)
     (said,) = caplog.messages
     assert said.startswith(f"{newest} is damaged and passed over: ") and file in said and words in said
     text = refusal(saved, load_step=6)
@@ -517,6 +517,7 @@ def test_nothing_is_unpickled(saved, expected, monkeypatch):
     shutil.rmtree(checkpoints / "step-6")
     for name in (".metadata", "rank.pt", "__0_0.distcp"):
         (checkpoints / "step-4" / name).write_bytes(pickle.dumps(Bomb()))
+    importlib.import_module("torch._dynamo")  # makes a class of an unpickler
     for module in (pickle, torch.serialization.pickle, torch):
         for name in ("load", "loads", "Unpickler"):
             if hasattr(module, name):
