@@ -391,7 +391,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, caplog, monkeypatc
     file, damage, words = DAMAGES[name]
     newest = Path(f"{saved.dump_folder}/checkpoint/step-6")
     damage(newest / file)
-    monkeypatch.setattr(logging.getLogger("armature"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("armature"), "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("armature"), "propagate", False)
     assert whole_step(saved) == 4
     (said,) = caplog.messages
     assert said.startswith(f"{newest} is damaged and passed over: ") and file in said and words in said
