@@ -142,7 +142,10 @@ def test_mlflow_in_the_folder_of_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     from mlflow import MlflowClient
 
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     log_twice(MLflow, tmp_path)
+    assert not list((tmp_path / "elsewhere").iterdir()) and list((tmp_path / "mlflow").rglob("config.json"))
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'a project'")
     (run,) = client.search_runs([experiment.experiment_id])

@@ -198,11 +198,15 @@ class MLflow:
         from mlflow import MlflowClient
 
         told = self._told
-        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{told.folder.resolve()}/mlflow.db"
-        self._client = client = MlflowClient(tracking_uri=place)
+        stated, folder = os.environ.get("MLFLOW_TRACKING_URI"), told.folder.resolve()
+        self._client = client = MlflowClient(tracking_uri=stated or f"sqlite:///{folder}/mlflow.db")
         project = told.project or "armature"
         found = client.get_experiment_by_name(project)
-        experiment = client.create_experiment(project) if found is None else found.experiment_id
+        files = None if stated else (folder / "mlflow").as_uri()  # MLflow's own default is a folder where we stand
+        if found is None:
+            experiment = client.create_experiment(project, artifact_location=files)
+        else:
+            experiment = found.experiment_id
         begun = {"tags": dict.fromkeys(told.tags, ""), "run_name": told.name or told.folder.resolve().name}
         self._id = run_id(told.folder, "mlflow", lambda: client.create_run(experiment, **begun).info.run_id)
         client.update_run(self._id, status="RUNNING")
