@@ -20,7 +20,7 @@ from core.quantization.float8 import Float8LinearConverter
 from core.runtime.device import GIB, device_name, peak_flops, peak_memory
 from core.runtime.meta import meta_model
 from core.runtime.seed import seed_everything
-from core.step.assemble import assemble, compile_block, make_dispatcher
+from core.step.assemble import assemble, block_compiler, make_dispatcher
 from core.step.checks import check_model
 from core.step.objective import Objective
 from core.step.update import StepInfo, train_step
@@ -52,17 +52,16 @@ class Steps:
         check_model(meta_model(c.model), c, device)
         seed_everything(0, deterministic=False)
         layout, dtype = SingleRank(device), c.training.compute_dtype(device)
-        backend = c.compile.backend
         wrapping = Wrapping(
             compute_dtype=dtype,
             checkpoint=c.activation_checkpoint.build(folder=Path()).apply,
             dispatcher=make_dispatcher(c, device, 1),
-            compile_block=partial(compile_block, backend=backend) if c.compile.takes("model") else None,
+            compile_block=block_compiler(c.compile),
         )
         start = {"dtype": getattr(torch, c.training.dtype), "seed": 0, "n_microbatches": 1, "converters": c.converters}
         self.built = assemble(c.model, layout, wrapping, groups=c.optimizer.groups, **start)
         self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=layout)
-        loss = c.loss.build(compile_backend=backend if c.compile.takes("loss") else None)
+        loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
         mask = c.training.mask_of(c.dataloader)
         self.objective = Objective(self.built.models, loss, layout=layout, dtype=dtype, mask=mask)
         self.config = c

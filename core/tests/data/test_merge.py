@@ -131,6 +131,15 @@ class Home(Letters):
     travels = False
 
 
+def test_a_place_that_takes_no_files_is_told_when_its_turn_has_come(files: list[Any], tmp_path: Path) -> None:
+    words = First()
+    parts = [Letters("a", 2, wait_for=words.seen["c"]), Letters("b", 1), Letters("c", 1)]
+    found = Reader(parts, "error", words, tmp_path / "gone").items(0, 0, N)
+    assert letters(next(found) for _ in range(3)) == "aa."
+    with pytest.raises(FileNotFoundError, match="gone"):
+        next(found)
+
+
 def test_what_this_process_must_read_comes_between(files: list[Any], tmp_path: Path) -> None:
     parts = [Home("a", 7), Letters("b", 3), Home("c", 7), Letters("d", 2)]
     reader = Reader(parts, "error", First(), tmp_path)

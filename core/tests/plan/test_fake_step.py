@@ -18,11 +18,12 @@ from core.nn.weights import training_flops_per_token
 from core.optim.adam import AdamW
 from core.optim.muon import Muon
 from core.optim.optimizer import Optimizer
+from core.optim.weight import local_bytes
 from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
 from core.plan import fake_step
 from core.plan.fake_step import run_fake_step
-from core.plan.sample_blocks import RestingBytes, n_bytes, stand_ins
+from core.plan.sample_blocks import RestingBytes, stand_ins
 from core.plan.segments import total
 from core.runtime.meta import meta_model
 from core.step.assemble import assemble, make_layout
@@ -122,11 +123,11 @@ def measured(run: Trainer.Config) -> tuple[int, RestingBytes]:
         peak = meter.peak
     weights = dict(parts.named_parameters())
     return peak, RestingBytes(
-        n_weights=sum(n_bytes(weight) // 4 for weight in weights.values()),
-        weights=sum(map(n_bytes, weights.values())),
-        gradients=sum(n_bytes(weight.grad) for weight in weights.values()),
-        optimizer=sum(n_bytes(value) for state in optimizer.state.values() for value in state.values()),
-        buffers=sum(n_bytes(buffer) for model in parts.models for buffer in model.buffers()),
+        n_weights=sum(local_bytes(weight) // 4 for weight in weights.values()),
+        weights=sum(map(local_bytes, weights.values())),
+        gradients=sum(local_bytes(weight.grad) for weight in weights.values()),
+        optimizer=sum(local_bytes(value) for state in optimizer.state.values() for value in state.values()),
+        buffers=sum(local_bytes(buffer) for model in parts.models for buffer in model.buffers()),
     )
 
 

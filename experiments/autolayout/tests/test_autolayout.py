@@ -1,7 +1,7 @@
 """Layouts: counted, refused with reasons, estimated as the planner plans, and the best chosen."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,7 +9,7 @@ import pytest
 
 from autolayout import configs, trainer
 from autolayout.estimate import Estimate, Estimator
-from autolayout.hardware import H100, hardware, written
+from autolayout.hardware import H100, hardware
 from autolayout.layout import Layout, applied, candidates, possible, rows_per_step
 from autolayout.picture import front, picture
 from autolayout.published import RUNS, Published
@@ -136,11 +136,12 @@ def test_the_fastest_that_fits_is_chosen(found: Found) -> None:
 def test_the_command_trains_in_the_layout() -> None:
     config, layout = load_config(["qwen3_debug"], qwen3_configs), Layout(pipeline=2, tensor=2, rows=2, interleaved=True)
     assert isinstance(config, Trainer.Config)
-    words = command(config, layout, 16).replace("\\\n", " ").split()
+    words = command(config, layout, 16, 8).replace("\\\n", " ").split()
     again = load_config(["qwen3_debug"], qwen3_configs)
     cli.override(again, cli.split_flags(words[words.index("qwen3_debug") + 1 :]))
     assert again == applied(config, layout, 16)
     assert words[:8] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "8", "-m", "qwen3.train", "--config"]
+    assert command(config, Layout(), 12, 8).startswith("torchrun --nnodes 3 --nproc-per-node 4 ")
 
 
 def test_where_nothing_fits_the_least_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +178,7 @@ def test_figures_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"like": "h100", "inner_gb_s": 100}))
     assert hardware(str(file)) == replace(H100, inner_gb_s=100)
-    written(H100, file)
+    file.write_text(json.dumps(asdict(H100)))
     assert hardware(str(file)) == H100
     for data, words in {
         '{"inner_gb": 1}': "no figure inner_gb; did you mean inner_gb_s",

@@ -18,7 +18,7 @@ from threading import Condition, Lock, Thread
 from typing import NamedTuple
 
 from core.data.bad_lines import OnBadLine
-from core.data.parts import Batch, PassCounts, SourcePart, part_items
+from core.data.parts import PassCounts, SectionBatch, SourcePart, part_items
 from core.data.workers import Encoded, Encoding, PartReading, SectionEncoder, Worker
 from core.runtime.cores import n_cores
 
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
     """A batch of a part, and what it was tokenised to."""
 
     part: int
-    batch: Batch
+    batch: SectionBatch
     encoded: Encoded
 
 
@@ -90,7 +90,7 @@ class _Merge:
         """Holds all that is below."""
         self.left = deque[tuple[int, int]]()
         """Parts that no process reads yet, and how many sections are passed over."""
-        self.waiting: list[tuple[int, int, Batch]] = []
+        self.waiting: list[tuple[int, int, SectionBatch]] = []
         """Batches to be tokenised: a heap by part and number."""
         self.held = set[int]()
         """Parts that have a batch ready, which is to wait before it waits there."""
@@ -102,7 +102,7 @@ class _Merge:
         self.files: dict[int, _File] = {}
         self.stopped = False
 
-    def items(self, first: int, skip: int, begun: Iterator[Batch | PassCounts]) -> Iterator[MergeItem]:
+    def items(self, first: int, skip: int, begun: Iterator[SectionBatch | PassCounts]) -> Iterator[MergeItem]:
         """As of `Reader`; `begun` is the rest of the first part, for one that does not travel."""
         numbers = range(first, len(self.parts))
         self.left.extend((number, skip * (number == first)) for number in numbers if self.parts[number].travels)
@@ -144,7 +144,7 @@ class _Merge:
         if (file := self.files.pop(number, None)) is not None:
             file.close()
 
-    def _read_here(self, number: int, items: Iterator[Batch | PassCounts]) -> Iterator[MergeItem]:
+    def _read_here(self, number: int, items: Iterator[SectionBatch | PassCounts]) -> Iterator[MergeItem]:
         taken = 0
         for place, item in enumerate(items):
             if isinstance(item, PassCounts):
@@ -168,21 +168,23 @@ class _Merge:
 
     def _put(self, number: int, place: int, item: MergeItem | Exception) -> None:
         """Have an item wait for its turn, in a file where it is of a later part."""
-        with self.changed:
-            later = number > self.current and isinstance(item, Tokens)
-            if later and number not in self.files:
-                self.files[number] = _File(self.reader.folder)
-            file = self.files[number] if later else None
         found: MergeItem | _Spilled | Exception = item
-        if file is not None:
+        if isinstance(item, Tokens) and number > self.current:
             try:
-                found = file.write(item)
+                found = self._file(number).write(item)
             except OSError as error:
                 found = error
         with self.changed:
             self.found[number, place] = found
             self.kept += isinstance(found, Tokens)
             self.changed.notify_all()
+
+    def _file(self, number: int) -> "_File":
+        """The file of a part, which is made when it is first asked for."""
+        with self.changed:
+            if number not in self.files:
+                self.files[number] = _File(self.reader.folder)
+            return self.files[number]
 
     def _read(self, worker: Worker) -> None:
         """Have a process read one part after another."""
@@ -203,7 +205,7 @@ class _Merge:
             except Exception as error:
                 self._put(number, place, error)
 
-    def _hand_on(self, number: int, place: int, batch: Batch) -> None:
+    def _hand_on(self, number: int, place: int, batch: SectionBatch) -> None:
         """Have a batch wait to be tokenised, when its part may."""
         with self.changed:
             self.held.add(number)

@@ -70,7 +70,7 @@ class PassCounts:
         self.bad, self.blank, self.empty = self.bad + other.bad, self.blank + other.blank, self.empty + other.empty
 
 
-class Batch(NamedTuple):
+class SectionBatch(NamedTuple):
     """Sections that are read together."""
 
     packed: bytes
@@ -84,7 +84,7 @@ class Batch(NamedTuple):
     """How far the part is read behind it, in bytes on the disk."""
 
     @classmethod
-    def of(cls, sections: Sequence[Section], read: int) -> "Batch":
+    def of(cls, sections: Sequence[Section], read: int) -> "SectionBatch":
         texts = [section.text for section in sections]
         return cls(
             packed=pickle.dumps(texts),
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
         texts: list[str] = pickle.loads(self.packed)
         return [Section(*each) for each in zip(texts, self.opens, self.closes, strict=True)]
 
-    def without_texts(self) -> "Batch":
+    def without_texts(self) -> "SectionBatch":
         return self._replace(packed=b"")
 
     @property
@@ -125,12 +125,12 @@ def read_part(part: SourcePart, policy: OnBadLine, counts: PassCounts) -> Iterat
     counts.add(PassCounts(found, unreadable, invisible, empty))
 
 
-def part_items(part: SourcePart, policy: OnBadLine, skip: int = 0) -> Iterator[Batch | PassCounts]:
+def part_items(part: SourcePart, policy: OnBadLine, skip: int = 0) -> Iterator[SectionBatch | PassCounts]:
     """The batches of a part behind its first `skip` sections, and at last what was found in all of it."""
     counts = PassCounts()
     sections = read_part(part, policy, counts)
     for _ in zip(range(skip), sections, strict=False):
         pass
     for batch in batches(sections):
-        yield Batch.of(batch, part.n_bytes)
+        yield SectionBatch.of(batch, part.n_bytes)
     yield counts

@@ -18,7 +18,7 @@ import numpy as np
 
 from core.config.errors import UserError
 from core.data.bad_lines import OnBadLine
-from core.data.parts import Batch, PassCounts, SourcePart, part_items
+from core.data.parts import PassCounts, SectionBatch, SourcePart, part_items
 from core.data.sections import LeftOut, Section
 
 
@@ -69,7 +69,7 @@ class Encoding:
     def __init__(self, encoder: SectionEncoder) -> None:
         self.encoder = encoder
 
-    def answers(self, given: Batch) -> Iterator[Encoded]:
+    def answers(self, given: SectionBatch) -> Iterator[Encoded]:
         yield Encoded.of(self.encoder, given.sections())
 
 
@@ -81,7 +81,7 @@ class PartReading:
     def __init__(self, policy: OnBadLine) -> None:
         self.policy = policy
 
-    def answers(self, given: tuple[SourcePart, int]) -> Iterator[Batch | PassCounts]:
+    def answers(self, given: tuple[SourcePart, int]) -> Iterator[SectionBatch | PassCounts]:
         part, skip = given
         yield from part_items(part, self.policy, skip)
 

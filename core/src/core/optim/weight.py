@@ -156,3 +156,8 @@ def names_matrix(axes: Sequence[str]) -> bool:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's slice of a tensor of any shape that is spread over ranks; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local_bytes(tensor: Tensor | None) -> int:
+    """Bytes of a tensor of any shape that lie on this rank; of None none."""
+    return 0 if tensor is None else local_tensor(tensor).nbytes

@@ -22,12 +22,13 @@ from core.data.packing import Batch
 from core.nn.balance import routers
 from core.nn.init import materialise
 from core.optim.optimizer import Optimizer
+from core.optim.weight import local_bytes
 from core.parallel.fake import fake_ranks
 from core.parallel.layout import RankView, SingleRank, Wrapping
 from core.parallel.many_ranks import ManyRanks
 from core.plan.passes import Passes, passes_of
 from core.plan.pipeline_passes import Action
-from core.plan.sample_blocks import RestingBytes, SampledModel, every_weight, n_bytes, resting_bytes, sampled_models
+from core.plan.sample_blocks import RestingBytes, SampledModel, every_weight, resting_bytes, sampled_models
 from core.plan.segments import MessageKind, Recorder, Segment, expand
 from core.plan.shared_matrices import SharedMatrices
 from core.plan.traffic import axes
@@ -197,7 +198,7 @@ class FakeObjective:
 
     @torch.no_grad()
     def _gradients(self) -> int:
-        return sum(n_bytes(weight.grad) for model in self.models for weight in model.parameters())
+        return sum(local_bytes(weight.grad) for model in self.models for weight in model.parameters())
 
 
 def recorded_pass(recorded: list[list[Segment]], place: int, n: int) -> list[Segment]:

@@ -7,7 +7,7 @@ from operator import or_
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.activation_checkpoint.apply import ActivationCheckpoint, forced_shapes
 from core.nn.decoder import Block, Decoder
@@ -16,7 +16,7 @@ from core.nn.sdpa import SDPA
 from core.nn.weights import Weight, n_numbers, weights
 from core.optim.groups import Group
 from core.optim.optimizer import Optimizer
-from core.optim.weight import local_tensor
+from core.optim.weight import local_bytes, local_tensor
 from core.parallel.layout import RankView, Wrapping
 from core.quantization.converter import Converter
 from core.step.assemble import spread_models
@@ -147,14 +147,9 @@ def resting_bytes(sampled_models: dict[int, SampledModel], optimizer: Optimizer)
         for name, weight in sampled.model.named_parameters():
             times = sampled.times(name)
             n_weights += times * n_numbers(local_tensor(weight))
-            weight_bytes += times * n_bytes(weight)
-            gradients += times * n_bytes(weight.grad)
+            weight_bytes += times * local_bytes(weight)
+            gradients += times * local_bytes(weight.grad)
         for name, buffer in sampled.model.named_buffers():
-            buffers += sampled.times(name) * n_bytes(buffer)
-    state = sum(n_bytes(tensor) for kept in optimizer.state.values() for tensor in kept.values())
+            buffers += sampled.times(name) * local_bytes(buffer)
+    state = sum(local_bytes(tensor) for kept in optimizer.state.values() for tensor in kept.values())
     return RestingBytes(n_weights, weight_bytes, gradients, state, buffers)
-
-
-def n_bytes(tensor: Tensor | None) -> int:
-    """Bytes of a tensor of any shape that lie on this rank; of None none."""
-    return 0 if tensor is None else local_tensor(tensor).numel() * tensor.element_size()

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import UntypedStorage
 
 from core.activation_checkpoint.meter import Meter
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
-from core.optim.weight import local_tensor
+from core.optim.weight import local_bytes
 from core.runtime.device import MIB
 
 Returned = TypeVar("Returned")
@@ -107,11 +107,6 @@ class PartMeter(Meter):
 def in_backward() -> bool:
     """Whether this thread runs autograd's backward."""
     return torch._C._current_graph_task_id() != -1
-
-
-def local_bytes(tensor: Tensor | None) -> int:
-    """Bytes of a tensor of any shape that lie on this rank; of None none."""
-    return 0 if tensor is None else local_tensor(tensor).nbytes
 
 
 def measured_memory(

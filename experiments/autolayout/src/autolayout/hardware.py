@@ -1,8 +1,7 @@
 """What ranks and the wires between them do in a second."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
 from core.config.errors import UserError, did_you_mean
 from core.config.json_file import read_json
@@ -72,8 +71,3 @@ def hardware(name: str) -> Hardware:
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{name}: {key} must be a number above 0, got {json.dumps(value)}")
     return replace(KNOWN[like], **data)
-
-
-def written(found: Hardware, path: Path) -> None:
-    """Write all figures to a JSON file, to be changed."""
-    path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

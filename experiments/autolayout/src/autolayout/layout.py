@@ -115,13 +115,9 @@ def possible(
     """The layouts that a run's checks let pass, and the others by the first reason."""
     passed: list[Layout] = []
     refused: dict[str, list[Layout]] = {}
-    reasons: dict[tuple, str] = {}
     for layout in layouts:
-        key = (layout.degrees, layout.interleaved, layout.rows, layout.mode, layout.offload)
-        if key not in reasons:
-            reasons[key] = reason(applied(config, layout, world_size), world_size)
-        if reasons[key]:
-            refused.setdefault(reasons[key], []).append(layout)
+        if found := reason(applied(config, layout, world_size), world_size):
+            refused.setdefault(found, []).append(layout)
         else:
             passed.append(layout)
     return passed, refused

@@ -4,6 +4,7 @@ All layouts are estimated from blocks that were measured once; the best of them 
 the plan's.
 """
 
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -45,7 +46,7 @@ class Found:
 
     config: Trainer.Config
     world_size: int
-    room_gib: float
+    hardware: Hardware
     best: list[Estimate]
     """Those that were planned and fit, the fastest first."""
     estimates: list[Estimate]
@@ -64,7 +65,9 @@ class Found:
             lines.append(f"{each.layout!s:{width}}  {each.seconds:6.2f}  {rate:13,.0f}  {each.peak_gib:6.1f}  {spent}")
         lines += ["", "not possible:"] * bool(self.refused)
         lines += [f"  {n:5,}  {words}" for words, n in self.reasons().items()]
-        return "\n".join([*lines, "", command(self.config, self.best[0].layout, self.world_size)])
+        return "\n".join(
+            [*lines, "", command(self.config, self.best[0].layout, self.world_size, self.hardware.ranks_per_host)]
+        )
 
     def reasons(self) -> dict[str, int]:
         """How many layouts are refused for what setting, with the first one's reason."""
@@ -121,7 +124,7 @@ def search(
     return Found(
         config=config,
         world_size=world_size,
-        room_gib=found.memory_gib,
+        hardware=found,
         best=best,
         estimates=estimates,
         refused=refused,
@@ -143,12 +146,13 @@ def best_of_degrees(found: Sequence[Estimate]) -> list[Estimate]:
     return list(first.values())
 
 
-def command(config: Trainer.Config, layout: Layout, world_size: int) -> str:
-    """The command line that trains in this layout."""
+def command(config: Trainer.Config, layout: Layout, world_size: int, ranks_per_host: int) -> str:
+    """The command line that trains in this layout, with equally many ranks on each host."""
     changes = diff(applied(config, layout, world_size), config)
     flags = [f"--{path} {shlex.quote(str(value))}" for path, _, value in changes]
     package = type(config.model).__module__.partition(".")[0]
-    hosts, ranks = max(world_size // 8, 1), min(world_size, 8)
+    ranks = math.gcd(world_size, ranks_per_host)
+    hosts = world_size // ranks
     nodes = f" --nnodes {hosts}" if hosts > 1 else ""
     head = f"torchrun{nodes} --nproc-per-node {ranks} -m {package}.train --config {config.recipe}"
     return " \\\n    ".join([head, *flags])
@@ -178,7 +182,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         found = search(deepcopy(config), world_size, ranks, show)
         show(str(found))
         if "out" in own:
-            Path(own["out"][0]).write_text(picture(found.estimates, found.best, found.room_gib), encoding="utf-8")
+            Path(own["out"][0]).write_text(picture(found.estimates, found.best, ranks.memory_gib), encoding="utf-8")
             show(f"picture in {own['out'][0]}")
 
 
