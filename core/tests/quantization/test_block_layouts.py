@@ -18,7 +18,9 @@ from core.testing.ranks import run_ranks
 
 CONVERTERS: dict[str, Converter.Config] = {
     "mxfp8": MXFP8LinearConverter.Config(emulate=True),
-    "nvfp4": FP4LinearConverter.Config(emulate=True, stochastic_rounding=False, random_hadamard=True),
+    "nvfp4": FP4LinearConverter.Config(
+        emulate=True, stochastic_rounding=False, random_hadamard=True, square_weight_blocks=True
+    ),
     "mxfp4": FP4LinearConverter.Config(emulate=True, recipe_name="mxfp4", stochastic_rounding=False),
     "qat-mxfp4": QATConverter.Config(),
     "qat-nvfp4": QATConverter.Config(weight_dtype="nvfp4"),

@@ -17,7 +17,7 @@ from core.nn.weights import training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, converted_model
 from core.quantization.float8 import Float8LinearConverter
-from core.quantization.microscaling import MXFP8LinearConverter
+from core.quantization.microscaling import FP4LinearConverter, MXFP8LinearConverter
 from core.runtime.meta import meta_model
 from core.step.converted import block_problems, device_problems
 from core.testing.toy import on_cpu
@@ -123,6 +123,9 @@ def test_settings_and_devices_that_do_not_fit_are_told() -> None:
     assert path == "converters.1" and "needs a GPU of compute capability 8.9" in message and "set emulate" in message
     ((path, message),) = MXFP8LinearConverter.Config().problems()
     assert path == "emulate" and "emulated alone, and are slower than plain products: set emulate" in message
+    mixed = FP4LinearConverter.Config(emulate=True, recipe_name="mxfp4", square_weight_blocks=True)
+    ((path, message),) = mixed.problems()
+    assert path == "square_weight_blocks" and "recipe_name mxfp4 has blocks in rows alone" in message
     model, _ = converted_model(dense(), [float8()])
     assert not list(block_problems(model, Parallelism(tensor_parallel_degree=4)))
     found = [message for _, message in block_problems(model, Parallelism(tensor_parallel_degree=8))]

@@ -88,7 +88,24 @@ def test_nvfp4() -> None:
             assert torch.equal(numbers, expected)
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4", "e4m3_tensorwise", "e4m3_rowwise"])
+@pytest.mark.parametrize(("rows", "width"), [(32, 48), (20, 40)])  # the second ends within blocks both ways
+def test_square_blocks_of_nvfp4(rows: int, width: int) -> None:
+    """Each is what a row would be that had all its numbers and no others; the transpose has the same numbers."""
+    x = drawn(rows, width)
+    found, amax = FORMS["nvfp4_square"].quantised(x, x.abs().max()), x.abs().max()
+    for i in range(0, rows, 16):
+        for j in range(0, width, 16):
+            square = x[i : i + 16, j : j + 16]
+            largest = square.abs().max()
+            for row, got in zip(square, found[i : i + 16, j : j + 16], strict=True):
+                with_largest = torch.stack([FORMS["nvfp4"].quantised(torch.stack((v, largest)), amax) for v in row])
+                assert torch.equal(got, with_largest[:, 0])
+    assert torch.equal(FORMS["nvfp4_square"].quantised(x.t(), amax), found.t())
+    stack = torch.stack((x, 0.25 * x))
+    assert torch.equal(FORMS["nvfp4_square"].quantised(stack, amax)[0], found)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4", "nvfp4_square", "e4m3_tensorwise", "e4m3_rowwise"])
 def test_what_is_not_finite_is_seen(name: str) -> None:
     x = torch.ones(2, 64)
     x[0, 3] = torch.nan

@@ -25,7 +25,9 @@ BLOCKS = {
     "mxfp8-floor": MXFP8LinearConverter.Config(emulate=True, recipe_name="mxfp8_floor"),
     "mxfp4": FP4LinearConverter.Config(emulate=True, recipe_name="mxfp4", stochastic_rounding=False),
     "nvfp4": FP4LinearConverter.Config(emulate=True, stochastic_rounding=False),
-    "nvfp4-turned": FP4LinearConverter.Config(emulate=True, stochastic_rounding=False, random_hadamard=True),
+    "nvfp4-turned": FP4LinearConverter.Config(
+        emulate=True, stochastic_rounding=False, random_hadamard=True, square_weight_blocks=True
+    ),
 }
 RECIPES_OF_ALL: dict[str, Forms] = {
     **RECIPES,

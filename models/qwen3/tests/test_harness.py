@@ -8,6 +8,7 @@ import pytest
 
 from core.evaluate.command import main as evaluate
 from core.evaluate.observer import Evaluator
+from core.quantization.lora import LoRAConverter
 from core.runtime.records import read_records
 from core.train.trainer import Trainer
 from core.weights.convert import main as convert
@@ -102,6 +103,28 @@ def test_results_are_those_of_the_backend_for_hugging_face(trained, tmp_path, mo
         for name, value in metrics.items():
             assert value == pytest.approx(found["results"][task][f"{name},none"], rel=1e-5), (task, name)
     assert {(task, name) for task, metrics in ours.items() for name in metrics} == METRICS
+
+
+def test_adapters_are_asked_merged(trained, tmp_path, monkeypatch):
+    """A run of adapters has the results of the folder that it is exported to."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    write_tasks(tmp_path, [" a, b"] * len(QUESTIONS))
+    config = short_run(tmp_path, "adapters")
+    config.converters = [LoRAConverter.Config(rank=4)]
+    config.checkpoint.initial_load_path = str(trained[0])
+    config.build().run()
+    convert({"qwen3": Qwen3}, ["to-hf", str(tmp_path / "adapters"), str(tmp_path / "merged")])
+    found = {}
+    for name, folder in {"base": trained[0], "adapters": tmp_path / "adapters", "merged": tmp_path / "merged"}.items():
+        words = ["--tasks", *TASKS, "--include-path", str(tmp_path), "--batch-tokens", "600"]
+        evaluate(configs, ["--checkpoint", str(folder), *words, "--out", str(tmp_path / "found.json")])
+        found[name] = json.loads((tmp_path / "found.json").read_text())["tasks"]
+    assert {(task, name) for task, metrics in found["adapters"].items() for name in metrics} == METRICS
+    for task, metrics in found["adapters"].items():
+        assert metrics == pytest.approx(found["merged"][task], rel=1e-5)
+    learned, before = (found[name]["texts"]["bits_per_byte"] for name in ("adapters", "base"))
+    assert abs(learned - before) > 1e-3
 
 
 def test_an_observer_runs_the_tasks_while_the_model_trains(trained, tmp_path, monkeypatch):

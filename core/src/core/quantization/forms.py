@@ -7,6 +7,7 @@ A form is known by its name, so that an operation can be told it:
     mxfp8  mxfp8_floor  mxfp8_e5m2    8 bits; a power of two (e8m0) for each 32 numbers of a row (OCP MX 1.0)
     mxfp4                             4 bits (e2m1), the same
     nvfp4                             4 bits; a scale in e4m3 for each 16 numbers, and one in fp32 for the tensor
+    nvfp4_square                      the same with a scale for each 16 rows of 16 numbers
 
 Rows lie along the dimension that a product sums over. Letters: M rows, K the numbers of a row.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+EXPONENTS = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64, 0x7FF0_0000_0000_0000)}
+"""Whole numbers of as many bits, and which of them are the exponent: alone they are a power of two."""
 SMALLEST_AMAX = 1e-12
 """What a maximum counts as at least, so that zeros have a scale."""
 
@@ -73,8 +76,10 @@ def cut_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def power_below(x: Tensor) -> Tensor:
-    """The largest powers of two that are not above positive numbers of any shape."""
-    return torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 1)
+    """The largest powers of two that are not above positive numbers of any shape, in fp32 or fp64; inf of what is no
+    number, and 0 of what is below the normal ones."""
+    bits, exponent = EXPONENTS[x.dtype]
+    return (x.view(bits) & exponent).view(x.dtype)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -128,9 +133,10 @@ def e2m1(x: Tensor, stochastic: bool = False) -> Tensor:
     The nearest, of two equally near the even one, or by `stochastic` chance; all beyond 6 become it.
     """
     size = x.abs().clamp(max=6.0)
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
+    step = 0.5 * power_below(size).clamp(min=1.0)
     steps = size / step
-    return (torch.floor(steps + torch.rand_like(steps)) if stochastic else torch.round(steps)) * step * x.sign()
+    whole = torch.floor(steps + torch.rand_like(steps)) if stochastic else torch.round(steps)
+    return torch.copysign(whole * step, x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +147,24 @@ class NVFP4(Form):
     block: int = 16
     whole: bool = True
     stochastic: bool = False
+    square: bool = False
+    """A block is 16 rows of 16 numbers: those of a matrix (..., M, K) and of its transpose become the same."""
 
     def quantised(self, x: Tensor, amax: Tensor | None) -> Tensor:
         assert amax is not None, "the scale of a whole tensor needs its largest number"
         fp8, blocks = torch.finfo(torch.float8_e4m3fn), in_blocks(x, self.block)
         tensor_scale = (amax.double().clamp(min=SMALLEST_AMAX) / (fp8.max * 6.0)).float()
-        wanted = blocks.abs().amax(-1, keepdim=True) / 6.0 / tensor_scale
+        largest = blocks.abs().amax(-1, keepdim=True)
+        wanted = (self.of_square(largest) if self.square else largest) / 6.0 / tensor_scale
         block_scale = wanted.clamp(fp8.tiny, fp8.max).to(torch.float8_e4m3fn).to(x.dtype)
         numbers = e2m1(blocks * ((1.0 / tensor_scale) / block_scale), self.stochastic)
         return in_rows(numbers * (block_scale * tensor_scale), x.shape[-1])
+
+    def of_square(self, largest: Tensor) -> Tensor:
+        """The largest numbers (..., M, blocks, 1) of rows of blocks as those of all rows that share a scale."""
+        n_rows = largest.shape[-3]
+        shared = in_blocks(largest.squeeze(-1).mT, self.block).amax(-1)
+        return shared.repeat_interleave(self.block, -1)[..., :n_rows].mT.unsqueeze(-1)
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -180,4 +195,5 @@ FORMS |= {
     "mxfp4_stochastic": Microscaled(dtype=None, stochastic=True),
     "nvfp4": NVFP4(),
     "nvfp4_stochastic": NVFP4(stochastic=True),
+    "nvfp4_square": NVFP4(square=True),
 }

@@ -66,14 +66,26 @@ class FP4LinearConverter(BlockConverter):
         """Gradients are rounded up or down by chance, so that small ones are not lost on the mean."""
         random_hadamard: bool = False
         """Turn both operands of a weight's gradient first, so that outliers spread over 16 numbers."""
+        square_weight_blocks: bool = False
+        """nvfp4: a scale for each 16 x 16 numbers of a weight, so that forward and backward see the same numbers."""
+
+        def problems(self) -> Iterator[tuple[str, str]]:
+            yield from super().problems()
+            if self.square_weight_blocks and self.recipe_name != "nvfp4":
+                yield (
+                    "square_weight_blocks",
+                    f"square_weight_blocks is of nvfp4, and recipe_name {self.recipe_name} has blocks in rows alone: "
+                    "set recipe_name nvfp4, or leave it off",
+                )
 
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once, by Converter
 
     def forms(self) -> Forms:
         c = self.config
+        weight = f"{c.recipe_name}_square" if c.square_weight_blocks else c.recipe_name
         grad = f"{c.recipe_name}_stochastic" if c.stochastic_rounding else c.recipe_name
         return Forms(
-            output=Pair(c.recipe_name, c.recipe_name),
-            grad_input=Pair(grad, c.recipe_name),
+            output=Pair(c.recipe_name, weight),
+            grad_input=Pair(grad, weight),
             grad_weight=Pair(grad, c.recipe_name, rotate=c.random_hadamard),
         )
