@@ -76,7 +76,7 @@ def cut_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def power_below(x: Tensor) -> Tensor:
-    """The largest powers of two that are not above positive numbers of any shape, in fp32 or fp64; inf of what is no
+    """The largest powers of two that are not above the size of numbers of any shape, in fp32 or fp64; inf of what is no
     number, and 0 of what is below the normal ones."""
     bits, exponent = EXPONENTS[x.dtype]
     return (x.view(bits) & exponent).view(x.dtype)
@@ -132,11 +132,9 @@ def e2m1(x: Tensor, stochastic: bool = False) -> Tensor:
 
     The nearest, of two equally near the even one, or by `stochastic` chance; all beyond 6 become it.
     """
-    size = x.abs().clamp(max=6.0)
-    step = 0.5 * power_below(size).clamp(min=1.0)
-    steps = size / step
-    whole = torch.floor(steps + torch.rand_like(steps)) if stochastic else torch.round(steps)
-    return torch.copysign(whole * step, x)
+    step = 0.5 * power_below(x).clamp(1.0, 4.0)
+    steps = x.clamp(-6.0, 6.0) / step
+    return (torch.floor(steps + torch.rand_like(steps)) if stochastic else torch.round(steps)) * step
 
 
 @dataclass(frozen=True, kw_only=True)
