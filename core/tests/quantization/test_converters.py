@@ -15,6 +15,7 @@ from core.nn.layers import Linear
 from core.nn.product import layer_products
 from core.nn.weights import training_flops_per_token, weights
 from core.parallel.settings import Parallelism
+from core.quantization import kernels
 from core.quantization.converter import Converter, converted_model
 from core.quantization.float8 import Float8LinearConverter
 from core.quantization.microscaling import FP4LinearConverter, MXFP8LinearConverter
@@ -133,3 +134,13 @@ def test_settings_and_devices_that_do_not_fit_are_told() -> None:
         "layers.0.attention.wk.weight: tensor_parallel_degree 8 cuts heads 64 into parts that are no multiples of 16: "
         "use a lower degree, or leave the layer out with filter_fqns"
     ]
+
+
+def test_a_gpu_without_the_format_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, told in {
+        (8, 0): "float8 needs compute capability 8.9, this GPU has 8.0: set emulate",
+        (9, 0): "",
+    }.items():
+        monkeypatch.setattr(kernels, "n_gpus", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert Float8LinearConverter.Config().build().device_problem(torch.device("cuda")) == told

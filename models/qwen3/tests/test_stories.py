@@ -112,7 +112,8 @@ def test_a_student_with_a_laptop(newcomer: Newcomer) -> None:
         "python -m qwen3.train --print-completion bash > qwen3.bash; . ./qwen3.bash; "
         "COMP_WORDS=(python -m qwen3.train --config qwen3_d) COMP_CWORD=4; _armature python; echo ${COMPREPLY[*]}"
     )
-    assert completed.split() == ["qwen3_debug", "qwen3_debug_float8", "qwen3_debug_muon"]
+    debug = ["qwen3_debug", *(f"qwen3_debug_{what}" for what in ("float8", "muon", "nvfp4"))]
+    assert completed.split() == debug
     newcomer.write("books/moby-dick.txt", TEXT * 6000)
     train = "python -m qwen3.train --config qwen3_debug --training.steps 20"
     newcomer.do(f"{train} --dataloader.dataset books/moby-dick.txt")

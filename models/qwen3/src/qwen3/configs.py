@@ -4,6 +4,7 @@ from core.optim.adam import AdamW
 from core.optim.muon import Muon
 from core.optim.schedule import Schedule
 from core.quantization.float8 import Float8LinearConverter
+from core.quantization.microscaling import FP4LinearConverter
 from core.step.settings import Training
 from core.train.debug_run import debug_run
 from core.train.metrics import Metrics
@@ -28,6 +29,14 @@ def qwen3_debug_muon() -> Trainer.Config:
     config = qwen3_debug()
     config.optimizer = Muon.Config(lr=8e-3, companion=AdamW.Config(lr=4e-3))
     config.training.steps = 300
+    return config
+
+
+def qwen3_debug_nvfp4() -> Trainer.Config:
+    """`qwen3_debug` with products of 4 bits by the published recipe for NVFP4 (arXiv:2509.25149), emulated."""
+    config = qwen3_debug()
+    settings = {"random_hadamard": True, "square_weight_blocks": True}
+    config.converters = [FP4LinearConverter.Config(emulate=True, filter_fqns=["layers.3."], **settings)]
     return config
 
 
