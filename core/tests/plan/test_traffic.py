@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.parallel.collectives import all_gather, reduce_scatter
 from core.parallel.fake import fake_ranks
 from core.parallel.many_ranks import ManyRanks
 from core.parallel.settings import Parallelism
@@ -31,16 +32,19 @@ class Heard(TorchDispatchMode):
 
 
 def test_one_collective_at_a_time():
+    new = hasattr(dist, "all_gather_single")  # their names since torch 2.13
+    gather = getattr(dist, "all_gather_single" if new else "all_gather_into_tensor")
+    scatter = getattr(dist, "reduce_scatter_single" if new else "reduce_scatter_tensor")
     x = torch.zeros(12, 2)  # 96 bytes
     with fake_ranks(4, 1), Heard() as heard:
         group = dist.group.WORLD
-        functional.wait_tensor(functional.all_gather_single(x, 0, group))
-        functional.wait_tensor(functional.reduce_scatter_single(x, "sum", 0, group))
+        all_gather(x, 0, group)
+        reduce_scatter(x, 0, group)
         functional.wait_tensor(functional.all_reduce(x, "sum", group))
         functional.wait_tensor(functional.all_to_all_single(x, None, None, group))
         functional.wait_tensor(functional.all_to_all_single(x, [3] * 4, [1, 2, 4, 5], group))
-        dist.all_gather_single(torch.zeros(48, 2), x)
-        dist.reduce_scatter_single(torch.zeros(3, 2), x)
+        gather(torch.zeros(48, 2), x)
+        scatter(torch.zeros(3, 2), x)
         dist.all_reduce(x)
         dist.broadcast(x, 0)
         dist.send(x, 2)

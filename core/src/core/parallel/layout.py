@@ -220,7 +220,10 @@ class SingleRank(RankView):
 
 
 def whole_rows(batch: Batch, device: torch.device, *, documents: bool, n_labels: int | None = None) -> Microbatch:
-    """A batch of which this rank computes all tokens."""
+    """A batch of which this rank computes all tokens.
+
+    Where documents stand is found for every kernel, though `varlen` alone asks: 0.1 ms for 16,384 tokens.
+    """
     counted = n_labels is None
     padding_BL = batch.padding_BL() if counted else None
     spanned = spans(batch.documents_BL) if documents and counted else None

@@ -10,6 +10,7 @@ stage has a loss: what is reported is a sum over ranks to which the others add 0
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -184,15 +185,16 @@ class Pipeline:
         n_stages: int,
         n_microbatches: int,
     ) -> None:
-        from torch.distributed.pipelining import PipelineStage
         from torch.distributed.pipelining.schedules import (
             PipelineScheduleMulti,
             _PipelineScheduleRuntime,
             get_schedule_class,
         )
 
+        from core.parallel.stage import Stage  # loads what a run without a pipeline saves
+
         group = mesh.get_group()
-        self.stages = [PipelineStage(part, i, n_stages, device, group=group) for i, part in parts.items()]
+        self.stages = [Stage(part, i, n_stages, device, group=group) for i, part in parts.items()]
         csv = settings.pipeline_parallel_schedule_csv
         kind = _PipelineScheduleRuntime if csv else get_schedule_class(settings.pipeline_parallel_schedule)
         several = issubclass(kind, PipelineScheduleMulti)
@@ -207,6 +209,8 @@ class Pipeline:
         self.n_microbatches = n_microbatches
         self._initialize: Any = getattr(self.schedule, "_initialize_stages" if several else "_initialize_stage")
         """Runs a first microbatch through the stages once, to learn shapes."""
+        self._learns_backward = "target" in signature(self._initialize).parameters
+        """Whether it runs a backward as well, which needs labels (torch 2.12)."""
 
     def run(
         self, microbatches: Sequence[Microbatch], reader: Callable[[Microbatch], HeadReader], *, backward: bool
@@ -227,7 +231,7 @@ class Pipeline:
         others = [{"positions": batch.positions, "read": reader(batch)} for batch in microbatches]
         labels = [batch.labels_BL for batch in microbatches] if last else None
         with self._uncounted():
-            self._initialize(inputs[0], others[0], labels and labels[0])
+            self._initialize(inputs[0], others[0], *[labels and labels[0]] * self._learns_backward)
         with nullcontext() if backward else self._forward_only():
             self.schedule._step_microbatches(inputs, others, labels, losses if last else None, return_outputs=False)
         return losses

@@ -34,6 +34,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from core.data.packing import IGNORE
 from core.nn.layers import Embedding
 from core.nn.moe import Experts
+from core.parallel.collectives import all_gather, reduce_scatter
 from core.parallel.rules import cut_dim, named_weights
 from core.parallel.vocabulary import Vocabulary
 
@@ -104,12 +105,12 @@ def store_as_dtensor(
 
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The tokens of n ranks, (B, n L, ...) of (B, L, ...); backward returns each rank's their summed gradient."""
-    return functional.wait_tensor(functional.all_gather_single(x.contiguous(), 1, mesh))
+    return all_gather(x.contiguous(), 1, mesh)
 
 
 def scatter_sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's tokens, (B, L, ...) of (B, n L, ...), summed over the n ranks; backward gathers."""
-    return functional.wait_tensor(functional.reduce_scatter_single(x.contiguous(), "sum", 1, mesh))
+    return reduce_scatter(x.contiguous(), 1, mesh)
 
 
 def apply_tensor(model: nn.Module, mesh: DeviceMesh) -> None:

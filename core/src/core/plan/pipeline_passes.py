@@ -6,12 +6,12 @@ Letters: B rows, L length, D width.
 from collections import Counter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed import P2POp
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleGPipe
-from torch.distributed.pipelining.stage import InferenceMode, PipelineStage
+from torch.distributed.pipelining.stage import PipelineStage
 
 from core.nn.decoder import HeadReader
 from core.parallel.pipeline import Microbatch, Pipeline
@@ -90,13 +90,8 @@ class PipelinePasses:
         """What a schedule has in hand, by the pass: until the next, or until it waits for what it has sent."""
         for stage in self.stages.values():
             enters = microbatch.tokens_BL if stage.is_first else residual_BLD
-            stage.has_backward = True
-            stage._user_meta = _StageMeta(
-                inputs=extract_tensor_metas((enters,)), outputs=extract_tensor_metas((residual_BLD,))
-            )
-            stage._inference_mode = InferenceMode.STATIC  # learning shapes would ask other ranks
-            stage._prepare_forward_infra(pipeline.n_microbatches, (enters,), {}, has_backward=True)
-            stage._prepare_backward_infra(pipeline.n_microbatches)
+            leaves = residual_BLD.new_zeros((), dtype=torch.float32) if stage.is_last else residual_BLD
+            stage.know_shapes(pipeline.n_microbatches, enters, leaves)
 
     def run(self, action: Action) -> int:
         """Do it; returns the bytes that other stages are sent."""

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from core.nn.decoder import Decoder
 from core.nn.moe import Experts
 from core.optim.weight import local_tensor
+from core.parallel.collectives import all_gather, reduce_scatter
 from core.parallel.mesh import Views
 from core.parallel.settings import Parallelism
 from core.parallel.tensor import local, zeros
@@ -57,7 +58,7 @@ class Gather(torch.autograd.Function):
             if ranks.size() == 1:
                 return piece.to(sharing.dtype, copy=True)
             own = padded(piece.to(sharing.dtype).movedim(dim, 0), -(-sharing.size // ranks.size()))
-            whole = functional.wait_tensor(functional.all_gather_single(own.contiguous(), 0, ranks))
+            whole = all_gather(own.contiguous(), 0, ranks)
             return whole[: sharing.size].movedim(0, dim)
 
     @staticmethod
@@ -71,7 +72,7 @@ class Gather(torch.autograd.Function):
             return gradient.to(ctx.dtype), None
         each = -(-sharing.size // ranks.size())
         rows = padded(gradient.movedim(dim, 0), each * ranks.size()).contiguous()
-        own = functional.wait_tensor(functional.reduce_scatter_single(rows, "sum", 0, ranks))
+        own = reduce_scatter(rows, 0, ranks)
         return own[: ctx.n_own].movedim(0, dim).to(ctx.dtype), None
 
 
