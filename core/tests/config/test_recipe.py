@@ -1,7 +1,9 @@
 """What --config names: whole configurations, parts, what differs from a recipe; and whose code a file may run."""
 
+import gc
 import json
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from core.config.cli import main
 from core.config.configurable import Configurable
 from core.config.errors import UserError
-from core.config.recipe import load_config
+from core.config.recipe import load_config, recipe_module
 from core.config.record import completed, differences, from_dict, to_dict, to_json
 
 
@@ -292,3 +294,18 @@ def test_finding_a_class_asks_no_module_for_what_it_makes_on_demand(write, monke
     lazy.__getattr__ = lambda name: pytest.fail(f"{name} was made")
     monkeypatch.setitem(sys.modules, "armature_lazy", lazy)
     assert "armature_lazy:Odd is no Configurable" in refusal(write({"class": "armature_lazy:Odd"}))
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('broken')"])
+def test_what_recipes_import_is_no_garbage(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cycle collector rests during the import, works after it, and leaves what came with it alone."""
+    lines = ["import gc, sys", "sys.armature_collects = gc.isenabled()", "CYCLE = []", "CYCLE.append(CYCLE)", ending]
+    (tmp_path / "armature_frozen.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "armature_collects", True, raising=False)
+    with pytest.raises(RuntimeError, match="broken") if ending else nullcontext():
+        module = recipe_module("armature_frozen")
+        assert not any(each is module.CYCLE for each in gc.get_objects()), "it would be looked through"
+        gc.unfreeze()
+        del sys.modules["armature_frozen"]
+    assert gc.isenabled() and not sys.armature_collects  # pyrefly: ignore[missing-attribute] - set above

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ import core.nn.rope
 from core.activation_checkpoint.policy import default_activation_checkpoint_policy
 from core.nn import cpu_forms
 from core.nn.feed_forward import swiglu
-from core.nn.layers import RMSNorm
+from core.nn.layers import Linear, RMSNorm
 from core.nn.module import cpu_forms as forms_for
 from core.nn.moe import Experts
-from core.nn.rope import Rotation
+from core.nn.rope import RoPE, Rotation
 from core.nn.start import Scale
 
 PLACES = [core.nn.feed_forward, core.nn.layers, core.nn.moe, core.nn.rope]
@@ -80,6 +81,47 @@ def test_a_form_is_the_plain_one(
     for dtype, ours in found.items():
         for our, their in zip(ours, with_gradients(compute, [side.to(dtype) for side in sides]), strict=True):
             torch.testing.assert_close(our, their, rtol=near[dtype], atol=near[dtype])
+
+
+@every_form
+def test_inference_computes_the_same(
+    compute: Callable[..., Tensor], sides: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = {torch.float64: 1e-6 if len(sides) == 1 else 1e-9, torch.float32: 5e-6, torch.bfloat16: 0.1}
+    with torch.inference_mode():
+        found = {dtype: compute(*(side.to(dtype) for side in sides)) for dtype in near}
+    plain(monkeypatch)
+    for dtype, ours in found.items():
+        their = compute(*(side.to(dtype) for side in sides))
+        torch.testing.assert_close(ours.clone(), their, rtol=near[dtype], atol=near[dtype])
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_turns_as_training_does(layout: Literal["half", "interleaved"], dtype: torch.dtype) -> None:
+    rope = RoPE.Config(theta=100.0, layout=layout).build(head_dim=6)
+    position_BL, x = torch.tensor([[0, 3, 9], [5, 6, 7]]), numbers(2, 3, 4, 6, dtype=torch.float32).to(dtype)
+    with torch.inference_mode():
+        found = rope(position_BL)(x)
+    expected = rope(position_BL)(x)
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found.clone(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n_rows", [1, 2, 4, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_few_rows_is_the_product(n_rows: int, bias: bool, dtype: torch.dtype) -> None:
+    layer = Linear(40, 24, std=1.0, bias=bias)
+    with torch.no_grad():
+        for i, weight in enumerate(layer.parameters()):
+            weight.copy_(numbers(*weight.shape, seed=i))
+    x = numbers(n_rows, 1, 80, seed=3)[..., ::2]
+    expected = torch.nn.functional.linear(x, *(weight.detach().double() for weight in layer.parameters()))
+    with torch.inference_mode():
+        found = layer.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.5)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "turned" not in name])

@@ -291,7 +291,8 @@ def test_flops_are_counted() -> None:
 
 
 def test_use_imports_no_compiler() -> None:
-    """Neither the import nor a step may bring torch._dynamo or sympy, which cost as long as torch itself."""
+    """Neither the import nor a step may bring torch._dynamo or sympy, which cost as long as torch itself; nor may the
+    memory of a model or the estimate of its state."""
     code = """
 import sys, torch
 before = {name for name in ("torch._dynamo", "sympy", "torch._functorch.partitioners") if name in sys.modules}
@@ -299,6 +300,15 @@ from core.nn.grouped import GroupedLinear
 layer = GroupedLinear(2, 3, 4, std=0.1, bias=True)
 with torch.autocast("cpu", torch.bfloat16):
     layer(torch.randn(5, 3, requires_grad=True), torch.tensor([2, 3])).sum().backward()
+from core.optim.adam import AdamW
+from core.runtime.meta import meta_model
+from core.step.loss import CrossEntropy
+from core.step.settings import Training
+from core.testing.toy import Toy, on_cpu, toy_attention
+from core.train.memory import estimate
+config = Toy.Config(attention=toy_attention())
+on_cpu(config)
+estimate(meta_model(config), AdamW.Config(), CrossEntropy.Config(), Training())
 after = {name for name in ("torch._dynamo", "sympy", "torch._functorch.partitioners") if name in sys.modules}
 sys.exit(str(after - before) if after - before else 0)
 """

@@ -41,9 +41,30 @@ every_where = pytest.mark.parametrize("positions", WHERES.values(), ids=WHERES.k
 # ------------------------------------------------------------------------------------------------------ who sees whom
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 3, 20])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("v_width", [4, 6, 8])
+def test_the_last_token_of_rows_in_inference(padded: bool, window: int | None, sinks: bool, v_width: int) -> None:
+    """One query of a row, and the keys before it; of those that a window leaves behind nothing is read."""
+    n_keys, pads = 12, torch.tensor([[1] * 10 + [0] * 2, [0] * 12])
+    documents = (pads[:, -1:], pads) if padded else (None, None)
+    last, index = torch.tensor([[n_keys - 1]]), torch.arange(n_keys)[None]
+    positions = Positions(last, documents[0], last, index, documents[1], at_end=True)
+    q, k, v = (numbers(2, n, length, width) for n, length, width in ((4, 1, 6), (2, n_keys, 6), (2, n_keys, v_width)))
+    sinks_N = numbers(4, seed=3) if sinks else None
+    expected = looped(q, k, v, positions, scale=0.4, window=window, sinks_N=sinks_N)
+    if window is not None:
+        k[:, :, :-window], v[:, :, :-window] = torch.nan, torch.nan
+    kernel = SDPA(window)
+    with torch.inference_mode():
+        found = kernel(q, k, v, kernel.mask(positions), scale=0.4, sinks_N=sinks_N)
+    torch.testing.assert_close(found.clone(), expected)
+
+
 def test_rows_start_at_position_0() -> None:
     positions = Positions.rows(torch.zeros(3, 5, dtype=torch.long))
-    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions[1:] == (None,) * 6
+    assert positions.position_BL.tolist() == [[0, 1, 2, 3, 4]] and positions.tensors[1:] == (None,) * 5
     assert positions.is_plain and positions.grid == (1, 5, 5)
 
 

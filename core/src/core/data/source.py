@@ -151,13 +151,14 @@ class StandardLibrary(Source):
 
     def fingerprint(self) -> list[Any]:
         with reading(self.root):
-            return [sys.version, *([name, (self.root / name).stat().st_size] for name in self._files())]
+            return [sys.version, *([name, os.stat(f"{self.root}/{name}").st_size] for name in self._files())]
 
     def _files(self) -> list[str]:
         found = []
         for folder, subfolders, names in os.walk(self.root):
             subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
-            found += [Path(folder, name).relative_to(self.root).as_posix() for name in names if name.endswith(".py")]
+            inside = f"{folder[len(str(self.root)) :]}/".replace(os.sep, "/").lstrip("/")
+            found += [inside + name for name in names if name.endswith(".py")]
         return sorted(name for name in found if name != _TOPICS)
 
     def sections_of(self, bad: BadLines) -> Iterator[Section]:

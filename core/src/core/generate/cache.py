@@ -28,10 +28,11 @@ class Memory:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not self.sides:
             self.sides = [side.new_empty(len(side), self.capacity, *side.shape[2:]) for side in new]
-        start, self.length = self.length, self.length + new[0].shape[1]
+        start, n_new = self.length, new[0].shape[1]
+        self.length += n_new
         for kept, side in zip(self.sides, new, strict=True):
-            kept[:, start : self.length] = side
-        return tuple(kept[:, : self.length] for kept in self.sides)
+            kept.narrow(1, start, n_new).copy_(side)
+        return tuple(kept.narrow(1, 0, self.length) for kept in self.sides)
 
 
 class CachedDecoder:
@@ -68,6 +69,7 @@ class CachedDecoder:
         while self.hooks:
             self.hooks.pop().remove()
 
+    @torch.inference_mode()
     def __call__(self, tokens_BL: Tensor) -> Tensor:
         assert self.hooks, "the cache lives inside `with`"
         positions = self.positions(tokens_BL.shape[1])
@@ -87,7 +89,7 @@ class CachedDecoder:
             return Positions(position_BM, document_BM)
         new = slice(self.length, None)
         document_BL = None if document_BM is None else document_BM[:, new]
-        return Positions(position_BM[:, new], document_BL, index_1M[:, new], index_1M, document_BM)
+        return Positions(position_BM[:, new], document_BL, index_1M[:, new], index_1M, document_BM, at_end=True)
 
 
 def _last_token(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -25,7 +25,7 @@ class Sampler:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """Ids (B,). Raises `UserError` for logits that are not finite."""
-        if not logits_BV.isfinite().all():
+        if not torch.stack(logits_BV.aminmax()).isfinite().all():
             raise UserError("the model gives logits that are not finite: the weights of this checkpoint are broken")
         if self.temperature == 0:
             return logits_BV.argmax(-1)
@@ -48,7 +48,7 @@ def choices(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: flo
     else:
         logits_BV, ids_BV = ranked(logits_BV, top_k)
     best_B1 = logits_BV.amax(-1, keepdim=True).double()
-    share_BV = (logits_BV.double() - best_B1).div_(temperature).softmax(-1)
+    share_BV = logits_BV.to(torch.float64, copy=True).sub_(best_B1).div_(temperature).softmax(-1)
     if top_p >= 1:
         return share_BV, ids_BV
     before_BV = F.pad(share_BV.cumsum(-1)[:, :-1], (1, 0))

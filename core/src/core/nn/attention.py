@@ -86,7 +86,8 @@ class Attention(SelfAttention, Configurable):
         )
 
     def forward(self, x_BLD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
-        q_BLNH, k_BLKH, v_BLKH = (w(x_BLD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        heads = *x_BLD.shape[:-1], -1, self.head_dim
+        q_BLNH, k_BLKH, v_BLKH = (w(x_BLD).view(heads) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
         q_BLNH, k_BLKH = rotation(q_BLNH), rotation(k_BLKH)

@@ -76,11 +76,12 @@ def _has_kernel(x_RI: Tensor, weight_GOI: Tensor) -> bool:
 
 @torch.library.impl(LIBRARY, "grouped_mm", "CompositeExplicitAutograd")
 def _multiply(x_RI: Tensor, weight_GOI: Tensor, counts_G: Tensor) -> Tensor:
-    """y_r = W_g x_r, group by group into slices of the result."""
+    """y_r = W_g x_r, group by group into slices of the result; most groups are empty where tokens are few."""
     sizes = counts_G.tolist()
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_GOI.shape[1])
-    for x, weight, y in zip(x_RI.split(sizes), weight_GOI, y_RO.split(sizes), strict=True):
-        torch.mm(x, weight.t(), out=y)
+    for x, weight, y, n_rows in zip(x_RI.split(sizes), weight_GOI, y_RO.split(sizes), sizes, strict=True):
+        if n_rows:
+            torch.mm(x, weight.t(), out=y)
     return y_RO
 
 

@@ -39,7 +39,9 @@ def materialise(
         if not value.is_meta:
             return value.to(device)
         kept = dtype if value.is_floating_point() else value.dtype
-        return torch.empty_like(value, device=weights_on or device, dtype=kept)
+        if hasattr(value, "to_local"):
+            return torch.empty_like(value, device=weights_on or device, dtype=kept)
+        return torch.empty(value.shape, device=weights_on or device, dtype=kept)  # the other would load sympy: 0.4 s
 
     model._apply(give)
     for owner, name, first_owner, first_name in ties:

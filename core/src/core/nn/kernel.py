@@ -27,7 +27,7 @@ class Positions(NamedTuple):
     two say the same of the keys where these are not the tokens themselves, because some were computed earlier or
     elsewhere; `padding_BL` which tokens count nowhere. `spans` is what the host knows of `document_BL` and a device
     would have to be asked for: where documents start in the rows laid end to end, (S,) int32, the longest's length, and
-    how many rows they are.
+    how many rows they are. `at_end` says that keys stand in their order and the tokens are the last of them.
     """
 
     position_BL: Tensor
@@ -37,11 +37,17 @@ class Positions(NamedTuple):
     key_document_BM: Tensor | None = None
     padding_BL: Tensor | None = None
     spans: tuple[Tensor, int, int] | None = None
+    at_end: bool = False
 
     @classmethod
     def rows(cls, tokens_BL: Tensor) -> "Positions":
         """Every row is one document that starts at position 0."""
         return cls(torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None])
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that a device holds of it, in the order of the fields."""
+        return self[:6]
 
     @property
     def grid(self) -> tuple[int, int, int]:

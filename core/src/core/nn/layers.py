@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.nn.module import Flops, Module, cpu_forms
+from core.nn.module import Flops, Module, cpu_forms, inference_forms
 from core.nn.start import Constant, Normal
 
 
@@ -23,6 +23,8 @@ class Linear(Module):
         self.start = {"weight": Normal(std), "bias": Constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
+        if forms := inference_forms(x):
+            return forms.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def flops_per_token(self, seq_len: int) -> Flops:

@@ -14,7 +14,7 @@ from core.config.configurable import Configurable
 from core.nn.backends import backend_problems, kernel_class
 from core.nn.kernel import KernelUse, KeyValues, Mask, SelfAttention
 from core.nn.layers import Linear, RMSNorm
-from core.nn.module import Flops, size_problems
+from core.nn.module import Flops, inference_forms, size_problems
 from core.nn.rope import Rotation
 from core.nn.start import Scale
 
@@ -111,6 +111,8 @@ class MLA(SelfAttention, Configurable):
         q_BLNS, q_BLNP = q_BLNZ.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
         latent_BLC, k_BLP = self.wkv_a(x_BLD).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
         latent_BMC, k_BM1P = self.keys(self.kv_norm(latent_BLC), rotation(k_BLP.unsqueeze(2)))
+        if self._absorbs(latent_BLC, latent_BMC):
+            return self._from_latents(q_BLNS, rotation(q_BLNP), latent_BMC, k_BM1P, mask)
         kv_BMNZ = self.wkv_b(latent_BMC).unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))
         k_BMNS, v_BMNV = kv_BMNZ.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         q_BLNZ = torch.cat((q_BLNS, rotation(q_BLNP)), -1)
@@ -118,6 +120,30 @@ class MLA(SelfAttention, Configurable):
         q_BNLZ, k_BNMZ, v_BNMV = (side.transpose(1, 2) for side in (q_BLNZ, k_BMNZ, v_BMNV))
         o_BNLV = self.kernel(q_BNLZ, k_BNMZ, v_BNMV, mask, scale=self.softmax_scale)
         return self.wo(o_BNLV.transpose(1, 2).flatten(-2))
+
+    def _absorbs(self, latent_BLC: Tensor, latent_BMC: Tensor) -> bool:
+        """Whether tokens are so few beside the kept ones that `_from_latents` multiplies less."""
+        c, n_new, n_keys = self.config, latent_BLC.shape[1], latent_BMC.shape[1]
+        made = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        wider = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
+        is_less = n_new * (made + n_keys * wider) < n_keys * made
+        return is_less and type(self.wkv_b) is Linear and inference_forms(latent_BLC) is not None
+
+    def _from_latents(self, q_BLNS: Tensor, q_BLNP: Tensor, latent_BMC: Tensor, k_BM1P: Tensor, mask: Mask) -> Tensor:
+        """The result (B, L, D) without keys and values of the heads: `wkv_b` goes to the few queries and the few sums.
+
+            (W_k latent) . q = latent . (W_k^T q)        sum over M of a W_v latent = W_v (sum over M of a latent)
+
+        Then all heads attend to one key, the latent and the rotated part, whose first C numbers are its value.
+        """
+        c = self.config
+        w_NZC = self.wkv_b.weight.unflatten(0, (-1, c.qk_nope_head_dim + c.v_head_dim))
+        w_NSC, w_NVC = w_NZC.split((c.qk_nope_head_dim, c.v_head_dim), 1)
+        q_BNLC = torch.einsum("blns,nsc->bnlc", q_BLNS, w_NSC)
+        q_BNLZ = torch.cat((q_BNLC, q_BLNP.transpose(1, 2)), -1)
+        k_B1MZ = torch.cat((latent_BMC.unsqueeze(1), k_BM1P.transpose(1, 2)), -1)
+        o_BNLC = self.kernel(q_BNLZ, k_B1MZ, k_B1MZ, mask, scale=self.softmax_scale)[..., : c.kv_lora_rank]
+        return self.wo(torch.einsum("bnlc,nvc->blnv", o_BNLC, w_NVC).flatten(-2))
 
     def flops_per_token(self, seq_len: int) -> Flops:
         c = self.config

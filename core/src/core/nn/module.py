@@ -1,6 +1,7 @@
 """What every part of a model is: a torch module whose weights know the names of their axes and how they start."""
 
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,7 +40,17 @@ CPU_FORMS = "core.nn.cpu_forms"
 
 def cpu_forms(x: Tensor) -> Any:
     """`core.nn.cpu_forms` for x, of any shape, on a CPU; None elsewhere, and for a compiler, which fuses by itself."""
-    return import_module(CPU_FORMS) if x.is_cpu and not torch.compiler.is_compiling() else None
+    return _loaded_forms() if x.is_cpu and not torch.compiler.is_compiling() else None
+
+
+def inference_forms(x: Tensor) -> Any:
+    """`cpu_forms` for x, of any shape, under `torch.inference_mode`, where what only inference has may be used."""
+    return cpu_forms(x) if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() else None
+
+
+@cache
+def _loaded_forms() -> Any:
+    return import_module(CPU_FORMS)
 
 
 class Flops(NamedTuple):

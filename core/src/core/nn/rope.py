@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.config.configurable import Configurable
-from core.nn.module import Module, cpu_forms
+from core.nn.module import Module, cpu_forms, inference_forms
 
 
 class Rotation(NamedTuple):
@@ -95,7 +95,10 @@ class RoPE(Module, Configurable):
     def forward(self, position_BL: Tensor) -> Rotation:
         angle_BLH = position_BL.to(torch.float32)[..., None] * self.inverse_frequency
         cos, sin = angle_BLH.cos() * self.amplitude, angle_BLH.sin() * self.amplitude
-        return Rotation(cos.unsqueeze(2), sin.unsqueeze(2), self.interleaved)
+        tables = cos.unsqueeze(2), sin.unsqueeze(2), self.interleaved
+        if forms := inference_forms(cos):
+            return forms.Turn.of(*tables)
+        return Rotation(*tables)
 
 
 def inverse_frequencies(config: RoPE.Config, head_dim: int) -> list[float]:

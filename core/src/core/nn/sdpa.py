@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from core.nn.backends import kernel_class
 from core.nn.kernel import KernelUse, Mask, Positions, visible
+from core.nn.module import inference_forms
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class SDPA:
             return None
         if tiles.takes(positions):
             return tiles.mask(positions)
+        if positions.at_end and positions.position_BL.shape[1] == 1 and positions.position_BL.is_cpu:
+            return _of_last_token(positions, self.window)
         row, query, key = (torch.arange(n, device=positions.position_BL.device) for n in positions.grid)
         return visible(positions, self.window)(row[:, None, None], None, query[None, :, None], key[None, None])[:, None]
 
@@ -47,6 +52,8 @@ class SDPA:
         scale: float,
         sinks_N: Tensor | None = None,
     ) -> Tensor:
+        if q_BNLH.shape[2] == 1 and (mask is None or mask.dtype == torch.bool) and inference_forms(q_BNLH):
+            return one_query(q_BNLH, k_BKMH, v_BKMV, mask, scale, sinks_N, self.window)
         assert mask is not None or q_BNLH.shape[2] == k_BKMH.shape[2], "no mask, and the keys are not the tokens"
         tiles: Any = kernel_class("tiles")(self.window)
         if tiles.pays(q_BNLH, mask, sinks_N):
@@ -81,3 +88,38 @@ def with_sinks(
     if mask is None:
         mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BNLH.device).tril()[None, None]
     return torch.cat((q_BNLH, extra_BNL8), -1), k_BKMH, v_BKMV, F.pad(mask, (0, 1), value=True)
+
+
+def _of_last_token(positions: Positions, window: int | None) -> Mask:
+    """Which of the keys that a window leaves the last token of each row sees, (B or 1, 1, 1, M); None: all."""
+    document_BM = positions.key_document_BM
+    if document_BM is None or positions.document_BL is None:
+        return None
+    seen_BM = document_BM == positions.document_BL
+    return (seen_BM if window is None else seen_BM[:, -window:])[:, None, None]
+
+
+def one_query(
+    q_BN1H: Tensor,
+    k_BKMH: Tensor,
+    v_BKMV: Tensor,
+    mask: Mask,
+    scale: float,
+    sinks_N: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of the last token of each row, (B, N, 1, V), on a CPU: heads of a group are queries of one key head,
+    which is read once for all of them. The mask (B or 1, 1, 1, M) may be that of the last keys alone."""
+    n_keys = window if mask is None else mask.shape[-1]
+    if n_keys is not None:
+        k_BKMH, v_BKMV = k_BKMH[:, :, -n_keys:], v_BKMV[:, :, -n_keys:]
+    q_BKGH = q_BN1H.reshape(len(q_BN1H), k_BKMH.shape[1], -1, q_BN1H.shape[-1])
+    v_dim = v_BKMV.shape[-1]
+    if v_dim != q_BN1H.shape[-1]:  # the fused kernel wants one width
+        widest = max(v_dim, q_BN1H.shape[-1])
+        q_BKGH, k_BKMH, v_BKMV = (F.pad(side, (0, widest - side.shape[-1])) for side in (q_BKGH, k_BKMH, v_BKMV))
+    hidden = None if mask is None else torch.zeros_like(mask, dtype=q_BN1H.dtype).masked_fill_(~mask, -torch.inf)
+    o_BKGV, lse_BKG = FUSED(q_BKGH, k_BKMH, v_BKMV, attn_mask=hidden, scale=scale)
+    if sinks_N is not None:
+        o_BKGV = o_BKGV * (lse_BKG - sinks_N.view(lse_BKG.shape[1:])).sigmoid().unsqueeze(-1).to(o_BKGV.dtype)
+    return o_BKGV.reshape(*q_BN1H.shape[:3], -1)[..., :v_dim]

@@ -106,6 +106,9 @@ class LocalWeight:
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros for the state, of the weight's shape and spread over the ranks like it; without `dtype` of its type."""
+        dtype = self.parameter.dtype if dtype is None else dtype
+        if self.parameter.is_meta and local_tensor(self.parameter) is self.parameter:
+            return torch.zeros(self.shape, dtype=dtype, device="meta")  # zeros_like would load sympy: 0.4 s
         return torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
 
     def start_state(

@@ -77,7 +77,7 @@ class GraphObjective(Objective):
         by a graph that is made for batches like this one."""
         inputs = self.inputs(batch, n_valid, tally)
         key = tuple((each.shape, each.stride(), each.dtype, each.requires_grad) for each in inputs)
-        key = (key, tuple(part is None for part in batch.positions[:-1]), tuple(batch.inputs), tally is None)
+        key = (key, tuple(part is None for part in batch.positions.tensors), tuple(batch.inputs), tally is None)
         if key not in self.prepared:
             self.prepared[key] = self._prepare(batch, tally, inputs)
         with torch.no_grad():
@@ -87,7 +87,7 @@ class GraphObjective(Objective):
         """What a graph is called with: the pieces of weights, buffers, the number of tokens, and the batch."""
         stored = [local_tensor(each).detach().requires_grad_(each.requires_grad) for each in self.slots.stored()]
         count = torch.tensor(n_valid, dtype=torch.float64, device=self.layout.device)
-        positions = [part for part in batch.positions[:-1] if part is not None]
+        positions = [part for part in batch.positions.tensors if part is not None]
         return [*stored, count, batch.tokens_BL, batch.labels_BL, *positions, *batch.inputs.values(), *(tally or ())]
 
     def trace(self, batch: Microbatch, tally: Tally | None, inputs: list[Tensor]) -> torch.fx.GraphModule:
@@ -98,7 +98,7 @@ class GraphObjective(Objective):
         def step(tensors: list[Tensor]) -> list[Tensor | None]:
             stored, (count, tokens_BL, labels_BL, *rest) = tensors[:n_stored], tensors[n_stored:]
             given = iter(rest)
-            positions: Any = (None if part is None else next(given) for part in batch.positions[:-1])
+            positions: Any = (None if part is None else next(given) for part in batch.positions.tensors)
             microbatch = Microbatch(tokens_BL, labels_BL, Positions(*positions), batch.n_labels)
             microbatch = microbatch._replace(inputs={name: next(given) for name in batch.inputs})
             own = None if tally is None else Tally(*given)
