@@ -26,13 +26,22 @@ FAMILY: Any = {"qwen3_moe": Qwen3MoE}
 
 @pytest.mark.filterwarnings("ignore")  # warnings of other programs are theirs
 @pytest.mark.parametrize("patterns", [["*"], ["*.w1", "*.wq"]], ids=["all", "one"])
-def test_peft_has_the_adapters_of_experts_and_we_read_them(tmp_path: Path, patterns: list[str]) -> None:
+def test_peft_has_the_adapters_of_experts_and_we_read_them(tmp_path: Path, patterns: list[str], capsys: Any) -> None:
     adapters = LoRAConverter.Config(rank=4, alpha=12.0, patterns=patterns)
     config = adapter_run(configs.qwen3_moe_debug(), tmp_path, adapters)
     expected = logits_after(config)
     convert.main(FAMILY, ["to-hf", str(tmp_path / "run"), str(tmp_path / "peft"), "--peft"])
     convert.main(FAMILY, ["from-hf", str(tmp_path / "peft"), str(tmp_path / "merged")])
     torch.testing.assert_close(logits_of(config, tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+    capsys.readouterr()
+    written = []
+    for folder in ("peft", "merged"):
+        asked = ["--checkpoint", str(tmp_path / folder), "--prompt", "a page", "--max_new_tokens", "8"]
+        generate.main(configs, [*asked, "--device", "cpu"])
+        written.append(capsys.readouterr())
+        told = f"adapters   of peft's, merged into the weights of {tmp_path / 'base'}" in written[-1].err
+        assert told == (folder == "peft")
+    assert written[0].out == written[1].out
     config.checkpoint.initial_load_path, config.dump_folder = str(tmp_path / "peft"), str(tmp_path / "on")
     trainer: Trainer = config.build()
     with torch.no_grad():

@@ -138,7 +138,7 @@ class Evaluation(FolderModel):
         from core.evaluate.harness import HarnessModel, run_tasks  # loads lm_eval
 
         c = self.config
-        ends = end_ids(self.tokenizer, self.folder)
+        ends = end_ids(self.tokenizer, self.described)
         asked = HarnessModel(self.model, self.tokenizer, end_ids=ends, batch_tokens=c.batch_tokens)
         options = {"include_path": c.include_path, "limit": c.limit, "num_fewshot": c.num_fewshot}
         return run_tasks(asked, c.tasks, **options)

@@ -30,6 +30,7 @@ from core.runtime.units import size_text
 from core.weights.adapters import adapter_settings
 from core.weights.companions import SENTENCEPIECE, TOKENIZER_JSON, companions_place, stated_ids
 from core.weights.folder import load_folder, model_of, read_config, silent
+from core.weights.peft_folder import PeftFolder, is_peft
 from core.weights.saved import described_in
 
 MANY_BYTES = 2**28
@@ -43,7 +44,7 @@ class FolderModel(Configurable, ABC):
     class Config(Configurable.Config):
         checkpoint: str | None = None
         """Folder of the weights: a run, of which the newest whole checkpoint is taken, a checkpoint, what `convert`
-        wrote, or a Hugging Face folder."""
+        wrote, a Hugging Face folder, or one of peft's with adapters for such a folder."""
         allow_model_change: bool = False
         """Compute with settings of the model, such as another rope base or window, that are not those of the
         weights."""
@@ -61,9 +62,10 @@ class FolderModel(Configurable, ABC):
     def __init__(self, config: Config) -> None:
         validate(config)
         self.folder = existing(config.checkpoint or "")
+        self.described = describing(self.folder)
         self.device = select_device(config.device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
+        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.described, config.model.vocab_size)
         self._stored = config.model, config.allow_model_change
 
     def summary(self, model: Decoder) -> Iterator[str]:
@@ -72,7 +74,9 @@ class FolderModel(Configurable, ABC):
         yield f"tokenizer  {self.tokenizer.description}{own}"
         named = f"{type(model).__name__} of {parameter_count(model):,} parameters from {self.folder}"
         yield f"model      {named}, {dtype_name(self.dtype)} on {describe(self.device)}"
-        run = read_config(described_in(self.folder))
+        if self.described != self.folder:
+            yield f"adapters   of peft's, merged into the weights of {self.described}"
+        run = read_config(described_in(self.described))
         adapters = adapter_settings(run)
         if adapters is not None:
             yield f"adapters   of rank {adapters['rank']}, merged into the weights that the run began with"
@@ -95,9 +99,10 @@ def described(
 ) -> tuple[Decoder.Config, Tokenizer.Config]:
     """The model whose weights a folder holds, and the tokenizer of its run, or else the default.
 
-    The folder is that of a run, of a checkpoint, of our weights, or of Hugging Face, there of a family that the
-    recipes in `configs` have. Raises `UserError` for another one.
+    The folder is that of a run, of a checkpoint, of our weights, of Hugging Face, there of a family that the recipes in
+    `configs` have, or of adapters of peft's for such a folder. Raises `UserError` for another one.
     """
+    folder = describing(folder)
     place = described_in(folder)
     stated = read_config(place)
     if "model_type" in stated:
@@ -117,6 +122,12 @@ def described(
     if tokenizer_in(Path(folder)) is not None:
         tokenizer = replace(tokenizer, path=None)  # the place in the configuration may be that of another machine
     return cast(Decoder.Config, model), tokenizer
+
+
+def describing(folder: str | Path) -> Path:
+    """The folder that has the model and the tokenizer of the weights in a folder: itself, or that of the model which
+    adapters in peft's form are for."""
+    return PeftFolder(Path(folder)).place if is_peft(folder) else Path(folder)
 
 
 def existing(folder: str) -> Path:
