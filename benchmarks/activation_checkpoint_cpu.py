@@ -27,7 +27,7 @@ def contenders(folder: Path, args: argparse.Namespace) -> dict[str, Trainer]:
     trainers = {mode: make_trainer(folder / mode, args, mode=mode) for mode in ("none", "selective", "full")}
     trainers["full, early_stop"] = make_trainer(folder / "early", args, mode="full", early_stop=True)
     trainers["by hand"] = make_trainer(folder / "by hand", args, mode="none")
-    for block in trainers["by hand"].model.layers.values():
+    for block in trainers["by hand"].built.models[0].layers.values():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return trainers
 

@@ -3,11 +3,10 @@
 PyTorch's fused kernel for CPUs computes what a mask hides, and what lies ahead up to the next 512 keys (torch 2.11 to
 2.15). Here it is called with fewer keys: of the document, inside the window, not ahead. The arithmetic is its own.
 
-Letters: B rows, L length, N query heads, K key/value heads, G query heads of a key/value head, H width of queries, keys
-and values alike, T queries of a tile, S keys of a tile.
+Letters: B rows, L length, N query heads, K key/value heads, H width of queries, keys and values alike, T queries of a
+tile, S keys of a tile.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,49 +94,21 @@ def with_whole_heads(x_BNLH: Tensor) -> Tensor:
     return x_BNLH if x_BNLH.stride(-1) == 1 else x_BNLH.contiguous()
 
 
-class TileCall:
-    """What the calls for one tile share: heads of a group are more queries where the tile has a mask of its own; where
-    it has the causal flag, keys and values are repeated for them."""
-
-    def __init__(self, rows: slice, tile: Tile, n_groups: int, dtype: torch.dtype) -> None:
-        self.rows, self.tile, self.n_groups = rows, tile, n_groups
-        mask = tile.hidden_TS
-        self.settings: dict[str, Any] = {"dropout_p": 0.0, "is_causal": mask is None}
-        if mask is not None:
-            self.settings["attn_mask"] = mask.to(dtype).repeat(n_groups, 1)
-        self.folds = mask is not None and n_groups > 1
-        self.repeats = mask is None and n_groups > 1
-
-    def queries(self, x_BNL: Tensor) -> Tensor:
-        """The part of a tensor (B, N, L) or (B, N, L, H) that belongs to the queries, as the kernel takes it."""
-        part = x_BNL[self.rows, :, self.tile.start : self.tile.end]
-        return part.unflatten(1, (-1, self.n_groups)).flatten(2, 3) if self.folds else part
-
-    def write(self, x_BNL: Tensor, result: Tensor) -> None:
-        """Put the kernel's `result` for the queries, (B, N, T) or (B, N, T, H), where it belongs."""
-        part = x_BNL[self.rows, :, self.tile.start : self.tile.end]
-        if self.folds:
-            part = part.unflatten(1, (-1, self.n_groups))
-            result = result.unflatten(2, (self.n_groups, -1))
-        part.copy_(result)
-
-    def keys(self, x_BKLH: Tensor) -> Tensor:
-        part = x_BKLH[self.rows, :, self.tile.first : self.tile.end]
-        return part.repeat_interleave(self.n_groups, 1) if self.repeats else part
-
-    def add(self, x_BKLH: Tensor, result: Tensor) -> None:
-        """Add the kernel's gradient of the keys or values of the tile, (B, K or N, S, H), to the whole."""
-        if self.repeats:
-            result = result.unflatten(1, (-1, self.n_groups)).sum(2)
-        x_BKLH[self.rows, :, self.tile.first : self.tile.end] += result
+def sides_of(rows: slice, tile: Tile) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where the queries of a tile stand in a tensor (B, N, L, ...), and its keys."""
+    heads = slice(None)
+    return (rows, heads, slice(tile.start, tile.end)), (rows, heads, slice(tile.first, tile.end))
 
 
-def every_tile(
-    q_BNLH: Tensor, k_BKLH: Tensor, start_BL: Tensor | None, window: int | None, dtype: torch.dtype
-) -> Iterator[TileCall]:
-    n_rows, n_heads, length, _ = q_BNLH.shape
-    for rows, tile in rows_of(start_BL, n_rows, length, window):
-        yield TileCall(rows, tile, n_heads // k_BKLH.shape[1], dtype)
+def settings_of(tile: Tile, dtype: torch.dtype, scale: float) -> dict[str, Any]:
+    """What PyTorch's kernel is told of a tile beside its tensors."""
+    mask = tile.hidden_TS
+    return {
+        "dropout_p": 0.0,
+        "is_causal": mask is None,
+        "attn_mask": None if mask is None else mask.to(dtype),
+        "scale": scale,
+    }
 
 
 @torch.library.impl(LIBRARY, "tiled_attention", "CPU")
@@ -153,10 +124,9 @@ def _attend(
     dtype = torch.promote_types(q_BNLH.dtype, torch.float32)
     q, k, v = (with_whole_heads(side.to(dtype)) for side in (q_BNLH, k_BKLH, v_BKLH))
     o_BNLH, lse_BNL = like(q_BNLH, q_BNLH.dtype), q.new_empty(q.shape[:3])
-    for call in every_tile(q, k, start_BL, window, dtype):
-        o, lse = FUSED(call.queries(q), call.keys(k), call.keys(v), scale=scale, **call.settings)
-        call.write(o_BNLH, o)
-        call.write(lse_BNL, lse)
+    for rows, tile in rows_of(start_BL, len(q), q.shape[2], window):
+        of_q, of_k = sides_of(rows, tile)
+        o_BNLH[of_q], lse_BNL[of_q] = FUSED(q[of_q], k[of_k], v[of_k], **settings_of(tile, dtype, scale))
     if sinks_N is not None:
         whole_BNL = torch.logaddexp(lse_BNL, sinks_N.to(dtype)[:, None])
         o_BNLH *= (lse_BNL - whole_BNL).exp_().unsqueeze(-1)
@@ -182,12 +152,12 @@ def _attend_backward(
         with_whole_heads(side.to(lse_BNL.dtype)) for side in (grad_BNLH, q_BNLH, k_BKLH, v_BKLH, o_BNLH)
     )
     for_q, for_k, for_v = like(q, q_BNLH.dtype), torch.zeros_like(k), torch.zeros_like(v)
-    for call in every_tile(q, k, start_BL, window, q.dtype):
-        sides = call.queries(q), call.keys(k), call.keys(v), call.queries(o), call.queries(lse_BNL)
-        dq, dk, dv = FUSED_BACKWARD(call.queries(grad), *sides, scale=scale, **call.settings)
-        call.write(for_q, dq)
-        call.add(for_k, dk)
-        call.add(for_v, dv)
+    for rows, tile in rows_of(start_BL, len(q), q.shape[2], window):
+        of_q, of_k = sides_of(rows, tile)
+        sides = grad[of_q], q[of_q], k[of_k], v[of_k], o[of_q], lse_BNL[of_q]
+        for_q[of_q], for_keys, for_values = FUSED_BACKWARD(*sides, **settings_of(tile, q.dtype, scale))
+        for_k[of_k] += for_keys
+        for_v[of_k] += for_values
     for_sinks = q.new_empty(0)
     if sinks_N is not None:
         share_BNL = (sinks_N.to(q.dtype)[:, None] - lse_BNL).exp_()

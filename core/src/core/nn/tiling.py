@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from core.nn.kernel import Positions
 
-TILE = 128
+TILE = 96
 """Queries of a tile. Measured, as are the next two: fewer cost calls, more compute what is hidden."""
 WIDEST_TILE = 512
-WORTH_CUTTING = range(257, 1025)
+WORTH_CUTTING = range(192, 1024)
 """Lengths of causal documents without a window that are faster in tiles than in one call."""
 
 

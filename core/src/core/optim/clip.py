@@ -13,8 +13,9 @@ def squared_norms(gradients: list[Tensor]) -> Tensor:
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Scale in place gradients, of any shape, whose joint norm is `norm` so that it is at most `max_norm`."""
-    if gradients:
-        torch._foreach_mul_(gradients, min(max_norm / (norm + 1e-6), 1.0))
+    factor = min(max_norm / (norm + 1e-6), 1.0)
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 def cut_values(gradients: list[Tensor], max_value: float) -> None:
