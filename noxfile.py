@@ -49,9 +49,10 @@ def shared(session: nox.Session) -> None:
 
 def third_party() -> list[str]:
     """What the tests of all packages need from others."""
-    project = nox.project.load_toml(ROOT / "core/pyproject.toml")["project"]
-    extras = [requirement for extra in EXTRAS for requirement in project["optional-dependencies"][extra]]
-    return [*project["dependencies"], *extras, *TEST_TOOLS]
+    projects = [nox.project.load_toml(ROOT / folder / "pyproject.toml")["project"] for folder in FOLDERS.values()]
+    extras = [requirement for extra in EXTRAS for requirement in projects[0]["optional-dependencies"][extra]]
+    needs = [each for project in projects for each in project["dependencies"] if not each.startswith("armature-")]
+    return [*dict.fromkeys(needs), *extras, *TEST_TOOLS]
 
 
 def see_shared(session: nox.Session) -> Path:

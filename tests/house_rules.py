@@ -44,6 +44,7 @@ OPTIONAL = {  # a package that a plain install lacks -> the one room that may im
     "tokenizers": "core.data",
     "torch.utils.tensorboard": "core.train.loggers",
     "torchao": None,
+    "torchft": "fault_tolerance",
     "transformers": "hf_models",
     "triton": "core.comm",
     "trackio": "core.train.loggers",

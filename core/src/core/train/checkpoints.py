@@ -86,6 +86,8 @@ class RunCheckpoints:
         self._adapters = None if self.found is not None else adapters_at_start(run, model)
         self._last = self.start.step
         self._tokens_at_start: int | None = None
+        self.saves = True
+        """Whether `after_step` saves when it is time: of several copies of a run one does."""
 
     def _read_companions(self) -> None:
         if self.settings.saves:
@@ -106,6 +108,10 @@ class RunCheckpoints:
             text=self.loader.fingerprint,
             validation_loss=validation_loss,
         )
+
+    def stand_at(self, start: Progress) -> None:
+        """Count rows and tokens from where another copy of the run began."""
+        self.start, self._tokens_at_start = start, None
 
     def first_row(self, step: int) -> int:
         """The first row of a step, counted from 1."""
@@ -145,7 +151,7 @@ class RunCheckpoints:
     def after_step(self, step: int, *, last: bool, stopping: bool, asked: bool, validation_loss: float | None) -> float:
         """Save the run, if it is time or somebody `asked`; returns the seconds that it took."""
         c, began = self.settings, time.perf_counter()
-        if not self.saver.due(step, last=last or stopping or asked):
+        if not (self.saves and self.saver.due(step, last=last or stopping or asked)):
             return 0.0
         self.saver.wait()  # until then the ranks' group is that of the save behind the run
         tensors = self._weights | optimizer_tensors(self._optimizer)

@@ -251,9 +251,8 @@ class Trainer(Configurable):
 
     def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
         """Steps until the last or until a request to stop; returns the number of the last one."""
-        c = self.config
+        c, mark = self.config, time.perf_counter()
         step = since = start = self.checkpoints.start.step
-        mark = time.perf_counter()
         while step < self.last_step and not exchange.stopping:
             step += 1
             if step % c.training.gc_freq == 0:
@@ -263,6 +262,7 @@ class Trainer(Configurable):
             if step == start + 1:
                 self.activation_checkpoint.report()
                 lower_timeout(c.comm)
+            since, step = since + info.step - step, info.step  # a step may be a later one than was asked for
             step_time_s = (time.perf_counter() - mark) / (step - since)
             validator = self.validator if self.validator and self.validator.due(step, self.last_step) else None
             validation = validator.measure(exchange) if validator else None
@@ -284,7 +284,7 @@ class Trainer(Configurable):
         return step
 
     def step(self, step: int) -> StepInfo:
-        """Train step number `step`, counted from 1."""
+        """Train step number `step`, counted from 1. An override may train a later one: `StepInfo.step` tells."""
         c = self.config
         settings: dict[str, Any] = {
             "lr_factor": self.schedule.factor(step),

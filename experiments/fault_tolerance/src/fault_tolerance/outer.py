@@ -1,0 +1,69 @@
+"""Rounds of steps that groups take by themselves: LocalSGD and DiLoCo.
+
+A round begins with equal weights on all groups. Each takes the steps of the round on its own share of the rows, with an
+optimizer state of its own; then
+
+    local_sgd   weights = the mean of all groups' (arXiv:1805.09767)
+    diloco      d = weights before the round - their mean;  m = momentum m + d;  weights before - lr (d + momentum m)
+                (arXiv:2311.08105: SGD with Nesterov momentum, learning rate 0.7, momentum 0.9)
+
+Buffers, the biases of experts, take the mean. A round that a group did not finish is undone, and done again with its
+rows dealt out to those that are left.
+"""
+
+import torch
+from torch import Tensor
+
+from core.optim.weight import local_tensor
+from core.train.state import trained_tensors
+from fault_tolerance.replicas import NotCommitted, Replicas
+from fault_tolerance.state import Snapshot
+
+
+class OuterStep:
+    """What ends a round."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self.replicas, self.state = replicas, replicas.state
+        found = {
+            name: tensor for name, tensor in trained_tensors(self.state.model).items() if tensor.is_floating_point()
+        }
+        self._shared = {name: local_tensor(tensor).detach() for name, tensor in found.items()}
+        if replicas.config.method == "diloco":
+            weights = {name: zeros(self._shared[name]) for name, each in found.items() if each.requires_grad}
+            self.state.further |= {f"outer.{name}": moment for name, moment in weights.items()}
+        self._before: Snapshot | None = None
+
+    def begin_round(self) -> None:
+        """Keep what a round that is undone goes back to, in the host's memory."""
+        header, tensors = self.state.snapshot()
+        self._before = Snapshot(header, [tensor.to("cpu", copy=True) for tensor in tensors])
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> None:
+        """End the round with `step`: equal weights on all groups. Raises `NotCommitted` when the round is undone."""
+        assert self._before is not None, "no round has begun"
+        before = dict(zip(self.state.tensors(), self._before.tensors, strict=True))
+        moved = {name: before[name].to(tensor.device) - tensor for name, tensor in self._shared.items()}
+        moved = {name: each.float() for name, each in moved.items()}
+        self.replicas.sum_tensors(moved.values())
+        try:
+            self.replicas.commit(step)
+        except NotCommitted:
+            self.state.load(self._before)
+            raise
+        for name, tensor in self._shared.items():
+            self._step(name, tensor, before[name].to(tensor.device), moved[name] / self.replicas.n)
+        self.state.layout.let_go(self.state.built.models)
+
+    def _step(self, name: str, tensor: Tensor, before: Tensor, moved: Tensor) -> None:
+        config, moment = self.replicas.config, self.state.further.get(f"outer.{name}")
+        if moment is not None:
+            moment.mul_(config.outer_momentum).add_(moved)
+            moved = config.outer_lr * (moved + config.outer_momentum * moment)
+        tensor.copy_(before.float() - moved)
+
+
+def zeros(tensor: Tensor) -> Tensor:
+    """Zeros in fp32 like a tensor of any shape."""
+    return torch.zeros_like(tensor, dtype=torch.float32)

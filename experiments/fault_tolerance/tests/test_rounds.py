@@ -1,0 +1,89 @@
+"""LocalSGD and DiLoCo: rounds of steps that groups take by themselves, against the formulas by hand."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from replica_groups import Lost, Watched, built_group, in_threads, small_run, told
+from torch import Tensor
+
+from core.step.update import train_step
+from core.train.state import optimizer_tensors
+from core.train.trainer import Trainer
+from fault_tolerance.replicas import Replicas
+
+pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # torchft's logger
+SYNC, STEPS = 3, 8
+"""Steps of a round; the last round has two."""
+Method = Literal["local_sgd", "diloco"]
+
+
+def parameters(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in trainer.built.named_parameters()}
+
+
+def by_hand(folder: Path, method: Method) -> dict[str, Tensor]:
+    """The weights after the run, of two trainers that each take every second microbatch, and PyTorch's own SGD."""
+    trainers = []
+    for n in range(2):
+        config = small_run(folder, steps=STEPS)
+        config.dump_folder = str(folder / f"by-hand-{n}")
+        trainers.append(config.build())
+    outer = [weight.clone().requires_grad_() for weight in parameters(trainers[0]).values()]
+    biases = [
+        [module.selection_bias for module in each.built.models[0].modules() if hasattr(module, "selection_bias")]
+        for each in trainers
+    ]
+    sgd = torch.optim.SGD(outer, lr=0.7, momentum=0.9, nesterov=True)
+    for step in range(1, STEPS + 1):
+        for n, trainer in enumerate(trainers):
+            rows, settings = trainer.batches(step)[n::2], {"max_norm": 1.0, "on_nonfinite": "stop"}
+            factor = trainer.schedule.factor(step)
+            train_step(trainer.objective, trainer.optimizer, rows, step=step, lr_factor=factor, **settings)
+        if step % SYNC and step != STEPS:
+            continue
+        found = [list(parameters(trainer).values()) for trainer in trainers]
+        for weight, first, second in zip(outer, *found, strict=True):
+            weight.grad = weight.detach() - (first + second) / 2
+            if method == "local_sgd":
+                weight.data.sub_(weight.grad)
+        if method == "diloco":
+            sgd.step()
+        for each in found:
+            torch._foreach_copy_(each, [weight.detach() for weight in outer])
+        for first, second in zip(*biases, strict=True):
+            first.copy_((first + second) / 2)
+            second.copy_(first)
+        if step == SYNC:  # group 1, which is lost in the next round, comes back with the moments of group 0
+            moments = [optimizer_tensors(trainer.optimizer) for trainer in trainers]
+            torch._foreach_copy_(list(moments[1].values()), list(moments[0].values()))
+    return dict(zip(parameters(trainers[0]), (weight.detach() for weight in outer), strict=True))
+
+
+@pytest.mark.parametrize("method", [pytest.param("local_sgd", marks=pytest.mark.matrix), "diloco"])
+def test_rounds_are_those_of_the_formula_and_a_lost_one_is_done_again(tmp_path: Path, method: Method) -> None:
+    """Group 1 is lost in the second step of the second round, and is there again when it is done again."""
+    expected = by_hand(tmp_path, method)
+
+    def group(address: str, number: int, lost_at: int = 0) -> Watched:
+        replicas = Replicas.Config(
+            lighthouse=address, group=number, n_groups=2, min_replicas=2, method=method, sync_steps=SYNC
+        )
+        config = small_run(tmp_path, steps=STEPS)
+        config.checkpoint.interval = SYNC
+        trainer = built_group(config, replicas, lost_at=lost_at)
+        trainer.run()
+        return trainer
+
+    def lost_and_back(address: str) -> Watched:
+        with pytest.raises(Lost):
+            group(address, 1, lost_at=5)
+        return group(address, 1)
+
+    trainers = in_threads(lambda address: group(address, 0), lost_and_back)
+    for trainer in trainers:
+        torch.testing.assert_close(parameters(trainer), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parameters(trainers[0]), parameters(trainers[1]), rtol=0, atol=0)
+    steps = [line["step"] for line in told(tmp_path) if line["kind"] == "attempt" and line["number"] == 0]
+    assert steps[-2:] == [STEPS - 1, STEPS] and steps.count(5) == 2 and steps.count(2) == 1
