@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +176,61 @@ def check_told(folder: Path, n_steps: int, n_ranks: int = 1) -> dict[int, dict[s
         assert {line["number"] for line in tried} == set(range(steps[step]["n"]))
         assert sorted(row for line in tried for row in line["rows"]) == list(range(ROWS * (step - 1), ROWS * step))
     return steps
+
+
+class Processes:
+    """The processes of the groups of a run; none outlives the block."""
+
+    def __init__(self, folder: Path, address: str, *, n_steps: int, meetings: Sequence[int], n_ranks: int = 1) -> None:
+        self.folder, self.address, self.n_steps, self.n_ranks = folder, address, n_steps, n_ranks
+        self.meetings = ",".join(map(str, meetings))
+        self.groups = {number: self._start(number) for number in range(2)}
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={self.n_ranks}", "--rdzv-id", f"group-{number}"]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        script = [__file__, str(self.folder), self.address, str(number)]
+        script += [str(self.n_steps), self.meetings]
+        command = [sys.executable, *(launcher if self.n_ranks > 1 else []), *script]
+        with (self.folder / f"log-{number}").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def wait_for(self, step: int) -> None:
+        """Wait until a step has counted."""
+        while not any(line["kind"] == "counted" and line["step"] >= step for line in told(self.folder)):
+            assert all(group.poll() in (None, 0) for group in self.groups.values()), self.logs()
+            time.sleep(0.02)
+
+    def kill(self, number: int) -> None:
+        """SIGKILL to all processes of a group, which is started again."""
+        signal_all(self.groups[number], signal.SIGKILL)
+        self.groups[number].wait()
+        self.groups[number] = self._start(number)
+
+    def stop(self, number: int, seconds: float) -> None:
+        """SIGSTOP, and after a while SIGCONT."""
+        signal_all(self.groups[number], signal.SIGSTOP)
+        time.sleep(seconds)
+        signal_all(self.groups[number], signal.SIGCONT)
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for group in self.groups.values():
+            signal_all(group, signal.SIGKILL)
+            group.wait()
+
+    def finish(self) -> None:
+        """Wait for the end of all."""
+        assert [group.wait() for group in self.groups.values()] == [0, 0], self.logs()
+
+    def logs(self) -> str:
+        return "\n".join((self.folder / f"log-{number}").read_text()[-3000:] for number in self.groups)
+
+
+def signal_all(group: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """A signal to all processes of a group that is still there."""
+    if group.poll() is None:
+        os.killpg(group.pid, number)
 
 
 def die_with_parent() -> None:

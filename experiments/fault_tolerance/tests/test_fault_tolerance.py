@@ -7,17 +7,13 @@ that are killed.
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import replica_groups
 import torch
-from replica_groups import Lost, built_group, check_told, in_threads, lighthouse, small_run, told
+from replica_groups import Lost, Processes, built_group, check_told, in_threads, lighthouse, small_run, told
 
 from core.config import cli
 from core.config.errors import UserError
@@ -101,35 +97,16 @@ def test_groups_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed_comes_back(tmp_path: Path) -> None:
     """As processes: one is killed with SIGKILL when the run has begun, and started again."""
-    n_steps = 10
+    n_steps = 8
     small_run(tmp_path, steps=1)
-
-    def start(group: int, address: str) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            replica_groups.__file__,
-            str(tmp_path),
-            address,
-            str(group),
-            str(n_steps),
-            f"1,{n_steps}",
-        ]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
     with lighthouse() as address:
-        groups = [start(0, address), start(1, address)]
+        groups = Processes(tmp_path, address, n_steps=n_steps, meetings=(1, n_steps))
         try:
-            while not any(line["kind"] == "counted" and line["step"] == 3 for line in told(tmp_path)):
-                assert groups[1].poll() is None
-                time.sleep(0.02)
-            groups[1].send_signal(signal.SIGKILL)
-            groups[1].wait()
-            groups.append(start(1, address))
-            assert [groups[n].wait() for n in (0, 2)] == [0, 0]
+            groups.wait_for(3)
+            groups.kill(1)
+            groups.finish()
         finally:
-            for group in groups:
-                group.kill()
-                group.wait()
+            groups.end()
     steps = check_told(tmp_path, n_steps)
     assert steps[1]["n"] == steps[n_steps]["n"] == 2
 
@@ -155,8 +132,11 @@ def test_recipes_differ_from_those_that_they_are_derived_from_in_the_groups() ->
     for name, recipe in recipes(configs).items():
         config = recipe()
         validate(config)
-        changed = {path: value for path, _, value in diff(config, bases[name]()) if value is not ...}
-        assert changed.pop("class") == "fault_tolerance.trainer:FaultTolerantTrainer" and not changed
+        changed = {path: value for path, _, value in diff(config, bases[name]())}
+        groups = {path: changed.pop(path) for path in list(changed) if path.startswith("fault_tolerance.")}
+        assert changed == {"class": "fault_tolerance.trainer:FaultTolerantTrainer"}
+        assert groups["fault_tolerance.method"] == ("diloco" if name == "diloco_debug" else "every_step")
+        assert groups["fault_tolerance.n_groups"] == 1
 
 
 @pytest.mark.parametrize(

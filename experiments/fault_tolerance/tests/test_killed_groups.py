@@ -1,21 +1,16 @@
 """Groups of processes that are killed and stopped at random moments, again and again (the session `faults`)."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import replica_groups
-from replica_groups import check_told, lighthouse, small_run, told
+from replica_groups import Processes, check_told, lighthouse, small_run, told
 
 STEPS = 60
-MEETINGS = "1,20,40,60"
+MEETINGS = (1, 20, 40, 60)
 """Steps that wait until both groups are there: a group that was killed takes longer to start than the rest of a run."""
 
 
@@ -27,66 +22,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-class Processes:
-    """The processes of the groups of a run; none outlives the block."""
-
-    def __init__(self, folder: Path, address: str, *, n_ranks: int = 1) -> None:
-        self.folder, self.address, self.n_ranks = folder, address, n_ranks
-        self.groups = {number: self._start(number) for number in range(2)}
-
-    def _start(self, number: int) -> subprocess.Popen[bytes]:
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={self.n_ranks}", "--rdzv-id", f"group-{number}"]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-        script = [replica_groups.__file__, str(self.folder), self.address, str(number), str(STEPS), MEETINGS]
-        command = [sys.executable, *(launcher if self.n_ranks > 1 else []), *script]
-        log = (self.folder / f"log-{number}").open("ab")
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-    def wait_for(self, step: int) -> None:
-        """Wait until a step has counted."""
-        while not any(line["kind"] == "counted" and line["step"] >= step for line in told(self.folder)):
-            assert all(group.poll() in (None, 0) for group in self.groups.values()), self.logs()
-            time.sleep(0.02)
-
-    def kill(self, number: int) -> None:
-        """SIGKILL to all processes of a group, which is started again."""
-        signal_all(self.groups[number], signal.SIGKILL)
-        self.groups[number].wait()
-        self.groups[number] = self._start(number)
-
-    def stop(self, number: int, seconds: float) -> None:
-        """SIGSTOP, and after a while SIGCONT."""
-        signal_all(self.groups[number], signal.SIGSTOP)
-        time.sleep(seconds)
-        signal_all(self.groups[number], signal.SIGCONT)
-
-    def finish(self) -> None:
-        """Wait for the end of all."""
-        assert [group.wait() for group in self.groups.values()] == [0, 0], self.logs()
-
-    def logs(self) -> str:
-        return "\n".join((self.folder / f"log-{number}").read_text()[-3000:] for number in self.groups)
-
-
-def signal_all(group: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """A signal to all processes of a group that is still there."""
-    if group.poll() is None:
-        os.killpg(group.pid, number)
-
-
 @pytest.fixture
 def processes(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Processes]:
     config = small_run(tmp_path, steps=1)
     config.dump_folder = str(tmp_path / "text-prepared")
     config.build()
     with lighthouse() as address:
-        found = Processes(tmp_path, address, n_ranks=getattr(request, "param", 1))
+        n_ranks = getattr(request, "param", 1)
+        found = Processes(tmp_path, address, n_steps=STEPS, meetings=MEETINGS, n_ranks=n_ranks)
         try:
             yield found
         finally:
-            for group in found.groups.values():
-                signal_all(group, signal.SIGKILL)
-                group.wait()
+            found.end()
 
 
 def disturb(processes: Processes, seed: int) -> str:
