@@ -198,7 +198,7 @@ class Processes:
     def wait_for(self, step: int) -> None:
         """Wait until a step has counted."""
         while not any(line["kind"] == "counted" and line["step"] >= step for line in told(self.folder)):
-            assert all(group.poll() in (None, 0) for group in self.groups.values()), self.logs()
+            self._check()
             time.sleep(0.02)
 
     def kill(self, number: int) -> None:
@@ -220,8 +220,14 @@ class Processes:
             group.wait()
 
     def finish(self) -> None:
-        """Wait for the end of all."""
-        assert [group.wait() for group in self.groups.values()] == [0, 0], self.logs()
+        """Wait for the end of all, which must be a good one."""
+        while any(group.poll() is None for group in self.groups.values()):
+            self._check()
+            time.sleep(0.05)
+        self._check()
+
+    def _check(self) -> None:
+        assert all(group.poll() in (None, 0) for group in self.groups.values()), self.logs()
 
     def logs(self) -> str:
         return "\n".join((self.folder / f"log-{number}").read_text()[-3000:] for number in self.groups)

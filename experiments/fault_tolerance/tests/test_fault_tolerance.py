@@ -95,6 +95,7 @@ def test_groups_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert check_told(tmp_path, 3)[1]["n"] == 2
 
 
+@pytest.mark.faults
 def test_a_process_that_is_killed_comes_back(tmp_path: Path) -> None:
     """As processes: one is killed with SIGKILL when the run has begun, and started again."""
     n_steps = 8
