@@ -13,7 +13,8 @@ from core.data.packing import IGNORE
 from core.nn.layers import Head
 from core.parallel.settings import Parallelism
 from core.parallel.vocabulary import WholeVocabulary
-from core.step.loss import CrossEntropy, Loss
+from core.step.loss import CrossEntropy, Loss, loss_backend
+from core.step.settings import Compile
 from core.testing.parity import Case, StepResult, alone, largest_differences, result_of
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy
@@ -155,3 +156,13 @@ def test_a_compiled_loss_takes_chunks_of_any_length() -> None:
         torch.testing.assert_close(found, expected)
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+def test_a_written_out_loss_is_not_compiled_for_a_cpu() -> None:
+    """Whoever computes tokens in another way is compiled everywhere, and on a GPU everything is."""
+    on, off, cpu, gpu = Compile(enable=True, backend="eager"), Compile(), torch.device("cpu"), torch.device("cuda")
+    assert loss_backend(on, CrossEntropy.Config(z_loss=0.1), cpu) is None
+    assert loss_backend(on, ZLoss.Config(), cpu) == "eager"
+    assert [loss_backend(on, each, gpu) for each in (CrossEntropy.Config(), ZLoss.Config())] == ["eager"] * 2
+    for settings in (off, Compile(enable=True, components=["model"])):
+        assert loss_backend(settings, ZLoss.Config(), gpu) is None

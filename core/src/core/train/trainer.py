@@ -43,7 +43,7 @@ from core.runtime.seed import seed_everything
 from core.runtime.signals import StopRequest
 from core.step.assemble import assemble, block_compiler, make_dispatcher, make_layout
 from core.step.checks import check_model, check_run, compile_problems
-from core.step.loss import CrossEntropy, Loss
+from core.step.loss import CrossEntropy, Loss, loss_backend
 from core.step.objective import Objective
 from core.step.rows import open_samples
 from core.step.rows_ahead import RowsAhead
@@ -185,7 +185,7 @@ class Trainer(Configurable):
             force_balance(model)
         self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=self.layout)
         self.schedule = c.lr_scheduler.build(steps=self.last_step)
-        loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
+        loss = c.loss.build(compile_backend=loss_backend(c.compile, c.loss, self.device))
         settings = {"layout": self.layout, "dtype": self.compute_dtype, "mask": c.training.mask_of(c.dataloader)}
         self.objective = self.make_objective(loss, **settings)
         self.validator = None
