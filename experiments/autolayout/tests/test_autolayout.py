@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 
 from autolayout import configs, trainer
-from autolayout.estimate import Estimate, Estimator
+from autolayout.estimate import Estimate, Estimator, is_fsdp
 from autolayout.hardware import H100, hardware
 from autolayout.layout import Layout, applied, candidates, possible, rows_per_step
 from autolayout.picture import front, picture
-from autolayout.published import RUNS, Published
+from autolayout.published import RUNS, Published, place_of
 from autolayout.search import Found, command, main, planned_bytes, search
 from autolayout.trainer import AutolayoutTrainer
 from core.config import cli
@@ -106,6 +106,24 @@ def test_what_is_computed_and_sent_is_what_the_planner_counts(estimator: Estimat
     assert 2 * sent == sum(each.bytes for each in found.traffic if each.axis == "tensor")
 
 
+def test_keys_and_values_of_context_ranks_are_waited_for_and_weights_are_not(estimator: Estimator) -> None:
+    """Also where the context ranks are all ranks, along which weights are shared as well."""
+    weights, waited = [], []
+    for context in (1, 2, 8):
+        layout = Layout(context=context, rows=2)
+        measured = estimator.measurements.of(layout)
+        parts = [*measured.forward.values(), *measured.backward.values(), *measured.head]
+        weights.append(sum(line.fixed for part in parts for kind, line in part.sent.items() if is_fsdp(kind)))
+        waited.append(estimator(layout).parts.get("context", 0.0))
+    assert weights[0] == weights[1] == weights[2] > 0
+    keys_and_values = 2 * 2048 * 4 * 32 * 2  # of a row, in 16 bits
+    blocks_and_passes = 2 * 2  # gathered forward, scattered backward
+    for n, rows, seconds in ((2, 4, waited[1]), (8, 16, waited[2])):
+        sent = blocks_and_passes * keys_and_values * (n - 1) / n * rows
+        assert seconds == pytest.approx(sent / (H100.inner_gb_s * 1e9), rel=0.3)
+    assert waited[0] == 0
+
+
 def test_times_follow_the_hardware(estimator: Estimator) -> None:
     layout = Layout(tensor=2, rows=2)
     usual = estimator(layout)
@@ -153,6 +171,23 @@ def test_where_nothing_fits_the_least_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def estimate(seconds: float, gib: float) -> Estimate:
     return Estimate(layout=Layout(), peak_bytes=gib * 2**30, seconds=seconds)
+
+
+def test_a_layout_has_its_place_among_those_that_fit() -> None:
+    own = Layout(tensor=2, mode="full")
+    found = [
+        Estimate(layout=layout, peak_bytes=gib * 2**30, seconds=seconds)
+        for layout, gib, seconds in (
+            (Layout(), 90, 1.0),  # does not fit
+            (Layout(tensor=4), 10, 1.5),
+            (Layout(tensor=4, mode="full"), 5, 1.6),
+            (Layout(tensor=2), 20, 1.8),
+            (own, 10, 2.0),
+            (Layout(mode="full"), 30, 3.0),
+        )
+    ]
+    place = place_of(own, found, memory_gib=80)
+    assert (place.rank, place.n, place.of_degrees, place.n_degrees, place.of_best) == (4, 5, 2, 3, 0.75)
 
 
 def test_the_front_has_what_nothing_beats() -> None:

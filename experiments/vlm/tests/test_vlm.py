@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from PIL import Image
 
 from core.config import cli
 from core.config.errors import UserError
@@ -25,9 +26,11 @@ from core.weights.hf import load_hf
 from llama3.model import Llama3
 from qwen3.configs import qwen3_0_6b, qwen3_debug
 from qwen3.model import Qwen3
-from vlm import configs
+from vlm import caption, configs
+from vlm.caption import captions
 from vlm.exact import count_exact, main
 from vlm.model import VLM
+from vlm.shapes import drawn_pair
 from vlm.trainer import VLMTrainer
 from vlm.vision import Vision
 
@@ -122,6 +125,10 @@ def test_logits_are_those_of_llava(family: str, tmp_path: Path) -> None:
         found = model(tokens_BL, pixels_BCSS=pixels, is_patch_BL=tokens_BL == IMAGE)
         other = model(tokens_BL, pixels_BCSS=pixels.flip(0), is_patch_BL=tokens_BL == IMAGE)
         blind = model(tokens_BL)
+        written, ids_BL = captions(model, pixels, limit=5, end_id=None), torch.full((3, TOWER.n_patches), IMAGE)
+        for _ in range(5):
+            ids_BL = torch.cat([ids_BL, theirs(input_ids=ids_BL, pixel_values=pixels).logits[:, -1:].argmax(-1)], 1)
+    assert written == ids_BL[:, TOWER.n_patches :].tolist()
     assert (found - expected).abs().max() < 1e-5
     assert min((found - each).abs().max() for each in (other, blind)) > 1e-2  # each row sees its own image
 
@@ -170,7 +177,7 @@ def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in trainer.built.named_parameters()}
 
 
-def test_a_frozen_tower_stays_and_all_else_moves(tmp_path: Path) -> None:
+def test_a_frozen_tower_stays_and_all_else_moves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_run(tmp_path)
     config.optimizer.groups = [Group(pattern="vision.*", frozen=True)]
     trainer = config.build()
@@ -182,6 +189,14 @@ def test_a_frozen_tower_stays_and_all_else_moves(tmp_path: Path) -> None:
     assert {"update_norm/projector", "weight_norm/vision"} <= record.numbers.keys()
     assert "update_norm/vision" not in record.numbers
     main([str(folder)])
+    picture, _ = drawn_pair(3, 32)
+    Image.fromarray(picture).save(tmp_path / "seen.png")
+    capsys.readouterr()
+    caption.main([str(folder), str(tmp_path / "seen.png")])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'seen.png'}: ")
+    with pytest.raises(SystemExit):
+        caption.main([str(folder), str(tmp_path / "nowhere.png")])
+    assert "cannot read the image" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from core.config.recipe import recipe_module, recipes
 from core.config.text_file import read_text
 from core.evaluate.perplexity import MOST_TEXT_MIB, SEQ_LEN, STRIDE, Perplexity, perplexity_of
 from core.evaluate.scores import score_rows
-from core.generate.command import WRITING_OPTIONS, Generation, chosen_generation, generation_of, note
+from core.generate.command import WRITING_OPTIONS, chosen_settings, note, settings_of
 from core.generate.folder import FolderModel, end_ids
 from core.runtime.live import line_on
 
@@ -31,8 +31,12 @@ MEASURED_BY = {
 """Settings that are explained with those options, because there is nothing to do without them."""
 
 
-def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
-    """Measure the model of a folder of weights; mistakes of the user end as in training."""
+def main(
+    configs: str | ModuleType, argv: Sequence[str] | None = None, command: "type[Evaluation] | None" = None
+) -> None:
+    """Measure the model of a folder of weights; mistakes of the user end as in training. `command` is an `Evaluation`
+    of other models than core's."""
+    command = command or Evaluation
     with exit_plainly():
         own, settings = cli.own_flags(cli.split_flags(argv), WRITING_OPTIONS)
         if cli.told_version(own, configs):
@@ -40,29 +44,19 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
-            shell = own["print_completion"][0]
-            show(
-                cli.completion(
-                    shell, WRITING_OPTIONS, known, lambda name: evaluation_of(generation_of([name], configs, ()))
-                )
-            )
+            of_recipe = partial(settings_of, command, configs=configs, trust=())
+            show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe([name])))
             return
         line = "--checkpoint FOLDER [--perplexity FILE ...] [--tasks TASK ...]"
         title = f"{usage(line, WRITING_OPTIONS | MEASURED_BY)}\n\nrecipes: {', '.join(known)}"
-        chosen = chosen_generation(own, settings, configs)
-        if chosen is None:
+        config = chosen_settings(command, own, settings, configs)
+        if config is None:
             show(title)
             if "help" not in own:
                 raise UserError("choose weights: --checkpoint FOLDER")
             return
-        config = evaluation_of(chosen)
         heading = title if not own.get("help") else config.checkpoint or " ".join(own.get("config", list(known)[:1]))
         cli.settle_and_run(config, heading, own, settings, WRITING_OPTIONS)
-
-
-def evaluation_of(chosen: Generation.Config) -> "Evaluation.Config":
-    """How the model is measured that would write so."""
-    return Evaluation.Config(model=chosen.model, tokenizer=chosen.tokenizer, checkpoint=chosen.checkpoint)
 
 
 class Evaluation(FolderModel):
@@ -139,7 +133,7 @@ class Evaluation(FolderModel):
 
         c = self.config
         ends = end_ids(self.tokenizer, self.described)
-        asked = HarnessModel(self.model, self.tokenizer, end_ids=ends, batch_tokens=c.batch_tokens)
+        asked = HarnessModel(self.model, self.tokenizer, end_ids=ends, batch_tokens=c.batch_tokens, reader=self.cached)
         options = {"include_path": c.include_path, "limit": c.limit, "num_fewshot": c.num_fewshot}
         return run_tasks(asked, c.tasks, **options)
 

@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from core.config.errors import UserError, did_you_mean
 from core.data.tokenizer import Tokenizer
 from core.evaluate.scores import ScoredRow, batches_by_length, score_rows
+from core.generate.cache import CachedDecoder, CachedReader
 from core.generate.generate import generate
 from core.generate.sample import Sampler
 from core.nn.decoder import Decoder
@@ -30,9 +31,17 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, *, end_ids: frozenset[int], batch_tokens: int, seed: int = 0
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        end_ids: frozenset[int],
+        batch_tokens: int,
+        seed: int = 0,
+        reader: CachedReader = CachedDecoder,
     ) -> None:
         super().__init__()
+        self.reader = reader
         self.model, self.text, self.end_ids, self.batch_tokens = model, tokenizer, end_ids, batch_tokens
         self.max_length, self.seed = model.config.max_seq_len, seed
 
@@ -108,6 +117,7 @@ class HarnessModel(TemplateLM):
             n_tokens=self.text.vocab_size,
             end_ids=self.end_ids,
             enough=lambda ids: any(text in decode(ids) for text in until),
+            reader=self.reader,
         )
         return [postprocess_generated_text(decode(each.ids), until, None) for each in completions]
 

@@ -72,7 +72,7 @@ def _scored(model: Decoder, rows: Sequence[ScoredRow]) -> Iterator[Score]:
     labels_T = ids_BL[row_T, column_T + 1]
 
     def read(x_BLD: Tensor, head: Head, depth: int) -> Tensor:
-        return score_tokens(x_BLD[row_T, column_T], head, labels_T)
+        return score_tokens(x_BLD[row_T, column_T], head, labels_T, n_words=model.config.vocab_size)
 
     log_probs, greedy = cast(Tensor, model(ids_BL[:, :-1], None, read)).tolist()
     first = 0
@@ -82,11 +82,11 @@ def _scored(model: Decoder, rows: Sequence[ScoredRow]) -> Iterator[Score]:
         first += row.n
 
 
-def score_tokens(x_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
-    """The log-probabilities of labels (T,) at the normalised residual stream (T, D), and whether each is the likeliest:
-    (2, T), in fp32."""
+def score_tokens(x_TD: Tensor, head: Head, labels_T: Tensor, *, n_words: int) -> Tensor:
+    """The log-probabilities of labels (T,) of `n_words` at the normalised residual stream (T, D), and whether each is
+    the likeliest: (2, T), in fp32."""
     found = []
-    n_chunk = max(1, MOST_LOGITS // head.weight.shape[0])
+    n_chunk = max(1, MOST_LOGITS // n_words)
     for x_CD, labels_C in zip(x_TD.split(n_chunk), labels_T.split(n_chunk), strict=True):
         logits_CV = head(x_CD).float()
         log_probs_C = logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1)

@@ -3,8 +3,9 @@
 Letters: B rows, L length of what is new, M length of all so far, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,14 @@ class Memory:
         for kept, side in zip(self.sides, new, strict=True):
             kept.narrow(1, start, n_new).copy_(side)
         return tuple(kept.narrow(1, 0, self.length) for kept in self.sides)
+
+
+class CachedReader(Protocol):
+    """Makes of a model what reads a batch of texts piece by piece, as `CachedDecoder` does."""
+
+    def __call__(
+        self, model: Any, *, n_pads: Sequence[int], capacity: int
+    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]: ...
 
 
 class CachedDecoder:
@@ -70,10 +79,11 @@ class CachedDecoder:
             self.hooks.pop().remove()
 
     @torch.inference_mode()
-    def __call__(self, tokens_BL: Tensor) -> Tensor:
+    def __call__(self, tokens_BL: Tensor, **inputs: Tensor) -> Tensor:
+        """`inputs` are what the model reads beside tokens, by name, of any shape."""
         assert self.hooks, "the cache lives inside `with`"
         positions = self.positions(tokens_BL.shape[1])
-        logits_B1V = self.model(tokens_BL, positions)
+        logits_B1V = self.model(tokens_BL, positions, **inputs)
         self.length += tokens_BL.shape[1]
         return logits_B1V[:, 0]
 

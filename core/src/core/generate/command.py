@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 from core.config import cli
 from core.config.decode import trusted
@@ -39,9 +40,12 @@ NEEDED = {
 """Settings that are explained with those options, because there is no text without them."""
 
 
-def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
+def main(
+    configs: str | ModuleType, argv: Sequence[str] | None = None, command: "type[Generation] | None" = None
+) -> None:
     """Continue prompts with the model of a folder of weights, or of one of the recipes in `configs`, a module or its
-    name; mistakes of the user end as in training."""
+    name; mistakes of the user end as in training. `command` is a `Generation` for other models than core's."""
+    command = command or Generation
     with exit_plainly():
         own, settings = cli.own_flags(cli.split_flags(argv), WRITING_OPTIONS)
         if cli.told_version(own, configs):
@@ -49,7 +53,7 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
-            of_recipe = partial(generation_of, configs=configs, trust=())
+            of_recipe = partial(settings_of, command, configs=configs, trust=())
             show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe([name])))
             return
         title = "\n".join(
@@ -59,20 +63,23 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
                 f"recipes: {', '.join(known)}",
             ]
         )
-        config = chosen_generation(own, settings, configs)
+        config = chosen_settings(command, own, settings, configs)
         if config is None:
             show(title)
             if "help" not in own:
                 raise UserError("choose weights: --checkpoint FOLDER")
             return
+        assert isinstance(config, Generation.Config)
         config.prompt, settings = prompts_among(settings)
         heading = title if not own.get("help") else config.checkpoint or " ".join(own.get("config", list(known)[:1]))
         cli.settle_and_run(config, heading, own, settings, WRITING_OPTIONS)
 
 
-def chosen_generation(own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType) -> "Generation.Config | None":
-    """How the model writes that --config names, or else the folder of --checkpoint; for help about settings the first
-    recipe's. None where nothing is chosen."""
+def chosen_settings(
+    command: type[FolderModel], own: cli.Own, settings: Sequence[cli.Flag], configs: ModuleType
+) -> FolderModel.Config | None:
+    """The settings of a command for the model that --config names, or else the folder of --checkpoint; for help about
+    settings the first recipe's. None where nothing is chosen."""
     trust = trusted(own.get("trust", []))
     folders = [words[0] for flag, words in settings if comparable(flag) == "checkpoint" and len(words) == 1]
     sources = own.get("config") or ([] if folders or not own.get("help") else list(recipes(configs))[:1])
@@ -80,18 +87,20 @@ def chosen_generation(own: cli.Own, settings: Sequence[cli.Flag], configs: Modul
         return None
     folder = folders[-1] if not sources else sources[0] if len(sources) == 1 and is_folder(sources[0], configs) else ""
     if folder:
-        model, tokenizer = described(existing(folder), configs, trust)
-        return Generation.Config(model=model, tokenizer=tokenizer, checkpoint=folder)
-    return generation_of(sources, configs, trust)
+        model, tokenizer = described(existing(folder), configs, trust, command.models)
+        return command.Config(model=model, tokenizer=tokenizer, checkpoint=folder)
+    return settings_of(command, sources, configs, trust)
 
 
-def generation_of(sources: Sequence[str], configs: ModuleType, trust: Sequence[str]) -> "Generation.Config":
-    """How the model of a recipe, or of the configuration in a file, writes."""
+def settings_of(
+    command: type[FolderModel], sources: Sequence[str], configs: ModuleType, trust: Sequence[str]
+) -> FolderModel.Config:
+    """The settings of a command for the model of a recipe, or of the configuration in a file."""
     recipe = load_config(sources, configs, trust=trust)
     model, tokenizer = (getattr(recipe, name, None) for name in ("model", "tokenizer"))
-    if not isinstance(model, Decoder.Config) or not isinstance(tokenizer, Tokenizer.Config):
+    if not isinstance(model, command.models) or not isinstance(tokenizer, Tokenizer.Config):
         raise UserError(f"{' '.join(sources)} states no model and no tokenizer: it is not the configuration of a run")
-    return Generation.Config(model=model, tokenizer=tokenizer)
+    return command.Config(model=cast(Decoder.Config, model), tokenizer=tokenizer)
 
 
 def prompts_among(flags: Sequence[cli.Flag]) -> tuple[list[str], list[cli.Flag]]:
@@ -206,6 +215,7 @@ class Generation(FolderModel):
             n_tokens=self.tokenizer.vocab_size,
             end_ids=self.end_ids,
             emit=output,
+            reader=self.cached,
         )
 
     def limits_met(self, completions: list[Completion]) -> Iterator[str]:

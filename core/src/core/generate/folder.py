@@ -7,9 +7,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
+from torch import nn
 
 from core.config.configurable import Configurable
 from core.config.errors import UserError
@@ -19,6 +20,7 @@ from core.config.recipe import published
 from core.config.record import from_dict
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
+from core.generate.cache import CachedDecoder, CachedReader
 from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.kernel_checks import check_kernels
@@ -39,6 +41,11 @@ MANY_BYTES = 2**28
 
 class FolderModel(Configurable, ABC):
     """What a command does with the model of a folder of weights."""
+
+    models: ClassVar[type[Configurable.Config]] = Decoder.Config
+    """What models it reads: the class of their configurations."""
+    cached: ClassVar[CachedReader] = CachedDecoder
+    """How such a model reads texts piece by piece."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -95,9 +102,9 @@ class FolderModel(Configurable, ABC):
 
 
 def described(
-    folder: str | Path, configs: ModuleType, trust: Collection[str]
+    folder: str | Path, configs: ModuleType, trust: Collection[str], models: type[Configurable.Config] = Decoder.Config
 ) -> tuple[Decoder.Config, Tokenizer.Config]:
-    """The model whose weights a folder holds, and the tokenizer of its run, or else the default.
+    """The model whose weights a folder holds, one of `models`, and the tokenizer of its run, or else the default.
 
     The folder is that of a run, of a checkpoint, of our weights, of Hugging Face, there of a family that the recipes in
     `configs` have, or of adapters of peft's for such a folder. Raises `UserError` for another one.
@@ -114,7 +121,7 @@ def described(
         raise UserError(f"{place}/config.json describes no model: it states neither a class nor a model_type")
     trust = [configs.__name__.partition(".")[0], *trust]
     try:
-        model = from_dict(model_of(stated), Decoder.Config, trust=trust)
+        model = from_dict(model_of(stated), models, trust=trust)
         read = from_dict(stated.get("tokenizer", {"path": None}), Tokenizer.Config, trust=trust)
         tokenizer = cast(Tokenizer.Config, read)
     except UserError as error:
@@ -170,6 +177,14 @@ def loaded_model(
     blocks = cast(Iterable[Block], model.layers.values())
     asked = {"device": device, "dtype": dtype, "documents": ragged, "cached": True}
     check_kernels((block.attention for block in blocks), **asked)
+    n_bytes = allocate(model, device, dtype)
+    with line_on(sys.stderr) if n_bytes > MANY_BYTES else nullcontext():
+        load_folder(model, folder, allow_model_change=allow_model_change)
+    return model.eval()
+
+
+def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """Give a meta model memory, and return its bytes. Raises `UserError` where there is not enough."""
     n_bytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     free = free_memory(device)
     if free is not None and n_bytes > free:
@@ -178,9 +193,7 @@ def loaded_model(
             f"{size_text(free)} left: choose a smaller model or another device"
         )
     materialise(model, device, dtype)
-    with line_on(sys.stderr) if n_bytes > MANY_BYTES else nullcontext():
-        load_folder(model, folder, allow_model_change=allow_model_change)
-    return model.eval()
+    return n_bytes
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from core.generate.cache import CachedDecoder
+from core.generate.cache import CachedDecoder, CachedReader
 from core.generate.sample import Sampler
 from core.nn.decoder import Decoder
 
@@ -32,12 +32,13 @@ def generate(
     end_ids: Collection[int] = (),
     emit: Callable[[int, int | None], object] = lambda row, token: None,
     enough: Callable[[Sequence[int]], bool] = lambda ids: False,
+    reader: CachedReader = CachedDecoder,
 ) -> list[Completion]:
     """Continue each prompt with ids below `n_tokens`, until one of `end_ids` comes or the prompt's limit is reached,
     or what there is of it is `enough`.
 
     `emit(row, token)` hears of every token as it comes, and of a row's end as token None. The model must be in
-    evaluation mode; prompts are not empty, limits at least 1.
+    evaluation mode; prompts are not empty, limits at least 1. It reads them by `reader`.
     """
     longest = max(map(len, prompts))
     n_pads = [longest - len(prompt) for prompt in prompts]
@@ -45,7 +46,7 @@ def generate(
     tokens_BL = torch.tensor([[0] * n + list(ids) for n, ids in zip(n_pads, prompts, strict=True)], device=device)
     completions = [Completion() for _ in prompts]
     going = set(range(len(prompts)))
-    with CachedDecoder(model, n_pads=n_pads, capacity=longest + max(limits) - 1) as cached:
+    with reader(model, n_pads=n_pads, capacity=longest + max(limits) - 1) as cached:
         while going:
             drawn_B = sampler(cached(tokens_BL)[:, :n_tokens])
             drawn = drawn_B.tolist()

@@ -16,6 +16,10 @@ class LocalSlice(NamedTuple):
     value: Tensor
     start: tuple[int, ...]
 
+    def of(self, whole: Tensor) -> Tensor:
+        """The same part of a whole tensor, of any shape, which is that of the weight: a view."""
+        return whole[tuple(slice(first, first + n) for first, n in zip(self.start, self.value.shape, strict=True))]
+
 
 def full_slice(weight: Tensor) -> LocalSlice:
     """A weight of any shape of which all is kept here."""
@@ -89,5 +93,4 @@ def _fill(piece: LocalSlice, shape: torch.Size, start: Start, name: str, seed: i
     out = value if exact else torch.empty(shape, dtype=dtype, device=value.device)
     start.draw(out, generator)
     if not exact:
-        cut = tuple(slice(first, first + size) for first, size in zip(piece.start, value.shape, strict=True))
-        value.copy_(out[cut])
+        value.copy_(piece.of(out))

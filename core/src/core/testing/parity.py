@@ -164,9 +164,8 @@ def widen(built: BuiltModel) -> None:
             piece = dtensor_slice(weight)
             generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
             noise = torch.randn(weight.shape, generator=generator) * 0.2
-            cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.value.shape, strict=True))
             with torch.no_grad():
-                piece.value.add_(noise[cut])
+                piece.value.add_(piece.of(noise))
         elif weight.is_floating_point():  # no byte of one in few bits is a number
             with torch.no_grad():
                 dtensor_slice(weight).value.mul_(6.0)

@@ -74,5 +74,4 @@ def fill_adapters(adapters: PeftAdapters, weights: Mapping[str, Tensor], layout:
         layer, _, leaf = name.removeprefix("model.").rpartition(".")
         if layer in adapters.layers and (value := adapters.read(layer, leaf)) is not None:
             piece = layout.local_slice(weight)
-            box = tuple(slice(at, at + n) for at, n in zip(piece.start, piece.value.shape, strict=True))
-            piece.value.copy_(value[box])
+            piece.value.copy_(piece.of(value))

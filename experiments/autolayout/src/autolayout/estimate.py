@@ -2,7 +2,8 @@
 
 A pipeline holds gathered weights and whole gradients from its first microbatch to its last, and so does a step of
 several microbatches with the gradients. A microbatch takes as long as the slowest stage; behind that stands the bubble,
-in which a pipeline fills and empties. FSDP's messages run beside the computation, all others are waited for.
+in which a pipeline fills and empties. FSDP's messages run beside the computation, all others are waited for, keys and
+values that context ranks exchange among them.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from core.train.trainer import Trainer
 
 COMPUTED_BYTES = 2
 """Of a number of a gathered weight, and of a residual."""
-FSDP_AXES = ("shard", "expert shard", "context")
+FSDP_AXES = ("shard", "expert shard")
 """Where weights are gathered, and gradients summed."""
 
 
@@ -101,12 +102,9 @@ class Estimator:
         head = measured.head if n_layers - 1 in blocks else []
         compute = self.compute(layout, measured, parts, head, len(blocks))
         found = {name: seconds * n_microbatches for name, seconds in compute.items()}
-        sent = self.sent(layout, [*parts, *head], n_microbatches)
-        fsdp = sum(seconds for kind, seconds in sent.items() if is_fsdp(kind))
-        for kind, seconds in sent.items():
-            if not is_fsdp(kind):
-                found[kind.axis] = found.get(kind.axis, 0.0) + seconds
-        found["weights and gradients"] = max(fsdp - sum(found.values()), 0.0)
+        waited, beside = self.sent(layout, [*parts, *head], n_microbatches)
+        found |= waited
+        found["weights and gradients"] = max(beside - sum(found.values()), 0.0)
         if layout.pipeline > 1:
             found["pipeline"] = self.travel(layout) * n_microbatches
         return found
@@ -139,22 +137,31 @@ class Estimator:
         rate = self.hardware.inner_gb_s if inside else self.hardware.outer_gb_s
         return 2 * self.residual(layout) / (rate * 1e9)
 
-    def sent(self, layout: Layout, parts: list[Part], n_microbatches: int) -> dict[MessageKind, float]:
-        """Seconds of a step's messages by their kinds."""
-        found: dict[MessageKind, float] = {}
+    def sent(self, layout: Layout, parts: list[Part], n_microbatches: int) -> tuple[dict[str, float], float]:
+        """Seconds of a step's messages: those that are waited for, by axis, and FSDP's, beside the computation.
+
+        FSDP's are those along its axes that do not grow with the rows: the others carry keys and values.
+        """
+        waited: dict[str, float] = {}
+        beside = 0.0
         for part in parts:
             for kind, line in part.sent.items():
+                second = 1 / (self.rate(layout, kind.axis) * 1e9)
                 n_bytes = line.at(layout.rows) * n_microbatches
-                if is_fsdp(kind) and (kind.collective != "all-gather" or layout.pipeline > 1):
-                    n_bytes = line.at(layout.rows)
-                found[kind] = found.get(kind, 0.0) + n_bytes / (self.rate(layout, kind.axis) * 1e9)
-        if self.config.parallelism.enable_async_tensor_parallel:
-            found = {kind: each * (1 - (kind.axis == "tensor") * self.hardware.overlap) for kind, each in found.items()}
-        return found
+                if is_fsdp(kind):
+                    n_bytes = line.per_row * layout.rows * n_microbatches
+                    every = kind.collective == "all-gather" and layout.pipeline == 1
+                    beside += line.fixed * (n_microbatches if every else 1) * second
+                if n_bytes:
+                    axis = waited_axis(kind.axis)
+                    waited[axis] = waited.get(axis, 0.0) + n_bytes * second
+        if self.config.parallelism.enable_async_tensor_parallel and "tensor" in waited:
+            waited["tensor"] *= 1 - self.hardware.overlap
+        return waited, beside
 
     def rate(self, layout: Layout, axis: str) -> float:
         """GB a second along an axis: of the wires within a host if a group fits there."""
-        if layout.offload and axis in FSDP_AXES:
+        if layout.offload and any(name in FSDP_AXES for name in axis.split("/")):
             return min(self.hardware.host_gb_s, self.hardware.outer_gb_s)
         reach = {"tensor": layout.tensor, "context": layout.tensor * layout.context}
         reach["expert"] = max(layout.expert, layout.tensor)
@@ -169,8 +176,13 @@ class Estimator:
 
 
 def is_fsdp(kind: MessageKind) -> bool:
-    """Whether such messages carry weights or their gradients."""
-    return all(axis in FSDP_AXES for axis in kind.axis.split("/"))
+    """Whether such messages carry weights or their gradients, where they do not grow with the rows."""
+    return any(axis in FSDP_AXES for axis in kind.axis.split("/"))
+
+
+def waited_axis(axis: str) -> str:
+    """The axis of what is waited for among ranks that share weights as well: of experts, or of keys and values."""
+    return "/".join(name for name in axis.split("/") if name not in FSDP_AXES) or "context"
 
 
 def segments(measured: Measured, rows: int) -> Iterator[Segment]:

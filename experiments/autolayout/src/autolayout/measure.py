@@ -5,6 +5,7 @@ of gradients, and depends on the tensor and expert degree alone; so that two num
 these, and one for each mode and context degree.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -135,8 +136,19 @@ def part_of(one: Segment, two: Segment, own: Segment) -> Part:
         Line(fixed := 2 * getattr(one, name) - getattr(two, name), getattr(own, name) - fixed)
         for name in ("change", "rise")
     )
+    of_one, of_two, of_own = map(sent_by, (one, two, own))
     sent = {}
-    for kind in own.sent:
-        fixed = 2 * one.sent[kind] - two.sent[kind]
-        sent[kind] = Line(fixed, own.sent[kind] - fixed)
+    for kind in of_own:
+        fixed = 2 * of_one[kind] - of_two[kind]
+        sent[kind] = Line(fixed, of_own[kind] - fixed)
     return Part(change=change, rise=rise, gradients=own.gradients, flops=own.flops, sent=sent)
+
+
+def sent_by(segment: Segment) -> Counter[MessageKind]:
+    """The bytes of a segment's messages; along ranks that share weights as in a layout without context ranks."""
+    found: Counter[MessageKind] = Counter()
+    for kind, n_bytes in segment.sent.items():
+        axes = kind.axis.split("/")
+        axis = "/".join(name for name in axes if name != "context") if "shard" in axes else kind.axis
+        found[kind._replace(axis=axis)] += n_bytes
+    return found

@@ -1,15 +1,21 @@
-"""Public runs beside what is predicted of them: python -m autolayout.published.
+"""Public runs beside what is predicted of them: python -m autolayout.published [--rank].
 
 The runs are torchtitan's of December 2024 on H100 of 96 GB and 500 W, eight in a host, 400 Gb/s for each to other hosts
-(benchmarks/llama3_h100_202412_torchtitan.md in its repository). Rows of 8,192 tokens where nothing else is said.
+(benchmarks/llama3_h100_202412_torchtitan.md in its repository). Rows of 8,192 tokens where nothing else is said. Its
+pipelines had as many microbatches as stages on different ranks then (pull request 781), and its loss held all logits.
+
+With --rank each run's ranks are searched (half an hour), and it is printed where the published layout stands. PyTorch
+of that time compiled `full` with tensor parallelism, so that the checks are those of a run that is not compiled.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from autolayout.estimate import Estimator
+from autolayout.estimate import Estimate, Estimator
 from autolayout.hardware import H100
-from autolayout.layout import Layout
+from autolayout.layout import Layout, candidates, possible
+from autolayout.search import best_of_degrees
 from core.config.help import show
 from core.quantization.float8 import Float8LinearConverter
 from core.train.trainer import Trainer
@@ -17,8 +23,26 @@ from llama3.configs import llama3_8b, llama3_70b, llama3_405b
 
 ON_8 = Layout(rows=2)
 ON_256 = Layout(tensor=8, rows=16, mode="full")
-ON_512 = Layout(pipeline=8, tensor=8, mode="full")
+ON_512 = Layout(pipeline=8, tensor=8, rows=4, mode="full")
 RECIPES = {"8B": llama3_8b, "70B": llama3_70b, "405B": llama3_405b}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a layout stands among those that fit, by the time of a step; the fastest is 1."""
+
+    own: Estimate
+    rank: int
+    n: int
+    of_degrees: int
+    """Of its degrees, of each of which the fastest layout counts."""
+    n_degrees: int
+    of_best: float
+    """The time of the fastest, of its own."""
+
+    def __str__(self) -> str:
+        whole = f"{self.of_degrees} of {self.n_degrees} degrees, {self.rank} of {self.n} layouts"
+        return f"{whole}; the best takes {self.of_best:.2f} of its time, {self.own.peak_gib:.1f} GiB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +65,8 @@ class Published:
         """Our run that is like it."""
         config = RECIPES[self.size]()
         config.training.seq_len, config.training.global_batch_size = self.seq_len, self.rows
-        config.compile.enable = self.compiled
+        config.model.max_seq_len = max(config.model.max_seq_len, self.seq_len)
+        config.compile.enable, config.loss.chunk_tokens = self.compiled, "off"
         converter = Float8LinearConverter.Config(enable_fsdp_float8_all_gather=True)
         config.converters = [converter] if self.float8 else []
         config.parallelism.enable_async_tensor_parallel = self.asynchronous
@@ -51,6 +76,12 @@ class Published:
         """Tokens a second of a rank, as they are estimated."""
         seconds = Estimator(self.config(), self.world_size, H100)(self.layout).seconds
         return self.rows * self.seq_len / self.world_size / seconds
+
+    def place(self) -> Place:
+        """Where the layout stands among those of as many ranks of as much memory, and rows of a step."""
+        plain = replace(self, compiled=False, asynchronous=False).config()
+        layouts, _ = possible(plain, self.world_size, candidates(plain, self.world_size, H100.ranks_per_host))
+        return place_of(self.layout, map(Estimator(self.config(), self.world_size, H100), layouts), H100.memory_gib)
 
     def __str__(self) -> str:
         words = ["compiled"] * self.compiled + ["float8"] * self.float8 + ["asynchronous"] * self.asynchronous
@@ -74,7 +105,7 @@ RUNS = [
     Published(
         size="405B",
         world_size=512,
-        layout=Layout(pipeline=8, interleaved=True, tensor=8, mode="full"),
+        layout=replace(ON_512, interleaved=True),
         rows=256,
         asynchronous=True,
         tokens_per_second=128,
@@ -82,15 +113,62 @@ RUNS = [
 ]
 
 
-def table() -> Iterator[str]:
+FURTHER = [
+    *(
+        Published(
+            size="8B",
+            world_size=8,
+            layout=Layout(context=n, mode="full"),
+            rows=8 // n,
+            seq_len=32768 * n,
+            tokens_per_second=rate,
+        )
+        for n, rate in ((4, 1071), (8, 548))
+    ),
+    *(
+        Published(
+            size="405B",
+            world_size=512,
+            layout=replace(ON_512, rows=1, context=n),
+            rows=64 // n,
+            seq_len=32768 * n,
+            asynchronous=True,
+            tokens_per_second=rate,
+        )
+        for n, rate in ((1, 76), (2, 47), (4, 31), (8, 16))
+    ),
+]
+"""Runs that no rate was fitted to."""
+
+
+def place_of(layout: Layout, estimates: Iterable[Estimate], memory_gib: float) -> Place:
+    """Where a layout stands among these, of which those that do not fit this memory are left out."""
+    fits = sorted((each for each in estimates if each.peak_gib <= memory_gib), key=lambda each: each.seconds)
+    (own,) = (each for each in fits if each.layout == layout)
+    best = best_of_degrees(fits)
+    return Place(
+        own=own,
+        rank=1 + sum(each.seconds < own.seconds for each in fits),
+        n=len(fits),
+        of_degrees=1 + [each.layout.degrees for each in best].index(layout.degrees),
+        n_degrees=len(best),
+        of_best=fits[0].seconds / own.seconds,
+    )
+
+
+def table(*, rank: bool = False) -> Iterator[str]:
     """A line for each run."""
-    width = max(len(str(run)) for run in RUNS)
+    width = max(len(str(run)) for run in RUNS + FURTHER)
     yield f"{'':{width}}  published  predicted"
-    for run in RUNS:
+    for run in RUNS + FURTHER:
         found = run.predicted()
-        yield f"{run!s:{width}}  {run.tokens_per_second:9,.0f}  {found:9,.0f}  {found / run.tokens_per_second - 1:+.0%}"
+        off = found / run.tokens_per_second - 1
+        line = f"{run!s:{width}}  {run.tokens_per_second:9,.0f}  {found:9,.0f}  {off:+.0%}"
+        yield f"{line}  {run.place()}" if rank and run in RUNS else line
 
 
 if __name__ == "__main__":
-    for line in table():
+    parser = argparse.ArgumentParser(description="Public runs beside what is predicted of them.")
+    parser.add_argument("--rank", action="store_true", help="search each run's ranks, and say where its layout stands")
+    for line in table(rank=parser.parse_args().rank):
         show(line)

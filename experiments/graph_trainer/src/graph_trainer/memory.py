@@ -1,12 +1,13 @@
 """What a graph holds and sends, read off its nodes: no kernel runs."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
 from core.activation_checkpoint.survey import flops
-from core.plan.traffic import message
+from core.plan.traffic import Message, message
 from graph_trainer.trace import is_backward, is_op, storages_of, values_of
 
 ON_HOST = "graph_trainer_on_host"
@@ -57,7 +58,9 @@ def size_of(graph: Graph) -> GraphSize:
         alive -= sum(ends.pop(place, ()))
         if is_op(node):
             work += node_flops(node)
-            note_message(node, calls, sent)
+    for found in messages(graph):
+        calls[found.collective] += 1
+        sent[found.collective] += found.n_bytes
     return GraphSize(nodes=len(nodes), peak=peak, kept=kept, on_host=on_host, flops=work, calls=calls, sent=sent)
 
 
@@ -78,11 +81,10 @@ def node_flops(node: Node) -> int:
     return flops(node.target, args, kwargs, node.meta.get("val"))
 
 
-def note_message(node: Node, calls: Counter[str], sent: Counter[str]) -> None:
-    """Count what a collective makes this rank send."""
-    if getattr(node.target, "namespace", None) != "_c10d_functional":
-        return
-    args, _ = values_of(node)
-    if (found := message(node.target, args, node.meta["val"])) is not None:
-        calls[found.collective] += 1
-        sent[found.collective] += found.n_bytes
+def messages(graph: Graph) -> Iterator[Message]:
+    """What the collectives of a graph make this rank send, in their order."""
+    for node in filter(is_op, graph.nodes):
+        if getattr(node.target, "namespace", None) == "_c10d_functional":
+            args, _ = values_of(node)
+            if (found := message(node.target, args, node.meta["val"])) is not None:
+                yield found

@@ -1,13 +1,10 @@
 """What a run of graphs takes of one rank: core's plan, with what a step's graph holds, computes and sends."""
 
-from collections import Counter
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
 
 from core.data.packing import Batch
 from core.nn.balance import routers
@@ -19,14 +16,12 @@ from core.plan.fake_step import group_axes
 from core.plan.plan import Plan, Traffic
 from core.plan.plan import plan as plan_of_core
 from core.plan.segments import MessageKind
-from core.plan.traffic import message
 from core.step.assemble import spread_models
 from core.step.checks import Run
-from graph_trainer.memory import GraphSize, size_of
+from graph_trainer.memory import GraphSize, messages, size_of
 from graph_trainer.objective import GraphObjective
 from graph_trainer.passes import prepare
 from graph_trainer.settings import GraphCompile
-from graph_trainer.trace import is_op, values_of
 from graph_trainer.wrapping import GraphWrapping, lets_go
 
 OF_THE_UPDATE = ("all", "stage")
@@ -84,17 +79,9 @@ def fake_graph(run: Run, graphs: GraphCompile, known: Plan) -> tuple[GraphSize, 
             settings = replace(graphs, enable=False)
             prepared = prepare(module, settings, around.policies, names, let_go=let_go)
         axes = group_axes(layout, experts=bool(routers(model)))
-        return size_of(prepared.module.graph), messages(prepared.module.graph, axes)
-
-
-def messages(graph: Graph, axes: Mapping[str, str]) -> dict[MessageKind, tuple[int, int]]:
-    """Of each kind of message how many this rank sends, and their bytes."""
-    calls, sent = Counter(), Counter()
-    for node in graph.nodes:
-        if is_op(node) and getattr(node.target, "namespace", None) == "_c10d_functional":
-            args, _ = values_of(node)
-            if (found := message(node.target, args, node.meta["val"])) is not None:
-                kind = MessageKind(axes[found.group.group_name], found.collective)
-                calls[kind] += 1
-                sent[kind] += found.n_bytes
-    return {kind: (calls[kind], sent[kind]) for kind in calls}
+        kinds: dict[MessageKind, tuple[int, int]] = {}
+        for found in messages(prepared.module.graph):
+            kind = MessageKind(axes[found.group.group_name], found.collective)
+            calls, n_bytes = kinds.get(kind, (0, 0))
+            kinds[kind] = calls + 1, n_bytes + found.n_bytes
+        return size_of(prepared.module.graph), kinds

@@ -3,7 +3,7 @@
 Letters: B rows, L length, D width of the residual stream, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,11 @@ class HFModel(Module, Configurable):
             output=head,
             ahead=nn.ModuleDict(),
         )
+
+    @classmethod
+    def from_published(cls, stated: dict[str, Any], folder: Path, say: Callable[[str], object]) -> Config:
+        """The model of a folder of transformers, whose `config.json` states it."""
+        return cls.Config(path=str(folder))
 
     def train(self, mode: bool = True) -> "HFModel":
         super().train(mode)

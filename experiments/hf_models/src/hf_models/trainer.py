@@ -91,8 +91,7 @@ def fill(model: torch.nn.Module, values: Mapping[str, Tensor], layout: RankView)
     """Give weights and kept buffers of a model, as far as they lie on this rank, these values of any shape."""
     for name, weight in model.named_parameters():
         piece = layout.local_slice(weight)
-        cut = tuple(slice(first, first + size) for first, size in zip(piece.start, piece.value.shape, strict=True))
-        piece.value.copy_(values[name][cut])
+        piece.value.copy_(piece.of(values[name]))
     for name, buffer in model.named_buffers():
         if name in values:
             buffer.copy_(values[name])

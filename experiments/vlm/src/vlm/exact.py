@@ -6,24 +6,14 @@ Letters: B rows, L length, V vocabulary.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.config.errors import UserError
 from core.config.exit import exit_plainly
-from core.config.recipe import load_config
 from core.data.packing import IGNORE, Batch
 from core.data.samples import Samples
-from core.nn.init import materialise
-from core.runtime.meta import meta_model
-from core.weights.hf import load_from
-from core.weights.key_map import own_key_map
-from core.weights.saved import newest
-from core.weights.source import WeightSource
-from vlm import configs
-from vlm.trainer import VLMTrainer
+from vlm.caption import saved_model
 
 ROWS = 32
 """Rows of a forward."""
@@ -52,15 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a run that has saved a checkpoint")
     asked = parser.parse_args(argv)
     with exit_plainly():
-        config: Any = load_config([str(asked.run)], configs)
-        if not isinstance(config, VLMTrainer.Config):
-            raise UserError(f"{asked.run} is no run of vlm")
-        model = meta_model(config.model)
-        materialise(model, torch.device("cpu"), torch.float32)
-        load_from(WeightSource(own_key_map(model), newest(asked.run)))
+        config, model = saved_model(asked.run)
         sizes = {"seq_len": config.training.seq_len, "seed": config.debug.seed}
         rows = config.dataloader.build(tokenizer=config.tokenizer.build(), split="validation", **sizes)
-        right, n = count_exact(model.eval(), rows)
+        right, n = count_exact(model, rows)
         print(f"{right} of {n} captions are exact ({right / n:.1%})", flush=True)
 
 

@@ -23,6 +23,11 @@ PLACEHOLDER = 0
 """The id that stands where patches are; it is never looked at."""
 
 
+def pixels(pictures: np.ndarray) -> Tensor:
+    """Pictures (B, S, S, C) uint8 as a tower reads them: (B, C, S, S), from -1 to 1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+
+
 class ImageText(IndexedSamples):
     """Row i is the patches of an image, its caption and an end: one document, padded. What is learned is the caption;
     patches are no labels.
@@ -103,9 +108,8 @@ class ImageText(IndexedSamples):
         starts[:, 0] = True
         is_patch_BL = torch.zeros(len(numbers), self.seq_len, dtype=torch.bool)
         is_patch_BL[:, :n] = True
-        pixels_BCSS = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
         batch = pack_rows(windows, starts, filled, counts)
-        return batch._replace(inputs={"pixels_BCSS": pixels_BCSS, "is_patch_BL": is_patch_BL})
+        return batch._replace(inputs={"pixels_BCSS": pixels(pictures), "is_patch_BL": is_patch_BL})
 
     def caption_ids(self, text: str, number: int) -> list[int]:
         """The ids of a caption and of its end. Raises `UserError` where a row has no room for them."""
