@@ -110,17 +110,17 @@ def test_keys_and_values_of_context_ranks_are_waited_for_and_weights_are_not(est
     """Also where the context ranks are all ranks, along which weights are shared as well."""
     weights, waited = [], []
     for context in (1, 2, 8):
-        layout = Layout(context=context, rows=2)
+        layout = Layout(context=context, rows=2, mode="none")
         measured = estimator.measurements.of(layout)
         parts = [*measured.forward.values(), *measured.backward.values(), *measured.head]
         weights.append(sum(line.fixed for part in parts for kind, line in part.sent.items() if is_fsdp(kind)))
         waited.append(estimator(layout).parts.get("context", 0.0))
     assert weights[0] == weights[1] == weights[2] > 0
     keys_and_values = 2 * 2048 * 4 * 32 * 2  # of a row, in 16 bits
-    blocks_and_passes = 2 * 2  # gathered forward, scattered backward
+    passes = 2 * 2  # of two blocks: gathered, and their gradients scattered
     for n, rows, seconds in ((2, 4, waited[1]), (8, 16, waited[2])):
-        sent = blocks_and_passes * keys_and_values * (n - 1) / n * rows
-        assert seconds == pytest.approx(sent / (H100.inner_gb_s * 1e9), rel=0.3)
+        sent = passes * keys_and_values * (n - 1) / n * rows
+        assert seconds == pytest.approx(sent / (H100.inner_gb_s * 1e9))
     assert waited[0] == 0
 
 

@@ -269,13 +269,16 @@ def test_simple_fsdp_equals_fsdp2(layout: str, world_size: int) -> None:
     check_ranks(cases_of(layout, world_size), world_size)
 
 
-def compiled_step(
-    regions: Literal["whole", "blocks"], mode: Literal["none", "selective", "full"]
-) -> tuple[StepResult, StepResult]:
-    """A step of a small model by a graph that Inductor compiled, and the same step eager."""
-    case = Case(ToyMoE.Config(), n_rows=4, length=16, checkpoint=mode)
-    step = graph_step(case, GraphCompile(enable=True, regions=regions))
-    return step.result, result_of(case)
+def check_compiled(model: Decoder.Config, regions: Literal["whole", "blocks"], mode: Any) -> None:
+    """A step by a graph that Inductor compiled is the eager one: the gradients of all weights as one vector; single
+    numbers by the largest of their weight, as layouts are."""
+    case = Case(model, n_rows=4, length=16, checkpoint=mode)
+    compiled, eager = graph_step(case, GraphCompile(enable=True, regions=regions)).result, result_of(case)
+    worst = largest_differences([compiled], eager)
+    assert worst.pop("gradient") < 1e-5
+    assert max(worst.values()) < 1e-6, worst
+    found, expected = (torch.cat([each.flatten() for each in step.gradients.values()]) for step in (compiled, eager))
+    assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.matrix
@@ -283,13 +286,15 @@ def compiled_step(
 @pytest.mark.parametrize("regions", ["whole", "blocks"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_graph_is_eager_to_a_millionth(regions: Any, mode: Any) -> None:
-    """The gradients of all weights as one vector; single numbers by the largest of their weight, as layouts are."""
-    compiled, eager = compiled_step(regions, mode)
-    worst = largest_differences([compiled], eager)
-    assert worst.pop("gradient") < 1e-5
-    assert max(worst.values()) < 1e-6, worst
-    found, expected = (torch.cat([each.flatten() for each in step.gradients.values()]) for step in (compiled, eager))
-    assert (found - expected).norm() < 1e-6 * expected.norm()
+    check_compiled(ToyMoE.Config(), regions, mode)
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gpt_oss", "deepseek_v3"])
+def test_a_family_compiled_whole_is_eager_to_a_millionth(family: str, mode: str) -> None:
+    check_compiled(small(family), "whole", mode)
 
 
 def products_run(call: Callable[..., Any], inputs: list[Tensor]) -> int:

@@ -117,18 +117,19 @@ def described(
             return cast(Decoder.Config, published(stated, configs, place, silent)), Tokenizer.Config()
         except UserError as error:
             raise UserError(f"{place}/config.json: {error}") from error
-    if "class" not in model_of(stated):
+    model = model_of(stated)
+    if model is stated and "class" not in model:
         raise UserError(f"{place}/config.json describes no model: it states neither a class nor a model_type")
     trust = [configs.__name__.partition(".")[0], *trust]
     try:
-        model = from_dict(model_of(stated), models, trust=trust)
+        config = from_dict(model, models, trust=trust)
         read = from_dict(stated.get("tokenizer", {"path": None}), Tokenizer.Config, trust=trust)
         tokenizer = cast(Tokenizer.Config, read)
     except UserError as error:
         raise UserError(f"{place}/config.json describes no model:\n{error}") from error
     if tokenizer_in(Path(folder)) is not None:
         tokenizer = replace(tokenizer, path=None)  # the place in the configuration may be that of another machine
-    return cast(Decoder.Config, model), tokenizer
+    return cast(Decoder.Config, config), tokenizer
 
 
 def describing(folder: str | Path) -> Path:
