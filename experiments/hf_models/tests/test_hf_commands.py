@@ -88,10 +88,10 @@ def test_a_run_and_its_export_write_and_are_measured_alike(tmp_path: Path, capsy
     ids = tokenizer.encode_prompt("def main")
     for _ in range(6):
         ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
-    capsys.readouterr()
     for folder in (tmp_path / "run", exported):
         at = ["--checkpoint", str(folder), "--device", "cpu"]
         words = ["--prompt", "def main", "--prompt", "import", "--max-new-tokens", "6", "--temperature", "0", "--json"]
+        capsys.readouterr()
         generate("hf_models.configs", [*at, *words], HFGeneration)
         first = json.loads(capsys.readouterr().out.split("\n")[0])
         assert first["prompt"] == "def main" and "def main" + first["text"] == tokenizer.decode(ids)
