@@ -19,7 +19,7 @@ from core.config.recipe import recipe_module, recipes
 from core.config.text_file import read_text
 from core.evaluate.perplexity import MOST_TEXT_MIB, SEQ_LEN, STRIDE, Perplexity, perplexity_of
 from core.evaluate.scores import score_rows
-from core.generate.command import WRITING_OPTIONS, chosen_settings, note, settings_of
+from core.generate.command import WRITING_OPTIONS, chosen_settings, note, recipe_settings
 from core.generate.folder import FolderModel, end_ids
 from core.runtime.live import line_on
 
@@ -44,7 +44,7 @@ def main(
         configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
-            of_recipe = partial(settings_of, command, configs=configs, trust=())
+            of_recipe = partial(recipe_settings, command, configs=configs, trust=())
             show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe([name])))
             return
         line = "--checkpoint FOLDER [--perplexity FILE ...] [--tasks TASK ...]"

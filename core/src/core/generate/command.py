@@ -53,7 +53,7 @@ def main(
         configs = recipe_module(configs)
         known = recipes(configs)
         if "print_completion" in own:
-            of_recipe = partial(settings_of, command, configs=configs, trust=())
+            of_recipe = partial(recipe_settings, command, configs=configs, trust=())
             show(cli.completion(own["print_completion"][0], WRITING_OPTIONS, known, lambda name: of_recipe([name])))
             return
         title = "\n".join(
@@ -89,10 +89,10 @@ def chosen_settings(
     if folder:
         model, tokenizer = described(existing(folder), configs, trust, command.models)
         return command.Config(model=model, tokenizer=tokenizer, checkpoint=folder)
-    return settings_of(command, sources, configs, trust)
+    return recipe_settings(command, sources, configs, trust)
 
 
-def settings_of(
+def recipe_settings(
     command: type[FolderModel], sources: Sequence[str], configs: ModuleType, trust: Sequence[str]
 ) -> FolderModel.Config:
     """The settings of a command for the model of a recipe, or of the configuration in a file."""
