@@ -45,7 +45,9 @@ def cpu_forms(x: Tensor) -> Any:
 
 def inference_forms(x: Tensor) -> Any:
     """`cpu_forms` for x, of any shape, under `torch.inference_mode`, where what only inference has may be used."""
-    return cpu_forms(x) if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() else None
+    if x.is_cpu and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return _loaded_forms()
+    return None
 
 
 @cache
