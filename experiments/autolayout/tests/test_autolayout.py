@@ -259,6 +259,14 @@ def test_public_runs_are_predicted_within_a_quarter(run: Published) -> None:
     assert run.predicted() == pytest.approx(run.tokens_per_second, rel=0.25)
 
 
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [RUNS[1], RUNS[7]], ids=str)
+def test_the_degrees_of_public_runs_are_among_the_best_five(run: Published) -> None:
+    """Of 8B; README.md has those of which it is not so."""
+    assert run.place().of_degrees <= 5
+
+
 def test_recipes_differ_from_those_that_they_are_derived_from_in_the_search() -> None:
     derived = {"autolayout_debug": qwen3_debug, "autolayout_qwen3_8b": qwen3_8b, "autolayout_llama3_70b": llama3_70b}
     assert recipes(configs).keys() == derived.keys()
