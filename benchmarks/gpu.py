@@ -6,8 +6,9 @@
 It needs no network, and of the checkout nothing but these files; without installed packages it takes the checkout's
 own. A section is a process of its own: what one breaks, the next does not meet. Each figure is written as it is found,
 a line of JSON in figures/gpu.jsonl, and each section as a table in figures/gpu.txt when it ends; one that fails or runs
-out of time leaves its traceback there and its figures so far. On a machine without a GPU everything runs in small on
-the CPU, which shows that it runs and nothing more.
+out of time leaves its traceback there and its figures so far. What earlier sections leave of their time, the next may
+use. A folder that has figures is left alone: the next run writes to figures-2. On a machine without a GPU everything
+runs in small on the CPU, which shows that it runs and nothing more.
 """
 
 import argparse
@@ -15,11 +16,15 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,17 +138,27 @@ def run_apart(section: Section, output: Output, limit_s: float, *, tiny: bool) -
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")]), *sources])
     command = [sys.executable, str(HERE / "gpu.py"), "--section", section.name, "--output", str(output.lines.parent)]
     environment = {**os.environ, "PYTHONPATH": path}
-    try:
-        ended = subprocess.run(command + ["--tiny"] * tiny, env=environment, timeout=limit_s, stderr=subprocess.PIPE)
-    except subprocess.TimeoutExpired as error:
-        output.row(section.name, {"failed": f"out of time after {limit_s:.0f} s\n{tail(error.stderr)}"})
-        return
-    if ended.returncode:
-        output.row(section.name, {"failed": f"ended with {ended.returncode}\n{tail(ended.stderr)}"})
+    ended = None
+    with tempfile.TemporaryFile() as said:  # a pipe would stay open as long as compilers that it started
+        child = subprocess.Popen(command + ["--tiny"] * tiny, env=environment, stderr=said, start_new_session=True)
+        try:
+            if code := child.wait(limit_s):
+                ended = f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"out of time after {limit_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        said.seek(0)
+        if ended is not None:
+            output.row(section.name, {"failed": f"{ended}\n{said.read().decode(errors='replace')[-3000:]}"})
 
 
-def tail(stderr: bytes | None) -> str:
-    return (stderr or b"").decode(errors="replace")[-3000:]
+def unused(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that has no figures."""
+    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in count(1))
+    return next(name for name in names if not (name / "gpu.jsonl").exists())
 
 
 def main() -> None:
@@ -154,30 +169,36 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="in small on the CPU, as where there is no GPU")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    output = Output(args.output)
     if args.section:
+        output = Output(args.output)
         (section,) = (each for each in SECTIONS if each.name == args.section)
         for row in rows_of(section, tiny=args.tiny):
             output.row(section.name, row)
         return
+    output = Output(unused(args.output))
     began = time.monotonic()
     tiny = args.tiny or not has_gpu()
-    for section in SECTIONS:
-        left = args.seconds - (time.monotonic() - began)
-        if args.only and section.name not in args.only:
-            continue
+    chosen = [section for section in SECTIONS if not args.only or section.name in args.only]
+    for number, section in enumerate(chosen, start=1):
         started = time.monotonic()
+        left = args.seconds - (started - began)
+        spare = left - sum(later.budget_s for later in chosen[number:])
         if left < LEAST_S:
             output.row(section.name, {"failed": "not begun: no time was left"})
         else:
-            run_apart(section, output, min(section.budget_s, left), tiny=tiny)
+            run_apart(section, output, min(left, max(section.budget_s, spare)), tiny=tiny)
         output.end(section.name, time.monotonic() - started)
 
 
 def has_gpu() -> bool:
-    """Asked of another process: this one needs no memory of a GPU, and no torch."""
-    code = "import torch; print(torch.accelerator.is_available())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
+    """Whether torch sees one, and else says so; asked of another process: this one needs no memory of a GPU."""
+    code = "import torch; print(torch.__version__, torch.accelerator.is_available())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if asked.stdout.strip().endswith(" True"):
+        return True
+    print(f"torch {asked.stdout.strip() or 'is missing'}: no GPU is seen, all is done in small on the CPU")
+    print(asked.stderr[-3000:], flush=True)
+    return False
 
 
 if __name__ == "__main__":

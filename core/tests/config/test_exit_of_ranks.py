@@ -88,6 +88,16 @@ def test_torchrun_finds_the_words_of_a_rank_where_it_looks(monkeypatch, tmp_path
     assert json.loads(file.read_text())["message"]["message"] == details["py_callstack"]
 
 
+def test_torchrun_is_told_when_a_mistake_was_made(monkeypatch, tmp_path, capsys, naps):
+    """Ranks that it ended speak later, and may be gone before."""
+    become(monkeypatch, "torchrun", 1, 1)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(exit.time, "time", lambda: 100.9 + sum(naps))
+    with pytest.raises(SystemExit), exit_plainly():
+        raise UserError("too little")
+    assert naps and json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["timestamp"] == "100"
+
+
 def test_nothing_is_left_where_nobody_looks(monkeypatch, tmp_path, capsys, naps):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")

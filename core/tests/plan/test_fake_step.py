@@ -173,6 +173,19 @@ def on_four_ranks() -> list[dict[str, tuple[int, RestingBytes]]]:
     return run_ranks(all_measured, 4, timeout_s=240)
 
 
+def test_attention_is_that_of_the_device_that_is_planned_for():
+    """Documents cost a GPU a table of queries by keys of each row, and a CPU no more than where they start."""
+
+    def cost(device: str) -> int:
+        runs = [run_of(Toy.Config(max_seq_len=256), mask=mask, seq_len=256) for mask in ("document", "causal")]
+        found = [run_fake_step(run, world_size=1, rank=0, device=torch.device(device)) for run in runs]
+        own, plain = (total(record.segments).peak_activations for record in found)
+        return own - plain
+
+    table = 2 * 256 * 256
+    assert cost("cuda") >= table > 8 * cost("cpu")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_real_run_on_four_ranks(case: str, on_four_ranks: list[dict[str, tuple[int, RestingBytes]]]):
     run, real = CASES[case], [found[case] for found in on_four_ranks]

@@ -116,7 +116,7 @@ def test_flex_attention_is_planned_though_a_cpu_cannot_train_it():
     model = Toy.Config()
     model.attention.backend = "flex"
     found = plan(run_of(model), world_size=2, rank=0)
-    assert "flex attention is planned as sdpa, with a dense mask" in found.notes
+    assert "flex attention is planned as sdpa on a CPU, tile by tile" in found.notes
     with pytest.raises(UserError, match="cannot train on a cpu"):
         plan(run_of(model, training=Training(seq_len=32, device="cpu")), world_size=2, rank=0)
 

@@ -324,7 +324,8 @@ def test_torchrun_closes_with_the_words_of_the_rank_that_failed(tmp_path):
     agent = torchrun(troubled_run(tmp_path, "run", trouble="mistake"), "--nproc-per-node", "2")
     cause = last_words(agent).partition("Root Cause (first observed failure)")[2]
     assert agent.returncode == 1
-    assert "exitcode  : 2" in cause and "error (rank 1 of 2): the disk is full: buy another" in cause
+    assert re.search(r"exitcode  : (2|-15) ", cause)  # -15 where its end takes longer than torchrun's patience
+    assert "error (rank 1 of 2): the disk is full: buy another" in cause
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,3 +60,16 @@ def test_what_fails_is_told_and_the_next_goes_on(
         "out of time after 0 s"
     ]
     assert "== late" in (tmp_path / "gpu.txt").read_text() and "== late" in capsys.readouterr().out
+    assert gpu.unused(tmp_path).name == f"{tmp_path.name}-2" and gpu.unused(tmp_path / "new") == tmp_path / "new"
+
+
+def test_a_section_may_use_what_earlier_ones_leave(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(gpu, "run_apart", lambda section, output, limit_s, tiny: limits.append(limit_s))
+    monkeypatch.setattr(gpu, "SECTIONS", [gpu.Section(name, "gpu_steps", 100) for name in ("a", "b", "c")])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--seconds", "100000", "--output", str(tmp_path)])
+    gpu.main()
+    assert limits == [99_800, 99_900, 100_000]

@@ -24,17 +24,19 @@ def exit_plainly() -> Iterator[None]:
     gives code 2, Ctrl-C gives code 130. Any other exception is a defect and keeps its traceback.
 
     Of several ranks only some need to speak. A mistake is told at once by the first rank of each machine; the others
-    give it a moment, in which the launcher ends them if the first had the same to say. A rank that another one ended
-    (`LostRank`) waits longer, so that the launcher sees the other's code first, and then has code 1.
+    give it a moment, in which the launcher ends them if the first had the same to say, and tell torchrun when they made
+    it. A rank that another one ended (`LostRank`) waits longer, so that the launcher sees the other's code first, and
+    then has code 1.
     """
     hold_console()
     rank, leads = speaker(os.environ)
     try:
         yield
     except UserError as error:
+        made = time.time()
         if not leads:
             time.sleep(LAUNCHER_PATIENCE_S)
-        say_last(f"error{rank}: {error}")
+        say_last(f"error{rank}: {error}", made)
         sys.exit(2)
     except LostRank as error:
         time.sleep(2 * LAUNCHER_PATIENCE_S)  # behind the rank that it lost, which may wait as long and then has to end
@@ -55,11 +57,11 @@ def end_at_once(text: str) -> NoReturn:
     os._exit(1)
 
 
-def say_last(text: str) -> None:
-    """Print the last words of this process, and leave them to its launcher."""
+def say_last(text: str, at: float | None = None) -> None:
+    """Print the last words of this process, and leave them to its launcher as those of time `at`, or of now."""
     text = text.replace("\n", "\n       ")
     print(text, file=sys.stderr, flush=True)
-    tell_torchrun(text)
+    tell_torchrun(text, at)
 
 
 def speaker(environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -70,9 +72,9 @@ def speaker(environ: Mapping[str, str]) -> tuple[str, bool]:
     return "", True
 
 
-def tell_torchrun(text: str) -> None:
-    """Leave the last words of this process where torchrun looks for them, which closes with those of the first rank."""
+def tell_torchrun(text: str, at: float | None = None) -> None:
+    """Leave the last words of this process where torchrun looks for them, which closes with the earliest by `at`."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        details = {"py_callstack": text, "timestamp": str(int(time.time() if at is None else at))}
         with suppress(OSError):  # the same words went to standard error
             Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))

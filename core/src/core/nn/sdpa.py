@@ -24,6 +24,8 @@ class SDPA:
     work."""
 
     window: int | None = None
+    tiled: bool = True
+    """Whether a CPU may: what is planned there for a GPU has masks and no tiles."""
 
     def problem(self, use: KernelUse) -> str | None:
         """It can do everything."""
@@ -35,7 +37,7 @@ class SDPA:
         tiles: Any = kernel_class("tiles")(self.window)
         if positions.is_plain and (self.window is None or self.window >= positions.position_BL.shape[1]):
             return None
-        if tiles.takes(positions):
+        if self.tiled and tiles.takes(positions):
             return tiles.mask(positions)
         if positions.at_end and positions.position_BL.shape[1] == 1 and positions.position_BL.is_cpu:
             return _of_last_token(positions, self.window)
@@ -56,7 +58,7 @@ class SDPA:
             return one_query(q_BNLH, k_BKMH, v_BKMV, mask, scale, sinks_N, self.window)
         assert mask is not None or q_BNLH.shape[2] == k_BKMH.shape[2], "no mask, and the keys are not the tokens"
         tiles: Any = kernel_class("tiles")(self.window)
-        if tiles.pays(q_BNLH, mask, sinks_N):
+        if self.tiled and tiles.pays(q_BNLH, mask, sinks_N):
             return tiles(q_BNLH, k_BKMH, v_BKMV, mask, scale=scale, sinks_N=sinks_N)
         v_dim = v_BKMV.shape[-1]
         if sinks_N is not None:

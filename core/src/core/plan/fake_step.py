@@ -84,7 +84,7 @@ def run_fake_step(run: Run, *, world_size: int, rank: int, device: torch.device)
         checkpoint = activation_checkpoint.build(folder=Path()).apply
         wrapping = Wrapping(compute_dtype=dtype, checkpoint=checkpoint, dispatcher=evenly)
         spread = {"groups": run.optimizer.groups, "converters": run.converters}
-        sampled = sampled_models(run.model, layout, activation_checkpoint, wrapping, **spread)
+        sampled = sampled_models(run.model, layout, activation_checkpoint, wrapping, **spread, device=device)
         models = {number: part.model for number, part in sampled.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():

@@ -194,7 +194,7 @@ def notes(run: Run, model: Decoder, device: torch.device) -> Iterator[str]:
     dtype = run.training.compute_dtype(device)
     attentions = [block.attention for block in own_blocks(model)]
     for name in sorted({name_of(each.kernel) for each in attentions if not trains_on_cpu(each, dtype)}):
-        yield f"{name} attention is planned as sdpa, with a dense mask"
+        yield f"{name} attention is planned as sdpa on a CPU, tile by tile"
     if routers(model):
         yield "experts get equally many rows"
     if run.parallelism.expert_parallel_comm_backend != "standard":

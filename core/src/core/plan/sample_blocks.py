@@ -54,9 +54,12 @@ def sampled_models(
     wrapping: Wrapping,
     groups: Sequence[Group],
     converters: Sequence[Converter.Config],
+    *,
+    device: torch.device,
 ) -> dict[int, SampledModel]:
     """The model, or this rank's stages of it by their numbers, spread over the ranks and without memory.
 
+    Attention is that of `device`, as far as a CPU can compute it.
     Weights of frozen `groups` get no gradient. Stages keep all their blocks, and so do models whose blocks are none of
     ours.
     """
@@ -64,8 +67,11 @@ def sampled_models(
 
     def sample(model: Decoder) -> None:
         for block in own_blocks(model):
+            kernel = block.attention.kernel
             if not trains_on_cpu(block.attention, wrapping.compute_dtype):
-                block.attention.kernel = SDPA(block.attention.kernel.window)
+                block.attention.kernel = SDPA(kernel.window)  # in tiles, which keep no more than it does
+            elif isinstance(kernel, SDPA) and device.type != "cpu":
+                block.attention.kernel = SDPA(kernel.window, tiled=False)
         whole = layout.degrees.pipeline > 1 or len(own_blocks(model)) < len(model.layers)
         stand_in = {i: i for i in blocks(model)} if whole else stand_ins(model, activation_checkpoint)
         for i in set(stand_in) - set(stand_in.values()):
