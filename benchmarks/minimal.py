@@ -61,3 +61,16 @@ class Minimal(nn.Module):
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
         return F.linear(self.norm(x), self.embed.weight)
+
+
+def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
+    """Into the hand-written network, whose weights stand in another order than the names say."""
+    names = {"norm1": "attention_norm", "norm2": "ffn_norm", "gate": "w1", "up": "w3", "down": "w2"}
+    names |= {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
+    with torch.no_grad():
+        model.embed.weight.copy_(stored["tok_embeddings.weight"])
+        model.norm.weight.copy_(stored["norm.weight"])
+        for name, weight in model.blocks.named_parameters():
+            i, part, _ = name.split(".")
+            (source,) = (s for s in stored if s.startswith(f"layers.{i}.") and f".{names.get(part, part)}." in s)
+            weight.copy_(stored[source])

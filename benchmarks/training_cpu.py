@@ -14,27 +14,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-from minimal import Minimal
+from minimal import Minimal, copy_weights
 from side_by_side import Step, arguments, in_turns, make_trainer, plain_loop, ratios
-from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from core.train.trainer import Trainer
 from core.weights.hf import save_hf
-
-
-def copy_weights(model: Minimal, stored: dict[str, Tensor]) -> None:
-    """Into the hand-written network, whose weights stand in another order than the names say."""
-    names = {"norm1": "attention_norm", "norm2": "ffn_norm", "gate": "w1", "up": "w3", "down": "w2"}
-    names |= {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
-    with torch.no_grad():
-        model.embed.weight.copy_(stored["tok_embeddings.weight"])
-        model.norm.weight.copy_(stored["norm.weight"])
-        for name, weight in model.blocks.named_parameters():
-            i, part, _ = name.split(".")
-            (source,) = (s for s in stored if s.startswith(f"layers.{i}.") and f".{names.get(part, part)}." in s)
-            weight.copy_(stored[source])
 
 
 def peers(trainer: Trainer, folder: Path) -> dict[str, Step]:

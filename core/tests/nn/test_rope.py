@@ -53,12 +53,17 @@ def test_positions_of_one_row_serve_all_rows() -> None:
     assert torch.equal(rope(position_1L)(x_BLNH), rope(position_1L.expand(3, 5))(x_BLNH))
 
 
-def test_layouts_differ_by_the_order_of_a_head_alone() -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_layouts_differ_by_the_order_of_a_head_alone(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit in plain PyTorch; the forms of a CPU multiply complex numbers in one of the two."""
+    if plain:
+        monkeypatch.setattr("core.nn.rope.cpu_forms", lambda x: None)
     x_BLNH, position_BL = randn(2, 5, 3, 8), torch.arange(5)[None]
     halves = RoPE.Config(layout="half").build(head_dim=8)(position_BL)
     neighbours = RoPE.Config(layout="interleaved").build(head_dim=8)(position_BL)
     order = [0, 4, 1, 5, 2, 6, 3, 7]
-    torch.testing.assert_close(neighbours(x_BLNH[..., order]), halves(x_BLNH)[..., order])
+    found, expected = neighbours(x_BLNH[..., order]), halves(x_BLNH)[..., order]
+    torch.testing.assert_close(found, expected, **({"rtol": 0, "atol": 0} if plain else {}))
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

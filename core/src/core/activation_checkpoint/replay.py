@@ -9,6 +9,7 @@ and the sequences are compared. Under torch.compile, which tags a graph instead,
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Forward(_CachingTorchDispatchMode):
         context = SelectiveCheckpointContext(is_recompute=False)
         context.op_output = out  # no argument before torch 2.12
         saves = self.policy_fn(context, func, *args, **kwargs) is CheckpointPolicy.MUST_SAVE
-        self.trace.add(func, tree_map(saved, out) if saves else RECOMPUTE)
+        self.trace.add(func, mapped(saved, out) if saves else RECOMPUTE)
         return out
 
 
@@ -178,7 +179,7 @@ class Recompute(_CachedTorchDispatchMode):
         if output is RECOMPUTE:
             return func(*args, **kwargs)
         try:
-            return tree_map(given_back, output)
+            return mapped(given_back, output)
         except RuntimeError as error:
             place = self.trace.place(self.position - 1)
             raise UserError(
@@ -197,6 +198,12 @@ def detached(output: Any) -> Any:
         return output
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return output.detach()
+
+
+def mapped(function: Callable[[Any], Any], output: Any) -> Any:
+    """`function` of an output, or of each of several."""
+    one = isinstance(output, torch.Tensor | _VersionWrapper)  # a walk through a tree costs as much as a small operation
+    return function(output) if one else tree_map(function, output)
 
 
 def saved(output: Any) -> Any:
@@ -226,4 +233,10 @@ def replay_contexts(decide: Callable[..., CheckpointPolicy], trace: Trace) -> Re
 
 def is_aside(func: Any) -> bool:
     """Whether an operation is neither recorded nor compared."""
-    return OFF_THE_RECORD.get() or func in SAC_IGNORED_OPS or getattr(func, "namespace", None) in FOREIGN
+    return OFF_THE_RECORD.get() or is_foreign(func)
+
+
+@cache
+def is_foreign(func: Any) -> bool:
+    """Whether an operation is PyTorch's own bookkeeping, or that of hooks."""
+    return func in SAC_IGNORED_OPS or getattr(func, "namespace", None) in FOREIGN

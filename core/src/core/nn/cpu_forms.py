@@ -188,7 +188,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (gate, up), (grad,) = ctx.saved_tensors, grads
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad, gate).mul_(up), F.silu(gate).mul_(grad)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
