@@ -36,7 +36,7 @@ def saved_bytes(trainer: Trainer) -> int:
     batch = trainer.batches(1)[0]
     with Meter() as meter:
         loss = trainer.objective(batch)
-    assert loss.requires_grad
+    assert loss.total.requires_grad
     return meter.alive
 
 
