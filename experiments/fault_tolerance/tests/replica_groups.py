@@ -244,10 +244,16 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-if __name__ == "__main__":
+def run_group(place: str, address: str, number: str, n_steps: str, meetings: str) -> None:
+    """The run of a process."""
     die_with_parent()
     torch.set_num_threads(1)
-    place, address, number, n_steps, meetings = sys.argv[1:]
-    settings = Replicas.Config(lighthouse=address, group=int(number), n_groups=2, timeout_s=10)
+    replicas = Replicas.Config(lighthouse=address, group=int(number), n_groups=2, timeout_s=10)
     together = list(map(int, meetings.split(",")))
-    built_group(small_run(Path(place), steps=int(n_steps)), settings, together_at=together).run()
+    built_group(small_run(Path(place), steps=int(n_steps)), replicas, together_at=together).run()
+
+
+if __name__ == "__main__":
+    import replica_groups  # under the name by which records name its classes
+
+    replica_groups.run_group(*sys.argv[1:])
