@@ -111,7 +111,7 @@ def small_run(folder: Path, *, steps: int) -> Trainer.Config:
     config.optimizer = AdamW.Config(lr=4e-3, ema_decay=0.9)
     config.debug.on_spike, config.debug.spike_window, config.debug.spike_z_score = "skip", 3, 1e6
     config.validator, config.checkpoint = Validator.Config(enable=True, freq=1000, steps=1), Checkpoint(enable=True)
-    config.metrics.log_freq = 1
+    config.metrics.log_freq, config.activation_checkpoint.mode = 1, "none"
     config.dump_folder = str(folder / "run")
     return config
 

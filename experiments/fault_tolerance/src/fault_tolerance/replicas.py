@@ -123,14 +123,12 @@ class Replicas(Configurable):
         """Agree on who takes part in the next attempt, with the state of the run on all of them; at `least` so many
         where that is fewer than `min_replicas`.
 
-        A collective of all ranks of all groups. Raises `UserError` without a lighthouse, for groups of other settings
-        or more than `n_groups`, and where too few come.
+        A collective of all ranks of all groups. Raises `UserError` where the lighthouse does not answer, and for a
+        group of other settings.
         """
         before = self.n
         while not self._agreed(self.config.min_replicas if least is None else least):
             self._manager.should_commit()  # not: it was reported
-        if self.n > self.config.n_groups:
-            raise UserError(f"{self.n} replica groups came, and n_groups is {self.config.n_groups}: raise it on all")
         if self.n != before:
             log.info(f"{self.n} of {self.config.n_groups} replica groups go on after step {self.state.step:,}")
 
