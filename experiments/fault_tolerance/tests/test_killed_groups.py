@@ -45,7 +45,7 @@ def disturb(processes: Processes, seed: int) -> str:
     for kind, step, victim in zip(kinds, steps, victims, strict=True):
         processes.wait_for(step)
         time.sleep(draw.random() * 0.2)
-        processes.kill(victim) if kind == "kill" else processes.stop(victim, 3 + 3 * draw.random())
+        processes.kill(victim) if kind == "kill" else processes.stop(victim, 2 + 13 * draw.random())  # a sum waits 10 s
     processes.finish()
     return ", ".join(f"{kind} {victim} at {step}" for kind, step, victim in zip(kinds, steps, victims, strict=True))
 
