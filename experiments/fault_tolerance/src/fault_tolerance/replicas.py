@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from core.config.configurable import Configurable, range_problems
-from core.config.errors import UserError
 from core.parallel.layout import RankView
 from core.runtime.ranks import Ranks
 from fault_tolerance.state import RunState
