@@ -26,6 +26,7 @@ from torch import Tensor
 from core.checkpoint.settings import Checkpoint
 from core.config.derive import derive
 from core.optim.adam import AdamW
+from core.optim.weight import local_tensor
 from core.step.update import StepInfo
 from core.train.trainer import Trainer
 from core.train.validate import Validator
@@ -78,9 +79,11 @@ class Watched(FaultTolerantTrainer):
         self.tell("attempt", rows=own, **attempt)
         if step == self.lost_at:
             raise Lost
+        before = replicas.state.history
         info = super()._attempt(step)
         spikes = json.dumps(self.checkpoints.spikes.state())
         digests = {"weights": digest(replicas.state.model), "state": digest(replicas.state.tensors()), "spikes": spikes}
+        attempt |= {"before": before, "after": replicas.state.history}
         self.tell("counted", loss=info.loss, grad_norm=info.grad_norm, **digests, **attempt)
         return info
 
@@ -89,7 +92,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """The bytes of tensors of any shape in a few letters."""
     joined = sha256()
     for tensor in tensors.values():
-        joined.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        joined.update(local_tensor(tensor).detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return joined.hexdigest()[:16]
 
 
@@ -118,7 +121,7 @@ def small_run(folder: Path, *, steps: int) -> Trainer.Config:
 
 def built_group(config: Trainer.Config, replicas: Replicas.Config, **events: Any) -> Watched:
     """A replica group of that run, and what it meets with: attributes of `Watched`."""
-    replicas = replace(replicas, quorum_timeout_s=120)  # of groups whose lighthouse ends with another's failure
+    replicas = replace(replicas, timeout_s=10, quorum_timeout_s=120)  # where another's failure ends the lighthouse
     trainer = derive(config, Watched.Config, fault_tolerance=replicas).build()
     for name, value in events.items():
         setattr(trainer, name, value)
@@ -159,23 +162,29 @@ def in_threads(*groups: Callable[[str], Any]) -> list[Any]:
 
 
 def check_told(folder: Path, n_steps: int, n_ranks: int = 1) -> dict[int, dict[str, Any]]:
-    """A line of each step that counted, after checks: its rows are those of a run of one group, each read by one; all
-    groups that counted it had the same bits afterwards."""
-    lines = told(folder)
-    steps = {}
-    for step in range(1, n_steps + 1):
-        counted = [line for line in lines if line["kind"] == "counted" and line["step"] == step]
+    """A line of each step that counted in the run, after checks: all groups that counted it had the same bits
+    afterwards, and its rows are those of a run of one group, each read by one.
+
+    Back from the last step: steps that lost groups alone had are no part of the run, which took them again.
+    """
+    lines, steps = told(folder), {}
+    ends = {line["after"] for line in lines if line["kind"] == "counted" and line["step"] == n_steps}
+    assert len(ends) == 1, f"the run has {len(ends)} ends"
+    (after,) = ends
+    for step in range(n_steps, 0, -1):
+        counted = [line for line in lines if line.get("after") == after]
         assert counted, f"step {step} never counted"
         for rank in range(n_ranks):
-            keys = ("attempt", "n", "loss", "grad_norm", "weights", "state", "spikes")
+            keys = ("step", "attempt", "n", "loss", "grad_norm", "weights", "state", "spikes", "before")
             found = {tuple(line[key] for key in keys) for line in counted if line["rank"] == rank}
             assert len(found) <= 1, found
         steps[step] = counted[0]
         tried = [line for line in lines if line["kind"] == "attempt" and line["attempt"] == steps[step]["attempt"]]
-        assert len(tried) == steps[step]["n"] * n_ranks
+        assert len(tried) == steps[step]["n"] * n_ranks and {line["step"] for line in counted + tried} == {step}
         assert {line["number"] for line in tried} == set(range(steps[step]["n"]))
         assert sorted(row for line in tried for row in line["rows"]) == list(range(ROWS * (step - 1), ROWS * step))
-    return steps
+        after = steps[step]["before"]
+    return {step: steps[step] for step in sorted(steps)}
 
 
 class Processes:
@@ -248,7 +257,7 @@ def run_group(place: str, address: str, number: str, n_steps: str, meetings: str
     """The run of a process."""
     die_with_parent()
     torch.set_num_threads(1)
-    replicas = Replicas.Config(lighthouse=address, group=int(number), n_groups=2, timeout_s=10)
+    replicas = Replicas.Config(lighthouse=address, group=int(number), n_groups=2)
     together = list(map(int, meetings.split(",")))
     built_group(small_run(Path(place), steps=int(n_steps)), replicas, together_at=together).run()
 

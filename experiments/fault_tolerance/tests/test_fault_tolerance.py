@@ -16,6 +16,7 @@ import torch
 from replica_groups import Lost, Processes, built_group, check_told, in_threads, lighthouse, small_run, told
 
 from core.config import cli
+from core.config.derive import derive
 from core.config.errors import UserError
 from core.config.recipe import recipes
 from core.config.record import diff
@@ -95,7 +96,6 @@ def test_groups_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert check_told(tmp_path, 3)[1]["n"] == 2
 
 
-@pytest.mark.faults
 def test_a_process_that_is_killed_comes_back(tmp_path: Path) -> None:
     """As processes: one is killed with SIGKILL when the run has begun, and started again."""
     n_steps = 8
@@ -174,4 +174,4 @@ def test_layouts_that_groups_do_not_work_with_are_refused() -> None:
 def test_without_a_lighthouse_a_group_says_so(tmp_path: Path) -> None:
     replicas = Replicas.Config(lighthouse="http://127.0.0.1:9", timeout_s=1)
     with pytest.raises(UserError, match=r"no lighthouse answers at http://127\.0\.0\.1:9"):
-        built_group(small_run(tmp_path, steps=1), replicas).run()
+        derive(small_run(tmp_path, steps=1), FaultTolerantTrainer.Config, fault_tolerance=replicas).build().run()
