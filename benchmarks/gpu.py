@@ -44,14 +44,14 @@ class Section(NamedTuple):
 
 
 SECTIONS = [
-    Section("environment", "gpu_steps", 20),
+    Section("environment", "gpu_steps", 40),  # reads torch from the disk
     Section("recipes", "gpu_steps", 110),
-    Section("sizes", "gpu_steps", 150),
-    Section("waits", "gpu_steps", 25),
+    Section("sizes", "gpu_steps", 140),
+    Section("waits", "gpu_steps", 20),
     Section("attention", "gpu_kernels", 75),
     Section("loss", "gpu_kernels", 30),
     Section("experts", "gpu_kernels", 35),
-    Section("profile", "gpu_steps", 35),
+    Section("profile", "gpu_steps", 30),
 ]
 
 
