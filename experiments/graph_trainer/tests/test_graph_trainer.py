@@ -6,12 +6,14 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import Graph
 from torch.fx.traceback import annotate
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
@@ -26,6 +28,7 @@ from core.config.validate import validate
 from core.data.packing import Batch
 from core.nn.balance import start_step
 from core.nn.decoder import Decoder
+from core.parallel.fake import fake_ranks
 from core.parallel.settings import Parallelism
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
@@ -37,12 +40,13 @@ from core.train.trainer import Trainer
 from deepseek_v3.configs import deepseek_v3_debug
 from gpt_oss.configs import gpt_oss_debug
 from graph_trainer import configs, save_set
+from graph_trainer.collectives import GATHER_OP, is_of_weight
 from graph_trainer.memory import GraphSize
 from graph_trainer.passes import prepare
 from graph_trainer.save_set import Decision, recompute, tag
 from graph_trainer.settings import GraphCompile
 from graph_trainer.steps import built_for_graphs, drop_policy, graph_step
-from graph_trainer.trace import BLOCK, backward_phase, trace
+from graph_trainer.trace import BLOCK, backward_phase, is_backward, trace
 from graph_trainer.trainer import GraphTrainer
 from llama3.configs import llama3_debug
 from qwen3 import configs as qwen3_configs
@@ -267,6 +271,31 @@ def test_simple_fsdp_equals_fsdp2_on_two_ranks() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_simple_fsdp_equals_fsdp2(layout: str, world_size: int) -> None:
     check_ranks(cases_of(layout, world_size), world_size)
+
+
+def gathers_ahead(graph: Graph) -> list[bool]:
+    """Of each gather of a weight but a phase's first whether it starts before the one in front is waited for."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    gathers = [node for node in graph.nodes if node.target is GATHER_OP and is_of_weight(node)]
+    pairs = [pair for pair in pairwise(gathers) if is_backward(pair[0]) == is_backward(pair[1])]
+    return [place[later] < min(place[user] for user in earlier.users) for earlier, later in pairs]
+
+
+def test_gathers_start_a_message_ahead() -> None:
+    """Seen in the graph alone, among ranks that are not there."""
+    case = Case(Toy.Config(), n_rows=4, length=16, world_size=2, checkpoint="full")
+    with fake_ranks(2, 0):
+        _, objective = built_for_graphs(case, GraphCompile())
+        (batch,) = batches_of(case, objective.layout)
+        microbatch = objective.layout.to_rank_tokens(batch, documents=True)
+        traced = objective.trace(microbatch, None, objective.inputs(microbatch, 32.0, None))
+        found = {}
+        for name in ("merge_collectives", "prefetch"):
+            graphs = GraphCompile(passes=EVERY_PASS[: EVERY_PASS.index(name) + 1])
+            names = list(objective.slots.names.values())
+            prepared = prepare(deepcopy(traced), graphs, objective.policies, names, let_go=objective.let_go)
+            found[name] = gathers_ahead(prepared.module.graph)
+    assert len(found["prefetch"]) >= 4 and all(found["prefetch"]) and not any(found["merge_collectives"])
 
 
 def check_compiled(

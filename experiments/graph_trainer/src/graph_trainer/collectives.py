@@ -42,7 +42,9 @@ def merge(module: GraphModule) -> str:
 def is_of_weight(node: Node) -> bool:
     """Whether a gather reads a weight, or a scatter makes a gradient: tokens of tensor parallelism travel by others."""
     if node.target is GATHER_OP:
-        return source_of(node).op == "placeholder"
+        source = source_of(node)
+        pieces = source.all_input_nodes if source.target is aten.cat.default else [source]  # of a merged one
+        return all(source_of(piece).op == "placeholder" for piece in pieces)
     return all(is_output(user) for wait in node.users for user in wait.users)
 
 
