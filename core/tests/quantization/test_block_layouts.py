@@ -78,11 +78,18 @@ def ignore_dynamo(test: Any) -> Any:
     return test
 
 
+def use_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with the forms that a compiler gets, since those for a CPU round otherwise."""
+    for place in ("layers", "feed_forward", "rope"):
+        monkeypatch.setattr(f"core.nn.{place}.cpu_forms", lambda x: None)
+
+
 @pytest.mark.layout
 @pytest.mark.matrix
 @ignore_dynamo
-def test_compiled_steps_are_those_of_one_rank() -> None:
+def test_compiled_steps_are_those_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_ranks(compiled, 2, COMPILED, timeout_s=400)
+    use_plain_forms(monkeypatch)
     for name, case in COMPILED.items():
         differences = largest_differences([ranks[name] for ranks in found], result_of(one_rank(case)))
         assert max(differences["loss"], differences["next loss"]) < 1e-6, (name, differences)
@@ -93,7 +100,6 @@ def test_compiled_steps_are_those_of_one_rank() -> None:
 @pytest.mark.parametrize("name", ["nvfp4", "qat-nvfp4"])
 def test_compiled_blocks_have_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(dense(), converters=[CONVERTERS[name]], checkpoint="selective")
-    for place in ("layers", "feed_forward", "rope"):  # a compiler gets the plain forms, which round otherwise
-        monkeypatch.setattr(f"core.nn.{place}.cpu_forms", lambda x: None)
+    use_plain_forms(monkeypatch)
     differences = largest_differences(list(compiled({name: case}).values()), result_of(case))
     assert not any(differences.values()), differences
