@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -56,6 +57,7 @@ class Membership:
                 state_dict=state.snapshot,
                 min_replica_size=settings.min_replicas,
                 use_async_quorum=False,
+                init_sync=False,  # it would hand ranks of one group the states of several
                 timeout=timeout,
                 quorum_timeout=timedelta(seconds=settings.quorum_timeout_s),
                 connect_timeout=timeout,
@@ -114,8 +116,8 @@ class Membership:
 class TensorTransport(CheckpointTransport[Any]):
     """Sends the state of a run as its bytes, in the order that both sides know: nothing is pickled.
 
-    A length, a header in JSON, then the tensors. The receiver allocates them by its own shapes, and refuses a header
-    that announces others, or a run of other settings (`refused`).
+    A length, a header in JSON, an answer, the tensors. The receiver allocates them by its own shapes, and refuses a
+    header that announces others, or a run of other settings (`refused`).
     """
 
     def __init__(self, group: ProcessGroup, state: RunState, device: torch.device) -> None:
@@ -129,9 +131,17 @@ class TensorTransport(CheckpointTransport[Any]):
         snapshot: Snapshot = state_dict["user"]["default"]
         header = torch.frombuffer(bytearray(snapshot.header), dtype=torch.uint8)
         for rank in dst_ranks:
-            for part in (torch.tensor([len(header)]), header, *map(as_bytes, snapshot.tensors)):
-                if part.numel():
-                    self.group.send([part.to(self.device)], rank, tag=0).wait(timeout)
+            self._send([torch.tensor([len(header)]), header], rank, timeout)
+            answer = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._receive(answer, rank, timeout)
+            if not answer.item():
+                raise RuntimeError("a replica group of other settings came, and was refused")
+            self._send(map(as_bytes, snapshot.tensors), rank, timeout)
+
+    def _send(self, parts: Iterable[Tensor], rank: int, timeout: timedelta) -> None:
+        for part in parts:
+            if part.numel():
+                self.group.send([part.to(self.device)], rank, tag=0).wait(timeout)
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> Any:
         length = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -145,7 +155,9 @@ class TensorTransport(CheckpointTransport[Any]):
             self.state.check(text)
         except UserError as error:
             self.refused = error
+            self._send([torch.tensor([0])], src_rank, timeout)
             raise
+        self._send([torch.tensor([1])], src_rank, timeout)
         tensors = [torch.empty_like(tensor, device=self.device) for tensor in self.state.tensors().values()]
         for tensor in tensors:
             if tensor.numel():

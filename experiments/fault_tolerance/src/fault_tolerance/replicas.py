@@ -134,7 +134,7 @@ class Replicas(Configurable):
     def _agreed(self, least: int) -> bool:
         """Whether one attempt at a quorum made all of its groups equal; an error is reported where not."""
         state, manager = self.state, self._manager
-        announced = 0 if self._apart else state.step
+        was_apart, announced = self._apart, 0 if self._apart else state.step + 1  # whoever announces less is handed it
         manager.load_state_dict({"step": announced, "batches_committed": 0})
         received = self._membership.meet()
         self.number, self.n = manager.participating_rank() or 0, manager.num_participants()
@@ -144,11 +144,12 @@ class Replicas(Configurable):
             log.info(f"took over the state of the run after step {state.step:,}")
         histories = self._exchanged() if not lost else [state.history]
         few = self.n < least
-        behind = received is None and announced != state.step  # nobody was ahead of what this group had announced
-        lost_too, wrong = self.layout.sums(float(self.errored), float(few or behind))
-        equal = len({*histories}) == 1
-        self._apart = not (lost or lost_too or histories[self.number] == histories[0])
-        if equal and not lost + lost_too + wrong:
+        alone = was_apart and received is None  # nobody had more than what was announced
+        own = not lost and histories[self.number] != histories[0]
+        found = map(float, (self.errored, few or alone, len({*histories}) > 1, own))
+        lost_too, wrong, unequal, apart = self.layout.sums(*found)
+        self._apart = apart > 0 and not lost + lost_too
+        if not lost + lost_too + wrong + unequal:
             return True
         manager.report_error(RuntimeError("the groups of the quorum are not equal, or too few"))
         if few:
