@@ -82,7 +82,7 @@ def test_a_schedule_that_no_run_survives(tmp_path: Path, text: str, why: str) ->
     [
         (b"0F0,\xff\n", "is not UTF-8: byte 4 is 0xff"),
         (b'0F0,"0B0\n', "is no table of comma-separated values"),
-        (b"0" * 200_000, "is no table of comma-separated values"),
+        (b"0" * 200_000, "is no action|comma-separated"),
         (b"0F0\x00,", "is no action|comma-separated"),
     ],
 )
