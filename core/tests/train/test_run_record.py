@@ -27,10 +27,13 @@ from core.generate.command import Generation
 from core.nn.decoder import Decoder
 from core.optim.adam import Adam, AdamW
 from core.parallel.settings import Parallelism
+from core.step.loss import CrossEntropy
+from core.step.settings import Compile
 from core.testing.resume_suite import measured
 from core.testing.toy import Toy, on_cpu
 from core.train import debug_run
 from core.train import trainer as trainer_module
+from core.train.summary import compiled
 from core.train.trainer import Trainer
 from core.weights.folder import load_folder, save_weights
 from core.weights.hf import save_hf
@@ -306,6 +309,21 @@ def test_tokens_that_a_tokenizer_lacks_are_counted_at_the_head(tmp_path: Path) -
     trainer = config.build()
     head = "SentencePiece, 2,048 tokens (bundled); 952 of model.vocab_size 3,000 unused device"
     assert head in " ".join(trainer.summary().split())
+    trainer.exit.close()
+
+
+def test_what_is_compiled_is_told_at_the_head(tmp_path: Path) -> None:
+    cpu, loss = torch.device("cpu"), CrossEntropy.Config()
+    left = "cross-entropy as it is, which a CPU computes faster"
+    assert compiled(Compile(), loss, cpu) == ""
+    assert compiled(Compile(enable=True), loss, cpu) == f"every block, by inductor; {left}"
+    assert compiled(Compile(enable=True, components=["loss"]), loss, cpu) == left
+    assert compiled(Compile(enable=True, components=["model"]), loss, cpu) == "every block, by inductor"
+    assert compiled(Compile(enable=True), loss, torch.device("cuda")) == "every block and the loss, by inductor"
+    config = toy_run(tmp_path)
+    config.compile = Compile(enable=True, backend="eager", components=["model"])
+    trainer = config.build()
+    assert "\ncompiled   every block, by eager\nsteps " in trainer.summary()
     trainer.exit.close()
 
 

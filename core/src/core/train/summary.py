@@ -17,6 +17,8 @@ from core.quantization.converter import Conversion
 from core.runtime.device import describe
 from core.runtime.log import WIDTH, event
 from core.step.checks import Run
+from core.step.loss import Loss, loss_backend
+from core.step.settings import Compile
 from core.train.identity import versions
 from core.train.metrics import Metrics
 from core.train.profile import Profiler
@@ -40,6 +42,7 @@ def summary(
     degrees: Degrees,
     described: dict[str, str],
     *,
+    device: torch.device,
     dtype: torch.dtype,
     flops: Flops,
     n_parameters: int,
@@ -50,7 +53,7 @@ def summary(
     schedule: Schedule,
     conversions: Sequence[Conversion] = (),
 ) -> str:
-    """What will be trained, on what, where, and what is written; `described` says it of data, tokenizer and device.
+    """What will be trained, on what, where, and what is written; `described` says it of data and tokenizer.
 
     The tokenizer has `n_tokens` tokens.
     """
@@ -67,9 +70,10 @@ def summary(
         "layers": "; ".join(map(str, conversions)),
         "data": described["data"],
         "tokenizer": described["tokenizer"] + unused(n_tokens, run.model.vocab_size),
-        "device": f"{described['device']}; weights {run.training.dtype}, compute {compute}",
+        "device": f"{describe(device)}; weights {run.training.dtype}, compute {compute}",
         "ranks": describe_degrees(degrees, run.parallelism.expert_parallel_comm_backend),
         "backward": f"activation checkpoint {run.activation_checkpoint.mode}",
+        "compiled": compiled(run.compile, run.loss, device),
         "steps": steps,
         "rate": schedule.words(run.optimizer.lr),
         "saved": saved if checkpoint.saves else "no weights",
@@ -93,6 +97,17 @@ def started(report: StepReport) -> dict[str, Any]:
     system = {"device": describe(device), "ranks": str(checkpoints.ranks.size), "platform": platform(), **facts}
     step = checkpoints.start.step
     return event("start", step, text="went on" if step else "began", system=system, schedule=rates)
+
+
+def compiled(settings: Compile, loss: Loss.Config, device: torch.device) -> str:
+    """What torch.compile is given of a run, and what it is not though it was asked for."""
+    parts = ["every block"] if settings.takes("model") else []
+    if loss_backend(settings, loss, device):
+        parts.append("the loss")
+    found = [f"{' and '.join(parts)}, by {settings.backend}"] if parts else []
+    if settings.takes("loss") and "the loss" not in parts:
+        found.append("cross-entropy as it is, which a CPU computes faster")
+    return "; ".join(found)
 
 
 def row(name: str, value: str) -> str:

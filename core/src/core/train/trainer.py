@@ -33,7 +33,7 @@ from core.parallel.layout import Wrapping
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, converted_model
 from core.runtime.agreement import check_agreement
-from core.runtime.device import describe, select_device
+from core.runtime.device import select_device
 from core.runtime.distributed import Comm, lower_timeout, process_group
 from core.runtime.garbage import collected_garbage
 from core.runtime.launcher import World, find_world
@@ -216,12 +216,12 @@ class Trainer(Configurable):
         return summary(
             self.config,
             self.layout.degrees,
-            {"data": self.loader.description, "tokenizer": self.tokenizer.description, "device": describe(self.device)},
+            {"data": self.loader.description, "tokenizer": self.tokenizer.description},
             dtype=self.compute_dtype,
             flops=self.flops_per_token,
             n_tokens=self.tokenizer.vocab_size,
             **{name: getattr(self, name) for name in ("n_parameters", "last_step", "rows_per_step")},
-            **{name: getattr(self, name) for name in ("conversions", "folder", "schedule")},
+            **{name: getattr(self, name) for name in ("conversions", "device", "folder", "schedule")},
         )
 
     def run(self) -> RunResult:
