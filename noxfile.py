@@ -43,7 +43,7 @@ each_package = nox.parametrize("package", [nox.param(name, id=name, tags=[name])
 
 @nox.session(default=False)
 def shared(session: nox.Session) -> None:
-    """Install core's dependencies, its extras and the test tools, once for all sessions."""
+    """Install what our packages need of others, core's extras and the test tools, once for all sessions."""
     session.install("--no-compile", TORCH, *third_party())  # what is imported, a third of it, is compiled then
 
 

@@ -32,7 +32,9 @@ def seconds(recipe: str, folder: Path, *options: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as run:
         wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         words = [sys.executable, *words, "--dump_folder", f"{run}/run", *options]
-        subprocess.run(words, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ran = subprocess.run(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if ran.returncode:
+            raise SystemExit(f"{recipe}: {ran.stderr[-3000:]}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.perf_counter() - wall, cpu

@@ -192,13 +192,12 @@ def main() -> None:
 
 def has_gpu() -> bool:
     """Whether torch sees one, and else says so; asked of another process: this one needs no memory of a GPU."""
-    code = "import torch; print(torch.__version__, torch.accelerator.is_available())"
+    code = "import torch; print(torch.__version__); raise SystemExit(not torch.accelerator.is_available())"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if asked.stdout.strip().endswith(" True"):
-        return True
-    print(f"torch {asked.stdout.strip() or 'is missing'}: no GPU is seen, all is done in small on the CPU")
-    print(asked.stderr[-3000:], flush=True)
-    return False
+    if asked.returncode:
+        version = asked.stdout.strip() or "is missing"
+        print(f"torch {version}: no GPU is seen, all is done in small on the CPU", asked.stderr[-3000:], flush=True)
+    return not asked.returncode
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from core.runtime.meta import meta_model
 from core.runtime.seed import seed_everything
 from core.step.assemble import assemble, block_compiler, make_dispatcher
 from core.step.checks import check_model
+from core.step.loss import loss_backend
 from core.step.objective import Objective
 from core.step.update import StepInfo, train_step
 from core.train.step_times import time_table
@@ -61,7 +62,7 @@ class Steps:
         start = {"dtype": getattr(torch, c.training.dtype), "seed": 0, "n_microbatches": 1, "converters": c.converters}
         self.built = assemble(c.model, layout, wrapping, groups=c.optimizer.groups, **start)
         self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=layout)
-        loss = c.loss.build(compile_backend=c.compile.backend if c.compile.takes("loss") else None)
+        loss = c.loss.build(compile_backend=loss_backend(c.compile, c.loss, device))
         mask = c.training.mask_of(c.dataloader)
         self.objective = Objective(self.built.models, loss, layout=layout, dtype=dtype, mask=mask)
         self.config = c

@@ -89,13 +89,14 @@ def test_torchrun_finds_the_words_of_a_rank_where_it_looks(monkeypatch, tmp_path
 
 
 def test_torchrun_is_told_when_a_mistake_was_made(monkeypatch, tmp_path, capsys, naps):
-    """Ranks that it ended speak later, and may be gone before."""
+    """Ranks that it ended speak later, and it may be gone before it has printed its words."""
     become(monkeypatch, "torchrun", 1, 1)
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setattr(exit.time, "time", lambda: 100.9 + sum(naps))
+    file, found = tmp_path / "error.json", []
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(exit.time, "sleep", lambda seconds: found.append(json.loads(file.read_text())))
     with pytest.raises(SystemExit), exit_plainly():
         raise UserError("too little")
-    assert naps and json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["timestamp"] == "100"
+    assert [each["message"]["message"] for each in found] == ["error (rank 1 of 4): too little"]
 
 
 def test_nothing_is_left_where_nobody_looks(monkeypatch, tmp_path, capsys, naps):

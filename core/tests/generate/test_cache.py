@@ -126,6 +126,33 @@ def test_bfloat16_weights(kind: str) -> None:
     assert_close(logits_BV.float(), expected_BV.float(), atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ["tied", "latent"])
+@torch.no_grad()
+def test_in_autocast_it_is_that_of_the_whole_forward(kind: str) -> None:
+    model, tokens_BL = tiny(kind), draw(4, 9)
+    with torch.autocast("cpu", torch.bfloat16), CachedDecoder(model, n_pads=[0] * 4, capacity=9) as cached:
+        for piece_BL in tokens_BL.split([5] + [1] * 4, dim=1):
+            logits_BV = cached(piece_BL)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_BV = whole(model, tokens_BL)[:, -1]
+    assert logits_BV.dtype == expected_BV.dtype
+    assert_close(logits_BV.float(), expected_BV.float(), atol=0.1)
+
+
+@kinds
+@torch.no_grad()
+def test_a_token_is_attended_to_without_the_forms_of_inference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in autocast and under a compiler; with pads, and beyond the window."""
+    monkeypatch.setattr("core.nn.sdpa.inference_forms", lambda x: None)
+    model, tokens_BL = tiny(kind), draw(2, 20)
+    for pads in ([0, 0], [2, 0]):
+        with CachedDecoder(model, n_pads=pads, capacity=20) as cached:
+            for piece_BL in tokens_BL.split([9] + [1] * 11, dim=1):
+                logits_BV = cached(piece_BL)
+        for row, n_pads in enumerate(pads):
+            assert_close(logits_BV[row], whole(model, tokens_BL[row : row + 1, n_pads:])[0, -1])
+
+
 @torch.no_grad()
 def test_latent_attention_keeps_the_latent_alone() -> None:
     model = tiny("latent")

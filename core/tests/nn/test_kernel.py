@@ -294,7 +294,7 @@ def test_flex_cannot_train_on_a_cpu() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sinks"])
 def test_flex_trains_like_sdpa(window: int | None, with_sink: bool) -> None:
-    positions = Positions(*(None if t is None else t.cuda() for t in PACKED))
+    positions = Positions(*(None if t is None else t.cuda() for t in PACKED.tensors))
     leaves = [
         leaf.cuda() for leaf in sides(positions, width=16, v_width=16, dtype=torch.float32)[: 4 if with_sink else 3]
     ]

@@ -125,6 +125,13 @@ def test_stochastic_rounding_keeps_the_mean() -> None:
     assert error.max() < 5 * 1.0 / math.sqrt(20_000)  # five deviations of a mean of numbers at most 2 apart
 
 
+def test_numbers_of_4_bits_stay_what_they_are_by_any_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the largest that is drawn, which fp32 would round to the next whole number when it is added."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 1 - 2**-24))
+    numbers = torch.tensor([sign * number for number in E2M1 for sign in (1, -1)])
+    assert torch.equal(e2m1(numbers, stochastic=True), numbers)
+
+
 def test_turned_operands_have_the_same_product() -> None:
     a, b = torch.randn(3, 40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
     torch.testing.assert_close(rotated(a) @ rotated(b).T, a @ b.T)

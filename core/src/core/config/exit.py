@@ -24,19 +24,20 @@ def exit_plainly() -> Iterator[None]:
     gives code 2, Ctrl-C gives code 130. Any other exception is a defect and keeps its traceback.
 
     Of several ranks only some need to speak. A mistake is told at once by the first rank of each machine; the others
-    give it a moment, in which the launcher ends them if the first had the same to say, and tell torchrun when they made
-    it. A rank that another one ended (`LostRank`) waits longer, so that the launcher sees the other's code first, and
-    then has code 1.
+    give it a moment, in which the launcher ends them if the first had the same to say; torchrun finds their words
+    anyway. A rank that another one ended (`LostRank`) waits longer, so that the launcher sees the other's code first,
+    and then has code 1.
     """
     hold_console()
     rank, leads = speaker(os.environ)
     try:
         yield
     except UserError as error:
-        made = time.time()
+        words = indented(f"error{rank}: {error}")
+        tell_torchrun(words)
         if not leads:
             time.sleep(LAUNCHER_PATIENCE_S)
-        say_last(f"error{rank}: {error}", made)
+        print(words, file=sys.stderr, flush=True)
         sys.exit(2)
     except LostRank as error:
         time.sleep(2 * LAUNCHER_PATIENCE_S)  # behind the rank that it lost, which may wait as long and then has to end
@@ -57,11 +58,16 @@ def end_at_once(text: str) -> NoReturn:
     os._exit(1)
 
 
-def say_last(text: str, at: float | None = None) -> None:
-    """Print the last words of this process, and leave them to its launcher as those of time `at`, or of now."""
-    text = text.replace("\n", "\n       ")
+def say_last(text: str) -> None:
+    """Print the last words of this process, and leave them to its launcher."""
+    text = indented(text)
     print(text, file=sys.stderr, flush=True)
-    tell_torchrun(text, at)
+    tell_torchrun(text)
+
+
+def indented(text: str) -> str:
+    """The text with all lines but the first further in."""
+    return text.replace("\n", "\n       ")
 
 
 def speaker(environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -72,9 +78,9 @@ def speaker(environ: Mapping[str, str]) -> tuple[str, bool]:
     return "", True
 
 
-def tell_torchrun(text: str, at: float | None = None) -> None:
-    """Leave the last words of this process where torchrun looks for them, which closes with the earliest by `at`."""
+def tell_torchrun(text: str) -> None:
+    """Leave the last words of this process where torchrun looks for them, which closes with those of the first rank."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": text, "timestamp": str(int(time.time() if at is None else at))}
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with suppress(OSError):  # the same words went to standard error
             Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))

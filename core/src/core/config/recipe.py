@@ -36,8 +36,8 @@ Config = Configurable.Config
 def recipe_module(configs: str | ModuleType) -> ModuleType:
     """The module of the recipes, which may be given by its name.
 
-    What the import of one brings, torch above all, is no garbage: it is neither looked through meanwhile, 0.1 s each
-    time, nor later.
+    What the import of one brings, torch above all, is no garbage: it is not looked through meanwhile, 0.1 s each time,
+    and nothing that is there at its end is later.
     """
     if isinstance(configs, ModuleType):
         return configs

@@ -1,7 +1,8 @@
 """Forms of norms, rotations and gates for CPUs, where PyTorch computes and saves step by step what is one pass.
 
-`core.nn.module.cpu_forms` finds them; the plain ones stand where it is asked. Each has its gradient
-written out; activation checkpointing, which computes them again, sees one operation, or `silu` where that is one.
+`core.nn.module.cpu_forms` finds them; the plain ones stand where it is asked. In training each
+has its gradient written out; activation checkpointing, which computes them again, sees one operation, or `silu` where
+that is one.
 
 Letters: B rows, L length, N heads, H head width, D width that is normalised, F hidden width.
 """
@@ -46,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def epsilon(value: float, dtype: torch.dtype) -> Tensor:
     """The number as a tensor ()."""
-    return torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

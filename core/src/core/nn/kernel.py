@@ -46,8 +46,8 @@ class Positions(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that a device holds of it, in the order of the fields."""
-        return self[:6]
+        """All but `spans` and `at_end`, which the host knows, in the order of the fields."""
+        return self[: self._fields.index("spans")]
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -127,7 +127,8 @@ class MLA(SelfAttention, Configurable):
         made = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
         wider = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
         is_less = n_new * (made + n_keys * wider) < n_keys * made
-        return is_less and type(self.wkv_b) is Linear and inference_forms(latent_BLC) is not None
+        plain = type(self.wkv_b) is Linear and c.backend == "sdpa"  # others were asked for the widths of the heads
+        return is_less and plain and inference_forms(latent_BLC) is not None
 
     def _from_latents(self, q_BLNS: Tensor, q_BLNP: Tensor, latent_BMC: Tensor, k_BM1P: Tensor, mask: Mask) -> Tensor:
         """The result (B, L, D) without keys and values of the heads: `wkv_b` goes to the few queries and the few sums.

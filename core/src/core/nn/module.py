@@ -44,10 +44,11 @@ def cpu_forms(x: Tensor) -> Any:
 
 
 def inference_forms(x: Tensor) -> Any:
-    """`cpu_forms` for x, of any shape, under `torch.inference_mode`, where what only inference has may be used."""
-    if x.is_cpu and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        return _loaded_forms()
-    return None
+    """`cpu_forms` for x, of any shape, under `torch.inference_mode`, where what only inference has may be used; not
+    under autocast, which does not know it."""
+    if not (x.is_cpu and torch.is_inference_mode_enabled()) or torch.is_autocast_enabled("cpu"):
+        return None
+    return None if torch.compiler.is_compiling() else _loaded_forms()
 
 
 @cache

@@ -33,7 +33,8 @@ class SDPA:
 
     def mask(self, positions: Positions) -> Mask:
         """None where the causal flag of the kernel says it all; that of `tiles`, where these take the tokens; else the
-        rule on the grid of rows, queries and keys."""
+        rule on the grid of rows, queries and keys. On a CPU the last token of a row has one of the keys that a window
+        leaves it, or None for all of those."""
         tiles: Any = kernel_class("tiles")(self.window)
         if positions.is_plain and (self.window is None or self.window >= positions.position_BL.shape[1]):
             return None
@@ -54,11 +55,15 @@ class SDPA:
         scale: float,
         sinks_N: Tensor | None = None,
     ) -> Tensor:
-        if q_BNLH.shape[2] == 1 and (mask is None or mask.dtype == torch.bool) and inference_forms(q_BNLH):
-            return one_query(q_BNLH, k_BKMH, v_BKMV, mask, scale, sinks_N, self.window)
-        assert mask is not None or q_BNLH.shape[2] == k_BKMH.shape[2], "no mask, and the keys are not the tokens"
+        one = q_BNLH.shape[2] == 1 and (mask is None or mask.dtype == torch.bool)
+        if one:
+            n_keys = self.window if mask is None else mask.shape[-1]
+            k_BKMH, v_BKMV = (side if n_keys is None else side[:, :, -n_keys:] for side in (k_BKMH, v_BKMV))
+            if inference_forms(q_BNLH):
+                return one_query(q_BNLH, k_BKMH, v_BKMV, mask, scale, sinks_N)
+        assert one or mask is not None or q_BNLH.shape[2] == k_BKMH.shape[2], "no mask, and the keys are not the tokens"
         tiles: Any = kernel_class("tiles")(self.window)
-        if self.tiled and tiles.pays(q_BNLH, mask, sinks_N):
+        if self.tiled and not one and tiles.pays(q_BNLH, mask, sinks_N):
             return tiles(q_BNLH, k_BKMH, v_BKMV, mask, scale=scale, sinks_N=sinks_N)
         v_dim = v_BKMV.shape[-1]
         if sinks_N is not None:
@@ -67,7 +72,7 @@ class SDPA:
             v_BKMV = F.pad(v_BKMV, (0, q_BNLH.shape[-1] - v_BKMV.shape[-1]))
         grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
         return F.scaled_dot_product_attention(
-            q_BNLH, k_BKMH, v_BKMV, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scale
+            q_BNLH, k_BKMH, v_BKMV, attn_mask=mask, is_causal=mask is None and not one, enable_gqa=grouped, scale=scale
         )[..., :v_dim]
 
 
@@ -88,7 +93,8 @@ def with_sinks(
     k_BKMH, v_BKMV = F.pad(k_BKMH, (0, 8, 0, 1)), F.pad(v_BKMV, (0, 8, 0, 1))
     k_BKMH = k_BKMH + F.pad(k_BKMH.new_ones(1, 1), (k_BKMH.shape[-1] - 8, 7, n_keys, 0))
     if mask is None:
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BNLH.device).tril()[None, None]
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BNLH.device)
+        mask = mask.tril(n_keys - n_queries)[None, None]
     return torch.cat((q_BNLH, extra_BNL8), -1), k_BKMH, v_BKMV, F.pad(mask, (0, 1), value=True)
 
 
@@ -108,13 +114,9 @@ def one_query(
     mask: Mask,
     scale: float,
     sinks_N: Tensor | None,
-    window: int | None,
 ) -> Tensor:
     """Attention of the last token of each row, (B, N, 1, V), on a CPU: heads of a group are queries of one key head,
-    which is read once for all of them. The mask (B or 1, 1, 1, M) may be that of the last keys alone."""
-    n_keys = window if mask is None else mask.shape[-1]
-    if n_keys is not None:
-        k_BKMH, v_BKMV = k_BKMH[:, :, -n_keys:], v_BKMV[:, :, -n_keys:]
+    which is read once for all of them."""
     q_BKGH = q_BN1H.reshape(len(q_BN1H), k_BKMH.shape[1], -1, q_BN1H.shape[-1])
     v_dim = v_BKMV.shape[-1]
     if v_dim != q_BN1H.shape[-1]:  # the fused kernel wants one width

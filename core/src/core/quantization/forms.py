@@ -134,7 +134,9 @@ def e2m1(x: Tensor, stochastic: bool = False) -> Tensor:
     """
     step = 0.5 * power_below(x).clamp(1.0, 4.0)
     steps = x.clamp(-6.0, 6.0) / step
-    return (torch.floor(steps + torch.rand_like(steps)) if stochastic else torch.round(steps)) * step
+    if stochastic:  # by less than 1 also where the sum is rounded
+        return torch.floor(steps + torch.rand_like(steps).clamp_(max=1 - 2**-22)) * step
+    return torch.round(steps) * step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,8 @@ def compile_block(block: torch.nn.Module, backend: str) -> None:
 
 def skip_vector_trials() -> None:
     """Have Inductor take the vectors of this CPU for granted where PyTorch's own kernels use them: it would compile
-    programs to try each kind, a quarter of what a first step costs. TORCHINDUCTOR_VEC_ISA_OK goes before."""
+    programs to try each kind, a quarter of what a first step costs. It holds for all that the process compiles;
+    TORCHINDUCTOR_VEC_ISA_OK goes before."""
     import torch._inductor.config as inductor  # a second, which a run without a compiler saves
 
     if inductor.cpp.vec_isa_ok is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):

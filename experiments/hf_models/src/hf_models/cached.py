@@ -44,6 +44,7 @@ class CachedHFModel:
     def __exit__(self, *raised: object) -> None:
         self.state = None
 
+    @torch.inference_mode()
     def __call__(self, tokens_BL: Tensor) -> Tensor:
         index_1M = self.index_1M[:, : self.length + tokens_BL.shape[1]]
         asked = {"attention_mask": (index_1M >= self.n_pads_B1).long()}
