@@ -47,7 +47,7 @@ class Positions(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but `spans` and `at_end`, which the host knows, in the order of the fields."""
-        return self[: self._fields.index("spans")]
+        return self[:6]
 
     @property
     def grid(self) -> tuple[int, int, int]:
