@@ -38,6 +38,8 @@ from qwen3.model import sparse
 os.environ.setdefault("RUST_LOG", "error")  # before torchft is imported
 ROWS, AT_ONCE = 8, 2
 """Rows of a step, and of a microbatch."""
+LONG_S = 600
+"""Nothing that goes right takes so long, whatever else the machine does."""
 
 
 class Lost(Exception):
@@ -114,18 +116,30 @@ def small_run(folder: Path, *, steps: int) -> Trainer.Config:
     config.optimizer = AdamW.Config(lr=4e-3, ema_decay=0.9)
     config.debug.on_spike, config.debug.spike_window, config.debug.spike_z_score = "skip", 3, 1e6
     config.validator, config.checkpoint = Validator.Config(enable=True, freq=1000, steps=1), Checkpoint(enable=True)
+    config.comm.train_timeout_seconds = 2 * LONG_S
     config.metrics.log_freq, config.activation_checkpoint.mode = 1, "none"
     config.dump_folder = str(folder / "run")
     return config
 
 
-def built_group(config: Trainer.Config, replicas: Replicas.Config, **events: Any) -> Watched:
+def built_group(
+    config: Trainer.Config, replicas: Replicas.Config, *, timeout_s: int = LONG_S, **events: Any
+) -> Watched:
     """A replica group of that run, and what it meets with: attributes of `Watched`."""
-    replicas = replace(replicas, timeout_s=10, quorum_timeout_s=120)  # where another's failure ends the lighthouse
+    replicas = replace(replicas, timeout_s=timeout_s, quorum_timeout_s=LONG_S)
     trainer = derive(config, Watched.Config, fault_tolerance=replicas).build()
     for name, value in events.items():
         setattr(trainer, name, value)
     return trainer
+
+
+def wait_until(found: Callable[[], bool]) -> None:
+    """Wait for something that another thread or process does. Raises `TimeoutError` where it does not."""
+    deadline = time.monotonic() + LONG_S
+    while not found():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it never came")
+        time.sleep(0.02)
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -209,9 +223,12 @@ class Processes:
 
     def wait_for(self, step: int) -> None:
         """Wait until a step has counted."""
-        while not any(line["kind"] == "counted" and line["step"] >= step for line in told(self.folder)):
+
+        def has_counted() -> bool:
             self._check()
-            time.sleep(0.02)
+            return any(line["kind"] == "counted" and line["step"] >= step for line in told(self.folder))
+
+        wait_until(has_counted)
 
     def kill(self, number: int) -> None:
         """SIGKILL to all processes of a group, which is started again."""
@@ -262,7 +279,8 @@ def run_group(place: str, address: str, number: str, n_steps: str, meetings: str
     torch.set_num_threads(1)
     replicas = Replicas.Config(lighthouse=address, group=int(number), n_groups=2)
     together = list(map(int, meetings.split(",")))
-    built_group(small_run(Path(place), steps=int(n_steps)), replicas, together_at=together).run()
+    config = small_run(Path(place), steps=int(n_steps))
+    built_group(config, replicas, timeout_s=10, together_at=together).run()  # a group that is stopped is waited for
 
 
 if __name__ == "__main__":

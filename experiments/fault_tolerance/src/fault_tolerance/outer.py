@@ -11,6 +11,8 @@ Buffers, the biases of experts, take the mean. A round that a group did not fini
 rows dealt out to those that are left.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from core.optim.weight import local_tensor
 from core.train.state import trained_tensors
 from fault_tolerance.replicas import NotCommitted, Replicas
 from fault_tolerance.state import Snapshot
+
+log = logging.getLogger("armature")
 
 
 class OuterStep:
@@ -32,6 +36,10 @@ class OuterStep:
         if replicas.config.method == "diloco":
             weights = {name: zeros(self._shared[name]) for name, each in found.items() if each.requires_grad}
             self.state.further |= {f"outer.{name}": moment for name, moment in weights.items()}
+            if self.state.step:
+                log.info(
+                    "the outer momentum is in no checkpoint: it begins at 0 unless another group hands its own over"
+                )
         self._before: Snapshot | None = None
 
     def begin_round(self) -> None:
@@ -44,8 +52,7 @@ class OuterStep:
         """End the round with `step`: equal weights on all groups. Raises `NotCommitted` when the round is undone."""
         assert self._before is not None, "no round has begun"
         before = dict(zip(self.state.tensors(), self._before.tensors, strict=True))
-        moved = {name: before[name].to(tensor.device) - tensor for name, tensor in self._shared.items()}
-        moved = {name: each.float() for name, each in moved.items()}
+        moved = {name: before[name].to(tensor.device).float() - tensor for name, tensor in self._shared.items()}
         self.replicas.sum_tensors(moved.values())
         try:
             self.replicas.commit(step)

@@ -16,6 +16,7 @@ from torchft.coordination import LighthouseServer
 from torchft.process_group import ProcessGroup
 
 from core.config.errors import UserError
+from core.runtime.launcher import World, find_world, meeting_point
 from core.runtime.ranks import Ranks
 from fault_tolerance.state import RunState, Snapshot
 
@@ -71,6 +72,7 @@ class Membership:
                 checkpoint_transport=self._transport,
             )
         except (RuntimeError, TimeoutError, OSError) as error:
+            self._end_servers()
             raise UserError(f"no lighthouse answers at {lighthouse}: {first_line(error)}; start one there") from error
 
     def _serve(self, settings: Settings) -> tuple[str, str, int]:
@@ -81,6 +83,14 @@ class Membership:
             self._servers.append(server)
             lighthouse = f"http://127.0.0.1:{urlsplit(server.address()).port}"
         address = own_address(lighthouse)
+        world = find_world() or World()
+        if world.local_size < world.size and is_loopback(address):
+            if settings.lighthouse is not None:
+                raise UserError(
+                    f"fault_tolerance.lighthouse {lighthouse} has the address {address} here, by which ranks on other "
+                    "machines cannot reach this one: use an address that all machines know"
+                )
+            address = meeting_point()[0]
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
         self._servers.append(store)
         return lighthouse, address, store.port
@@ -107,6 +117,9 @@ class Membership:
         """Leave, and end what was started here."""
         self.manager.shutdown()
         self._group.abort(errored=False)  # others hear of it at once, and wait no longer
+        self._end_servers()
+
+    def _end_servers(self) -> None:
         for server in self._servers:
             if isinstance(server, LighthouseServer):
                 server.shutdown()
@@ -158,7 +171,8 @@ class TensorTransport(CheckpointTransport[Any]):
             self._send([torch.tensor([0])], src_rank, timeout)
             raise
         self._send([torch.tensor([1])], src_rank, timeout)
-        tensors = [torch.empty_like(tensor, device=self.device) for tensor in self.state.tensors().values()]
+        own = self.state.tensors().values()
+        tensors = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in own]
         for tensor in tensors:
             if tensor.numel():
                 self._receive(as_bytes(tensor), src_rank, timeout)
@@ -182,9 +196,20 @@ def own_address(lighthouse: str) -> str:
         family, kind, protocol, _, place = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(place)  # sends nothing: it chooses the way there
-            return probe.getsockname()[0]
+            address = probe.getsockname()[0]
     except (OSError, ValueError) as error:
         raise UserError(f"fault_tolerance.lighthouse {lighthouse} cannot be reached: {error}") from error
+    if is_loopback(address) and not is_loopback(parts.hostname or ""):
+        raise UserError(
+            f"fault_tolerance.lighthouse {lighthouse} has the address {address} here, by which no other machine can "
+            "reach this one: state its address, or 127.0.0.1 where all groups are on one machine"
+        )
+    return address
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, or a name, means this machine on each."""
+    return address.startswith("127.") or address in ("::1", "localhost")
 
 
 def first_line(error: Exception) -> str:

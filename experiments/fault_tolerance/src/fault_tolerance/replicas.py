@@ -7,8 +7,9 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from core.config.configurable import Configurable, range_problems
+from core.config.errors import UserError
 from core.parallel.layout import RankView
 from core.runtime.ranks import Ranks
 from fault_tolerance.state import RunState
@@ -62,8 +64,9 @@ class Replicas(Configurable):
         """diloco: learning rate of the outer step, which is SGD with Nesterov momentum."""
         outer_momentum: float = 0.9
         """diloco: its momentum."""
-        timeout_s: int = 100
-        """How long a group waits for another that has stopped in a sum; that one is left out afterwards."""
+        timeout_s: int = 60
+        """How long a group waits for another that has stopped in a sum; that one is left out afterwards. Less than
+        comm.train_timeout_seconds."""
         quorum_timeout_s: int = 1800
         """How long a group waits for the lighthouse and for other groups before a step."""
 
@@ -107,7 +110,8 @@ class Replicas(Configurable):
         self.config, self.state, self.layout = config, state, layout
         self.number, self.n = 0, 0
         """The place of this group among those of the attempt, and how many there are."""
-        self._apart, self._attempt = False, 0
+        self._apart, self._torn, self._attempt = False, False, 0
+        self._new, self._ranks = True, ranks
         self._random = random.Random(ranks.first(lambda: secrets.randbits(64)))  # on all ranks of the group the same
         state.history = self._random.getrandbits(62)
         self._membership = Membership(config, state, ranks, layout.device)
@@ -118,37 +122,48 @@ class Replicas(Configurable):
         """Whether this group is the one that saves and validates."""
         return self.number == 0
 
-    def begin(self, *, least: int | None = None) -> None:
+    def begin(self, *, least: int | None = None, look: Callable[[], None] | None = None) -> None:
         """Agree on who takes part in the next attempt, with the state of the run on all of them; at `least` so many
-        where that is fewer than `min_replicas`.
+        where that is fewer than `min_replicas`. `look` is called after each time in vain, and may raise.
 
-        A collective of all ranks of all groups. Raises `UserError` where the lighthouse does not answer, and for a
-        group of other settings.
+        A collective of all ranks of all groups. Raises `UserError` where the lighthouse does not answer, where groups
+        did not agree in `quorum_timeout_s`, and for a group of other settings.
         """
-        before = self.n
-        while not self._agreed(self.config.min_replicas if least is None else least):
-            self._manager.should_commit()  # not: it was reported
+        before, least = self.n, self.config.min_replicas if least is None else least
+        deadline = time.monotonic() + self.config.quorum_timeout_s
+        while not self._agreed(least):
+            self._vote()  # not: it was reported
+            if look is not None:
+                look()
+            if self._ranks.first(lambda: time.monotonic() > deadline):
+                raise UserError(
+                    f"replica groups did not agree in quorum_timeout_s {self.config.quorum_timeout_s}: {self.n} are "
+                    f"there, and at least {least} are needed; start the others"
+                )
         if self.n != before:
             log.info(f"{self.n} of {self.config.n_groups} replica groups go on after step {self.state.step:,}")
 
     def _agreed(self, least: int) -> bool:
         """Whether one attempt at a quorum made all of its groups equal; an error is reported where not."""
         state, manager = self.state, self._manager
-        was_apart, announced = self._apart, 0 if self._apart else state.step + 1  # whoever announces less is handed it
+        was_apart = self._apart
+        announced = 0 if was_apart else 2 * (state.step + 1) - self._new  # whoever announces less is handed it
         manager.load_state_dict({"step": announced, "batches_committed": 0})
         received = self._membership.meet()
         self.number, self.n = manager.participating_rank() or 0, manager.num_participants()
         (lost,) = self.layout.sums(float(self.errored))
         if received is not None and not lost:  # on all ranks of this group, or on none
             state.load(received)
+            most, least_of_all = self.layout.maxima(state.history, -state.history)
+            self._torn, self._new = most != -least_of_all, False  # ranks may be handed the states of several groups
             log.info(f"took over the state of the run after step {state.step:,}")
         histories = self._exchanged() if not lost else [state.history]
         few = self.n < least
         alone = was_apart and received is None  # nobody had more than what was announced
         own = not lost and histories[self.number] != histories[0]
-        found = map(float, (self.errored, few or alone, len({*histories}) > 1, own))
+        found = map(float, (self.errored, few or alone or self._torn, len({*histories}) > 1, own))
         lost_too, wrong, unequal, apart = self.layout.sums(*found)
-        self._apart = apart > 0 and not lost + lost_too
+        self._apart = self._torn or (apart > 0 and not lost + lost_too)
         if not lost + lost_too + wrong + unequal:
             return True
         manager.report_error(RuntimeError("the groups of the quorum are not equal, or too few"))
@@ -173,7 +188,7 @@ class Replicas(Configurable):
     def check(self) -> None:
         """Raise `NotCommitted` on all ranks of the group where one lost something; a collective of them."""
         if self.layout.sums(float(self.errored))[0]:
-            self._manager.should_commit()
+            self._vote()
             raise NotCommitted
 
     def sums(self, *values: float) -> list[float]:
@@ -196,11 +211,15 @@ class Replicas(Configurable):
 
     def commit(self, step: int) -> None:
         """Count the attempt as that of the steps up to `step`. Raises `NotCommitted` where it is to be done again."""
-        if not self._manager.should_commit():
+        if not self._vote():
             raise NotCommitted
-        self.state.step = step
+        self.state.step, self._new = step, False
         text = f"{self.state.history} {self._attempt} {step}".encode()
         self.state.history = int.from_bytes(hashlib.sha256(text).digest()[:7])
+
+    def _vote(self) -> bool:
+        """Whether all ranks of the group have all of the attempt; one of them may come `timeout_s` after another."""
+        return self._manager.should_commit(timeout=timedelta(seconds=2 * self.config.timeout_s))
 
     def close(self) -> None:
         """Leave the lighthouse."""

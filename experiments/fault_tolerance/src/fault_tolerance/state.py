@@ -79,11 +79,7 @@ class RunState:
     def check(self, header: bytes) -> None:
         """Raise `UserError` where the state that a header announces is not one of this run and this rank."""
         theirs = parse_json(header, "the state of another replica group")
-        found = [
-            f"{path} {other} there, {own} here"
-            for path, other, own in differences(self.settings, theirs["settings"])
-            if not path.endswith(OWN)
-        ]
+        found = unequal(self.settings, theirs["settings"])
         mine = {"text": self.checkpoints.loader.fingerprint, "rows_per_step": self.checkpoints.n_rows}
         found += [f"{name} {theirs[name]} there, {own} here" for name, own in mine.items() if theirs[name] != own]
         if theirs["tensors"] != described(self.tensors()):
@@ -108,6 +104,12 @@ class RunState:
         checkpoints.spikes.restore(theirs["spikes"])
         checkpoints.observers.restore(theirs["observers"])
         self.layout.let_go(self.built.models)
+
+
+def unequal(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The settings, that groups of one run must have in common and do not, with both values."""
+    found = [each for each in differences(own, theirs) if not each[0].endswith(OWN)]
+    return [f"{path} {other} there, {mine} here" for path, other, mine in found]
 
 
 def described(tensors: dict[str, Tensor]) -> list[list[Any]]:

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from core.train.exchange import Exchange
 from core.train.folder import config_text
 from core.train.profile import Profiler
 from core.train.trainer import Trainer
-from fault_tolerance.folder import finished_step, group_folder, leave_word, set_aside
+from fault_tolerance.folder import group_folder, is_finished, leave_word, set_aside
 from fault_tolerance.objective import GroupObjective
 from fault_tolerance.outer import OuterStep
 from fault_tolerance.replicas import NotCommitted, Replicas
@@ -29,7 +29,7 @@ log = logging.getLogger("armature")
 
 
 class RunIsOver(Exception):
-    """Other groups have finished the run."""
+    """Nothing is left to train for this group: others finished the run, or it was asked to stop while it waited."""
 
 
 class FaultTolerantTrainer(Trainer):
@@ -51,11 +51,15 @@ class FaultTolerantTrainer(Trainer):
         n_ranks = (find_world() or World()).size
         check_run(config, n_ranks)
         n_data = config.parallelism.degrees(n_ranks).data
-        config.training = over_groups(config.training, n_data, config.fault_tolerance.n_groups)
-        if config.fault_tolerance.n_groups > 1 and config.dump_folder is not None:
-            config.dump_folder = group_folder(config.dump_folder, config.fault_tolerance.group)
-            set_aside(Path(config.dump_folder), config.checkpoint)
-        super().__init__(config)
+        groups, folder = config.fault_tolerance, config.dump_folder
+        if groups.n_groups > 1 and folder is not None:
+            folder = group_folder(folder, groups.group)
+            set_aside(Path(folder), config.checkpoint)
+        training = over_groups(config.training, n_data, groups.n_groups)
+        super().__init__(replace(config, training=training, dump_folder=folder))
+        self.settings = json.loads(config_text(self.config, self.device))
+        if self.is_over and self.checkpoints.start.step == self.last_step:
+            self._leave_word()
 
     @staticmethod
     def plan(config: Any, *, world_size: int | None, rank: int) -> Any:
@@ -81,20 +85,49 @@ class FaultTolerantTrainer(Trainer):
         self.rows = self.report.rows = rows
 
     def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
-        settings = json.loads(config_text(self.config, self.device))
-        state = RunState(self.checkpoints, self.built, self.optimizer, self.layout, settings=settings)
+        self.exchange = exchange
+        if self._is_finished():
+            return self._leave(self.checkpoints.start.step)
+        state = RunState(self.checkpoints, self.built, self.optimizer, self.layout, settings=self.settings)
         live = {"state": state, "layout": self.layout, "ranks": self.checkpoints.ranks}
         self.replicas = self.config.fault_tolerance.build(**live)
         self.outer = None if self.config.fault_tolerance.method == "every_step" else OuterStep(self.replicas)
         self._between_rounds = True
         try:
-            return super()._loop(exchange, profiler)
-        except RunIsOver:
-            self.rows.close()
-            exchange.cause = "the other replica groups, which finished the run,"
-            return state.step
+            try:
+                step, saved = super()._loop(exchange, profiler), self.checkpoints.saves
+            except RunIsOver:
+                step, saved = self._leave(state.step), False
+            if step == self.last_step:
+                self._end(saved=saved)
+            return step
         finally:
             self.replicas.close()
+
+    def _leave(self, step: int) -> int:
+        """The end of a group that trains no further; returns `step`, which a request to stop has saved."""
+        self.rows.close()
+        if not self.exchange.stopping:
+            self.exchange.cause = f"the other replica groups, which finished the run in {self.folder.parent},"
+        elif step > self.checkpoints.start.step and not self.checkpoints.saver.due(step, last=False):
+            self._save(step, last=False)
+        self.checkpoints.finish()
+        return step
+
+    def _end(self, *, saved: bool) -> None:
+        """See that the last step is saved: by the first of the groups that are there, which leaves word of it. The
+        others wait for that, and take its place when it is lost."""
+        while self.config.fault_tolerance.n_groups > 1 and not self._is_finished():
+            if self.replicas.leads:
+                self.checkpoints.saves = True
+                if not saved:
+                    self._save(self.last_step, last=True)
+                self._leave_word()
+            else:
+                self.replicas.begin(least=1)
+
+    def _save(self, step: int, *, last: bool) -> None:
+        self.checkpoints.after_step(step, last=last, stopping=True, asked=False, validation_loss=None)
 
     def step(self, step: int) -> StepInfo:
         """Train until a step counts that is `step`, or a later one where others were ahead."""
@@ -115,9 +148,9 @@ class FaultTolerantTrainer(Trainer):
 
     def _begin(self) -> int:
         """Meet the other groups; returns the number of the next step. Raises `RunIsOver` where there is none."""
-        self.replicas.begin()
+        self.replicas.begin(look=self._look)
         done = self.replicas.state.step
-        if max(done, self._finished()) >= self.last_step:
+        if done >= self.last_step or self._is_finished():
             raise RunIsOver
         self.dealt.deal(self.replicas.number, self.replicas.n)
         self.validator = self.own_validator if self.replicas.leads else None
@@ -135,21 +168,23 @@ class FaultTolerantTrainer(Trainer):
             info = super().step(step)
         if ends and self.outer is not None:
             self.outer(step)
-        if step == self.last_step:
-            self._finish()
         return info
 
-    def _finish(self) -> None:
-        """Hand the last state to groups that are behind, and leave word for those that come when all have gone."""
-        self.replicas.begin(least=1)
-        if self.config.fault_tolerance.n_groups > 1 and self.replicas.leads:
-            self.checkpoints.ranks.first(lambda: leave_word(self.folder, self.last_step))
+    def _look(self) -> None:
+        """Raise `RunIsOver` where a group that waits for others need not wait. A collective of the group."""
+        if self._is_finished() or self.exchange():
+            raise RunIsOver
 
-    def _finished(self) -> int:
-        """The last step of the run where other groups have finished it; else 0. A collective of the group."""
+    def _is_finished(self) -> bool:
+        """Whether groups have finished the run. A collective of the group. Raises `UserError` where what they finished
+        in its folder is a run of other settings."""
         if self.config.fault_tolerance.n_groups == 1:
-            return 0
-        return self.checkpoints.ranks.first(lambda: finished_step(self.folder))
+            return False
+        return self.checkpoints.ranks.first(lambda: is_finished(self.folder, self.last_step, self.settings))
+
+    def _leave_word(self) -> None:
+        if self.config.fault_tolerance.n_groups > 1:
+            self.checkpoints.ranks.first(lambda: leave_word(self.folder, self.last_step, self.settings))
 
 
 def refused(config: FaultTolerantTrainer.Config) -> Iterator[tuple[str, str]]:
@@ -170,8 +205,26 @@ def refused(config: FaultTolerantTrainer.Config) -> Iterator[tuple[str, str]]:
         )
     if groups.n_groups > 1 and config.dump_folder is None:
         yield "dump_folder", "the groups of a run share a folder: name it with --dump_folder"
+    if groups.n_groups > 1:
+        yield from shared_problems(config, groups)
     if groups.method != "every_step":
         yield from round_problems(config, groups)
+
+
+def shared_problems(config: FaultTolerantTrainer.Config, groups: Replicas.Config) -> Iterator[tuple[str, str]]:
+    """What several groups would write to one place, and how long their ranks must wait for one another."""
+    folder, patience = config.checkpoint.folder, config.comm.train_timeout_seconds
+    if config.checkpoint.enable and ("://" in folder or Path(folder).is_absolute() or ".." in Path(folder).parts):
+        yield (
+            "checkpoint.folder",
+            f"folder {folder} would be that of all {groups.n_groups} groups: name one below the run's, as checkpoint",
+        )
+    if patience <= groups.timeout_s:
+        yield (
+            "fault_tolerance.timeout_s",
+            f"timeout_s {groups.timeout_s} must be less than comm.train_timeout_seconds {patience}, which ends a group "
+            "while one of its ranks still waits for another group",
+        )
 
 
 def round_problems(config: FaultTolerantTrainer.Config, groups: Replicas.Config) -> Iterator[tuple[str, str]]:
