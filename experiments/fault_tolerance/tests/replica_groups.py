@@ -250,10 +250,12 @@ class Processes:
 
     def finish(self) -> None:
         """Wait for the end of all, which must be a good one."""
-        while any(group.poll() is None for group in self.groups.values()):
+
+        def have_ended() -> bool:
             self._check()
-            time.sleep(0.05)
-        self._check()
+            return all(group.poll() == 0 for group in self.groups.values())
+
+        wait_until(have_ended)
 
     def _check(self) -> None:
         assert all(group.poll() in (None, 0) for group in self.groups.values()), self.logs()

@@ -34,7 +34,21 @@ def loaded(config: HFModel.Config, folder: Path, device: torch.device, dtype: to
     return model.eval()
 
 
-class HFGeneration(Generation):
+class HFFolder:
+    """What both commands do with a folder in another way than core."""
+
+    models = HFModel.Config
+    cached = CachedHFModel
+    config: Any
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    def load(self, *, ragged: bool) -> Any:
+        return loaded(self.config.model, self.folder, self.device, self.dtype)
+
+
+class HFGeneration(HFFolder, Generation):
     """Text that a model of transformers writes after prompts."""
 
     @dataclass(kw_only=True, slots=True)
@@ -43,15 +57,10 @@ class HFGeneration(Generation):
         model: HFModel.Config = field(default_factory=HFModel.Config)
         """The folder that describes the model."""
 
-    models = HFModel.Config
-    cached = CachedHFModel
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once
 
-    def load(self, *, ragged: bool) -> Any:
-        return loaded(self.config.model, self.folder, self.device, self.dtype)
 
-
-class HFEvaluation(Evaluation):
+class HFEvaluation(HFFolder, Evaluation):
     """How good a model of transformers is."""
 
     @dataclass(kw_only=True, slots=True)
@@ -60,9 +69,4 @@ class HFEvaluation(Evaluation):
         model: HFModel.Config = field(default_factory=HFModel.Config)
         """The folder that describes the model."""
 
-    models = HFModel.Config
-    cached = CachedHFModel
     config: Config  # pyrefly: ignore[bad-override-mutable-attribute] - assigned once
-
-    def load(self, *, ragged: bool) -> Any:
-        return loaded(self.config.model, self.folder, self.device, self.dtype)

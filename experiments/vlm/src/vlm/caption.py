@@ -5,6 +5,7 @@ Letters: B images, L length, C channels, S pixels of a side.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.recipe import load_config
 from core.generate.cache import CachedDecoder
+from core.generate.generate import generate
+from core.generate.sample import Sampler
 from core.nn.init import materialise
 from core.runtime.meta import meta_model
 from core.weights.hf import load_from
@@ -40,24 +43,33 @@ def saved_model(folder: Path) -> tuple[VLMTrainer.Config, Any]:
     return config, model.eval()
 
 
-@torch.inference_mode()
+class CachedSeer(CachedDecoder):
+    """A model that reads the patches of an image (B, C, S, S) first, and then its caption."""
+
+    def __init__(self, model: Any, pixels_BCSS: Tensor, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.pixels_BCSS = pixels_BCSS
+
+    def __call__(self, tokens_BL: Tensor, **inputs: Tensor) -> Tensor:
+        if self.length == 0:
+            is_patch_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+            inputs |= {"pixels_BCSS": self.pixels_BCSS, "is_patch_BL": is_patch_BL}
+        return super().__call__(tokens_BL, **inputs)
+
+
 def captions(model: Any, pixels_BCSS: Tensor, *, limit: int, end_id: int | None) -> list[list[int]]:
     """The likeliest tokens behind each image, up to `limit` of them, or the token that ends a caption."""
-    n, n_patches = len(pixels_BCSS), model.config.vision.n_patches
-    tokens_BL = torch.full((n, n_patches), PLACEHOLDER)
-    found: list[list[int]] = [[] for _ in range(n)]
-    going = set(range(n))
-    with CachedDecoder(model, n_pads=[0] * n, capacity=n_patches + limit) as cached:
-        inputs = {"pixels_BCSS": pixels_BCSS, "is_patch_BL": torch.ones(n, n_patches, dtype=torch.bool)}
-        while going:
-            tokens_BL = cached(tokens_BL, **inputs).argmax(-1, keepdim=True)
-            inputs = {}
-            for row in sorted(going):
-                token = int(tokens_BL[row])
-                found[row] += [token] * (token != end_id)
-                if token == end_id or len(found[row]) == limit:
-                    going.remove(row)
-    return found
+    n = len(pixels_BCSS)
+    found = generate(
+        model,
+        [[PLACEHOLDER] * model.config.vision.n_patches] * n,
+        Sampler(n, temperature=0),
+        limits=[limit] * n,
+        n_tokens=model.config.vocab_size,
+        end_ids=[] if end_id is None else [end_id],
+        reader=partial(CachedSeer, pixels_BCSS=pixels_BCSS),
+    )
+    return [each.ids for each in found]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
