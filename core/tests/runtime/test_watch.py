@@ -236,7 +236,7 @@ def test_no_wait_is_without_end(told, trouble, reason):
         assert re.search(rf"told: {reason}", outputs[rank]), outputs
     if trouble != "deadlock":
         assert re.search(
-            r"^warning: waiting for rank 1 since \d s \((this test for \d s|no answer)\)$", outputs[0], re.M
+            r"^warning: waiting for rank 1 since \d+ s \((this test for \d+ s|no answer)\)$", outputs[0], re.M
         )
 
 
@@ -250,5 +250,5 @@ def live_and_hear(timeout_s: float) -> tuple[str, list[str]]:
 def test_work_that_goes_on_is_waited_for_and_told():
     (first, heard), (second, nothing) = run_ranks(live_and_hear, 2, 3.0)
     assert (first, second, nothing) == ("well", "well", [])
-    pattern = r"waiting for rank 1 since [1-6] s \(slow work for \d s, part \d+(, without progress for \d s)?\)"
+    pattern = r"waiting for rank 1 since \d+ s \(slow work for \d+ s, part \d+(, without progress for \d+ s)?\)"
     assert heard and all(re.fullmatch(pattern, line) for line in heard)
