@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,6 +56,8 @@ class Watched(FaultTolerantTrainer):
     """Before this step the group's weights become others than those of the rest."""
     together_at: Sequence[int] = ()
     """Steps that wait until all groups are there."""
+    at: Mapping[int, Callable[["Watched"], None]] = MappingProxyType({})
+    """What is done to the group in an attempt at a step."""
 
     def tell(self, kind: str, **numbers: Any) -> None:
         """Append a line, after whatever a kill left of the last one."""
@@ -77,10 +80,13 @@ class Watched(FaultTolerantTrainer):
     def _attempt(self, step: int) -> StepInfo:
         replicas = self.replicas
         attempt = {"step": step, "attempt": replicas._attempt, "number": replicas.number, "n": replicas.n}
+        attempt["data_rank"] = self.layout.data_rank
         own = [row for first in self.dealt.starts(step) for row in range(first, first + AT_ONCE)]
         self.tell("attempt", rows=own, **attempt)
         if step == self.lost_at:
             raise Lost
+        if step in self.at:
+            self.at[step](self)
         before = replicas.state.history
         info = super()._attempt(step)
         spikes = json.dumps(self.checkpoints.spikes.state())
@@ -182,7 +188,7 @@ def check_told(folder: Path, n_steps: int, n_ranks: int = 1) -> dict[int, dict[s
     Back from the last step: steps that lost groups alone had are no part of the run, which took them again.
     """
     lines, steps = told(folder), {}
-    rows: dict[int, list[int]] = {step: [] for step in range(1, n_steps + 1)}
+    rows: dict[int, dict[tuple[int, int], list[int]]] = {step: {} for step in range(1, n_steps + 1)}
     for rank in range(n_ranks):
         own = [line for line in lines if line["rank"] == rank]
         ends = {line["after"] for line in own if line["kind"] == "counted" and line["step"] == n_steps}
@@ -197,18 +203,23 @@ def check_told(folder: Path, n_steps: int, n_ranks: int = 1) -> dict[int, dict[s
             tried = [line for line in own if line["kind"] == "attempt" and line["attempt"] == steps[step]["attempt"]]
             assert {line["step"] for line in counted + tried} == {step}
             assert sorted(line["number"] for line in tried) == list(range(steps[step]["n"]))
-            rows[step] += [row for line in tried for row in line["rows"]]
+            for line in tried:  # ranks that share tokens read the same rows
+                assert rows[step].setdefault((line["number"], line["data_rank"]), line["rows"]) == line["rows"]
             after = steps[step]["before"]
     for step, found in rows.items():
-        assert sorted(found) == list(range(ROWS * (step - 1), ROWS * step)), f"step {step} has the rows {found}"
+        read = sorted(row for each in found.values() for row in each)
+        assert read == list(range(ROWS * (step - 1), ROWS * step)), f"step {step} has the rows {found}"
     return {step: steps[step] for step in sorted(steps)}
 
 
 class Processes:
     """The processes of the groups of a run; none outlives the block."""
 
-    def __init__(self, folder: Path, address: str, *, n_steps: int, meetings: Sequence[int], n_ranks: int = 1) -> None:
-        self.folder, self.address, self.n_steps, self.n_ranks = folder, address, n_steps, n_ranks
+    def __init__(
+        self, folder: Path, address: str, *, n_steps: int, meetings: Sequence[int], n_ranks: int = 1, axis: str = ""
+    ) -> None:
+        """`axis` is that of which a group of several ranks has them; FSDP's without it."""
+        self.folder, self.address, self.n_steps, self.n_ranks, self.axis = folder, address, n_steps, n_ranks, axis
         self.meetings = ",".join(map(str, meetings))
         self.groups = {number: self._start(number) for number in range(2)}
 
@@ -216,7 +227,7 @@ class Processes:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={self.n_ranks}", "--rdzv-id", f"group-{number}"]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         script = [__file__, str(self.folder), self.address, str(number)]
-        script += [str(self.n_steps), self.meetings]
+        script += [str(self.n_steps), self.meetings, self.axis]
         command = [sys.executable, *(launcher if self.n_ranks > 1 else []), *script]
         with (self.folder / f"log-{number}").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -275,13 +286,15 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def run_group(place: str, address: str, number: str, n_steps: str, meetings: str) -> None:
+def run_group(place: str, address: str, number: str, n_steps: str, meetings: str, axis: str) -> None:
     """The run of a process."""
     die_with_parent()
     torch.set_num_threads(1)
     replicas = Replicas.Config(lighthouse=address, group=int(number), n_groups=2)
     together = list(map(int, meetings.split(",")))
     config = small_run(Path(place), steps=int(n_steps))
+    if axis:
+        setattr(config.parallelism, f"{axis}_parallel_degree", 2)
     built_group(config, replicas, timeout_s=10, together_at=together).run()  # a group that is stopped is waited for
 
 

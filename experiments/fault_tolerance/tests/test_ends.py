@@ -2,6 +2,8 @@
 
 import json
 import signal
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,29 @@ from core.config.derive import derive
 from core.config.errors import UserError
 from core.config.record import to_dict
 from core.runtime.ranks import ALONE
+from core.step.update import StepInfo
+from core.train.observers import Observer
+from fault_tolerance.errors import NoQuorum, NotCommitted
 from fault_tolerance.folder import set_aside
-from fault_tolerance.replicas import NotCommitted, Replicas
+from fault_tolerance.replicas import Replicas
 from fault_tolerance.trainer import FaultTolerantTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # torchft's logger
 STEPS = 2
 NOWHERE = "http://127.0.0.1:9"
 """Where no lighthouse listens."""
+
+
+class StopsAtValidation(Observer):
+    """Ends a run after the first validation."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Observer.Config):
+        pass
+
+    def after_step(self, info: StepInfo) -> None:
+        if info.validation_loss is not None:
+            self.stop("enough")
 
 
 def group_of_two(folder: Path, address: str, group: int, *, steps: int = STEPS, least: int = 1) -> Watched:
@@ -117,11 +134,50 @@ def test_a_group_that_waits_for_others_saves_and_ends_when_it_is_asked_to_stop(t
     assert saved(tmp_path, 1) == [True, False] and not finished(tmp_path)
 
 
+def asks_to_save(trainer: Watched) -> None:
+    trainer.exchange.requests._save_asked = True  # as a signal does, of which threads get none
+
+
+def test_the_group_that_saves_does_so_when_another_is_asked_to_and_its_observers_end_the_run(tmp_path: Path) -> None:
+    """Of validation one group alone knows, so its observer speaks for all."""
+
+    def group(address: str, number: int) -> Watched:
+        config = small_run(tmp_path, steps=6)
+        config.observers, config.validator.freq = [StopsAtValidation.Config()], 4
+        replicas = Replicas.Config(lighthouse=address, group=number, n_groups=2, min_replicas=2)
+        trainer = built_group(config, replicas, at={2: asks_to_save} if number else {})
+        trainer.run()
+        return trainer
+
+    small_run(tmp_path, steps=STEPS)
+    first, second = in_threads(partial(group, number=0), partial(group, number=1))
+    assert [saved(tmp_path, step) for step in range(1, 6)] == [[step in (3, 4), False] for step in range(1, 6)]
+    assert first.replicas.state.step == second.replicas.state.step == 4
+    assert first.exchange.cause == "observer 0 StopsAtValidation (enough)"
+    assert second.exchange.cause == "an observer of another replica group"
+    assert not finished(tmp_path)
+
+
+def test_a_group_without_a_quorum_saves_what_it_has(tmp_path: Path) -> None:
+    def loses_lighthouse(trainer: Watched) -> None:
+        def begin(**how: Any) -> None:
+            raise NoQuorum("no lighthouse answers")
+
+        trainer.replicas.begin = begin
+
+    config = small_run(tmp_path, steps=4)
+    trainer = built_group(config, Replicas.Config(), at={2: loses_lighthouse})
+    with pytest.raises(NoQuorum):
+        trainer.run()
+    found = trainer.checkpoints.last_saved()
+    assert found is not None and found.manifest.progress.step == 2
+
+
 def test_groups_that_are_too_few_end_after_quorum_timeout_s() -> None:
     replicas = Replicas.__new__(Replicas)
     replicas.config = Replicas.Config(n_groups=2, min_replicas=2, quorum_timeout_s=1)
     replicas.n, replicas._ranks = 1, ALONE
-    replicas._agreed, replicas._vote = lambda least: False, lambda: False
+    replicas._agreed, replicas._vote = lambda least, words: False, lambda: False
     with pytest.raises(UserError, match="quorum_timeout_s 1: 1 are there, and at least 2 are needed"):
         replicas.begin()
 

@@ -7,6 +7,7 @@ that are killed.
 import json
 import os
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_recipes_differ_from_those_that_they_are_derived_from_in_the_groups() ->
         ({"group": 1}, "group: group 1 is none of n_groups 1: use 0 to 0"),
         ({"min_replicas": 2}, "min_replicas: min_replicas 2 must be from 1 to n_groups 1"),
         ({"lighthouse": "a:1"}, "lighthouse: lighthouse a:1 must be http://HOST:PORT"),
+        ({"lighthouse": "http://a"}, "lighthouse: lighthouse http://a must be http://HOST:PORT"),
         ({"outer_momentum": 1.0}, "outer_momentum: outer_momentum 1.0 must be in"),
         ({"method": "diloco", "sync_steps": 3}, "checkpoint.interval: interval 500 must be a multiple of"),
         ({"timeout_s": 0}, "timeout_s: timeout_s 0 must be at least 1"),
@@ -174,5 +176,14 @@ def test_layouts_that_groups_do_not_work_with_are_refused() -> None:
 
 def test_without_a_lighthouse_a_group_says_so(tmp_path: Path) -> None:
     replicas = Replicas.Config(lighthouse="http://127.0.0.1:9", timeout_s=1)
+    config = derive(small_run(tmp_path, steps=1), FaultTolerantTrainer.Config, fault_tolerance=replicas)
     with pytest.raises(UserError, match=r"no lighthouse answers at http://127\.0\.0\.1:9"):
-        derive(small_run(tmp_path, steps=1), FaultTolerantTrainer.Config, fault_tolerance=replicas).build().run()
+        config.build().run()
+
+
+def test_a_port_that_another_process_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = derive(small_run(tmp_path, steps=1), FaultTolerantTrainer.Config)
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as server:
+        monkeypatch.setenv("TORCHFT_MANAGER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(UserError, match=r"^TORCHFT_MANAGER_PORT \d+ is a port that another process has"):
+            config.build().run()

@@ -1,7 +1,10 @@
 """LocalSGD and DiLoCo: rounds of steps that groups take by themselves, against the formulas by hand."""
 
+import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -61,29 +64,71 @@ def by_hand(folder: Path, method: Method) -> dict[str, Tensor]:
     return dict(zip(parameters(trainers[0]), (weight.detach() for weight in outer), strict=True))
 
 
+def in_rounds(folder: Path, replicas: Replicas.Config, **events: Any) -> Watched:
+    """A group after its run."""
+    config = small_run(folder, steps=STEPS)
+    config.checkpoint.interval = config.validator.freq = SYNC
+    trainer = built_group(config, replace(replicas, sync_steps=SYNC), **events)
+    trainer.run()
+    return trainer
+
+
+def asks_to_stop(trainer: Watched) -> None:
+    trainer.exchange.requests.signal = signal.SIGTERM
+
+
 @pytest.mark.parametrize("method", [pytest.param("local_sgd", marks=pytest.mark.matrix), "diloco"])
 def test_rounds_are_those_of_the_formula_and_a_lost_one_is_done_again(tmp_path: Path, method: Method) -> None:
     """Group 1 is lost in the second step of the second round, and is there again when it is done again."""
     expected = by_hand(tmp_path, method)
-
-    def group(address: str, number: int, lost_at: int = 0) -> Watched:
-        replicas = Replicas.Config(
-            lighthouse=address, group=number, n_groups=2, min_replicas=2, method=method, sync_steps=SYNC
-        )
-        config = small_run(tmp_path, steps=STEPS)
-        config.checkpoint.interval = SYNC
-        trainer = built_group(config, replicas, lost_at=lost_at)
-        trainer.run()
-        return trainer
+    both = Replicas.Config(n_groups=2, min_replicas=2, method=method)
 
     def lost_and_back(address: str) -> Watched:
+        replicas = replace(both, lighthouse=address, group=1)
         with pytest.raises(Lost):
-            group(address, 1, lost_at=5)
-        return group(address, 1)
+            in_rounds(tmp_path, replicas, lost_at=5)
+        return in_rounds(tmp_path, replicas)
 
-    trainers = in_threads(lambda address: group(address, 0), lost_and_back)
+    trainers = in_threads(lambda address: in_rounds(tmp_path, replace(both, lighthouse=address)), lost_and_back)
+    check_rounds(tmp_path, trainers, expected)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", ["local_sgd", "diloco"])
+def test_rounds_of_groups_that_were_all_lost_go_on_from_what_one_saved(tmp_path: Path, method: Method) -> None:
+    """Both are lost in the second step of the second round; what group 0 saved before it is the state of both."""
+    expected = by_hand(tmp_path, method)
+    both = Replicas.Config(n_groups=2, min_replicas=2, method=method)
+
+    def lost(address: str, group: int) -> None:
+        with pytest.raises(Lost):
+            in_rounds(tmp_path, replace(both, lighthouse=address, group=group), lost_at=5)
+
+    in_threads(*(partial(lost, group=group) for group in range(2)))
+    groups = (replace(both, group=group) for group in range(2))
+    trainers = in_threads(
+        *(lambda address, each=each: in_rounds(tmp_path, replace(each, lighthouse=address)) for each in groups)
+    )
+    check_rounds(tmp_path, trainers, expected)
+
+
+def test_a_run_that_is_stopped_within_a_round_of_diloco_and_goes_on_is_as_one_that_nobody_stops(tmp_path: Path) -> None:
+    """All bytes of weights, moments and outer momentum; the round that was left is taken again."""
+    diloco = Replicas.Config(method="diloco")
+    whole = in_rounds(tmp_path / "whole", diloco)
+    left = in_rounds(tmp_path / "left", diloco, at={5: asks_to_stop})
+    last_saved = left.checkpoints.last_saved()
+    assert left.replicas.state.step == SYNC and last_saved is not None and last_saved.manifest.progress.step == SYNC
+    again = in_rounds(tmp_path / "left", diloco)
+    expected = whole.replicas.state.tensors()
+    assert sum(name.startswith("outer.") and bool(tensor.any()) for name, tensor in expected.items()) > 5
+    torch.testing.assert_close(again.replicas.state.tensors(), expected, rtol=0, atol=0)
+
+
+def check_rounds(folder: Path, trainers: list[Watched], expected: dict[str, Tensor]) -> None:
+    """Both have the weights of the formula, and the second round was taken again."""
     for trainer in trainers:
         torch.testing.assert_close(parameters(trainer), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parameters(trainers[0]), parameters(trainers[1]), rtol=0, atol=0)
-    steps = [line["step"] for line in told(tmp_path) if line["kind"] == "attempt" and line["number"] == 0]
+    steps = [line["step"] for line in told(folder) if line["kind"] == "attempt" and line["number"] == 0]
     assert steps[-2:] == [STEPS - 1, STEPS] and steps.count(5) == 2 and steps.count(2) == 1

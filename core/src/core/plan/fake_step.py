@@ -33,7 +33,7 @@ from core.plan.segments import MessageKind, Recorder, Segment, expand
 from core.plan.shared_matrices import SharedMatrices
 from core.plan.traffic import axes
 from core.step.checks import Run
-from core.step.objective import Objective
+from core.step.objective import Objective, valid_tokens
 from core.step.source_losses import Tally
 from core.step.update import train_step
 
@@ -165,6 +165,10 @@ class FakeObjective:
         """Nothing: what rows come from costs nothing."""
         del sources
         return []
+
+    def n_valid(self, batches: Sequence[Batch]) -> float:
+        """As an `Objective` does."""
+        return self.layout.sum_of_data(valid_tokens(batches))
 
     def accumulate(self, batches: Sequence[Batch], n_valid: float, tallies: Sequence[Tally]) -> tuple[float, float]:
         """As an `Objective` does, with the microbatch of the passes."""

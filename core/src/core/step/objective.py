@@ -49,6 +49,10 @@ class Objective:
         self.stages, self.layout, self.dtype, self.mask, self.pipeline = stages, layout, dtype, mask, pipeline
         self.loss, self.vocabulary = loss, layout.vocabulary(stages[0].config.vocab_size)
 
+    def n_valid(self, batches: Sequence[Batch]) -> float:
+        """The labels that count in a step of which this rank has `batches`, by which its loss is divided."""
+        return self.layout.sum_of_data(valid_tokens(batches))
+
     def accumulate(
         self, batches: Sequence[Batch], n_valid: float, tallies: Sequence[Tally] = ()
     ) -> tuple[float, float]:

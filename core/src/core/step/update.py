@@ -17,7 +17,7 @@ from core.parallel.layout import RankView
 from core.runtime.activity import begin
 from core.runtime.log import event
 from core.step.in_backward import UpdateInBackward
-from core.step.objective import Objective, valid_tokens
+from core.step.objective import Objective
 from core.step.source_losses import StepSources
 from core.step.spikes import SpikeDetector
 
@@ -67,7 +67,7 @@ def train_step(
     """
     begin(f"step {step}")
     layout = objective.layout
-    n_valid = layout.sum_of_data(valid_tokens(batches))
+    n_valid = objective.n_valid(batches)
     if n_valid == 0:
         raise UserError(f"step {step}: none of its {len(batches)} microbatches has a token that counts for the loss")
     optimizer.zero_grad()

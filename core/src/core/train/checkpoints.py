@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from core.checkpoint.find import Found, candidates, find_in
@@ -39,13 +40,14 @@ from core.train.state import (
     optimizer_tensors,
     random_tensors,
     set_random,
+    stored_tensors,
     trained_tensors,
+    weights_to_begin_with,
 )
 from core.weights.adapters import adapter_settings, begin_with
 from core.weights.companions import run_companions
 from core.weights.convert import write_as_hf
 from core.weights.folder import folder_source, is_published, model_of, weights_under
-from core.weights.key_map import mtp_weights
 from core.weights.peft_folder import is_peft
 from core.weights.same_model import check_same_model
 
@@ -84,10 +86,16 @@ class RunCheckpoints:
         if self.found is not None:
             self._go_on(self.found)
         self._adapters = None if self.found is not None else adapters_at_start(run, model)
-        self._last = self.start.step
         self._tokens_at_start: int | None = None
         self.saves = True
         """Whether `after_step` saves when it is time: of several copies of a run one does."""
+        self.saved_step: int | None = None
+        """The step that was saved last, since this process began."""
+        self.owed = False
+        """Whether a save was asked for that has not come."""
+        self.further: dict[str, Tensor] = {}
+        """What an experiment keeps beside weights and optimizer: tensors spread over the ranks, by names of one part of
+        their own, as `outer.`; made before `restore`."""
 
     def _read_companions(self) -> None:
         if self.settings.saves:
@@ -132,7 +140,7 @@ class RunCheckpoints:
             if "optimizer" not in left:
                 keys = {key for each in self.ranks.gather(optimizer.state_keys()) for key in each}
                 check_optimizer_state(self.found.tensors(), keys, optimizer, place=str(self.found))
-                tensors |= optimizer_tensors(optimizer)
+                tensors |= optimizer_tensors(optimizer) | stored_tensors(self.further, self.found)
             self.saver.load(self.found, tensors | random)
             set_random(random, self.layout.device)
             log.info(f"going on from {self.found} after step {self.start.step:,}")
@@ -151,17 +159,18 @@ class RunCheckpoints:
     def after_step(self, step: int, *, last: bool, stopping: bool, asked: bool, validation_loss: float | None) -> float:
         """Save the run, if it is time or somebody `asked`; returns the seconds that it took."""
         c, began = self.settings, time.perf_counter()
-        if not (self.saves and self.saver.due(step, last=last or stopping or asked)):
+        self.owed |= asked
+        if not (self.saves and self.saver.due(step, last=last or stopping or self.owed)):
             return 0.0
         self.saver.wait()  # until then the ranks' group is that of the save behind the run
-        tensors = self._weights | optimizer_tensors(self._optimizer)
+        tensors = self._weights | optimizer_tensors(self._optimizer) | self.further
         tensors |= random_tensors(self.ranks.rank, self.layout.device)
         progress = self.progress(step, validation_loss)
         progress.places, progress.observers = self._places(), self.observers.state()
         progress.spikes = self.spikes.state()
         kind: SaveKind = "model" if last and c.last_save_model_only else "full"
         self.saver.save(progress, tensors, kind=kind, wait=last or stopping)
-        self._last = step
+        self.saved_step, self.owed = step, False
         return time.perf_counter() - began
 
     @property
@@ -181,9 +190,9 @@ class RunCheckpoints:
 
     def last_saved(self) -> Found | None:
         """The newest checkpoint of this run; None where it has none, or not any more. (No collective.)"""
-        if self._last == self.start.step:
+        if self.saved_step is None:
             return self.found if self._is_own(self.found) else None
-        storage, folder = self.saver.storage, f"step-{self._last}"
+        storage, folder = self.saver.storage, f"step-{self.saved_step}"
         try:
             return Found(storage, folder, read_manifest(storage, folder))
         except Damaged as damage:
@@ -268,7 +277,7 @@ class RunCheckpoints:
         whole = all(weight.is_floating_point() for weight in self._begins.values() if isinstance(weight, Parameter))
         if whole and not c.initial_load_in_hf and found is not None and adapter_settings(found.config()) is None:
             check_same_model(self.model, model_of(found.config()), found, allow=allow)
-            return self.saver.load(found, self._stored_weights(found))
+            return self.saver.load(found, weights_to_begin_with(self._begins, found, self.model.config.n_layers))
         if c.initial_load_in_hf and not is_published(path):
             raise UserError(f"{path} is no Hugging Face folder: leave initial_load_in_hf out")
         source = folder_source(self.model, found or Path(path), allow_model_change=allow)
@@ -281,16 +290,6 @@ class RunCheckpoints:
         with working("loading weights"):
             for name in followed(list(slices), lambda name: local_tensor(slices[name]).nbytes):
                 begin_with(source, name, self.layout.local_slice(slices[name]))
-
-    def _stored_weights(self, found: Found) -> dict[str, torch.Tensor]:
-        """The weights of this rank that a run begins with: those of multi-token prediction stay as they were drawn
-        where a checkpoint has none."""
-        n_layers = self.model.config.n_layers
-        stored = (name for name in found.tensors() if name.startswith("model."))
-        lacking = mtp_weights(self._begins, n_layers) if not mtp_weights(stored, n_layers) else frozenset()
-        if lacking:
-            log.info(f"{found} has no weights of multi-token prediction: they are not loaded")
-        return {name: weight for name, weight in self._begins.items() if name not in lacking}
 
     def _export(self, found: Found, folder: Path) -> None:
         folder.mkdir()

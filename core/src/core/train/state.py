@@ -1,16 +1,21 @@
 """What a run goes on from: every tensor that a step changes, by name, and how far it has come."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.checkpoint.find import Found
 from core.config.errors import UserError
 from core.config.record import differences
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
 from core.runtime.device import random_state, set_random_state
+from core.weights.key_map import mtp_weights
+
+log = logging.getLogger("armature")
 
 _CPU = torch.device("cpu")
 
@@ -77,6 +82,24 @@ def check_optimizer_state(stored: Iterable[str], keys: Iterable[str], optimizer:
             f"{type(optimizer).__name__} keeps {', '.join(sorted(keys))}: go on with that optimizer, or let this one "
             "begin anew, --checkpoint.exclude_from_loading optimizer"
         )
+
+
+def stored_tensors(tensors: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:
+    """Those of `tensors`, of any shape, that a checkpoint has; the others stay as they are, and a line says so."""
+    stored = found.tensors()
+    if lacking := sorted({name.partition(".")[0] for name in tensors.keys() - stored}):
+        log.info(f"{found} has no tensors {', '.join(lacking)}: they begin anew")
+    return {name: tensor for name, tensor in tensors.items() if name in stored}
+
+
+def weights_to_begin_with(weights: Mapping[str, Tensor], found: Found, n_layers: int) -> dict[str, Tensor]:
+    """The `weights` of this rank, of any shape, that a run begins with: those of multi-token prediction, behind the
+    layers, stay as they were drawn where a checkpoint has none."""
+    stored = (name for name in found.tensors() if name.startswith("model."))
+    lacking = mtp_weights(weights, n_layers) if not mtp_weights(stored, n_layers) else frozenset()
+    if lacking:
+        log.info(f"{found} has no weights of multi-token prediction: they are not loaded")
+    return {name: weight for name, weight in weights.items() if name not in lacking}
 
 
 def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from core.step.loss import Loss
 from core.step.objective import Objective
 from core.step.source_losses import Tally
 from fault_tolerance.replicas import Replicas
-from fault_tolerance.view import GroupView
 
 
 class GroupObjective(Objective):
@@ -26,8 +25,7 @@ class GroupObjective(Objective):
     """
 
     def __init__(self, stages: list[Decoder], loss: Loss, *, optimizer: Optimizer, **settings: Any) -> None:
-        layout = GroupView(settings.pop("layout"), self._of_data)
-        super().__init__(stages, loss, layout=layout, **settings)
+        super().__init__(stages, loss, **settings)
         self.optimizer = optimizer
         self._replicas: Replicas | None = None
         self._step = 0
@@ -41,10 +39,12 @@ class GroupObjective(Objective):
         finally:
             self._replicas = None
 
-    def _of_data(self, value: float) -> float:
+    def n_valid(self, batches: Sequence[Batch]) -> float:
+        """As in core; of all groups."""
+        own = super().n_valid(batches)
         if self._replicas is None:
-            return value
-        (total,) = self._replicas.sums(value)
+            return own
+        (total,) = self._replicas.sums(own)
         self._replicas.check()
         return total
 

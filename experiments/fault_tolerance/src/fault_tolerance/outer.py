@@ -11,17 +11,16 @@ Buffers, the biases of experts, take the mean. A round that a group did not fini
 rows dealt out to those that are left.
 """
 
-import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from core.optim.weight import local_tensor
 from core.train.state import trained_tensors
-from fault_tolerance.replicas import NotCommitted, Replicas
+from fault_tolerance.errors import NotCommitted
+from fault_tolerance.replicas import Replicas
 from fault_tolerance.state import Snapshot
-
-log = logging.getLogger("armature")
 
 
 class OuterStep:
@@ -29,23 +28,20 @@ class OuterStep:
 
     def __init__(self, replicas: Replicas) -> None:
         self.replicas, self.state = replicas, replicas.state
-        found = {
-            name: tensor for name, tensor in trained_tensors(self.state.model).items() if tensor.is_floating_point()
-        }
+        found = shared_tensors(self.state.model)
         self._shared = {name: local_tensor(tensor).detach() for name, tensor in found.items()}
-        if replicas.config.method == "diloco":
-            weights = {name: zeros(self._shared[name]) for name, each in found.items() if each.requires_grad}
-            self.state.further |= {f"outer.{name}": moment for name, moment in weights.items()}
-            if self.state.step:
-                log.info(
-                    "the outer momentum is in no checkpoint: it begins at 0 unless another group hands its own over"
-                )
+        self._moments = {name: local_tensor(moment) for name, moment in self.state.checkpoints.further.items()}
         self._before: Snapshot | None = None
 
     def begin_round(self) -> None:
         """Keep what a round that is undone goes back to, in the host's memory."""
         header, tensors = self.state.snapshot()
         self._before = Snapshot(header, [tensor.to("cpu", copy=True) for tensor in tensors])
+
+    def undo(self) -> None:
+        """Go back to the beginning of the round."""
+        assert self._before is not None, "no round has begun"
+        self.state.load(self._before)
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
@@ -57,20 +53,30 @@ class OuterStep:
         try:
             self.replicas.commit(step)
         except NotCommitted:
-            self.state.load(self._before)
+            self.undo()
             raise
         for name, tensor in self._shared.items():
             self._step(name, tensor, before[name].to(tensor.device), moved[name] / self.replicas.n)
         self.state.layout.let_go(self.state.built.models)
 
     def _step(self, name: str, tensor: Tensor, before: Tensor, moved: Tensor) -> None:
-        config, moment = self.replicas.config, self.state.further.get(f"outer.{name}")
+        config, moment = self.replicas.config, self._moments.get(f"outer.{name}")
         if moment is not None:
             moment.mul_(config.outer_momentum).add_(moved)
             moved = config.outer_lr * (moved + config.outer_momentum * moment)
         tensor.copy_(before.float() - moved)
 
 
-def zeros(tensor: Tensor) -> Tensor:
-    """Zeros in fp32 like a tensor of any shape."""
-    return torch.zeros_like(tensor, dtype=torch.float32)
+def shared_tensors(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model, of any shape, that groups make equal at the end of a round."""
+    return {name: tensor for name, tensor in trained_tensors(model).items() if tensor.is_floating_point()}
+
+
+def outer_momentum(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DiLoCo's momentum of each weight of a model, whose tensors may be of any shape: 0 in fp32, of the shape of the
+    weight and spread over the ranks like it."""
+    weights = {name: tensor for name, tensor in shared_tensors(model).items() if tensor.requires_grad}
+    return {
+        f"outer.{name}": torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+        for name, weight in weights.items()
+    }

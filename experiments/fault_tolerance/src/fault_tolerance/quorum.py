@@ -1,6 +1,7 @@
 """torchft as this experiment uses it: its quorums, its votes, its process groups, and a transport of our own."""
 
 import logging
+import os
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
@@ -13,11 +14,13 @@ from torch import Tensor
 from torchft import Manager, ProcessGroupGloo, ProcessGroupNCCL
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import LighthouseServer
+from torchft.manager import MANAGER_PORT_ENV
 from torchft.process_group import ProcessGroup
 
 from core.config.errors import UserError
 from core.runtime.launcher import World, find_world, meeting_point
 from core.runtime.ranks import Ranks
+from fault_tolerance.errors import NoQuorum
 from fault_tolerance.state import RunState, Snapshot
 
 GROUPS = {"cpu": ProcessGroupGloo, "cuda": ProcessGroupNCCL}
@@ -73,6 +76,10 @@ class Membership:
             )
         except (RuntimeError, TimeoutError, OSError) as error:
             self._end_servers()
+            if "in use" in str(error) and (taken := os.environ.get(MANAGER_PORT_ENV)):
+                raise UserError(
+                    f"{MANAGER_PORT_ENV} {taken} is a port that another process has: unset it for any that is free"
+                ) from error
             raise UserError(f"no lighthouse answers at {lighthouse}: {first_line(error)}; start one there") from error
 
     def _serve(self, settings: Settings) -> tuple[str, str, int]:
@@ -100,12 +107,12 @@ class Membership:
 
     def meet(self) -> Snapshot | None:
         """Wait for a quorum; returns the state of the run, for this rank, where the group is behind. Raises
-        `UserError`."""
+        `NoQuorum`, and `UserError` where that is the state of another run."""
         self._received = None
         try:
             self.manager.start_quorum()
         except (RuntimeError, TimeoutError) as error:
-            raise UserError(
+            raise NoQuorum(
                 f"the lighthouse at {self.lighthouse} made no quorum in quorum_timeout_s "
                 f"{self.settings.quorum_timeout_s}: {first_line(error)}"
             ) from error

@@ -5,22 +5,23 @@ import logging
 import math
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
 from core.config.configurable import Configurable, range_problems
-from core.config.errors import UserError
 from core.parallel.layout import RankView
 from core.runtime.ranks import Ranks
+from fault_tolerance.errors import NoQuorum, NotCommitted
 from fault_tolerance.state import RunState
 
 log = logging.getLogger("armature")
@@ -31,8 +32,16 @@ PAUSE_S = 0.5
 """How long groups wait that are too few to go on, until they look again."""
 
 
-class NotCommitted(Exception):
-    """An attempt at a step that a group did not finish: it changed nothing, and is done again."""
+class Words(NamedTuple):
+    """What a group tells the others when they meet."""
+
+    save: bool = False
+    """It was asked for a checkpoint."""
+    stop: bool = False
+    """One of its observers ends the run."""
+
+
+SILENT = Words()
 
 
 class Replicas(Configurable):
@@ -87,7 +96,7 @@ class Replicas(Configurable):
                     f"n_groups {self.n_groups} need a lighthouse that outlives each of them: start one, "
                     "torchft_lighthouse --min_replicas 1 --bind [::]:29510, and set lighthouse http://HOST:29510",
                 )
-            if self.lighthouse is not None and not self.lighthouse.startswith(("http://", "https://")):
+            if self.lighthouse is not None and not re.match(r"https?://.+:\d+/?$", self.lighthouse):
                 yield "lighthouse", f"lighthouse {self.lighthouse} must be http://HOST:PORT"
             if not 0 < self.outer_lr < math.inf:
                 yield "outer_lr", f"outer_lr {self.outer_lr} must be a finite number above 0"
@@ -110,6 +119,8 @@ class Replicas(Configurable):
         self.config, self.state, self.layout = config, state, layout
         self.number, self.n = 0, 0
         """The place of this group among those of the attempt, and how many there are."""
+        self.heard = SILENT
+        """What any of them said."""
         self._apart, self._torn, self._attempt = False, False, 0
         self._new, self._ranks = True, ranks
         self._random = random.Random(ranks.first(lambda: secrets.randbits(64)))  # on all ranks of the group the same
@@ -122,28 +133,29 @@ class Replicas(Configurable):
         """Whether this group is the one that saves and validates."""
         return self.number == 0
 
-    def begin(self, *, least: int | None = None, look: Callable[[], None] | None = None) -> None:
+    def begin(self, *, least: int | None = None, look: Callable[[], None] | None = None, words: Words = SILENT) -> None:
         """Agree on who takes part in the next attempt, with the state of the run on all of them; at `least` so many
-        where that is fewer than `min_replicas`. `look` is called after each time in vain, and may raise.
+        where that is fewer than `min_replicas`. `look` is called after each time in vain, and may raise; `words` are
+        this group's, of which `heard` tells afterwards.
 
-        A collective of all ranks of all groups. Raises `UserError` where the lighthouse does not answer, where groups
-        did not agree in `quorum_timeout_s`, and for a group of other settings.
+        A collective of all ranks of all groups. Raises `NoQuorum` where the lighthouse does not answer, or groups did
+        not agree in `quorum_timeout_s`, and `UserError` for a group of other settings.
         """
         before, least = self.n, self.config.min_replicas if least is None else least
         deadline = time.monotonic() + self.config.quorum_timeout_s
-        while not self._agreed(least):
+        while not self._agreed(least, words):
             self._vote()  # not: it was reported
             if look is not None:
                 look()
             if self._ranks.first(lambda: time.monotonic() > deadline):
-                raise UserError(
+                raise NoQuorum(
                     f"replica groups did not agree in quorum_timeout_s {self.config.quorum_timeout_s}: {self.n} are "
                     f"there, and at least {least} are needed; start the others"
                 )
         if self.n != before:
             log.info(f"{self.n} of {self.config.n_groups} replica groups go on after step {self.state.step:,}")
 
-    def _agreed(self, least: int) -> bool:
+    def _agreed(self, least: int, words: Words) -> bool:
         """Whether one attempt at a quorum made all of its groups equal; an error is reported where not."""
         state, manager = self.state, self._manager
         was_apart = self._apart
@@ -157,7 +169,7 @@ class Replicas(Configurable):
             most, least_of_all = self.layout.maxima(state.history, -state.history)
             self._torn, self._new = most != -least_of_all, False  # ranks may be handed the states of several groups
             log.info(f"took over the state of the run after step {state.step:,}")
-        histories = self._exchanged() if not lost else [state.history]
+        histories = self._exchanged(words) if not lost else [state.history]
         few = self.n < least
         alone = was_apart and received is None  # nobody had more than what was announced
         own = not lost and histories[self.number] != histories[0]
@@ -171,13 +183,14 @@ class Replicas(Configurable):
             time.sleep(PAUSE_S)
         return False
 
-    def _exchanged(self) -> list[int]:
-        """What each group of the attempt remembers of the run; and a number that no other attempt has."""
-        own = torch.zeros(self.n, 2, dtype=torch.int64, device=self.layout.device)
-        own[self.number] = torch.tensor([self.state.history, self._random.getrandbits(40)])
+    def _exchanged(self, words: Words) -> list[int]:
+        """What each group of the attempt remembers of the run; with what they say, and a number that no other attempt
+        has."""
+        own = torch.zeros(self.n, 4, dtype=torch.int64, device=self.layout.device)
+        own[self.number] = torch.tensor([self.state.history, self._random.getrandbits(40), *words])
         self._sum(own)
-        histories, numbers = own.T.tolist()
-        self._attempt = sum(numbers)
+        histories, numbers, *said = own.T.tolist()
+        self._attempt, self.heard = sum(numbers), Words(*(any(each) for each in said))
         return histories
 
     @property

@@ -50,13 +50,11 @@ class RunState:
         """Steps that count."""
         self.history = 0
         """A number that groups share as long as they have taken part in the same attempts."""
-        self.further: dict[str, Tensor] = {}
-        """Tensors of an outer optimizer."""
         self.model = model_tensors(built.models)
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's slices of all that a step changes, by name."""
-        found = self.model | optimizer_tensors(self.optimizer) | self.further
+        found = self.model | optimizer_tensors(self.optimizer) | self.checkpoints.further
         return {name: local_tensor(tensor).detach() for name, tensor in found.items()}
 
     def snapshot(self) -> Snapshot:

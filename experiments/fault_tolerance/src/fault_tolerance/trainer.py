@@ -17,19 +17,18 @@ from core.step.update import StepInfo
 from core.train.exchange import Exchange
 from core.train.folder import config_text
 from core.train.profile import Profiler
+from core.train.state import model_tensors
 from core.train.trainer import Trainer
+from fault_tolerance.checks import refused
+from fault_tolerance.errors import NoQuorum, NotCommitted, RunIsOver
 from fault_tolerance.folder import group_folder, is_finished, leave_word, set_aside
 from fault_tolerance.objective import GroupObjective
-from fault_tolerance.outer import OuterStep
-from fault_tolerance.replicas import NotCommitted, Replicas
+from fault_tolerance.outer import OuterStep, outer_momentum
+from fault_tolerance.replicas import Replicas, Words
 from fault_tolerance.rows import DealtRows, over_groups
 from fault_tolerance.state import RunState
 
 log = logging.getLogger("armature")
-
-
-class RunIsOver(Exception):
-    """Nothing is left to train for this group: others finished the run, or it was asked to stop while it waited."""
 
 
 class FaultTolerantTrainer(Trainer):
@@ -77,6 +76,8 @@ class FaultTolerantTrainer(Trainer):
                 "replica groups: prepare them with python -m core.data.prepare"
             )
         super()._start_model()
+        if self.config.fault_tolerance.method == "diloco":
+            self.checkpoints.further = outer_momentum(model_tensors(self.built.models))
         self.own_validator, names = self.validator, ("n_rows", "local_batch_size")
         sizes = dict(zip(names, (self.rows_per_step, self.config.training.local_batch_size), strict=True))
         first_row = self.checkpoints.first_row
@@ -87,7 +88,8 @@ class FaultTolerantTrainer(Trainer):
     def _loop(self, exchange: Exchange, profiler: Profiler) -> int:
         self.exchange = exchange
         if self._is_finished():
-            return self._leave(self.checkpoints.start.step)
+            self._leave(self._others())
+            return self.checkpoints.start.step
         state = RunState(self.checkpoints, self.built, self.optimizer, self.layout, settings=self.settings)
         live = {"state": state, "layout": self.layout, "ranks": self.checkpoints.ranks}
         self.replicas = self.config.fault_tolerance.build(**live)
@@ -95,32 +97,52 @@ class FaultTolerantTrainer(Trainer):
         self._between_rounds = True
         try:
             try:
-                step, saved = super()._loop(exchange, profiler), self.checkpoints.saves
-            except RunIsOver:
-                step, saved = self._leave(state.step), False
+                step = super()._loop(exchange, profiler)
+            except RunIsOver as over:
+                self._leave(str(over))
+                step = state.step
+            if not self._between_rounds:
+                step = self._undo_round()
             if step == self.last_step:
-                self._end(saved=saved)
+                self._end()
+            elif self.layout.sums(float(bool(self.observers.cause)))[0] and self.config.fault_tolerance.n_groups > 1:
+                self.replicas.begin(least=1, words=Words(stop=True))
             return step
         finally:
             self.replicas.close()
 
-    def _leave(self, step: int) -> int:
-        """The end of a group that trains no further; returns `step`, which a request to stop has saved."""
+    def _leave(self, cause: str) -> None:
+        """The end of a group that trains no further, for this cause; a request to stop saves it."""
         self.rows.close()
-        if not self.exchange.stopping:
-            self.exchange.cause = f"the other replica groups, which finished the run in {self.folder.parent},"
-        elif step > self.checkpoints.start.step and not self.checkpoints.saver.due(step, last=False):
-            self._save(step, last=False)
+        if self.exchange.stopping:
+            self._keep(saves=self.replicas.leads)
+        else:
+            self.exchange.cause = cause
         self.checkpoints.finish()
-        return step
 
-    def _end(self, *, saved: bool) -> None:
+    def _undo_round(self) -> int:
+        """Go back to the beginning of the round in which the group was asked to stop, which others take again; returns
+        the step before it, saved."""
+        assert self.outer is not None
+        self.outer.undo()
+        self._keep(saves=self.replicas.leads)
+        self.checkpoints.finish()
+        log.info(f"the round was left after step {self.replicas.state.step:,}, and is to be taken again")
+        return self.replicas.state.step
+
+    def _keep(self, *, saves: bool) -> None:
+        """Save the last step that counts, where this group `saves` and has not saved it."""
+        step, self.checkpoints.saves = self.replicas.state.step, saves
+        if step > self.checkpoints.start.step and step != self.checkpoints.saved_step:
+            self._save(step, last=False)
+
+    def _end(self) -> None:
         """See that the last step is saved: by the first of the groups that are there, which leaves word of it. The
         others wait for that, and take its place when it is lost."""
         while self.config.fault_tolerance.n_groups > 1 and not self._is_finished():
             if self.replicas.leads:
                 self.checkpoints.saves = True
-                if not saved:
+                if self.checkpoints.saved_step != self.last_step:
                     self._save(self.last_step, last=True)
                 self._leave_word()
             else:
@@ -148,22 +170,36 @@ class FaultTolerantTrainer(Trainer):
 
     def _begin(self) -> int:
         """Meet the other groups; returns the number of the next step. Raises `RunIsOver` where there is none."""
-        self.replicas.begin(look=self._look)
-        done = self.replicas.state.step
+        checkpoints, replicas = self.checkpoints, self.replicas
+        try:
+            replicas.begin(look=self._look, words=Words(save=checkpoints.owed))
+        except NoQuorum:
+            self._keep(saves=True)  # each in its own folder: which of them is the first is not known any more
+            checkpoints.finish()
+            raise
+        done = replicas.state.step
+        if replicas.heard.stop:
+            raise RunIsOver("an observer of another replica group")
         if done >= self.last_step or self._is_finished():
-            raise RunIsOver
-        self.dealt.deal(self.replicas.number, self.replicas.n)
-        self.validator = self.own_validator if self.replicas.leads else None
-        self.checkpoints.saves = self.replicas.leads
+            raise RunIsOver(self._others())
+        if checkpoints.owed and not replicas.leads:
+            log.info("the replica group that saves was asked for a checkpoint")
+        checkpoints.owed = replicas.heard.save and replicas.leads
+        self.dealt.deal(replicas.number, replicas.n)
         if self.outer is not None:
             self.outer.begin_round()
         return done + 1
+
+    def _others(self) -> str:
+        return f"the other replica groups, which finished the run in {self.folder.parent},"
 
     def _attempt(self, step: int) -> StepInfo:
         """One attempt at a step, of all groups together or of this one's part of a round."""
         assert isinstance(self.objective, GroupObjective)
         ends = step == self.last_step or step % self.config.fault_tolerance.steps_per_round == 0
         self._between_rounds = ends
+        whole = ends and self.replicas.leads
+        self.validator, self.checkpoints.saves = self.own_validator if whole else None, whole
         with self.objective.shared(self.replicas, step) if self.outer is None else nullcontext():
             info = super().step(step)
         if ends and self.outer is not None:
@@ -173,7 +209,7 @@ class FaultTolerantTrainer(Trainer):
     def _look(self) -> None:
         """Raise `RunIsOver` where a group that waits for others need not wait. A collective of the group."""
         if self._is_finished() or self.exchange():
-            raise RunIsOver
+            raise RunIsOver(self._others())
 
     def _is_finished(self) -> bool:
         """Whether groups have finished the run. A collective of the group. Raises `UserError` where what they finished
@@ -185,61 +221,3 @@ class FaultTolerantTrainer(Trainer):
     def _leave_word(self) -> None:
         if self.config.fault_tolerance.n_groups > 1:
             self.checkpoints.ranks.first(lambda: leave_word(self.folder, self.last_step, self.settings))
-
-
-def refused(config: FaultTolerantTrainer.Config) -> Iterator[tuple[str, str]]:
-    """What replica groups do not work with, and why."""
-    groups, parallelism = config.fault_tolerance, config.parallelism
-    if parallelism.pipeline_parallel_degree > 1:
-        yield (
-            "parallelism.pipeline_parallel_degree",
-            f"pipeline_parallel_degree {parallelism.pipeline_parallel_degree}: a pipeline runs a fixed number of "
-            "microbatches, and a group has more when another is lost: use 1",
-        )
-    if parallelism.cpu_offload:
-        yield "parallelism.cpu_offload", "gradients are summed over groups on the device: unset cpu_offload"
-    if config.optimizer.in_backward:
-        yield (
-            "optimizer.in_backward",
-            "a step counts when the gradients of all groups have arrived, after backward: unset in_backward",
-        )
-    if groups.n_groups > 1 and config.dump_folder is None:
-        yield "dump_folder", "the groups of a run share a folder: name it with --dump_folder"
-    if groups.n_groups > 1:
-        yield from shared_problems(config, groups)
-    if groups.method != "every_step":
-        yield from round_problems(config, groups)
-
-
-def shared_problems(config: FaultTolerantTrainer.Config, groups: Replicas.Config) -> Iterator[tuple[str, str]]:
-    """What several groups would write to one place, and how long their ranks must wait for one another."""
-    folder, patience = config.checkpoint.folder, config.comm.train_timeout_seconds
-    if config.checkpoint.enable and ("://" in folder or Path(folder).is_absolute() or ".." in Path(folder).parts):
-        yield (
-            "checkpoint.folder",
-            f"folder {folder} would be that of all {groups.n_groups} groups: name one below the run's, as checkpoint",
-        )
-    if patience <= groups.timeout_s:
-        yield (
-            "fault_tolerance.timeout_s",
-            f"timeout_s {groups.timeout_s} must be less than comm.train_timeout_seconds {patience}, which ends a group "
-            "while one of its ranks still waits for another group",
-        )
-
-
-def round_problems(config: FaultTolerantTrainer.Config, groups: Replicas.Config) -> Iterator[tuple[str, str]]:
-    """What does not fit rounds of steps, between which alone all groups are equal."""
-    interval, sync = config.checkpoint.interval, groups.sync_steps
-    if config.checkpoint.saves and interval % sync:
-        yield (
-            "checkpoint.interval",
-            f"interval {interval} must be a multiple of fault_tolerance.sync_steps {sync}: groups are equal between "
-            f"rounds alone; use {interval // sync * sync or sync}",
-        )
-    rows, training = groups.n_groups * config.training.local_batch_size, config.training
-    if training.global_batch_size != -1 and training.global_batch_size < rows:
-        yield (
-            "training.global_batch_size",
-            f"global_batch_size {training.global_batch_size} must be at least n_groups {groups.n_groups} x "
-            f"local_batch_size {training.local_batch_size} = {rows}: under {groups.method} each group needs rows",
-        )
