@@ -175,10 +175,12 @@ def browser(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["shared"])
 def evals(session: nox.Session) -> None:
-    """Run tasks of lm_eval on a model, and on its export with lm_eval's own backend (minutes)."""
-    install(session, "qwen3")
+    """Run tasks of lm_eval on models, and on their exports with lm_eval's own backend (minutes)."""
+    for package in ("qwen3", "hf_models"):
+        install(session, package)
     session.install("lm-eval[hf]>=0.4.9")
-    session.run("python", "-m", "pytest", "models/qwen3/tests/test_harness.py", "-m", "evals", *session.posargs)
+    places = "models/qwen3/tests", "experiments/hf_models/tests"
+    session.run("python", "-m", "pytest", *places, "-m", "evals", *session.posargs)
 
 
 @nox.session(default=False, requires=["shared"])

@@ -24,6 +24,7 @@ from core.parallel.settings import Parallelism
 from core.runtime.meta import meta_model
 from core.testing.parity import Case, alone, largest_differences, result_of
 from core.testing.ranks import run_ranks
+from core.weights.folder import load_weights
 from core.weights.hf import load_hf
 from llama3.model import Llama3
 from qwen3.configs import qwen3_0_6b, qwen3_debug
@@ -210,6 +211,9 @@ def test_a_frozen_tower_stays_and_all_else_moves(tmp_path: Path, capsys: pytest.
     assert record.validation_loss < math.log(2048) + 0.1
     assert {"update_norm/projector", "weight_norm/vision"} <= record.numbers.keys()
     assert "update_norm/vision" not in record.numbers
+    other: Any = meta_model(qwen3_debug().model)
+    with pytest.raises(UserError, match=r"holds the weights of vlm\.model:VLM, not of qwen3\.model:Qwen3"):
+        load_weights(other, folder)
     main([str(folder)])
     picture, _ = drawn_pair(3, 32)
     Image.fromarray(picture).save(tmp_path / "seen.png")

@@ -9,8 +9,10 @@ import torch
 
 from core.checkpoint.find import Found
 from core.checkpoint.manifest import CONFIG_FILE
-from core.config.configurable import Configurable
+from core.config.configurable import Configurable, owner_of
+from core.config.decode import ConfigDecoder
 from core.config.errors import UserError
+from core.config.fields import field_types
 from core.config.json_file import read_json
 from core.config.links import file_in
 from core.config.record import to_dict, to_json
@@ -133,12 +135,24 @@ def class_of(folder: str | Path | Found) -> str:
 
     Raises `UserError` for a folder of another kind: that of a run may have a `config.json`, and no weights.
     """
-    stated = model_of(read_config(folder))
-    if "class" not in stated:
+    config = read_config(folder)
+    name = model_of(config).get("class") or told_class(config)
+    if not name:
         raise UserError(f"{folder}/config.json states no class: this is no folder of our weights")
     if not isinstance(folder, Found) and not any(Path(folder).glob("*.safetensors*")):
-        raise UserError(f"{folder} has no weights, just the config.json of {stated['class']}")
-    return str(stated["class"])
+        raise UserError(f"{folder} has no weights, just the config.json of {name}")
+    return str(name)
+
+
+def told_class(run: dict[str, Any]) -> str:
+    """The class of the model of a run that takes no other, and so does not state it; "" where nothing says which."""
+    decoder, model = ConfigDecoder(), model_of(run)
+    try:
+        trains = decoder.class_of(run, Configurable.Config)
+        owner = owner_of(decoder.class_of(model, field_types(trains)["model"])) if model is not run else None
+    except UserError:
+        return ""
+    return f"{owner.__module__}:{owner.__qualname__}" if owner else ""
 
 
 def model_of(stated: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,8 @@ from core.generate.command import Generation
 from core.generate.folder import allocate
 from core.parallel.layout import SingleRank
 from core.runtime.meta import meta_model
-from core.weights.folder import is_published
-from core.weights.hf import load_from
-from core.weights.key_map import own_key_map
+from core.weights.folder import is_published, load_weights
 from core.weights.saved import newest
-from core.weights.source import WeightSource
 from hf_models.cached import CachedHFModel
 from hf_models.folder import start_values
 from hf_models.model import HFModel
@@ -24,13 +21,13 @@ from hf_models.trainer import fill
 
 def loaded(config: HFModel.Config, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A model with the weights of a folder, in evaluation mode: what core asks of a decoder is there."""
-    model = meta_model(config)
+    model: Any = meta_model(config)
     allocate(model, device, dtype)
     place = newest(folder)
     if is_published(place):
         fill(model, start_values(str(place), config.attention, "weights", 0), SingleRank(device))
     else:
-        load_from(WeightSource(own_key_map(model), place))
+        load_weights(model, folder)
     return model.eval()
 
 

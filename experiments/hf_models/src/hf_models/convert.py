@@ -15,10 +15,8 @@ from core.runtime.meta import meta_model
 from core.weights.atomic_folder import atomic_folder, vacant
 from core.weights.companions import companions_of, complete_companions, read_companions, write_companions
 from core.weights.convert import CAST_DTYPES, say
-from core.weights.folder import model_of, read_config
-from core.weights.key_map import own_key_map
+from core.weights.folder import model_of, own_source, read_config
 from core.weights.saved import newest
-from core.weights.source import WeightSource
 from hf_models.folder import without_memory
 from hf_models.model import HFModel
 
@@ -45,8 +43,8 @@ def export(src: Path, dst: Path, dtype: torch.dtype | None = None) -> None:
     except UserError as error:
         raise UserError(f"{place} holds no model of transformers: {error}") from error
     validate(config)
-    model = meta_model(config)
-    source = WeightSource(own_key_map(model), place)
+    model: Any = meta_model(config)
+    source = own_source(model, place)
     values = {}
     for name in source.pieces:
         kind = dtype if dtype is not None and source.dtype(name).is_floating_point else source.dtype(name)

@@ -21,10 +21,7 @@ from core.generate.generate import generate
 from core.generate.sample import Sampler
 from core.nn.init import materialise
 from core.runtime.meta import meta_model
-from core.weights.hf import load_from
-from core.weights.key_map import own_key_map
-from core.weights.saved import newest
-from core.weights.source import WeightSource
+from core.weights.folder import load_weights
 from vlm import configs
 from vlm.image_text import PLACEHOLDER, pixels
 from vlm.pairs import decoded
@@ -37,9 +34,9 @@ def saved_model(folder: Path) -> tuple[VLMTrainer.Config, Any]:
     config: Any = load_config([str(folder)], configs)
     if not isinstance(config, VLMTrainer.Config):
         raise UserError(f"{folder} is no run of vlm")
-    model = meta_model(config.model)
+    model: Any = meta_model(config.model)
     materialise(model, torch.device("cpu"), torch.float32)
-    load_from(WeightSource(own_key_map(model), newest(folder)))
+    load_weights(model, folder)
     return config, model.eval()
 
 
