@@ -16,8 +16,10 @@ from core.nn.product import layer_products
 from core.nn.weights import training_flops_per_token, weights
 from core.parallel.settings import Parallelism
 from core.quantization import kernels
+from core.quantization.aware import QATConverter
 from core.quantization.converter import Converter, converted_model
 from core.quantization.float8 import Float8LinearConverter
+from core.quantization.lora import LoRAConverter
 from core.quantization.microscaling import FP4LinearConverter, MXFP8LinearConverter
 from core.runtime.meta import meta_model
 from core.step.converted import block_problems, device_problems
@@ -110,6 +112,9 @@ def test_the_bias_is_added_and_other_layers_are_untouched() -> None:
         ([float8(patterns=["output"])], "leaves out every layer that its patterns name: output: the head"),
         ([float8(min_dim=4096)], "leaves out every layer .* is below min_dim 4,096; .*and 12 more"),
         ([float8(), float8()], "layers.0.attention.wq: it has been converted before"),
+        ([float8(patterns=[])], "float8: patterns is empty: name layers, or leave it out for all"),
+        ([LoRAConverter.Config(), float8()], "wq: it has an adapter: put this converter in front of that one"),
+        ([QATConverter.Config(), LoRAConverter.Config()], "wq: its weight is trained to be published in few bits"),
     ],
 )
 def test_mistakes_are_told(converters: list[Converter.Config], error: str) -> None:

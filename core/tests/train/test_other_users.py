@@ -12,10 +12,10 @@ from toy_run import toy_run
 
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import UserError
-from core.generate.folder import tokenizer_in
 from core.testing.toy import Toy, on_cpu
 from core.train.folder import check_run_folder, make_run_folder
 from core.train.lock import FolderLock
+from core.weights.companions import tokenizer_in
 from core.weights.convert import main as convert
 from core.weights.folder import load_folder
 from core.weights.hf import save_hf

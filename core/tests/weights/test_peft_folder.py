@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from core.config.errors import UserError
 from core.runtime.meta import meta_model
 from core.testing.toy import Toy, on_cpu
+from core.weights.companions import published_companions, read_companions, tokenizer_in
 from core.weights.folder import load_folder, merged_peft
 from core.weights.hf import save_hf
 
@@ -54,6 +55,8 @@ def test_an_adapter_is_multiplied_as_peft_does(tmp_path: Path, stated: dict[str,
         ({"peft_type": "IA3"}, r"adapter_config\.json has peft_type IA3, which is not read: merge with peft first"),
         ({"modules_to_save": ["lm_head"]}, r"has modules_to_save, which is not read"),
         ({"bias": "all"}, r"has bias all, which is not read"),
+        ({"init_lora_weights": "pissa"}, r"has init_lora_weights pissa, which is not read"),
+        ({"alora_invocation_tokens": [5]}, r"has alora_invocation_tokens, which is not read"),
         ({"base_model_name_or_path": "Qwen/Qwen3"}, r"base_model_name_or_path Qwen/Qwen3 is no folder here: write"),
         (
             {"name": QUERY.replace("0.q", "0.z")},
@@ -74,3 +77,25 @@ def test_a_folder_without_tensors_is_told(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"peft has no adapter_model\.safetensors"):
         merged_peft(meta_model(Toy.Config()), folder)
+
+
+def test_the_tokenizer_is_that_of_the_adapters_or_of_their_base(tmp_path: Path) -> None:
+    """A tokenizer is all its files: none of the base's is mixed with those of the adapters."""
+    folder, base = peft_folder(tmp_path), tmp_path / "base"
+    files = {
+        "tokenizer.model": b"pieces",
+        "tokenizer_config.json": b"{}",
+        "chat_template.jinja": b"{{ base }}",
+        "generation_config.json": b'{"eos_token_id": 3}',
+        "LICENSE": b"free",
+    }
+    for name, content in files.items():
+        (base / name).write_bytes(content)
+    (folder / "chat_template.jinja").write_text("{{ no tokenizer }}")
+    assert tokenizer_in(folder) == base / "tokenizer.model" and read_companions(folder) == files
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    assert tokenizer_in(folder) == folder / "tokenizer.json"
+    found = published_companions(folder)
+    assert found.keys() == {"tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"}
+    assert found["chat_template.jinja"] == b"{{ no tokenizer }}"
+    assert json.loads(found["generation_config.json"]) == {"eos_token_id": 3}

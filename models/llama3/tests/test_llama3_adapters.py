@@ -2,6 +2,8 @@
 back, and on from there."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,19 @@ import pytest
 import torch
 
 from core.config.errors import UserError
+from core.data.tokenizer import bundled_model
+from core.data.tokenizer_json import read_model, tokenizer_json
+from core.generate import command as generate
 from core.quantization.lora import LoRAConverter
-from core.testing.adapter_suite import TOKENS, adapter_run, logits_after, logits_in_peft, logits_of
+from core.step.converted import base_problems
+from core.testing.adapter_suite import (
+    TOKENS,
+    adapter_run,
+    check_commands_with_peft,
+    logits_after,
+    logits_in_peft,
+    logits_of,
+)
 from core.train.trainer import Trainer
 from core.weights import convert
 from llama3 import configs
@@ -42,6 +55,11 @@ def test_a_folder_of_peft_is_read_back(tuned: Tuned) -> None:
 def test_peft_computes_the_same(tuned: Tuned) -> None:
     found = logits_in_peft(tuned.folder / "base", tuned.folder / "peft")
     torch.testing.assert_close(found, tuned.expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of other programs are theirs
+def test_commands_say_of_a_folder_what_peft_says(tuned: Tuned, capsys: Any) -> None:
+    check_commands_with_peft(configs, tuned.folder / "base", tuned.folder / "peft", capsys)
 
 
 def test_a_run_begins_with_the_adapters_of_a_folder(tuned: Tuned) -> None:
@@ -76,3 +94,29 @@ def test_a_run_begins_with_the_adapters_of_a_folder(tuned: Tuned) -> None:
     with torch.no_grad():
         merged = without.built.models[0].eval()(TOKENS)
     torch.testing.assert_close(merged, tuned.expected, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_beside_adapters_is_theirs(tuned: Tuned, tmp_path: Path, capsys: Any) -> None:
+    """As long as they have none it is that of the base; a run of adapters does not learn with another."""
+    base, peft = (Path(shutil.copytree(tuned.folder / name, tmp_path / name)) for name in ("base", "peft"))
+    stated = json.loads((peft / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (peft / "adapter_config.json").write_text(json.dumps(stated))
+    (base / "tokenizer.model").write_bytes(bundled_model())
+    own = tokenizer_json(read_model(bundled_model()), None)  # which begins no text
+    asked = ["--checkpoint", str(peft), "--prompt", "a page", "--max_new_tokens", "1", "--device", "cpu"]
+    config = replace(tuned.config, converters=[LoRAConverter.Config(rank=4, alpha=8.0)])
+    config.checkpoint = replace(config.checkpoint, initial_load_path=str(peft))
+    for place in (base / "tokenizer.model", peft / "tokenizer.json"):
+        if place.parent == peft:
+            place.write_text(own)
+        generate.main(configs, asked)
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"({place}), that of the checkpoint" in told
+        assert (f"with a tokenizer of their own, which is not that of {base}" in told) == (place.parent == peft)
+        refused = [path for path, _ in base_problems(str(peft), config.tokenizer)]
+        assert refused == (["tokenizer.path"] if place.parent == peft else [])
+    convert.main({"llama": Llama3}, ["from-hf", str(peft), str(tmp_path / "merged")])
+    merged = tmp_path / "merged"
+    assert (merged / "tokenizer.json").read_text() == own and not (merged / "tokenizer.model").exists()
+    with pytest.raises(UserError, match=rf"tokenizer\.path: the weights .* add --tokenizer\.path {peft}$"):
+        config.build()

@@ -14,7 +14,14 @@ from core.optim.groups import freeze
 from core.quantization.converter import converted_model
 from core.quantization.lora import LoRAConverter
 from core.step.checks import check_model
-from core.testing.adapter_suite import TOKENS, adapter_run, logits_after, logits_in_peft, logits_of
+from core.testing.adapter_suite import (
+    TOKENS,
+    adapter_run,
+    check_commands_with_peft,
+    logits_after,
+    logits_in_peft,
+    logits_of,
+)
 from core.testing.document import shown_files
 from core.train.trainer import Trainer
 from core.weights import convert
@@ -48,6 +55,7 @@ def test_peft_has_the_adapters_of_experts_and_we_read_them(tmp_path: Path, patte
         found = trainer.built.models[0].eval()(TOKENS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits_in_peft(tmp_path / "base", tmp_path / "peft"), expected, rtol=0, atol=1e-5)
+    check_commands_with_peft(configs, tmp_path / "base", tmp_path / "peft", capsys)
 
 
 def test_lengths_of_experts_beside_4_bits_are_merged_and_not_for_peft(tmp_path: Path, capsys: Any) -> None:

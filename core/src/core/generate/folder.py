@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, cast
@@ -15,7 +16,6 @@ from torch import nn
 from core.config.configurable import Configurable
 from core.config.errors import UserError
 from core.config.fields import Problem
-from core.config.links import file_in
 from core.config.recipe import published
 from core.config.record import from_dict
 from core.config.validate import validate
@@ -30,9 +30,9 @@ from core.runtime.live import line_on
 from core.runtime.meta import meta_model
 from core.runtime.units import size_text
 from core.weights.adapters import adapter_settings
-from core.weights.companions import SENTENCEPIECE, TOKENIZER_JSON, companions_place, stated_ids
+from core.weights.companions import stated_ids, tokenizer_in
 from core.weights.folder import load_folder, model_of, read_config, silent
-from core.weights.peft_folder import PeftFolder, is_peft
+from core.weights.peft_folder import describing
 from core.weights.saved import described_in
 
 MANY_BYTES = 2**28
@@ -72,7 +72,7 @@ class FolderModel(Configurable, ABC):
         self.described = describing(self.folder)
         self.device = select_device(config.device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.described, config.model.vocab_size)
+        self.tokenizer, self.own_tokenizer = folder_tokenizer(config.tokenizer, self.folder, config.model.vocab_size)
         self._stored = config.model, config.allow_model_change
 
     def summary(self, model: Decoder) -> Iterator[str]:
@@ -83,6 +83,9 @@ class FolderModel(Configurable, ABC):
         yield f"model      {named}, {dtype_name(self.dtype)} on {describe(self.device)}"
         if self.described != self.folder:
             yield f"adapters   of peft's, merged into the weights of {self.described}"
+            base = tokenizer_in(self.described)
+            if self.own_tokenizer is not None and base is not None and not cmp(self.own_tokenizer, base, shallow=False):
+                yield f"           with a tokenizer of their own, which is not that of {self.described}"
         run = read_config(described_in(self.described))
         adapters = adapter_settings(run)
         if adapters is not None:
@@ -109,8 +112,7 @@ def described(
     The folder is that of a run, of a checkpoint, of our weights, of Hugging Face, there of a family that the recipes in
     `configs` have, or of adapters of peft's for such a folder. Raises `UserError` for another one.
     """
-    folder = describing(folder)
-    place = described_in(folder)
+    place = described_in(describing(folder))
     stated = read_config(place)
     if "model_type" in stated:
         try:
@@ -127,15 +129,9 @@ def described(
         tokenizer = cast(Tokenizer.Config, read)
     except UserError as error:
         raise UserError(f"{place}/config.json describes no model:\n{error}") from error
-    if tokenizer_in(Path(folder)) is not None:
+    if tokenizer_in(folder) is not None:
         tokenizer = replace(tokenizer, path=None)  # the place in the configuration may be that of another machine
     return cast(Decoder.Config, config), tokenizer
-
-
-def describing(folder: str | Path) -> Path:
-    """The folder that has the model and the tokenizer of the weights in a folder: itself, or that of the model which
-    adapters in peft's form are for."""
-    return PeftFolder(Path(folder)).place if is_peft(folder) else Path(folder)
 
 
 def existing(folder: str) -> Path:
@@ -146,19 +142,12 @@ def existing(folder: str) -> Path:
     return path
 
 
-def tokenizer_in(folder: Path) -> str | None:
-    """The file of the tokenizer in a folder of weights, if there is one; a run has it in its checkpoints."""
-    place = companions_place(folder)
-    files = (file_in(place, name) for name in (TOKENIZER_JSON, SENTENCEPIECE))
-    return next((str(file) for file in files if file is not None), None)
-
-
-def folder_tokenizer(config: Tokenizer.Config, folder: Path, vocab_size: int) -> tuple[Tokenizer, str | None]:
+def folder_tokenizer(config: Tokenizer.Config, folder: Path, vocab_size: int) -> tuple[Tokenizer, Path | None]:
     """The tokenizer for weights in a folder whose model has `vocab_size` rows, and its file where it is that of the
     folder. Raises `UserError` where it is not that of the model."""
     own = tokenizer_in(folder) if config.path is None else None
-    tokenizer: Tokenizer = replace(config, path=own or config.path).build()
-    check_tokenizer(tokenizer, vocab_size, folder, found=own is not None or config.path is not None)
+    tokenizer: Tokenizer = replace(config, path=config.path if own is None else str(own)).build()
+    check_tokenizer(tokenizer, vocab_size, describing(folder), found=own is not None or config.path is not None)
     return tokenizer, own
 
 

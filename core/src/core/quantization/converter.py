@@ -129,6 +129,8 @@ class Converter(Configurable, ABC):
             return f"filter_fqns {named[0]}"
         if isinstance(part, Adapted if self.adapts else ByProduct):
             return "it has been converted before"
+        if isinstance(part, Adapted):
+            return "it has an adapter: put this converter in front of that one"
         if type(part).forward not in PLAIN or "forward" in vars(part):
             return "a forward of its own"
         if min(n_out, n_in) < config.min_dim:
@@ -150,7 +152,9 @@ def adapts(converters: Iterable[Converter.Config]) -> bool:
 
 
 def check_patterns(config: Converter.Config, label: str, names: Iterable[str]) -> None:
-    """Raise `UserError` for a pattern, or a part of a name, that no layer has."""
+    """Raise `UserError` for a pattern, or a part of a name, that no layer has, and where there is no pattern."""
+    if not config.patterns:
+        raise UserError(f"converters: {label}: patterns is empty: name layers, or leave it out for all")
     names = list(names)
     lost = [glob for glob in config.patterns if not any(fnmatchcase(name, glob) for name in names)]
     lost += [part for part in config.filter_fqns if not any(part in name for name in names)]

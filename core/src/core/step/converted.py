@@ -1,6 +1,7 @@
 """Whether a run's ranks and device can compute what converters made of its layers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -8,12 +9,15 @@ import torch
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import joined
 from core.config.fields import Problem
+from core.config.links import file_in
+from core.data.tokenizer import Tokenizer, bundled_model
 from core.nn.decoder import Decoder
 from core.nn.product import layer_products
 from core.nn.weights import NF4_BLOCK, NF4_BLOCK_BYTES, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, adapts
 from core.step.shares import ranks_that_share
+from core.weights.companions import SENTENCEPIECE, tokenizer_in
 
 
 class ConvertedRun(Protocol):
@@ -22,6 +26,7 @@ class ConvertedRun(Protocol):
     parallelism: Parallelism
     converters: list[Converter.Config]
     checkpoint: Checkpoint
+    tokenizer: Tokenizer.Config
 
 
 def check_converted(model: Decoder, run: ConvertedRun, device: torch.device) -> None:
@@ -29,10 +34,24 @@ def check_converted(model: Decoder, run: ConvertedRun, device: torch.device) -> 
     problems = [*device_problems(run.converters, device), *block_problems(model, run.parallelism)]
     if len(adapting := [i for i, config in enumerate(run.converters) if adapts([config])]) > 1:
         problems.append((f"converters.{adapting[1]}", "a run has one rank and alpha: leave one converter of adapters"))
-    if adapts(run.converters) and run.checkpoint.initial_load_path is None:
-        problems.append(("checkpoint.initial_load_path", "adapters are for weights that are there: name their folder"))
+    if adapts(run.converters):
+        problems += base_problems(run.checkpoint.initial_load_path, run.tokenizer)
     if problems:
         raise joined(problems)
+
+
+def base_problems(path: str | None, tokenizer: Tokenizer.Config) -> Iterator[Problem]:
+    """What a run of adapters lacks: weights, or the tokenizer that comes with them."""
+    if path is None:
+        yield "checkpoint.initial_load_path", "adapters are for weights that are there: name their folder"
+    elif tokenizer.path is None and "://" not in path and (found := tokenizer_in(Path(path).expanduser())) is not None:
+        pieces = file_in(found.parent, SENTENCEPIECE)
+        if pieces is None or pieces.read_bytes() != bundled_model():
+            yield (
+                "tokenizer.path",
+                f"the weights in {path} come with a tokenizer, {found}, and adapters learn with its tokens, not those "
+                f"of the bundled one: add --tokenizer.path {found.parent}",
+            )
 
 
 def device_problems(converters: list[Converter.Config], device: torch.device) -> Iterator[Problem]:

@@ -1,12 +1,19 @@
 """A run of adapters of a model, and the logits that peft and our folders must have of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from core.data.tokenizer import Tokenizer
+from core.evaluate import command as evaluate
+from core.generate import command as generate
 from core.quantization.lora import LoRAConverter
 from core.testing.toy import on_cpu
 from core.train.trainer import Trainer
@@ -14,6 +21,7 @@ from core.weights.folder import load_folder
 from core.weights.hf import save_hf
 
 TOKENS = torch.arange(3, 27).view(2, 12)
+PROMPT = "a page of text with many words in it"
 
 
 def adapter_run(config: Trainer.Config, folder: Path, adapters: LoRAConverter.Config) -> Trainer.Config:
@@ -48,10 +56,39 @@ def logits_of(config: Trainer.Config, folder: Path) -> Tensor:
         return model.eval()(TOKENS)
 
 
-def logits_in_peft(base: Path, folder: Path) -> Tensor:
-    """What peft computes with a folder of its own."""
+def model_in_peft(base: Path, folder: Path) -> Any:
+    """The model that peft makes of a folder of its own."""
     peft = pytest.importorskip("peft", reason="a reference that a test environment need not have")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def logits_in_peft(base: Path, folder: Path) -> Tensor:
+    """What peft computes with a folder of its own."""
     with torch.no_grad():
-        return peft.PeftModel.from_pretrained(model, folder).eval()(TOKENS).logits
+        return model_in_peft(base, folder)(TOKENS).logits
+
+
+def check_commands_with_peft(configs: ModuleType, base: Path, folder: Path, capsys: Any) -> None:
+    """What `generate` and `evaluate` say of a folder of peft's, against what peft writes and predicts."""
+    model, tokenizer, device = model_in_peft(base, folder), Tokenizer.Config().build(), ["--device", "cpu"]
+    capsys.readouterr()
+    asked = ["--checkpoint", str(folder), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "16", "--json"]
+    generate.main(configs, [*asked, *device])
+    written = json.loads(capsys.readouterr().out)["text"]
+    ids = tokenizer.encode_prompt(PROMPT)
+    theirs = model.generate(
+        input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0
+    )[0].tolist()
+    assert theirs[: len(ids)] == ids and len(theirs) > len(ids) + 4
+    assert PROMPT + written == tokenizer.decode(theirs)
+    file, out = folder.parent / "held out.txt", folder.parent / "found.json"
+    file.write_text(PROMPT)
+    evaluate.main(configs, ["--checkpoint", str(folder), "--perplexity", str(file), "--out", str(out), *device])
+    (found,) = json.loads(out.read_text())["perplexity"].values()
+    row = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(PROMPT)]])
+    with torch.no_grad():
+        expected = F.cross_entropy(model(row).logits[0, :-1], row[0, 1:]).item()
+    assert found["nats_per_token"] == pytest.approx(expected, abs=1e-5)
+    capsys.readouterr()

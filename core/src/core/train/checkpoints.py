@@ -99,9 +99,7 @@ class RunCheckpoints:
 
     def _read_companions(self) -> None:
         if self.settings.saves:
-            path = self.settings.initial_load_path
-            path = str(weights_under(path)) if path is not None and is_peft(path) else path
-            self.saver.companions = run_companions(self.run.tokenizer.path, path)
+            self.saver.companions = run_companions(self.run.tokenizer.path, self.settings.initial_load_path)
 
     def progress(self, step: int, validation_loss: float | None = None) -> Progress:
         """How far the run is after `step`."""

@@ -20,10 +20,11 @@ from core.data.tiktoken_file import TIKTOKEN_LINE, tiktoken_json
 from core.data.tokenizer import MOST_MIB, bundled_model, tokenizer_file
 from core.data.tokenizer_json import Roles, read_model, tokenizer_json
 from core.weights.begin_token import set_begin
+from core.weights.peft_folder import describing, is_peft
 from core.weights.saved import checkpoint_in
 
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+TOKENIZERS = TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 COMPANION_FILES = (TOKENIZER_JSON, SENTENCEPIECE, *ROLE_FILES, "chat_template.jinja", GENERATION_CONFIG, *LICENSES)
 """Files that go along with weights."""
@@ -42,10 +43,31 @@ def companions_place(folder: str | Path) -> Path:
 
 
 def read_companions(folder: str | Path) -> Files:
-    """The companions of the weights in a folder."""
-    place = companions_place(folder)
+    """The companions of the weights in a folder. Those of adapters in peft's form are those of the model that they are
+    for, but for the files of a tokenizer, which adapters may have of their own."""
+    if is_peft(folder):
+        files = read_companions(describing(folder))
+        own = _files_in(Path(folder))
+        return {**without_tokenizer(files), **own} if set(own) & set(TOKENIZERS) else files
+    return _files_in(companions_place(folder))
+
+
+def _files_in(place: Path) -> Files:
     found = {name: file_in(place, name) for name in COMPANION_FILES}
     return {name: read_bytes(file, MOST_MIB) for name, file in found.items() if file is not None}
+
+
+def without_tokenizer(files: Files) -> Files:
+    """Those of these companions that belong to weights, whatever the tokenizer is."""
+    return {name: files[name] for name in (GENERATION_CONFIG, *LICENSES) if name in files}
+
+
+def tokenizer_in(folder: str | Path) -> Path | None:
+    """The file of the tokenizer in a folder of weights, if there is one: a run has it in its checkpoints, and adapters
+    in peft's form one of their own, or that of the model which they are for."""
+    places = dict.fromkeys((companions_place(folder), companions_place(describing(folder))))
+    files = (file_in(place, name) for place in places for name in TOKENIZERS)
+    return next((file for file in files if file is not None), None)
 
 
 def run_companions(tokenizer: str | None, began_with: str | None) -> Files:
@@ -155,7 +177,7 @@ def with_begin(files: Files, bos: int | None, begins: bool, say: Say) -> Files:
 def published_companions(folder: Path) -> Files:
     """The companions in a Hugging Face folder. Ids that only its `config.json` states, which is not kept, are put into
     `generation_config.json`."""
-    files, ids = read_companions(folder), stated_ids(folder)
+    files, ids = read_companions(folder), stated_ids(describing(folder))
     stated = generation_config(files)
     before = ids_of(stated, GENERATION_CONFIG)
     more = {role: found for role, found in ids.items() if set(found) - set(before[role])}

@@ -30,7 +30,7 @@ from core.weights.atomic_folder import atomic_folder, vacant
 from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
 from core.weights.export import dtypes, outputs
 from core.weights.files import write_files
-from core.weights.folder import class_of, hf_config, merged_peft, model_of, read_config, with_base
+from core.weights.folder import class_of, hf_config, is_published, merged_peft, model_of, read_config, with_base
 from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
@@ -39,7 +39,7 @@ from core.weights.mxfp4 import in_mxfp4, quantization_config
 from core.weights.peer_run import write_run
 from core.weights.peers import PEERS, peer_source
 from core.weights.peft_export import write_peft
-from core.weights.peft_folder import PeftFolder, is_peft
+from core.weights.peft_folder import describing, is_peft
 from core.weights.saved import newest
 from core.weights.shard_file import FileSpan, Output, stretches
 from core.weights.source import WeightSource
@@ -139,17 +139,16 @@ def from_hf(
 ) -> None:
     """Write the weights of a Hugging Face folder as a folder in our format; of one of peft's, its adapters merged into
     the folder that it names."""
-    adapted = src if is_peft(src) else None
-    src = src if adapted is None else PeftFolder(src).place
-    stated = read_config(src)
+    place = describing(src)
+    stated = read_config(place)
     family = families.get(str(stated.get("model_type")))
     if family is None:
         found = f"model_type {stated['model_type']}" if "model_type" in stated else "no model_type"
-        raise UserError(f"{src}/config.json states {found}, not {' or '.join(families)}")
-    config = hf_config(family, src, say)
+        raise UserError(f"{place}/config.json states {found}, not {' or '.join(families)}")
+    config = hf_config(family, place, say)
     validate(config)
     model = meta_model(config)
-    source = WeightSource(hf_key_map(model), src) if adapted is None else merged_peft(model, adapted)
+    source = merged_peft(model, src) if is_peft(src) else WeightSource(hf_key_map(model), src)
     write_as_own(model, source, src, dst, dtype=dtype, shard_gib=shard_gib)
 
 
@@ -230,8 +229,11 @@ def to_hf(
     with atomic_folder(dst) as folder:
         if isinstance(weights, MergedWeights) and isinstance(adapters, SavedAdapters):
             base = read_config(place)["checkpoint"]["initial_load_path"]
-            base = PeftFolder(Path(base)).place if is_peft(base) else base
-            return write_peft(model, weights, adapters, str(base), folder)
+            base = str(describing(base)) if is_peft(base) else base
+            if "://" in base or not is_published(base):
+                say(f"peft reads them beside a Hugging Face folder, which {base} is not: write one with to-hf {base},")
+                say("and name it in adapter_config.json, base_model_name_or_path")
+            return write_peft(model, weights, adapters, base, folder)
         write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, mxfp4=mxfp4, say=say)
 
 

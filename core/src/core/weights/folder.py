@@ -20,7 +20,7 @@ from core.weights.adapters import MergedWeights, SavedAdapters, adapter_settings
 from core.weights.hf import load_from, save_by
 from core.weights.hf_model import StoredModel, with_hf
 from core.weights.key_map import hf_key_map, mtp_weights, own_key_map
-from core.weights.peft_folder import PeftAdapters, PeftFolder, is_peft
+from core.weights.peft_folder import PeftAdapters, PeftFolder, describing, is_peft
 from core.weights.same_model import check_same_model
 from core.weights.saved import newest
 from core.weights.source import WeightSource
@@ -94,13 +94,13 @@ def with_base(model: StoredModel, place: str | Path | Found) -> str | Path | Fou
 
 def weights_under(folder: str | Path) -> Path | Found:
     """Where the weights are that a run of adapters began with, which may have begun with adapters of peft's."""
-    return PeftFolder(Path(folder)).place if is_peft(folder) else newest(folder)
+    return newest(describing(folder) if is_peft(folder) else folder)
 
 
 def merged_peft(model: StoredModel, folder: Path, *, allow_model_change: bool = False) -> WeightSource:
     """The weights of the Hugging Face folder that one of peft's names, with the adapters merged into them."""
     peft = PeftFolder(folder)
-    base = folder_source(model, peft.place, allow_model_change=allow_model_change)
+    base = folder_source(model, newest(peft.place), allow_model_change=allow_model_change)
     key_map, adapters = own_key_map(model), PeftAdapters(peft, hf_key_map(model), base)
     may_lack = mtp_weights(key_map.weights, model.config.n_layers)
     return WeightSource(key_map, MergedWeights(adapters, base), may_lack=may_lack)

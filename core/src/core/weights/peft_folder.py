@@ -30,13 +30,24 @@ from core.weights.source import WeightSource
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 PEFT_ENDS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-UNREAD = ("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices")
+UNREAD = (
+    *("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
+)
 """Settings of peft's that change what a model computes, and that are not read."""
+BASE_STAYS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""The starts of adapters, `init_lora_weights`, that leave the base's weights as they are when a folder is loaded."""
 
 
 def is_peft(folder: str | Path) -> bool:
     """Whether a folder has adapters in the form of peft."""
     return file_in(Path(folder), PEFT_CONFIG) is not None
+
+
+def describing(folder: str | Path) -> Path:
+    """The folder that describes the model of the weights in a folder: itself, or that of the model which adapters in
+    peft's form are for."""
+    return PeftFolder(Path(folder)).place if is_peft(folder) else Path(folder)
 
 
 class PeftFolder:
@@ -45,6 +56,8 @@ class PeftFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.stated = path, read_json(path / PEFT_CONFIG)
         wrong = [name for name in UNREAD if self.stated.get(name)]
+        start = self.stated.get("init_lora_weights")
+        wrong += [] if start in BASE_STAYS else [f"init_lora_weights {start}"]
         wrong += [] if self.stated.get("peft_type") == "LORA" else [f"peft_type {self.stated.get('peft_type')}"]
         wrong += [] if self.stated.get("bias", "none") == "none" else [f"bias {self.stated['bias']}"]
         if wrong:
