@@ -142,7 +142,7 @@ def installs(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "core/tests/test_installers.py", "-m", "installs", *session.posargs)
 
 
-PEERS = ["litgpt==0.5.13", "torchtitan==0.3.0", "megatron-core==0.16.1"]
+PEERS = ["litgpt==0.5.13", "torchtitan==0.3.0", "megatron-core==0.16.1", "torchao==0.18.0"]
 THEIR_NEEDS = [
     "lightning==2.6.6", "torchmetrics==1.9.0", "lightning-utilities==0.15.3", "pytorch-lightning==2.6.6",
     "jsonargparse==4.53.0", "psutil==7.2.2", "requests==2.34.2", "torchdata==0.11.0", "torch_checkpointing==0.1.1",
@@ -153,14 +153,14 @@ THEIR_NEEDS = [
 @nox.session(default=False, requires=["shared"])
 def peers(session: nox.Session) -> None:
     """Let litgpt, torchtitan and megatron-core write tiny models, and read them; let lm_eval and peft read ours."""
-    for package in ("llama3", "qwen3"):
+    for package in ("llama3", "qwen3", "gpt_oss"):
         install(session, package)
     session.install("--no-deps", *PEERS, *THEIR_NEEDS)  # their requirements would bring another torch's world
     session.install("lm-eval[hf]==0.4.13", TORCH)
-    tests = [f"{FOLDERS[package]}/tests" for package in ("llama3", "qwen3")]
+    tests = [f"{FOLDERS[package]}/tests" for package in ("llama3", "qwen3", "gpt_oss")]
     session.run("python", "-m", "pytest", *tests, "-m", "peers", *session.posargs)
-    tests += ["core/tests/data/test_token_files.py", "core/tests/quantization/test_nf4.py"]
-    session.run("python", "-m", "pytest", *tests, "-k", "its_own or own_reader or peft or bitsandbytes")
+    tests += ["core/tests/data/test_token_files.py", "core/tests/quantization"]
+    session.run("python", "-m", "pytest", *tests, "-k", "its_own or own_reader or peft or bitsandbytes or torchao")
 
 
 @nox.session(default=False, requires=["shared"])

@@ -49,3 +49,9 @@ def test_the_operation_says_what_it_returns() -> None:
         torch.library.opcheck(
             TILED_ATTENTION, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
+
+
+def test_a_compiler_may_take_lengths_that_vary() -> None:
+    pays = torch.compile(lambda q: q + Tiles.pays(q, None, None), backend="eager", dynamic=True, fullgraph=True)
+    for length, paid in ((12, 0.0), (200, 1.0), (1023, 1.0), (1024, 0.0)):
+        assert pays(torch.zeros(1, 2, length, 4)).unique().tolist() == [paid]

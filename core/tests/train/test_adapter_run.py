@@ -45,7 +45,9 @@ def logits(model: Decoder) -> torch.Tensor:
 @pytest.mark.parametrize(
     "settings", [{}, {"dora": True}, {"dora": True, "quantize_base": True, "dim": 64}], ids=["lora", "dora", "nf4"]
 )
-def test_adapters_alone_are_saved_gone_on_with_and_merged(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_adapters_alone_are_saved_gone_on_with_and_merged(
+    tmp_path: Path, settings: dict[str, Any], capsys: Any
+) -> None:
     config = adapter_run(tmp_path, **settings)
     if quantised := "quantize_base" in settings:
         to_hf({"toy": Toy}, tmp_path / "base", tmp_path / "published", dtype=None, shard_gib=1.0, trust=[])
@@ -71,6 +73,12 @@ def test_adapters_alone_are_saved_gone_on_with_and_merged(tmp_path: Path, settin
     published = on_cpu(config.model)
     load_folder(published, tmp_path / "hf")
     assert torch.equal(logits(published), logits(merged))
+    capsys.readouterr()
+    to_hf({"toy": Toy}, folder, tmp_path / "peft", dtype=None, shard_gib=1.0, trust=[], peft=True)
+    assert (f"which {tmp_path / 'base'} is not: write one with to-hf" in capsys.readouterr().out) != quantised
+    load_folder(published, tmp_path / "peft")  # whose base is ours, or published
+    if not quantised:
+        torch.testing.assert_close(logits(published), logits(merged), rtol=0, atol=1e-5)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

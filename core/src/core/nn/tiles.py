@@ -80,7 +80,10 @@ class Tiles:
         if mask is not None:
             return mask.dtype == torch.int64
         short = q_BNLH.dtype.itemsize < 4
-        return q_BNLH.is_cpu and (sinks_N is not None or short or q_BNLH.shape[2] in WORTH_CUTTING)
+        fits = (
+            WORTH_CUTTING.start <= q_BNLH.shape[2] < WORTH_CUTTING.stop
+        )  # a compiler has no `in` for lengths that vary
+        return q_BNLH.is_cpu and (sinks_N is not None or short or fits)
 
 
 def like(x_BNLH: Tensor, dtype: torch.dtype) -> Tensor:
