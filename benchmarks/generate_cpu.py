@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/generate_cpu.py
 
 A Qwen3 of dim 512, 8 layers and 32,000 words continues prompts of 512 tokens, one or eight at a time, by the likeliest
-token or by one that is drawn. Both take turns in one process; the likeliest tokens must be the same before anything is
-timed. Ratios are to transformers, per round of turns: median (lowest to highest); more is faster. The third contender
-multiplies with the weights as often as the texts need and does nothing else: no exact generation on this processor,
-which reads each weight for each token, is faster.
+token or by one that is drawn. Its weights lie by columns, as the command lays them. Both take turns in one process; the
+likeliest tokens must be the same before anything is timed. Ratios are to transformers, per round of turns: median
+(lowest to highest); more is faster. The third contender multiplies with the weights as often as the texts need and does
+nothing else: no exact generation on this processor, which reads each weight for each token, is faster.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from side_by_side import ratios
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from core.generate.columns import lay_by_columns
 from core.generate.generate import generate
 from core.generate.sample import Sampler
 from core.nn.decoder import Decoder
@@ -44,6 +45,7 @@ def network(vocab_size: int) -> Decoder:
 
 def contenders(model: Decoder, prompts: torch.Tensor, n_tokens: int, folder: Path) -> dict[str, Writes]:
     save_hf(model, folder)
+    lay_by_columns(model)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     reference.generation_config.eos_token_id = None
     n_prompt, vocab_size = prompts.shape[1], model.config.vocab_size

@@ -108,14 +108,17 @@ def test_inference_turns_as_training_does(layout: Literal["half", "interleaved"]
     torch.testing.assert_close(found.clone(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n_rows", [1, 2, 4, 16, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_of_few_rows_is_the_product(n_rows: int, bias: bool, dtype: torch.dtype) -> None:
+def test_a_product_of_few_rows_is_the_product(n_rows: int, bias: bool, dtype: torch.dtype, by_columns: bool) -> None:
     layer = Linear(40, 24, std=1.0, bias=bias)
     with torch.no_grad():
         for i, weight in enumerate(layer.parameters()):
             weight.copy_(numbers(*weight.shape, seed=i))
+    if by_columns:
+        layer.weight.data = layer.weight.data.mT.contiguous().mT
     x = numbers(n_rows, 1, 80, seed=3)[..., ::2]
     expected = torch.nn.functional.linear(x, *(weight.detach().double() for weight in layer.parameters()))
     with torch.inference_mode():

@@ -18,7 +18,8 @@ from core.nn.kernel import KeyValues, Positions
 class Memory:
     """The key side of one attention: a hook for its `KeyValues` that adds what is new and returns all so far.
 
-    Each side (B, L, ...) lies in a buffer with room for `capacity` tokens in a row.
+    Each side (B, L, ..., H) lies in a buffer with room for `capacity` tokens in a row. There the tokens of a head stand
+    next to each other, (B, ..., M, H), because attention reads head by head.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -28,12 +29,17 @@ class Memory:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not self.sides:
-            self.sides = [side.new_empty(len(side), self.capacity, *side.shape[2:]) for side in new]
+            self.sides = [self.buffer(side) for side in new]
         start, n_new = self.length, new[0].shape[1]
         self.length += n_new
         for kept, side in zip(self.sides, new, strict=True):
             kept.narrow(1, start, n_new).copy_(side)
         return tuple(kept.narrow(1, 0, self.length) for kept in self.sides)
+
+    def buffer(self, side: Tensor) -> Tensor:
+        """Room for all that a side will be, (B, capacity, ..., H)."""
+        n_rows, _, *heads, width = side.shape
+        return side.new_empty(n_rows, *heads, self.capacity, width).movedim(-2, 1)
 
 
 class CachedReader(Protocol):

@@ -21,6 +21,7 @@ from core.config.record import from_dict
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.generate.cache import CachedDecoder, CachedReader
+from core.generate.columns import lay_by_columns
 from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.kernel_checks import check_kernels
@@ -170,6 +171,7 @@ def loaded_model(
     n_bytes = allocate(model, device, dtype)
     with line_on(sys.stderr) if n_bytes > MANY_BYTES else nullcontext():
         load_folder(model, folder, allow_model_change=allow_model_change)
+        lay_by_columns(model)
     return model.eval()
 
 

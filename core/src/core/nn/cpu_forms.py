@@ -33,13 +33,15 @@ SLOPE, LIMIT = 1.702, 7.0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x (..., I), without a gradient: of one row by one call, of a few by oneDNN."""
+    """`F.linear` of x (..., I), without a gradient: of one row by one call, of a few by oneDNN, except with a weight
+    that lies by columns."""
     n_rows = x.numel() // x.shape[-1]
     if x.dtype == weight.dtype == torch.float32 and n_rows == 1:
         x_I = x.reshape(-1)
         y_O = torch.mv(weight, x_I) if bias is None else torch.addmv(bias, weight, x_I)
         return y_O.view(*x.shape[:-1], -1)
-    if x.dtype == weight.dtype == torch.float32 and n_rows in FEW_ROWS and torch.backends.mkldnn.is_available():
+    few = x.dtype == weight.dtype == torch.float32 and n_rows in FEW_ROWS and weight.is_contiguous()
+    if few and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
