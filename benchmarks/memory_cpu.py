@@ -1,6 +1,6 @@
 """Peak memory of training on a CPU: our trainer, a minimal loop over the same network, and transformers' model in it.
 
-    pip install models/qwen3 transformers
+    pip install models/llama3 models/qwen3 transformers
     OMP_NUM_THREADS=1 python benchmarks/memory_cpu.py
 
 Each contender trains three steps from the same weights on the same batches in a process of its own, which holds nothing
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minimal import Minimal, copy_weights
-from side_by_side import Step, arguments, make_trainer, plain_loop
+from minimal import Minimal
+from side_by_side import Step, arguments, make_config, make_trainer, plain_loop
 from torch import Tensor
 
 from core.weights.hf import save_hf
@@ -50,7 +50,9 @@ def record(folder: Path, args: Namespace) -> None:
         "optimizer": optimizer,
         "max_norm": trainer.config.training.max_norm,
     }
-    torch.save({"hf": model.to_hf_config(), "weights": dict(model.state_dict()), "run": run}, folder / "run.pt")
+    rotation = model.rope(torch.arange(args.length)[None])
+    angles = [table[0, :, 0] for table in rotation[:2]]
+    torch.save({"angles": angles, "weights": dict(model.state_dict()), "run": run}, folder / "run.pt")
 
 
 def contender(name: str, folder: Path, args: Namespace) -> Step:
@@ -63,11 +65,11 @@ def contender(name: str, folder: Path, args: Namespace) -> Step:
     config = Namespace(optimizer=Namespace(**run["optimizer"]), training=training)
     recorded: Any = Recorded(run["batches"], run["factors"], config)
     if name == "minimal":
-        minimal = Minimal(found["hf"], args.length)
-        copy_weights(minimal, found["weights"])
+        minimal = Minimal(make_config(args).model, *found["angles"])
+        minimal.load_state_dict(found["weights"])
         return plain_loop(minimal, minimal, recorded)
     transformers = import_module("transformers")  # in its own process alone
-    model = transformers.Qwen3ForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
     return plain_loop(model, lambda tokens: model(tokens, use_cache=False).logits, recorded)
 
 

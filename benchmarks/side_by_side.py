@@ -7,19 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from minimal import Minimal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.data.packing import IGNORE, Batch
 from core.train.trainer import Trainer
+from llama3.configs import llama3_debug
 from qwen3.configs import qwen3_debug
 
+FAMILIES = {"llama3": llama3_debug, "qwen3": qwen3_debug}
 Step = Callable[[int], float]
 """Trains step number n, counted from 1, and returns its loss."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="whose model")
     parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender")
@@ -28,16 +32,21 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 
 def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str, early_stop: bool = False) -> Trainer:
-    """Our trainer on a Qwen3 of dim 256, 6 layers, 16 heads, vocabulary 2048, with activation checkpointing `mode`."""
-    config = qwen3_debug()
+    """Our trainer on a model of dim 256, 6 layers, 16 heads, vocabulary 2048, with activation checkpointing `mode`."""
+    config = make_config(args)
     config.dump_folder = str(folder / "run")
+    config.activation_checkpoint.mode, config.activation_checkpoint.early_stop = mode, early_stop
+    return config.build()
+
+
+def make_config(args: argparse.Namespace) -> Trainer.Config:
+    config = FAMILIES[args.family]()
     config.training.local_batch_size, config.training.seq_len = args.rows, args.length
     config.training.mixed_precision_param = args.compute
     config.validator.enable = False
-    config.activation_checkpoint.mode, config.activation_checkpoint.early_stop = mode, early_stop
     config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
     config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
-    return config.build()
+    return config
 
 
 def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Trainer) -> Step:
@@ -47,6 +56,7 @@ def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Tr
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    joined = model.balance_loss if isinstance(model, Minimal) else float
 
     def step(number: int) -> float:
         batch: Batch = trainer.batches(number)[0]
@@ -54,7 +64,7 @@ def plain_loop(model: nn.Module, logits: Callable[[Tensor], Tensor], trainer: Tr
             group["lr"] = c.lr * trainer.schedule.factor(number)
         optimizer.zero_grad()
         loss = F.cross_entropy(logits(batch.tokens_BL).flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORE)
-        loss.backward()
+        (loss + joined()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.config.training.max_norm)
         optimizer.step()
         return loss.item()

@@ -1,6 +1,6 @@
 """Training speed on a CPU: our trainer, a minimal loop over the same network, and transformers' model in that loop.
 
-    pip install models/qwen3 transformers
+    pip install models/llama3 models/qwen3 transformers
     OMP_WAIT_POLICY=PASSIVE python benchmarks/training_cpu.py
 
 All three start from the same weights, read the same batches, and take turns step by step in one process, so that a
@@ -14,9 +14,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from minimal import Minimal, copy_weights
+from minimal import minimal_of
 from side_by_side import Step, arguments, in_turns, make_trainer, plain_loop, ratios
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from core.train.trainer import Trainer
 from core.weights.hf import save_hf
@@ -25,9 +25,8 @@ from core.weights.hf import save_hf
 def peers(trainer: Trainer, folder: Path) -> dict[str, Step]:
     (model,) = trainer.built.models
     save_hf(model, folder / "hf")
-    minimal = Minimal(model.to_hf_config(), trainer.config.training.seq_len)
-    copy_weights(minimal, model.state_dict())
-    reference = Qwen3ForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
+    minimal = minimal_of(model, trainer.config.training.seq_len)
+    reference = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").train()
     return {
         "minimal": plain_loop(minimal, minimal, trainer),
         "armature": lambda number: trainer.step(number).loss,

@@ -174,3 +174,11 @@ def test_a_gate_saves_its_two_sides_alone() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             form(gate, up)
         assert [each is side for each, side in zip(saved, (gate, up), strict=True)] == [True, True]
+
+
+def test_a_clamped_gate_has_a_gradient_up_to_its_limit() -> None:
+    """As `clamp` has: at the limit, not beyond."""
+    sides = [torch.tensor([7.0, 7.0000005, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 7.0, -7.0, -7.0000005])]
+    _, for_gate, for_up = with_gradients(cpu_forms.clamped_swiglu, sides)
+    assert [bool(g) for g in for_gate] == [True, False, True, True, True]
+    assert [bool(g) for g in for_up] == [True, True, True, True, False]

@@ -30,6 +30,8 @@ FEW_ROWS = range(4, 17)
 """Rows of a product that oneDNN multiplies faster than MKL: up to 1.8 times. Measured."""
 SLOPE, LIMIT = 1.702, 7.0
 """Of GPT-OSS's gate."""
+BEYOND = 7.0000005
+"""The next number of fp32 after the limit, from which on there is no gradient."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,8 +216,9 @@ class ClampedSwiGLU(torch.autograd.Function):
         (gate, up), (grad,) = ctx.saved_tensors, grads
         slope = gate.clamp(max=LIMIT).mul_(SLOPE)
         for_gate = torch.ops.aten.silu_backward(up.clamp(-LIMIT, LIMIT).add_(1).mul_(grad), slope)
-        for_up = F.silu(slope).div_(SLOPE).mul_(grad)
-        return for_gate.masked_fill_(gate > LIMIT, 0.0), for_up.masked_fill_(up.abs() > LIMIT, 0.0)
+        for_up = F.silu(slope, inplace=True).div_(SLOPE).mul_(grad)
+        clamped = torch.ops.aten.hardtanh_backward  # zero at its limits and beyond
+        return clamped(for_gate, gate, -math.inf, BEYOND), clamped(for_up, up, -BEYOND, BEYOND)
 
 
 @torch.library.impl(LIBRARY, "cpu_clamped_swiglu", "CPU")

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 from core.activation_checkpoint.region import kept
+from core.nn.module import cpu_forms
 
 
 class Rows(NamedTuple):
@@ -95,4 +97,6 @@ class _Gather(torch.autograd.Function):
 
 
 def _sum_of_choices(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
+    if cpu_forms(rows_RD):  # read and added in one pass
+        return F.embedding_bag(place_TK, rows_RD, mode="sum")
     return rows_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape).sum(1)

@@ -23,6 +23,7 @@ from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, converted_model
 from core.runtime.activity import working
 from core.step.checks import Run, expert_parts
+from core.step.compiler import skip_vector_trials
 from core.step.settings import Compile
 
 
@@ -141,18 +142,7 @@ def block_compiler(settings: Compile) -> Callable[[nn.Module], None] | None:
 
 def compile_block(block: torch.nn.Module, backend: str) -> None:
     """Let torch.compile have a block, in one graph; numbers that the host reads, such as rows to send, stay in it."""
-    if backend == "inductor":
-        skip_vector_trials()
+    skip_vector_trials(backend)
     torch._dynamo.config.capture_scalar_outputs = True
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     block.compile(backend=backend, fullgraph=True)
-
-
-def skip_vector_trials() -> None:
-    """Have Inductor take the vectors of this CPU for granted where PyTorch's own kernels use them: it would compile
-    programs to try each kind, a quarter of what a first step costs. It holds for all that the process compiles;
-    TORCHINDUCTOR_VEC_ISA_OK goes before."""
-    import torch._inductor.config as inductor  # a second, which a run without a compiler saves
-
-    if inductor.cpp.vec_isa_ok is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        inductor.cpp.vec_isa_ok = True

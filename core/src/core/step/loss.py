@@ -19,6 +19,7 @@ from core.data.packing import IGNORE
 from core.nn.layers import Head
 from core.parallel.vocabulary import Vocabulary
 from core.step.chunks import sum_in_chunks
+from core.step.compiler import skip_vector_trials
 from core.step.settings import Compile
 from core.step.softmax import SoftmaxLoss
 from core.step.source_losses import Tally
@@ -72,6 +73,7 @@ class Loss(Configurable, ABC):
         self.config = config
         self._of_tokens: TokenLoss = self.of_tokens
         if compile_backend is not None:
+            skip_vector_trials(compile_backend)
             self._of_tokens = of_any_length(torch.compile(self.of_tokens, backend=compile_backend))
 
     @abstractmethod
