@@ -163,16 +163,14 @@ class Rotate(torch.autograd.Function):
 
 @torch.library.impl(LIBRARY, "cpu_rotate", "CPU")
 def _rotate(x_BLNH: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Pairs 2i and 2i + 1 are complex numbers; of others, each half is written where it belongs."""
+    """Pairs 2i and 2i + 1 are complex numbers; of others, the exchanged halves are added to the head."""
     x = x_BLNH.to(cos.dtype)
     if interleaved:
         pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x_BLNH.dtype)
     turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (first, second) = x.chunk(2, -1), turned.chunk(2, -1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return turned.to(x_BLNH.dtype)
+    torch.mul(x, torch.cat((cos, cos), -1), out=turned)
+    return turned.addcmul_(x.roll(x.shape[-1] // 2, -1), torch.cat((-sin, sin), -1)).to(x_BLNH.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
