@@ -3,11 +3,11 @@
     pip install models/qwen3
     OMP_WAIT_POLICY=PASSIVE python benchmarks/activation_checkpoint_cpu.py
 
-The same model (dim 256, 6 layers, rows of 512 tokens) in every mode, and with `torch.utils.checkpoint` put around its
-blocks by hand, which stops recomputing early by default. All start from the same weights, read the same batches and
-take turns step by step in one process; the losses of their first step must be the same bit for bit. Ratios are to
-"none", per round of turns: median (lowest to highest). Saved bytes are measured after a forward: what is alive then and
-was not before.
+The same model (by default dim 256, 6 layers, rows of 512 tokens) in every mode, and with `torch.utils.checkpoint` put
+around its blocks by hand, which stops recomputing early by default. All start from the same weights, read the same
+batches and take turns step by step in one process; the losses of their first step must be the same bit for bit. Ratios
+are to "none", per round of turns: median (lowest to highest). Saved bytes are measured after a forward: what is alive
+then and was not before.
 """
 
 import argparse

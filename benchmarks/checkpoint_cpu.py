@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from side_by_side import make_trainer, ratios
+from side_by_side import DEFAULTS, make_trainer, ratios
 from torch import Tensor
 
 from core.checkpoint.find import Found
@@ -172,7 +172,7 @@ def compare(folder: Path, mib: int, rounds: int) -> None:
 
 
 def stall(folder: Path, rounds: int) -> None:
-    trainer = make_trainer(folder / "trainer", argparse.Namespace(rows=4, length=256, compute="float32"), mode="none")
+    trainer = make_trainer(folder / "trainer", argparse.Namespace(**DEFAULTS | {"rows": 4, "length": 256}), mode="none")
     saver = trainer.checkpoints.saver
     tensors = model_tensors(trainer.built.models) | optimizer_tensors(trainer.optimizer)
     waits: dict[str, list[float]] = {}

@@ -17,22 +17,36 @@ from llama3.configs import llama3_debug
 from qwen3.configs import qwen3_debug
 
 FAMILIES = {"llama3": llama3_debug, "qwen3": qwen3_debug}
+DEFAULTS = {
+    "family": "qwen3",
+    "rows": 8,
+    "length": 512,
+    "dim": 256,
+    "layers": 6,
+    "compile": False,
+    "compute": "float32",
+}
+"""What a model of these benchmarks is, unless told."""
 Step = Callable[[int], float]
 """Trains step number n, counted from 1, and returns its loss."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="whose model")
-    parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens in a row")
+    parser.add_argument("--family", choices=FAMILIES, help="whose model")
+    parser.add_argument("--rows", type=int, help="rows in a batch")
+    parser.add_argument("--length", type=int, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender")
-    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="our products, in")
+    parser.add_argument("--dim", type=int, help="width of the model, of 16 heads")
+    parser.add_argument("--layers", type=int, help="blocks of the model")
+    parser.add_argument("--compile", action="store_true", help="ours compiled")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), help="our products, in")
+    parser.set_defaults(**DEFAULTS)
     return parser.parse_args()
 
 
 def make_trainer(folder: Path, args: argparse.Namespace, *, mode: str, early_stop: bool = False) -> Trainer:
-    """Our trainer on a model of dim 256, 6 layers, 16 heads, vocabulary 2048, with activation checkpointing `mode`."""
+    """Our trainer on a model of 16 heads and a vocabulary of 2048, with activation checkpointing `mode`."""
     config = make_config(args)
     config.dump_folder = str(folder / "run")
     config.activation_checkpoint.mode, config.activation_checkpoint.early_stop = mode, early_stop
@@ -44,8 +58,10 @@ def make_config(args: argparse.Namespace) -> Trainer.Config:
     config.training.local_batch_size, config.training.seq_len = args.rows, args.length
     config.training.mixed_precision_param = args.compute
     config.validator.enable = False
-    config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = 256, 6, 768
-    config.model.attention.n_heads, config.model.attention.n_kv_heads, config.model.attention.head_dim = 16, 8, 16
+    config.compile.enable = args.compile
+    config.model.dim, config.model.n_layers, config.model.feed_forward.hidden_dim = args.dim, args.layers, 3 * args.dim
+    heads = config.model.attention
+    heads.n_heads, heads.n_kv_heads, heads.head_dim = 16, 8, args.dim // 16
     return config
 
 
