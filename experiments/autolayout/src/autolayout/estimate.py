@@ -2,8 +2,9 @@
 
 A pipeline holds gathered weights and whole gradients from its first microbatch to its last, and so does a step of
 several microbatches with the gradients. A microbatch takes as long as the slowest stage; behind that stands the bubble,
-in which a pipeline fills and empties. FSDP's messages run beside the computation, all others are waited for, keys and
-values that context ranks exchange among them.
+in which a pipeline fills and empties. FSDP's messages run beside the computation of the block that they belong to, and
+what takes longer than that is waited for; meanwhile the computation is slower, as both use the rank's memory and its
+processors. All other messages are waited for, keys and values that context ranks exchange among them.
 """
 
 from collections import Counter
@@ -13,15 +14,14 @@ from dataclasses import dataclass, field
 from autolayout.hardware import Hardware
 from autolayout.layout import Layout, rows_per_step
 from autolayout.measure import Measured, Measurements, Part
-from core.plan.segments import MessageKind, Segment, total
+from autolayout.messages import Wires, added
+from core.plan.segments import Segment, total
 from core.quantization.float8 import Float8LinearConverter
 from core.runtime.device import GIB
 from core.train.trainer import Trainer
 
 COMPUTED_BYTES = 2
 """Of a number of a gathered weight, and of a residual."""
-FSDP_AXES = ("shard", "expert shard")
-"""Where weights are gathered, and gradients summed."""
 
 
 @dataclass(kw_only=True)
@@ -30,14 +30,20 @@ class Estimate:
 
     layout: Layout
     peak_bytes: float
-    """Of the fullest rank."""
+    """Of the fullest rank, in tensors."""
+    resting_bytes: float = 0.0
+    """Those of them that lie there between steps."""
+    reserve: float = 0.0
+    """What the allocator takes more for those that come and go, in parts of them."""
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
     """Where the seconds go."""
 
     @property
     def peak_gib(self) -> float:
-        return self.peak_bytes / GIB
+        """Memory that the fullest rank takes of its device."""
+        passing = max(self.peak_bytes - self.resting_bytes, 0.0)
+        return (self.peak_bytes + self.reserve * passing) / GIB
 
 
 class Estimator:
@@ -54,14 +60,23 @@ class Estimator:
         stages = self.measurements.stages(layout)
         n_microbatches = self.rows // layout.data(self.world_size) // layout.rows
         ranks = [stages[rank :: layout.pipeline] for rank in range(layout.pipeline)]
-        peak = max(self.memory(layout, measured, own, rank, n_microbatches) for rank, own in enumerate(ranks))
+        resting, peak = max(
+            (self.memory(layout, measured, own, rank, n_microbatches) for rank, own in enumerate(ranks)), key=last
+        )
         parts = max(
             (self.times(layout, measured, own, n_microbatches) for own in ranks), key=lambda each: sum(each.values())
         )
         per_rank = len(stages) // layout.pipeline
         parts["bubble"] = sum(parts.values()) * (layout.pipeline - 1) / (n_microbatches * per_rank)
         parts["update"] = self.update(layout, measured, max(map(self.share, ranks)))
-        return Estimate(layout=layout, peak_bytes=peak, seconds=sum(parts.values()), parts=parts)
+        return Estimate(
+            layout=layout,
+            peak_bytes=peak,
+            resting_bytes=resting,
+            reserve=self.hardware.reserve,
+            seconds=sum(parts.values()),
+            parts=parts,
+        )
 
     def share(self, stages: Iterable[range]) -> float:
         """The part of all weights that these stages have."""
@@ -70,15 +85,19 @@ class Estimator:
         ends = ["first"] * (0 in blocks) + ["last"] * (n_layers - 1 in blocks)
         return sum(shares.get(place, 0.0) for place in [*blocks, *ends])
 
-    def memory(self, layout: Layout, measured: Measured, stages: list[range], rank: int, n_microbatches: int) -> float:
-        """Bytes of a rank at its fullest, device memory alone."""
+    def memory(
+        self, layout: Layout, measured: Measured, stages: list[range], rank: int, n_microbatches: int
+    ) -> tuple[float, float]:
+        """Bytes that lie on a rank between steps, and those at its fullest; device memory alone."""
         share, stored, rows = self.share(stages), measured.stored.stored, layout.rows
         resting = stored.weights + stored.optimizer + stored.gradients
         lying = 0 if layout.offload else resting * share * layout.pipeline
         whole = stored.n_weights * measured.n_shards * share
         sharded = measured.n_shards > layout.pipeline
         if layout.pipeline == 1:
-            return lying + self.one_piece(measured, rows, n_microbatches) + stored.buffers + measured.stored.inputs
+            return lying, lying + self.one_piece(
+                measured, rows, n_microbatches
+            ) + stored.buffers + measured.stored.inputs
         held = whole * (COMPUTED_BYTES + 2 * COMPUTED_BYTES) if sharded else 0
         blocks = [i for stage in stages for i in stage]
         in_flight = min(n_microbatches, (layout.pipeline - rank) + (len(stages) - 1) * layout.pipeline)
@@ -86,7 +105,7 @@ class Estimator:
         rises = [part.rise.per_row * rows for i in blocks for part in (measured.forward[i], measured.backward[i])]
         if len(self.measurements.model.layers) - 1 in blocks:
             rises += [part.rise.at(rows) for part in measured.head]
-        return lying + held + in_flight * activations + max(rises, default=0)
+        return lying, lying + held + in_flight * activations + max(rises, default=0)
 
     def one_piece(self, measured: Measured, rows: int, n_microbatches: int) -> float:
         """Bytes beside what lies between steps, without a pipeline."""
@@ -96,34 +115,52 @@ class Estimator:
 
     def times(self, layout: Layout, measured: Measured, stages: list[range], n_microbatches: int) -> dict[str, float]:
         """Seconds of all microbatches on a rank, by what they are spent on; without the wait for other stages."""
-        blocks = [i for stage in stages for i in stage]
-        parts = [part for i in blocks for part in (measured.forward[i], measured.backward[i])]
-        n_layers = len(self.measurements.model.layers)
-        head = measured.head if n_layers - 1 in blocks else []
-        compute = self.compute(layout, measured, parts, head, len(blocks))
-        found = {name: seconds * n_microbatches for name, seconds in compute.items()}
-        waited, beside = self.sent(layout, [*parts, *head], n_microbatches)
-        found |= waited
-        found["weights and gradients"] = max(beside - sum(found.values()), 0.0)
+        blocks, n = [i for stage in stages for i in stage], n_microbatches
+        held = layout.pipeline > 1  # weights, once they are gathered
+        head = measured.head if len(self.measurements.model.layers) - 1 in blocks else []
+        parts = [(measured.forward[i], 1 if held else n) for i in blocks]
+        parts += [(measured.backward[i], 0 if held else n) for i in blocks] + [
+            (part, 1 if held else n) for part in head
+        ]
+        wires = Wires(layout, self.hardware, self.world_size)
+        asynchronous = self.config.parallelism.enable_async_tensor_parallel
+        same_wires = wires.inside("tensor") and wires.inside("shard")
+        found: list[dict[str, float]] = []
+        for place, (part, n_gathers) in enumerate(parts):
+            work = self.work(layout, measured, part, of_head=place >= 2 * len(blocks))
+            sent = wires.sent(part, asynchronous=asynchronous)
+            found += [{name: n * seconds for name, seconds in each.items()} for each in (work, sent.waited)]
+            room = sum(work.values()) + (0.0 if same_wires else sum(sent.waited.values()))
+            both = min(n_gathers, 1)
+            found.append(self.beside(both * sent.gathered + sent.scattered, room))
+            found += [self.beside(sent.gathered, room)] * (n_gathers - both)
         if layout.pipeline > 1:
-            found["pipeline"] = self.travel(layout) * n_microbatches
-        return found
+            found.append({"pipeline": self.travel(layout) * n})
+        return added(found)
 
-    def compute(
-        self, layout: Layout, measured: Measured, parts: list[Part], head: list[Part], n_blocks: int
-    ) -> dict[str, float]:
-        """Seconds of one microbatch of a stage: products, attention, and what goes through memory."""
-        hardware, rows, attention = self.hardware, layout.rows, self.measurements.attention_share
-        flops = rows * sum(part.flops for part in parts)
-        of_head = rows * sum(part.flops for part in head)
-        rate = (hardware.float8_tflops if self.float8 else hardware.matmul_tflops) * 1e12
-        needed = 3 * sum(measured.forward[i].flops for i in measured.forward) / len(measured.forward) * n_blocks * rows
-        passes = hardware.compiled_passes if self.config.compile.takes("model") else hardware.eager_passes
-        again = flops / needed if needed else 1.0
+    def beside(self, seconds: float, room: float) -> dict[str, float]:
+        """What FSDP's messages of so many seconds cost beside a computation: what is left of them behind it, and by how
+        much they slow it down."""
         return {
-            "products": flops * (1 - attention) / rate + of_head / (hardware.matmul_tflops * 1e12),
+            "weights and gradients": max(seconds - room, 0.0),
+            "contention": self.hardware.contention * min(seconds, room),
+        }
+
+    def work(self, layout: Layout, measured: Measured, part: Part, *, of_head: bool) -> dict[str, float]:
+        """Seconds that a microbatch's part of a block computes, or of the head: products, attention, and what goes
+        through memory."""
+        hardware, flops = self.hardware, layout.rows * part.flops
+        if of_head:
+            return {"products": flops / (hardware.matmul_tflops * 1e12)}
+        needed = 3 * sum(each.flops for each in measured.forward.values()) / len(measured.forward)
+        rate = (hardware.float8_tflops if self.float8 else hardware.matmul_tflops) * 1e12
+        passes = hardware.compiled_passes if self.config.compile.takes("model") else hardware.eager_passes
+        n_bytes = passes * self.residual(layout) * (part.flops / needed if needed else 0.0)
+        attention = self.measurements.attention_share
+        return {
+            "products": flops * (1 - attention) / rate,
             "attention": flops * attention / (hardware.attention_tflops * 1e12),
-            "memory": passes * again * n_blocks * self.residual(layout) / (hardware.memory_gb_s * 1e9),
+            "memory": n_bytes / (hardware.memory_gb_s * 1e9),
         }
 
     def residual(self, layout: Layout) -> float:
@@ -137,37 +174,6 @@ class Estimator:
         rate = self.hardware.inner_gb_s if inside else self.hardware.outer_gb_s
         return 2 * self.residual(layout) / (rate * 1e9)
 
-    def sent(self, layout: Layout, parts: list[Part], n_microbatches: int) -> tuple[dict[str, float], float]:
-        """Seconds of a step's messages: those that are waited for, by axis, and FSDP's, beside the computation.
-
-        FSDP's are those along its axes that do not grow with the rows: the others carry keys and values.
-        """
-        waited: dict[str, float] = {}
-        beside = 0.0
-        for part in parts:
-            for kind, line in part.sent.items():
-                second = 1 / (self.rate(layout, kind.axis) * 1e9)
-                n_bytes = line.at(layout.rows) * n_microbatches
-                if is_fsdp(kind):
-                    n_bytes = line.per_row * layout.rows * n_microbatches
-                    every = kind.collective == "all-gather" and layout.pipeline == 1
-                    beside += line.fixed * (n_microbatches if every else 1) * second
-                if n_bytes:
-                    axis = waited_axis(kind.axis)
-                    waited[axis] = waited.get(axis, 0.0) + n_bytes * second
-        if self.config.parallelism.enable_async_tensor_parallel and "tensor" in waited:
-            waited["tensor"] *= 1 - self.hardware.overlap
-        return waited, beside
-
-    def rate(self, layout: Layout, axis: str) -> float:
-        """GB a second along an axis: of the wires within a host if a group fits there."""
-        if layout.offload and any(name in FSDP_AXES for name in axis.split("/")):
-            return min(self.hardware.host_gb_s, self.hardware.outer_gb_s)
-        reach = {"tensor": layout.tensor, "context": layout.tensor * layout.context}
-        reach["expert"] = max(layout.expert, layout.tensor)
-        n = reach.get(axis, self.world_size // layout.pipeline)
-        return self.hardware.inner_gb_s if n <= self.hardware.ranks_per_host else self.hardware.outer_gb_s
-
     def update(self, layout: Layout, measured: Measured, share: float) -> float:
         """Seconds of the optimizer's update: weights and state are read and written, gradients read."""
         stored = measured.stored.stored
@@ -175,14 +181,8 @@ class Estimator:
         return n_bytes / ((self.hardware.host_gb_s if layout.offload else self.hardware.memory_gb_s) * 1e9)
 
 
-def is_fsdp(kind: MessageKind) -> bool:
-    """Whether such messages carry weights or their gradients, where they do not grow with the rows."""
-    return any(axis in FSDP_AXES for axis in kind.axis.split("/"))
-
-
-def waited_axis(axis: str) -> str:
-    """The axis of what is waited for among ranks that share weights as well: of experts, or of keys and values."""
-    return "/".join(name for name in axis.split("/") if name not in FSDP_AXES) or "context"
+def last(pair: tuple[float, float]) -> float:
+    return pair[1]
 
 
 def segments(measured: Measured, rows: int) -> Iterator[Segment]:

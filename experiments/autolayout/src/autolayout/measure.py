@@ -43,6 +43,8 @@ class Part:
     gradients: int
     flops: int
     sent: dict[MessageKind, Line]
+    calls: Counter[MessageKind]
+    """Messages of a microbatch, however many rows it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +138,19 @@ def part_of(one: Segment, two: Segment, own: Segment) -> Part:
         Line(fixed := 2 * getattr(one, name) - getattr(two, name), getattr(own, name) - fixed)
         for name in ("change", "rise")
     )
-    of_one, of_two, of_own = map(sent_by, (one, two, own))
+    of_one, of_two, of_own = (by_axis(each.sent) for each in (one, two, own))
     sent = {}
     for kind in of_own:
         fixed = 2 * of_one[kind] - of_two[kind]
         sent[kind] = Line(fixed, of_own[kind] - fixed)
-    return Part(change=change, rise=rise, gradients=own.gradients, flops=own.flops, sent=sent)
+    return Part(change=change, rise=rise, gradients=own.gradients, flops=own.flops, sent=sent, calls=by_axis(own.calls))
 
 
-def sent_by(segment: Segment) -> Counter[MessageKind]:
-    """The bytes of a segment's messages; along ranks that share weights as in a layout without context ranks."""
+def by_axis(counts: Counter[MessageKind]) -> Counter[MessageKind]:
+    """Bytes or numbers of messages; along ranks that share weights as in a layout without context ranks."""
     found: Counter[MessageKind] = Counter()
-    for kind, n_bytes in segment.sent.items():
+    for kind, n in counts.items():
         axes = kind.axis.split("/")
         axis = "/".join(name for name in axes if name != "context") if "shard" in axes else kind.axis
-        found[kind._replace(axis=axis)] += n_bytes
+        found[kind._replace(axis=axis)] += n
     return found

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from xml.sax.saxutils import escape
 
 from autolayout.estimate import Estimate
+from core.config.errors import UserError
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 860, 520, 70, 30, 30, 60
 COLOURS = {"none": "#0072b2", "selective": "#009e73", "full": "#d55e00"}
@@ -43,6 +45,14 @@ def picture(estimates: Sequence[Estimate], best: Sequence[Estimate], room_gib: f
     return "\n".join([*lines, "</svg>", ""])
 
 
+def draw(file: str, estimates: Sequence[Estimate], best: Sequence[Estimate], room_gib: float) -> None:
+    """Write the picture. Raises `UserError` where the file cannot be written."""
+    try:
+        Path(file).expanduser().write_text(picture(estimates, best, room_gib), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; choose another --picture") from error
+
+
 def title(each: Estimate) -> str:
     """What a browser says of a point."""
     return f"<title>{escape(str(each.layout))}: {each.seconds:.2f} s, {each.peak_gib:.1f} GiB</title>"
@@ -51,7 +61,7 @@ def title(each: Estimate) -> str:
 def front(estimates: Iterable[Estimate]) -> list[Estimate]:
     """The layouts that no other beats in both time and memory, by memory (the Pareto front)."""
     found: list[Estimate] = []
-    for each in sorted(estimates, key=lambda each: (each.peak_bytes, each.seconds)):
+    for each in sorted(estimates, key=lambda each: (each.peak_gib, each.seconds)):
         if not found or each.seconds < found[-1].seconds:
             found.append(each)
     return found

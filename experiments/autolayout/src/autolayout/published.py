@@ -3,9 +3,12 @@
 The runs are torchtitan's of December 2024 on H100 of 96 GB and 500 W, eight in a host, 400 Gb/s for each to other hosts
 (benchmarks/llama3_h100_202412_torchtitan.md in its repository). Rows of 8,192 tokens where nothing else is said. Its
 pipelines had as many microbatches as stages on different ranks then (pull request 781), and its loss held all logits.
+Rates are fitted to some of them alone (FITTED).
 
-With --rank each run's ranks are searched (half an hour), and it is printed where the published layout stands. PyTorch
-of that time compiled `full` with tensor parallelism, so that the checks are those of a run that is not compiled.
+With --rank each run's ranks are searched (half an hour), and it is printed where the published layout stands among
+those that the program could run: gradients were not accumulated over microbatches (pull request 1238 did that in June
+2025). PyTorch of that time compiled `full` with tensor parallelism, so that the checks are those of a run that is not
+compiled.
 """
 
 import argparse
@@ -24,6 +27,10 @@ from llama3.configs import llama3_8b, llama3_70b, llama3_405b
 ON_8 = Layout(rows=2)
 ON_256 = Layout(tensor=8, rows=16, mode="full")
 ON_512 = Layout(pipeline=8, tensor=8, rows=4, mode="full")
+LOSS_BYTES = 10
+"""PyTorch's cross_entropy keeps log-probabilities and a gradient of 4 bytes for each logit, and one of 2 bytes of what
+the head made, where our loss writes over its logits."""
+VOCABULARY = 128_256
 RECIPES = {"8B": llama3_8b, "70B": llama3_70b, "405B": llama3_405b}
 
 
@@ -55,6 +62,8 @@ class Published:
     rows: int
     """Of a step."""
     tokens_per_second: float
+    gib: float
+    """Memory that the allocator of the fullest rank had reserved."""
     seq_len: int = 8192
     compiled: bool = True
     float8: bool = True
@@ -72,16 +81,30 @@ class Published:
         config.parallelism.enable_async_tensor_parallel = self.asynchronous
         return config
 
-    def predicted(self) -> float:
-        """Tokens a second of a rank, as they are estimated."""
-        seconds = Estimator(self.config(), self.world_size, H100)(self.layout).seconds
-        return self.rows * self.seq_len / self.world_size / seconds
+    def predicted(self) -> tuple[float, float]:
+        """Tokens a second of a rank and the memory of the fullest one, as they are estimated."""
+        found = self.with_its_loss(Estimator(self.config(), self.world_size, H100)(self.layout))
+        return self.rows * self.seq_len / self.world_size / found.seconds, found.peak_gib
+
+    def with_its_loss(self, found: Estimate) -> Estimate:
+        """An estimate with what the program's loss held beside ours."""
+        layout = found.layout
+        logits = layout.rows * self.seq_len * VOCABULARY / (layout.context * layout.tensor)
+        return replace(found, peak_bytes=found.peak_bytes + LOSS_BYTES * logits)
 
     def place(self) -> Place:
-        """Where the layout stands among those of as many ranks of as much memory, and rows of a step."""
+        """Where the layout stands among those of as many ranks of as much memory and rows of a step that its program
+        could run."""
         plain = replace(self, compiled=False, asynchronous=False).config()
-        layouts, _ = possible(plain, self.world_size, candidates(plain, self.world_size, H100.ranks_per_host))
-        return place_of(self.layout, map(Estimator(self.config(), self.world_size, H100), layouts), H100.memory_gib)
+        offered = candidates(plain, self.world_size, H100.ranks_per_host)
+        layouts, _ = possible(plain, self.world_size, filter(self.could_be, offered))
+        estimate = Estimator(self.config(), self.world_size, H100)
+        estimates = [self.with_its_loss(estimate(layout)) for layout in layouts]
+        return place_of(self.layout, estimates, H100.memory_gib)
+
+    def could_be(self, layout: Layout) -> bool:
+        """Whether the program of then could run a layout: without a pipeline it had one microbatch in a step."""
+        return layout.pipeline > 1 or layout.rows == self.rows // layout.data(self.world_size)
 
     def __str__(self) -> str:
         words = ["compiled"] * self.compiled + ["float8"] * self.float8 + ["asynchronous"] * self.asynchronous
@@ -89,19 +112,47 @@ class Published:
 
 
 RUNS = [
-    Published(size="8B", world_size=8, layout=ON_8, rows=16, compiled=False, float8=False, tokens_per_second=5762),
-    Published(size="8B", world_size=8, layout=ON_8, rows=16, float8=False, tokens_per_second=6667),
-    Published(size="8B", world_size=8, layout=ON_8, rows=16, tokens_per_second=8532),
-    Published(size="8B", world_size=128, layout=ON_8, rows=256, compiled=False, float8=False, tokens_per_second=5605),
-    Published(size="8B", world_size=128, layout=ON_8, rows=256, float8=False, tokens_per_second=6514),
-    Published(size="8B", world_size=128, layout=ON_8, rows=256, tokens_per_second=8380),
-    Published(size="8B", world_size=8, layout=Layout(mode="full"), rows=8, seq_len=32768, tokens_per_second=3890),
     Published(
-        size="8B", world_size=8, layout=Layout(context=2, mode="full"), rows=4, seq_len=65536, tokens_per_second=2540
+        size="8B", world_size=8, layout=ON_8, rows=16, compiled=False, float8=False, tokens_per_second=5762, gib=82.4
     ),
-    Published(size="70B", world_size=256, layout=ON_256, rows=512, tokens_per_second=829),
-    Published(size="70B", world_size=256, layout=ON_256, rows=512, asynchronous=True, tokens_per_second=876),
-    Published(size="405B", world_size=512, layout=ON_512, rows=256, asynchronous=True, tokens_per_second=100),
+    Published(size="8B", world_size=8, layout=ON_8, rows=16, float8=False, tokens_per_second=6667, gib=77.0),
+    Published(size="8B", world_size=8, layout=ON_8, rows=16, tokens_per_second=8532, gib=76.8),
+    Published(
+        size="8B", world_size=128, layout=ON_8, rows=256, compiled=False, float8=False, tokens_per_second=5605, gib=67.0
+    ),
+    Published(size="8B", world_size=128, layout=ON_8, rows=256, float8=False, tokens_per_second=6514, gib=62.0),
+    Published(size="8B", world_size=128, layout=ON_8, rows=256, tokens_per_second=8380, gib=61.8),
+    Published(
+        size="8B", world_size=8, layout=Layout(mode="full"), rows=8, seq_len=32768, tokens_per_second=3890, gib=83.9
+    ),
+    Published(
+        size="8B",
+        world_size=8,
+        layout=Layout(context=2, mode="full"),
+        rows=4,
+        seq_len=65536,
+        tokens_per_second=2540,
+        gib=84.2,
+    ),
+    Published(size="70B", world_size=256, layout=ON_256, rows=512, tokens_per_second=829, gib=71.9),
+    Published(
+        size="70B",
+        world_size=256,
+        layout=ON_256,
+        rows=512,
+        asynchronous=True,
+        tokens_per_second=876,
+        gib=67.6,
+    ),
+    Published(
+        size="405B",
+        world_size=512,
+        layout=ON_512,
+        rows=256,
+        asynchronous=True,
+        tokens_per_second=100,
+        gib=82.5,
+    ),
     Published(
         size="405B",
         world_size=512,
@@ -109,10 +160,13 @@ RUNS = [
         rows=256,
         asynchronous=True,
         tokens_per_second=128,
+        gib=72.7,
     ),
 ]
 
 
+FITTED = (0, 1, 2, 3, 4, 6, 8, 9)
+"""The places in RUNS of those that the rates of `H100` were fitted to; no other run changed a figure."""
 FURTHER = [
     *(
         Published(
@@ -122,8 +176,9 @@ FURTHER = [
             rows=8 // n,
             seq_len=32768 * n,
             tokens_per_second=rate,
+            gib=gib,
         )
-        for n, rate in ((4, 1071), (8, 548))
+        for n, rate, gib in ((4, 1071, 84.0), (8, 548, 84.5))
     ),
     *(
         Published(
@@ -134,11 +189,12 @@ FURTHER = [
             seq_len=32768 * n,
             asynchronous=True,
             tokens_per_second=rate,
+            gib=gib,
         )
-        for n, rate in ((1, 76), (2, 47), (4, 31), (8, 16))
+        for n, rate, gib in ((1, 76, 75.3), (2, 47, 75.9), (4, 31, 77.1), (8, 16, 84.9))
     ),
 ]
-"""Runs that no rate was fitted to."""
+"""Further runs, of long rows."""
 
 
 def place_of(layout: Layout, estimates: Iterable[Estimate], memory_gib: float) -> Place:
@@ -159,11 +215,11 @@ def place_of(layout: Layout, estimates: Iterable[Estimate], memory_gib: float) -
 def table(*, rank: bool = False) -> Iterator[str]:
     """A line for each run."""
     width = max(len(str(run)) for run in RUNS + FURTHER)
-    yield f"{'':{width}}  published  predicted"
-    for run in RUNS + FURTHER:
-        found = run.predicted()
-        off = found / run.tokens_per_second - 1
-        line = f"{run!s:{width}}  {run.tokens_per_second:9,.0f}  {found:9,.0f}  {off:+.0%}"
+    yield f"{'':{width}}  published  predicted              GiB  predicted"
+    for number, run in enumerate(RUNS + FURTHER):
+        rate, gib = run.predicted()
+        line = f"{run!s:{width}}  {run.tokens_per_second:9,.0f}  {rate:9,.0f}  {rate / run.tokens_per_second - 1:+5.0%}"
+        line += f"  {run.gib:8.1f}  {gib:9.1f}  {'fitted' if number in FITTED else 'held out'}"
         yield f"{line}  {run.place()}" if rank and run in RUNS else line
 
 

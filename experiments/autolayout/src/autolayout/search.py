@@ -9,13 +9,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 
 from autolayout.estimate import Estimate, Estimator
 from autolayout.hardware import Hardware, hardware
 from autolayout.layout import Layout, applied, candidates, possible
-from autolayout.picture import picture
+from autolayout.picture import draw
 from core.config import cli
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
@@ -30,8 +29,8 @@ OPTIONS = {
     "world_size": OwnOption("N", "the number of ranks"),
     "device_memory_gib": OwnOption("GIB", "memory of a rank; without it the hardware's"),
     "hardware": OwnOption("NAME|FILE.json", "h100, or a file with figures of your own"),
-    "bandwidth": OwnOption("FILE.json", "the same as --hardware"),
-    "out": OwnOption("FILE.svg", "a picture: time against memory"),
+    "bandwidth": OwnOption("FILE.json", "figures that differ from those of --hardware"),
+    "picture": OwnOption("FILE.svg", "a picture of all layouts: time against memory"),
     "help": HELP,
 }
 PLANNED = 5
@@ -52,6 +51,8 @@ class Found:
     estimates: list[Estimate]
     refused: dict[str, list[Layout]] = field(default_factory=dict)
     """Layouts by the reason against them."""
+    flags: Sequence[str] = ()
+    """What the command has beside the layout."""
 
     def __str__(self) -> str:
         shown = best_of_degrees(self.best)
@@ -65,9 +66,9 @@ class Found:
             lines.append(f"{each.layout!s:{width}}  {each.seconds:6.2f}  {rate:13,.0f}  {each.peak_gib:6.1f}  {spent}")
         lines += ["", "not possible:"] * bool(self.refused)
         lines += [f"  {n:5,}  {words}" for words, n in self.reasons().items()]
-        return "\n".join(
-            [*lines, "", command(self.config, self.best[0].layout, self.world_size, self.hardware.ranks_per_host)]
-        )
+        ranks = self.hardware.ranks_per_host
+        trains = command(self.config, self.best[0].layout, self.world_size, ranks, self.flags)
+        return "\n".join([*lines, "", trains])
 
     def reasons(self) -> dict[str, int]:
         """How many layouts are refused for what setting, with the first one's reason."""
@@ -89,8 +90,12 @@ def search(
     world_size: int,
     found: Hardware,
     say: Callable[[str], object] = lambda line: None,
+    flags: Sequence[str] = (),
 ) -> Found:
-    """The layouts of a run that fit, best first. Raises `UserError` where none does, with the nearest."""
+    """The layouts of a run that fit, best first; `flags` are what its command needs beside them.
+
+    Raises `UserError` where none does, with the nearest.
+    """
     layouts, refused = possible(config, world_size, candidates(config, world_size, found.ranks_per_host))
     if not layouts:
         raise UserError("\n".join([f"no layout of {world_size} ranks is possible:", *refused]))
@@ -104,7 +109,8 @@ def search(
     for each in sorted(estimates, key=lambda each: each.seconds):
         if each.peak_gib > found.memory_gib * ROOM:
             continue
-        planned = replace(each, peak_bytes=planned_bytes(config, each.layout, world_size))
+        resting, peak = planned_bytes(config, each.layout, world_size)
+        planned = replace(each, resting_bytes=resting, peak_bytes=peak)
         say(f"{planned.layout}: {planned.seconds:.2f} s, planned {planned.peak_gib:.1f} GiB")
         if planned.peak_gib <= found.memory_gib:
             best.append(planned)
@@ -116,7 +122,7 @@ def search(
     if too_large:
         refused[f"estimated above {found.memory_gib:g} GiB"] = too_large
     if not best:
-        least = min(estimates, key=lambda each: each.peak_bytes)
+        least = min(estimates, key=lambda each: each.peak_gib)
         raise UserError(
             f"none of {len(estimates):,} layouts fits {found.memory_gib:g} GiB; the least is {least.layout} with "
             f"{least.peak_gib:.1f} GiB: more ranks, a lower training.seq_len, or more --device-memory-gib"
@@ -128,14 +134,18 @@ def search(
         best=best,
         estimates=estimates,
         refused=refused,
+        flags=flags,
     )
 
 
-def planned_bytes(config: Trainer.Config, layout: Layout, world_size: int) -> int:
-    """Bytes of the fullest rank, by the plans of the first and the last rank of a pipeline."""
+def planned_bytes(config: Trainer.Config, layout: Layout, world_size: int) -> tuple[int, int]:
+    """Bytes that lie on the fullest rank between steps, and those at its fullest, by the plans of the first and the
+    last rank of a pipeline."""
     run = applied(config, layout, world_size)
     ranks = {0, world_size - 1} if layout.pipeline > 1 else {0}
-    return max(plan(run, world_size=world_size, rank=rank).peak_bytes for rank in ranks)
+    found = max((plan(run, world_size=world_size, rank=rank) for rank in ranks), key=lambda each: each.peak_bytes)
+    resting = 0 if layout.offload else found.weights_bytes + found.gradients_bytes + found.optimizer_bytes
+    return resting, found.peak_bytes
 
 
 def best_of_degrees(found: Sequence[Estimate]) -> list[Estimate]:
@@ -146,16 +156,19 @@ def best_of_degrees(found: Sequence[Estimate]) -> list[Estimate]:
     return list(first.values())
 
 
-def command(config: Trainer.Config, layout: Layout, world_size: int, ranks_per_host: int) -> str:
+def command(
+    config: Trainer.Config, layout: Layout, world_size: int, ranks_per_host: int, flags: Sequence[str] = ()
+) -> str:
     """The command line that trains in this layout, with equally many ranks on each host."""
     changes = diff(applied(config, layout, world_size), config)
-    flags = [f"--{path} {shlex.quote(str(value))}" for path, _, value in changes]
-    package = type(config.model).__module__.partition(".")[0]
+    settings = [f"--{path} {shlex.quote(str(value))}" for path, _, value in changes]
+    trainer, model = (type(each).__module__.partition(".")[0] for each in (config, config.model))
+    package = model if trainer == "core" else trainer
     ranks = math.gcd(world_size, ranks_per_host)
     hosts = world_size // ranks
     nodes = f" --nnodes {hosts}" if hosts > 1 else ""
     head = f"torchrun{nodes} --nproc-per-node {ranks} -m {package}.train --config {config.recipe}"
-    return " \\\n    ".join([head, *flags])
+    return " \\\n    ".join([head, *flags, *settings])
 
 
 def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
@@ -176,14 +189,14 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         world_size = cli.number("--world-size", *own.get("world_size", ["1"]))
         if world_size < 1:
             raise UserError("--world-size 0 must be at least 1")
-        ranks = hardware(*own.get("hardware", own.get("bandwidth", ["h100"])))
+        ranks = hardware(*own.get("hardware", ["h100"]), *own.get("bandwidth", []))
         if "device_memory_gib" in own:
             ranks = replace(ranks, memory_gib=float(cli.number("--device-memory-gib", *own["device_memory_gib"])))
         found = search(deepcopy(config), world_size, ranks, show)
         show(str(found))
-        if "out" in own:
-            Path(own["out"][0]).write_text(picture(found.estimates, found.best, ranks.memory_gib), encoding="utf-8")
-            show(f"picture in {own['out'][0]}")
+        if "picture" in own:
+            draw(own["picture"][0], found.estimates, found.best, ranks.memory_gib)
+            show(f"picture in {own['picture'][0]}")
 
 
 if __name__ == "__main__":
