@@ -11,6 +11,7 @@ from core.testing.parity import Case
 TENSORWISE: list[Converter.Config] = [Float8LinearConverter.Config(emulate=True)]
 PACKED: list[Converter.Config] = [Float8LinearConverter.Config(emulate=True, enable_fsdp_float8_all_gather=True)]
 ROWWISE: list[Converter.Config] = [Float8LinearConverter.Config(emulate=True, recipe_name="rowwise")]
+MIXED: list[Converter.Config] = [Float8LinearConverter.Config(emulate=True, recipe_name="rowwise_with_gw_hp")]
 TP2, EP2, PP2 = (
     Parallelism(tensor_parallel_degree=2),
     Parallelism(expert_parallel_degree=2),
@@ -30,6 +31,11 @@ MORE = {
     "ep2": Case(sparse(), EP2, 2, converters=TENSORWISE, checkpoint="selective", **EXACT),
     "rowwise-fsdp2": Case(sparse(), FSDP2, 2, converters=ROWWISE, checkpoint="selective", **EXACT),
     "rowwise-ep2": Case(sparse(), EP2, 2, converters=ROWWISE, **EXACT),
+    "rowwise-pp2": Case(dense(), PP2, 2, converters=ROWWISE, **EXACT),
+    "mixed-fsdp2": Case(sparse(), FSDP2, 2, converters=MIXED, checkpoint="selective", **EXACT),
+    "mixed-tp2": Case(dense(), TP2, 2, converters=MIXED, **EXACT),
+    "mixed-ep2": Case(sparse(), EP2, 2, converters=MIXED, checkpoint="full", **EXACT),
+    "mixed-pp2": Case(dense(), PP2, 2, converters=MIXED, **EXACT),
 }
 
 

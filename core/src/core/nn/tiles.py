@@ -80,9 +80,7 @@ class Tiles:
         if mask is not None:
             return mask.dtype == torch.int64
         short = q_BNLH.dtype.itemsize < 4
-        fits = (
-            WORTH_CUTTING.start <= q_BNLH.shape[2] < WORTH_CUTTING.stop
-        )  # a compiler has no `in` for lengths that vary
+        fits = WORTH_CUTTING.start <= q_BNLH.shape[2] < WORTH_CUTTING.stop  # dynamo has no `in` for varying lengths
         return q_BNLH.is_cpu and (sinks_N is not None or short or fits)
 
 

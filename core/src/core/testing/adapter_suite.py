@@ -25,10 +25,12 @@ PROMPT = "a page of text with many words in it"
 
 
 def adapter_run(config: Trainer.Config, folder: Path, adapters: LoRAConverter.Config) -> Trainer.Config:
-    """A debug recipe as a run of two steps and two blocks that adapts a Hugging Face folder, which is written."""
+    """A debug recipe as a run of two steps and two blocks that adapts a Hugging Face folder of several files, which is
+    written."""
     config.model.n_layers, config.training = 2, replace(config.training, steps=2, seq_len=32, local_batch_size=2)
     config.validator.enable, config.lr_scheduler.warmup_steps = False, 0
-    save_hf(on_cpu(config.model, seed=5), folder / "base")
+    save_hf(on_cpu(config.model, seed=5), folder / "base", shard_gib=2**-10)
+    assert len(list((folder / "base").glob("*.safetensors"))) > 1
     (folder / "text.txt").write_text("a page of text with many words in it\n" * 200)
     config.dataloader.dataset, config.dataloader.cache_folder = str(folder / "text.txt"), str(folder / "cache")
     config.dataloader.validation_fraction, config.dump_folder = 0.0, str(folder / "run")
