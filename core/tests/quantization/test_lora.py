@@ -28,6 +28,7 @@ LORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0)]
 DORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0, dora=True, patterns=["layers.*.attention.*", "*.w2"])]
 QLORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0, quantize_base=True)]
 QDORA: list[Any] = [LoRAConverter.Config(rank=4, alpha=12.0, dora=True, quantize_base=True)]
+FLOAT8: list[Any] = [Float8LinearConverter.Config(emulate=True, enable_fsdp_float8_all_gather=True)]
 TP2, EP2, PP2 = (
     Parallelism(tensor_parallel_degree=2),
     Parallelism(expert_parallel_degree=2),
@@ -48,6 +49,12 @@ MORE = {
     "ep2-nf4": Case(wide(), EP2, 2, converters=QDORA, checkpoint="selective", **EXACT),
     "fsdp2-nf4-experts": Case(wide(), Parallelism(), 2, converters=QLORA, **EXACT),
     "pp2-nf4": Case(dense(), PP2, 2, converters=QLORA, **EXACT),
+    "tp2-dora-experts": Case(sparse(), TP2, 2, converters=DORA, checkpoint="selective", **EXACT),
+    "fsdp2-dora-experts": Case(sparse(), Parallelism(), 2, converters=DORA, **EXACT),
+    "pp2-dora": Case(dense(), PP2, 2, converters=DORA, **EXACT),
+    "float8-ep2": Case(sparse(), EP2, 2, converters=[*FLOAT8, *DORA], **EXACT),
+    "float8-fsdp2": Case(sparse(), Parallelism(), 2, converters=[*FLOAT8, *LORA], **EXACT),
+    "float8-fsdp2-dora": Case(sparse(), Parallelism(), 2, converters=[*FLOAT8, *DORA], **EXACT),
 }
 
 

@@ -55,6 +55,8 @@ class PackedWeights:
         for model in models:
             for layer, product in layer_products(model):
                 weight = stored(layer, "weight")
+                if isinstance(layer, Adapted) and layer.magnitude is not None:
+                    continue  # the lengths of its rows are those of the weight's own numbers
                 if isinstance(product, PackedProduct) and product.packs and rows_are_shared(weight):
                     assert isinstance(weight, DTensor)
                     self.found[product] = weight
