@@ -216,18 +216,27 @@ class Processes:
     """The processes of the groups of a run; none outlives the block."""
 
     def __init__(
-        self, folder: Path, address: str, *, n_steps: int, meetings: Sequence[int], n_ranks: int = 1, axis: str = ""
+        self,
+        folder: Path,
+        address: str,
+        *,
+        n_steps: int,
+        meetings: Sequence[int],
+        n_ranks: int = 1,
+        axis: str = "",
+        numbers: Sequence[int] = (0, 1),
+        timeout_s: int = 10,
     ) -> None:
-        """`axis` is that of which a group of several ranks has them; FSDP's without it."""
-        self.folder, self.address, self.n_steps, self.n_ranks, self.axis = folder, address, n_steps, n_ranks, axis
-        self.meetings = ",".join(map(str, meetings))
-        self.groups = {number: self._start(number) for number in range(2)}
+        """`axis` is that of which a group of several ranks has them, FSDP's without it; `numbers` are of the groups."""
+        self.folder, self.address, self.n_ranks, self.axis = folder, address, n_ranks, axis
+        self.settings = [str(n_steps), ",".join(map(str, meetings)), axis, str(timeout_s)]
+        self.groups = {number: self._start(number) for number in numbers}
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={self.n_ranks}", "--rdzv-id", f"group-{number}"]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         script = [__file__, str(self.folder), self.address, str(number)]
-        script += [str(self.n_steps), self.meetings, self.axis]
+        script += self.settings
         command = [sys.executable, *(launcher if self.n_ranks > 1 else []), *script]
         with (self.folder / f"log-{number}").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -286,7 +295,7 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def run_group(place: str, address: str, number: str, n_steps: str, meetings: str, axis: str) -> None:
+def run_group(place: str, address: str, number: str, n_steps: str, meetings: str, axis: str, timeout_s: str) -> None:
     """The run of a process."""
     die_with_parent()
     torch.set_num_threads(1)
@@ -295,7 +304,7 @@ def run_group(place: str, address: str, number: str, n_steps: str, meetings: str
     config = small_run(Path(place), steps=int(n_steps))
     if axis:
         setattr(config.parallelism, f"{axis}_parallel_degree", 2)
-    built_group(config, replicas, timeout_s=10, together_at=together).run()  # a group that is stopped is waited for
+    built_group(config, replicas, timeout_s=int(timeout_s), together_at=together).run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_the_last_step_is_saved_when_the_group_that_saves_is_lost_then(tmp_path:
     assert saved(tmp_path) == [False, True]
 
 
+@pytest.mark.faults
 def test_the_last_step_is_saved_when_the_first_group_did_not_get_its_vote_through(tmp_path: Path) -> None:
     def first(address: str) -> None:
         trainer = group_of_two(tmp_path, address, 0)
@@ -177,7 +179,7 @@ def test_groups_that_are_too_few_end_after_quorum_timeout_s() -> None:
     replicas = Replicas.__new__(Replicas)
     replicas.config = Replicas.Config(n_groups=2, min_replicas=2, quorum_timeout_s=1)
     replicas.n, replicas._ranks = 1, ALONE
-    replicas._agreed, replicas._vote = lambda least, words: False, lambda: False
+    replicas._agreed, replicas._vote = lambda least, words: False, lambda: bool(time.sleep(0.1))
     with pytest.raises(UserError, match="quorum_timeout_s 1: 1 are there, and at least 2 are needed"):
         replicas.begin()
 

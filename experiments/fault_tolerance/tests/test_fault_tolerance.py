@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from replica_groups import Lost, Processes, built_group, check_told, in_threads, lighthouse, small_run, told, wait_until
+from replica_groups import (
+    LONG_S,
+    Lost,
+    Processes,
+    built_group,
+    check_told,
+    in_threads,
+    lighthouse,
+    small_run,
+    told,
+    wait_until,
+)
 
 from core.config import cli
 from core.config.derive import derive
@@ -95,20 +106,17 @@ def test_groups_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert check_told(tmp_path, 3)[1]["n"] == 2
 
 
-def test_a_process_that_is_killed_comes_back(tmp_path: Path) -> None:
-    """As processes: one is killed with SIGKILL when the run has begun, and started again."""
-    n_steps = 8
+def test_a_group_goes_on_when_the_process_of_another_is_killed(tmp_path: Path) -> None:
+    """By SIGKILL, in an attempt at step 3. That a process comes back is for the session `faults`."""
+    n_steps = 5
     small_run(tmp_path, steps=1)
     with lighthouse() as address:
-        groups = Processes(tmp_path, address, n_steps=n_steps, meetings=(1, n_steps))
+        other = Processes(tmp_path, address, n_steps=n_steps, meetings=(1,), numbers=(1,), timeout_s=LONG_S)
         try:
-            groups.wait_for(3)
-            groups.kill(1)
-            groups.finish()
+            group_in(tmp_path, address, 0, steps=n_steps, together_at=(1,), at={3: lambda _: other.end()})
         finally:
-            groups.end()
-    steps = check_told(tmp_path, n_steps)
-    assert steps[1]["n"] == steps[n_steps]["n"] == 2
+            other.end()
+    assert [step["n"] for step in check_told(tmp_path, n_steps).values()] == [2, 2, 1, 1, 1]
 
 
 def test_a_dry_run_plans_a_group(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,8 @@ from fault_tolerance.state import RunState, Snapshot
 GROUPS = {"cpu": ProcessGroupGloo, "cuda": ProcessGroupNCCL}
 """What carries the messages between groups, by the kind of device."""
 JOIN_TIMEOUT_MS = 60_000
+QUORUM_RETRIES = 2**30
+"""A lighthouse that is started again within `quorum_timeout_s` is found again."""
 MOST_HEADER_BYTES = 2**30
 
 
@@ -64,6 +66,7 @@ class Membership:
                 init_sync=False,  # it would hand ranks of one group the states of several
                 timeout=timeout,
                 quorum_timeout=timedelta(seconds=settings.quorum_timeout_s),
+                quorum_retries=QUORUM_RETRIES,
                 connect_timeout=timeout,
                 rank=ranks.rank,
                 world_size=ranks.size,
