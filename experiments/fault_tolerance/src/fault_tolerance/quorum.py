@@ -26,7 +26,7 @@ from fault_tolerance.state import RunState, Snapshot
 GROUPS = {"cpu": ProcessGroupGloo, "cuda": ProcessGroupNCCL}
 """What carries the messages between groups, by the kind of device."""
 JOIN_TIMEOUT_MS = 60_000
-QUORUM_RETRIES = 2**30
+QUORUM_RETRIES = 1000
 """A lighthouse that is started again within `quorum_timeout_s` is found again."""
 MOST_HEADER_BYTES = 2**30
 
