@@ -11,20 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_rows import random_run
 
-from core.data.packing import Batch
-from core.nn.weights import training_flops_per_token
-from core.parallel.layout import SingleRank, Wrapping
 from core.plan.plan import plan
 from core.quantization.float8 import Float8LinearConverter
 from core.runtime.device import GIB, device_name, peak_flops, peak_memory
-from core.runtime.meta import meta_model
-from core.runtime.seed import seed_everything
-from core.step.assemble import assemble, block_compiler, make_dispatcher
-from core.step.checks import check_model
-from core.step.loss import loss_backend
-from core.step.objective import Objective
-from core.step.update import StepInfo, train_step
+from core.step.update import StepInfo
 from core.train.step_times import time_table
 from core.train.trainer import Trainer
 from qwen3.configs import qwen3_0_6b, qwen3_1_7b, qwen3_debug
@@ -44,46 +36,14 @@ Cases = Iterator[tuple[Row, Callable[[], Row]]]
 """What a section measures: labels of a row, and what finds its figures."""
 
 
-class Steps:
-    """Steps of a recipe on one device, on rows of random tokens, without files: what `Trainer` builds for its own."""
-
-    def __init__(self, config: Trainer.Config, device: torch.device) -> None:
-        c, self.device = config, device
-        c.training.device = device.type
-        check_model(meta_model(c.model), c, device)
-        seed_everything(0, deterministic=False)
-        layout, dtype = SingleRank(device), c.training.compute_dtype(device)
-        wrapping = Wrapping(
-            compute_dtype=dtype,
-            checkpoint=c.activation_checkpoint.build(folder=Path()).apply,
-            dispatcher=make_dispatcher(c, device, 1),
-            compile_block=block_compiler(c.compile),
-        )
-        start = {"dtype": getattr(torch, c.training.dtype), "seed": 0, "n_microbatches": 1, "converters": c.converters}
-        self.built = assemble(c.model, layout, wrapping, groups=c.optimizer.groups, **start)
-        self.optimizer = c.optimizer.build(weights=self.built.weights(), layout=layout)
-        loss = c.loss.build(compile_backend=loss_backend(c.compile, c.loss, device))
-        mask = c.training.mask_of(c.dataloader)
-        self.objective = Objective(self.built.models, loss, layout=layout, dtype=dtype, mask=mask)
-        self.config = c
-        shape = c.training.local_batch_size, c.training.seq_len + 1
-        tokens_BL = torch.randint(c.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-        place_BL = torch.arange(shape[1] - 1).expand(shape[0], -1)
-        self.batches = [Batch(tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous(), place_BL, place_BL * 0)]
-
-    def __call__(self, number: int) -> StepInfo:
-        """Step `number`, counted from 1, of the same rows each time."""
-        settings: dict[str, Any] = {"lr_factor": 1.0, "max_norm": 1.0, "on_nonfinite": "stop"}
-        return train_step(self.objective, self.optimizer, self.batches, step=number, **settings)
-
-    def seconds(self, first: int, n: int) -> float:
-        """Seconds of a step, of the `n` from `first` on."""
-        synchronize(self.device)
-        began = time.perf_counter()
-        for number in range(first, first + n):
-            self(number)
-        synchronize(self.device)
-        return (time.perf_counter() - began) / n
+def seconds(run: Trainer, first: int, n: int) -> float:
+    """Seconds of a step, of the `n` from `first` on."""
+    synchronize(run.device)
+    began = time.perf_counter()
+    for number in range(first, first + n):
+        run.step(number)
+    synchronize(run.device)
+    return (time.perf_counter() - began) / n
 
 
 def synchronize(device: torch.device) -> None:
@@ -148,18 +108,19 @@ def compare(
 ) -> Row:
     """A recipe's first steps beside those on the CPU, which are `expected` or else computed."""
     if name not in expected:
-        own = Steps(small(recipe, tiny), torch.device("cpu"))
-        weights = {key: value.clone() for key, value in own.built.models[0].state_dict().items()}
-        expected[name] = weights, [own(number) for number in (1, 2, 3)]
+        with random_run(small(recipe, tiny), torch.device("cpu")) as own:
+            weights = {key: value.clone() for key, value in own.built.models[0].state_dict().items()}
+            expected[name] = weights, [own.step(number) for number in (1, 2, 3)]
     weights, theirs = expected[name]
     config = small(recipe, tiny)
     config.compile.enable, config.compile.backend = compiled, "aot_eager" if tiny else "inductor"
-    steps = Steps(config, device)
-    steps.built.models[0].load_state_dict(weights)
-    began = time.perf_counter()
-    found = [steps(1)]
-    first_s = time.perf_counter() - began
-    found += [steps(2), steps(3)]
+    with random_run(config, device) as run:
+        run.built.models[0].load_state_dict(weights)
+        began = time.perf_counter()
+        found = [run.step(1)]
+        first_s = time.perf_counter() - began
+        found += [run.step(2), run.step(3)]
+        step_s = seconds(run, 4, 1 if tiny else 5)
     off = max(abs(a.loss - b.loss) / b.loss for a, b in zip(found, theirs, strict=True))
     return {
         "loss": found[0].loss,
@@ -167,7 +128,7 @@ def compare(
         "norm off": abs(found[0].grad_norm / theirs[0].grad_norm - 1),
         "equal": off < CLOSE,
         "first step s": first_s,
-        "tokens/s": config.training.local_batch_size * config.training.seq_len / steps.seconds(4, 1 if tiny else 5),
+        "tokens/s": config.training.local_batch_size * config.training.seq_len / step_s,
     }
 
 
@@ -175,12 +136,13 @@ def speed(config: Trainer.Config, device: torch.device, n: int) -> Row:
     """Speed and peak of a recipe's steps, and the plan's prediction."""
     torch.compiler.reset()
     reset_peak(device)
-    steps = Steps(config, device)
-    began = time.perf_counter()
-    steps(1)
-    synchronize(device)
-    first_s, step_s = time.perf_counter() - began, steps.seconds(2, n)
-    flops = training_flops_per_token(steps.built.models[0], config.training.seq_len).total
+    with random_run(config, device) as run:
+        began = time.perf_counter()
+        run.step(1)
+        synchronize(device)
+        first_s, step_s = time.perf_counter() - began, seconds(run, 2, n)
+        last = run.step(n + 2)
+    flops = run.flops_per_token.total
     tokens_per_s = config.training.local_batch_size * config.training.seq_len / step_s
     peak, measured = peak_flops(device), None if device.type == "cpu" else peak_memory(device)
     planned = plan(replace(config, compile=type(config.compile)()), world_size=1, rank=0).peak_bytes
@@ -192,7 +154,7 @@ def speed(config: Trainer.Config, device: torch.device, n: int) -> Row:
         "peak GiB": None if measured is None else measured / GIB,
         "planned GiB": planned / GIB,
         "peak off": None if measured is None else measured / planned - 1,
-        "loss": steps(n + 2).loss,
+        "loss": last.loss,
     }
 
 
@@ -229,13 +191,12 @@ def waits(device: torch.device, tiny: bool) -> Cases:
 
 
 def waits_of(recipe: Callable[[], Trainer.Config], device: torch.device, tiny: bool) -> Row:
-    steps = Steps(small(recipe, tiny), device)
-    steps(1)
     tells = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
-    with warnings.catch_warnings(record=True) as caught:
+    with random_run(small(recipe, tiny), device) as run, warnings.catch_warnings(record=True) as caught:
+        run.step(1)
         warnings.simplefilter("always")
         tells("warn")
-        steps(2)
+        run.step(2)
         tells("default")
     found = [warning for warning in caught if "synchroniz" in str(warning.message)]
     places = sorted({f"{Path(each.filename).name}:{each.lineno}" for each in found})
@@ -249,14 +210,14 @@ def profile(device: torch.device, tiny: bool) -> Cases:
 
 def profiled(device: torch.device, tiny: bool) -> Row:
     config = small(qwen3_debug if tiny else qwen3_0_6b, tiny)
-    steps = Steps(config, device)
-    steps(1)
-    steps(2)
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=activities) as recorded:
-        steps(3)
-        synchronize(device)
+    with random_run(config, device) as run:
+        run.step(1)
+        run.step(2)
+        with torch.profiler.profile(activities=activities) as recorded:
+            run.step(3)
+            synchronize(device)
     order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     kinds = time_table(recorded.events(), f"where the time of a step of {config.model.n_layers} layers goes")
     return {"text": kinds + recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)}

@@ -11,9 +11,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
-from gpu_steps import Steps
+from random_rows import random_run
 
 from core.train.trainer import Trainer
 from gpt_oss.configs import gpt_oss_debug
@@ -21,42 +22,36 @@ from qwen3.configs import qwen3_debug, qwen3_moe_debug
 
 TOKENS = 4096
 Recipe = Callable[[], Trainer.Config]
+Run = AbstractContextManager[Trainer]
 
 
-def of_layers(n: int) -> Steps:
+def of_layers(n: int) -> Run:
     config = sized(qwen3_debug, 256)
     config.model.n_layers = n
     return on_cpu(config)
 
 
-def of_length(recipe: Recipe, length: int) -> Steps:
+def of_length(recipe: Recipe, length: int) -> Run:
     return on_cpu(sized(recipe, length))
 
 
-def of_documents(length: int) -> Steps:
+def of_documents(length: int) -> Run:
     """Rows of documents of 256 tokens."""
     config = sized(qwen3_debug, length)
     config.training.mask = "document"
-    steps = on_cpu(config)
-    (batch,) = steps.batches
-    place_L = torch.arange(length)
-    parts = ((part.expand(len(batch.tokens_BL), -1).contiguous()) for part in (place_L % 256, place_L // 256))
-    steps.batches = [batch._replace(positions_BL=next(parts), documents_BL=next(parts))]
-    return steps
+    return on_cpu(config, document_tokens=256)
 
 
-def of_experts(n: int) -> Steps:
+def of_experts(n: int) -> Run:
     config = sized(qwen3_moe_debug, 256)
     config.model.moe.router.n_experts = n
     return on_cpu(config)
 
 
-def of_microbatches(n: int) -> Steps:
+def of_microbatches(n: int) -> Run:
     config = sized(qwen3_debug, 256)
-    config.training.local_batch_size = 4
-    steps = on_cpu(config)
-    steps.batches = steps.batches * n
-    return steps
+    config.training.local_batch_size, config.training.global_batch_size = 4, 4 * n
+    return on_cpu(config)
 
 
 def sized(recipe: Recipe, length: int) -> Trainer.Config:
@@ -65,12 +60,12 @@ def sized(recipe: Recipe, length: int) -> Trainer.Config:
     return config
 
 
-def on_cpu(config: Trainer.Config) -> Steps:
-    return Steps(config, torch.device("cpu"))
+def on_cpu(config: Trainer.Config, **rows: int) -> Run:
+    return random_run(config, torch.device("cpu"), **rows)
 
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
-TABLES: dict[str, tuple[Callable[[int], Steps], tuple[int, ...]]] = {
+TABLES: dict[str, tuple[Callable[[int], Run], tuple[int, ...]]] = {
     "layers": (of_layers, (4, 8, 16, 24)),
     "length, causal": (lambda n: of_length(qwen3_debug, n), LENGTHS),
     "length, documents of 256": (of_documents, LENGTHS),
@@ -87,15 +82,16 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.only:
         build, numbers = TABLES[name]
-        steps = {n: build(n) for n in numbers}
         times: dict[int, list[float]] = {n: [] for n in numbers}
-        for number in range(1, args.rounds + 2):
-            for n, step in steps.items():
-                began = time.process_time()
-                step(number)
-                if number > 1:  # the first makes what is made once
-                    times[n].append(time.process_time() - began)
-        each = {n: sum(batch.tokens_BL.numel() for batch in steps[n].batches) for n in numbers}
+        with ExitStack() as runs:
+            trainers = {n: runs.enter_context(build(n)) for n in numbers}
+            for number in range(1, args.rounds + 2):
+                for n, trainer in trainers.items():
+                    began = time.process_time()
+                    trainer.step(number)
+                    if number > 1:  # the first makes what is made once
+                        times[n].append(time.process_time() - began)
+        each = {n: trainer.rows_per_step * trainer.config.training.seq_len for n, trainer in trainers.items()}
         us = {n: 1e6 * statistics.median(times[n]) / each[n] for n in numbers}
         print(f"{name:26}" + "".join(f"{n:>14,}" for n in numbers))
         print(f"{'us per token':26}" + "".join(f"{us[n]:14,.1f}" for n in numbers))

@@ -1,13 +1,25 @@
-"""What a run sets of torch.compile."""
+"""What a run sets of torch.compile, and what it needs of the machine."""
 
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-from core.step.compiler import skip_vector_trials
+from core.config.errors import UserError
+from core.runtime.meta import meta_model
+from core.step import joined_kernels
+from core.step.checks import check_model
+from core.step.compiler import compiler_problem, skip_vector_trials
 from core.step.loss import CrossEntropy
+from core.step.settings import Compile
+from core.testing.toy import Toy
+from core.train.trainer import Trainer
 
 NEW, OLD, BROKEN = "exit 0", "case $* in *avx512f*) exit 1;; esac", "exit 1"
 
@@ -53,3 +65,66 @@ def test_a_loss_that_is_compiled_without_blocks_skips_trials_too(
     with inductor.patch({"cpp.vec_isa_ok": None, "cpp.cxx": compiler(tmp_path, NEW)}):
         CrossEntropy(CrossEntropy.Config(), compile_backend="inductor")
         assert inductor.cpp.vec_isa_ok is True
+
+
+@pytest.fixture
+def check() -> Iterator[Callable[[Compile, str], None]]:
+    """What checks a run of a toy with such settings, as `Trainer` does before it has memory."""
+    model = meta_model(Toy.Config())
+
+    def checked(compiling: Compile, device: str = "cpu") -> None:
+        compiler_problem.cache_clear()
+        check_model(model, Trainer.Config(model=Toy.Config(), compile=compiling), torch.device(device))
+
+    yield checked
+    compiler_problem.cache_clear()
+
+
+def test_a_run_without_a_compiler_of_c_is_refused(check: Callable[..., None], tmp_path: Path) -> None:
+    """None at all, or one that ends as a compiler does that is older than an option; only where one is needed."""
+    compiling = Compile(enable=True)
+    check(compiling)
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.raises(UserError, match="needs a C.. compiler: .*no-such-compiler.*install a newer g"):
+            check(compiling)
+        check(Compile(enable=True, components=["loss"]))  # cross-entropy is not compiled on a CPU
+        check(Compile(enable=True, backend="aot_eager"))
+        check(Compile())
+        check(compiling, "meta")
+    old = tmp_path / "g++"
+    old.write_text("#!/bin/sh\necho g++ 4.8.5; [ $1 = --version ] || { echo 'error: no -march=native' >&2; exit 1; }\n")
+    old.chmod(0o755)
+    with inductor.patch({"cpp.cxx": (None, str(old))}):
+        with pytest.raises(UserError, match='g\\+\\+ ends with "error: no -march=native"; install a newer'):
+            check(compiling)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor imports what uses it
+def test_the_kernels_of_a_graph_are_compiled_in_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a forward and of its backward, which compute what eager does."""
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", joined_kernels.cpp_pybinding)
+    files: list[str] = []
+    load = CppPythonBindingsCodeCache.load_async.__func__
+
+    def counted(cls: type, text: str, *args: Any, **settings: Any) -> Any:
+        files.append(text)
+        return load(cls, text, *args, **settings)
+
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", classmethod(counted))
+    weight = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
+
+    def stack(x: torch.Tensor, scale: float) -> torch.Tensor:
+        for number in range(8):
+            x = torch.sin(x * (number + scale)).cumsum(0) @ weight
+        return x.relu() + number
+
+    x = torch.randn(16, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    skip_vector_trials("inductor")
+    with inductor.patch({"compile_threads": 2, "fx_graph_cache": False}):
+        found = torch.compile(stack, fullgraph=True)(x, 0.5)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+    expected = stack(x, 0.5)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), x)[0])
+    n_kernels = [len(re.findall(r"^namespace in_kernel_", text, re.MULTILINE)) for text in files]
+    assert sum(n_kernels) >= 12 and len(files) <= sum(n_kernels) // joined_kernels.LEAST, n_kernels

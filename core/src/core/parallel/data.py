@@ -15,16 +15,26 @@ from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 
+from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.nn.moe import Experts
 from core.optim.clip import squared_norms
 from core.optim.weight import local_tensor
 from core.parallel.layout import stacks
 from core.parallel.mesh import Views
-from core.parallel.settings import Parallelism
+from core.parallel.settings import Degrees, Parallelism
 
 HAS_MESH_PER_WEIGHT = hasattr(_fsdp_common, "ShardPlacementResult")
 """Whether weights of one group may lie on several meshes (torch 2.12)."""
+
+
+def expert_problem(degrees: Degrees) -> str | None:
+    """What keeps a model with experts from these ranks: the degree that this release of torch cannot spread them by."""
+    if HAS_MESH_PER_WEIGHT or degrees.expert == degrees.tensor == 1:
+        return None
+    axis = "expert" if degrees.expert > 1 else "tensor"
+    degree = getattr(degrees, axis)
+    return f"{axis}_parallel_degree {degree} with experts needs torch 2.12, this is {torch.__version__}"
 
 
 def apply_data(
@@ -64,6 +74,8 @@ def apply_data(
             even = weight.shape[1] % sparse.shard_mesh_size == 0  # FSDP cuts other dimensions into equal pieces alone
             return placed(Shard(1 if few and even else 0), sparse)
 
+        if experts and (problem := expert_problem(views.degrees)):
+            raise UserError(f"parallelism.{problem}")
         fully_shard(block, **options, shard_placement_fn=where_to if experts else None)
     if views.degrees.expert > 1:
         prefetch(list(model.layers.values()))

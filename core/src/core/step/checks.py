@@ -26,9 +26,10 @@ from core.optim.weight import names_matrix
 from core.parallel.pipeline import checkpoint_problem, pipeline_problems, split_layers, splits_backward, stage_of
 from core.parallel.settings import Degrees, Parallelism, world_problems
 from core.quantization.converter import Converter
+from core.step.compiler import check_compiler
 from core.step.converted import check_converted
 from core.step.in_backward import in_backward_problems
-from core.step.loss import Loss
+from core.step.loss import Loss, loss_backend
 from core.step.settings import Compile, Debug, Training
 from core.step.shares import check_shares, ranks_that_share, share_problems
 from core.weights.hf_model import with_hf
@@ -117,10 +118,8 @@ def model_problems(model: Decoder.Config, parallelism: Parallelism, degrees: Deg
     if degrees.expert * degrees.tensor > 1 and expert_parts(model):
         from core.parallel import data  # loads torch.distributed.tensor: a second that a process alone saves
 
-        if not data.HAS_MESH_PER_WEIGHT:
-            name = "expert_parallel_degree" if degrees.expert > 1 else "tensor_parallel_degree"
-            degree = getattr(parallelism, name)
-            yield f"parallelism.{name}", f"{name} {degree} with experts needs torch 2.12, this is {torch.__version__}"
+        if problem := data.expert_problem(degrees):
+            yield f"parallelism.{problem.split()[0]}", problem
     if degrees.expert > 1 and not expert_parts(model):
         yield (
             "parallelism.expert_parallel_degree",
@@ -189,6 +188,7 @@ def check_model(model: Decoder, run: Run, device: torch.device) -> None:
         partial(check_shares, model, run.parallelism),
         partial(check_converted, model, run, device),
         partial(check_overlap, run.parallelism, device),
+        check_compiler if compiles_on_cpu(run, device) else lambda: None,
         partial(check_pinned, run.checkpoint, device),
         partial(check_routers, model) if run.debug.moe_force_load_balance else lambda: None,
         partial(check_names, run.activation_checkpoint, model),
@@ -212,6 +212,12 @@ def check_attention(model: Decoder, run: Run, device: torch.device) -> None:
         documents=run.training.mask_of(run.dataloader) == "document",
         reordered=parallelism.context_parallel_degree > 1,
     )
+
+
+def compiles_on_cpu(run: Run, device: torch.device) -> bool:
+    """Whether Inductor compiles a part of a run for a CPU."""
+    parts = run.compile.takes("model") or loss_backend(run.compile, run.loss, device) is not None
+    return device.type == "cpu" and run.compile.backend == "inductor" and parts
 
 
 def check_overlap(parallelism: Parallelism, device: torch.device) -> None:

@@ -2,8 +2,13 @@
 
 import os
 import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import torch
+
+from core.config.errors import UserError
 
 VECTOR_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -34,3 +39,35 @@ def compiler_knows(flags: tuple[str, ...]) -> bool:
         return subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
     except (exc.InvalidCxxCompiler, OSError):
         return False
+
+
+def check_compiler() -> None:
+    """Raise `UserError` where Inductor is to compile for a CPU, and no C++ compiler works."""
+    if problem := compiler_problem():
+        raise UserError(
+            f"compile.enable on a cpu needs a C++ compiler: {problem}; install a newer g++, name another with CXX=... "
+            "in the environment, or leave compile.enable off"
+        )
+
+
+@cache
+def compiler_problem() -> str | None:
+    """Why the C++ compiler makes nothing of an empty program with Inductor's options; None where it does."""
+    skip_vector_trials("inductor")
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions, get_cpp_compiler  # as above
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "trial.cpp")
+            source.write_text("int trial() { return 0; }\n")
+            options = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu")
+            CppBuilder("trial", str(source), options, output_dir=folder).build()
+    except (InvalidCxxCompiler, OSError) as error:
+        return str(error)
+    except CppCompileError as error:
+        lines = [line for line in error.output.splitlines() if "error" in line] or [error.output.strip()]
+        return f'{compiler} ends with "{lines[0].strip()}"'
+    return None
