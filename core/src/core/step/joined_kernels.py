@@ -18,7 +18,7 @@ LEAST = 4
 """A further file is worth an empty one's time for so many kernels."""
 INCLUDES = "#include <Python.h>\n#include <cerrno>\n#include <cstdlib>\n#include <sstream>\n"
 """What the binding of a kernel includes, which must not happen within a namespace."""
-Kernel = Callable[..., None]
+_Function = Callable[..., None]
 one_by_one = AsyncCompile.cpp_pybinding
 
 
@@ -29,15 +29,15 @@ class JoinedKernels:
         """`submit` has a function called in another thread."""
         self._submit = submit
         self._sources: list[tuple[list[str], str]] = []
-        self._files: list[Callable[[], Kernel]] = []
+        self._files: list[Callable[[], _Function]] = []
 
-    def add(self, argtypes: list[str], source: str) -> Callable[[], Kernel]:
+    def add(self, argtypes: list[str], source: str) -> Callable[[], _Function]:
         """What returns the kernel of a `source`, whose function is called kernel and takes arguments of `argtypes`."""
         number = len(self._sources)
         self._sources.append((argtypes, source))
         return lambda: self._kernel(number)
 
-    def _kernel(self, number: int) -> Kernel:
+    def _kernel(self, number: int) -> _Function:
         if not self._files:
             self._compile()
         name = f"kernel_{number}"
