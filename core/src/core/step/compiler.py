@@ -59,7 +59,7 @@ def compiler_problem() -> str | None:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     try:
-        compiler = get_cpp_compiler()
+        get_cpp_compiler()
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "trial.cpp")
             source.write_text("int trial() { return 0; }\n")
@@ -69,5 +69,5 @@ def compiler_problem() -> str | None:
         return str(error)
     except CppCompileError as error:
         lines = [line for line in error.output.splitlines() if "error" in line] or [error.output.strip()]
-        return f'{compiler} ends with "{lines[0].strip()}"'
+        return f'{error.cmd[0]} ends with "{lines[0].strip()}"'
     return None
