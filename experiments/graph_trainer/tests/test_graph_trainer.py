@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.fx.traceback import annotate
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
@@ -41,6 +41,7 @@ from deepseek_v3.configs import deepseek_v3_debug
 from gpt_oss.configs import gpt_oss_debug
 from graph_trainer import configs, save_set
 from graph_trainer.collectives import GATHER_OP, is_of_weight
+from graph_trainer.compiled import of_block, split_by_block
 from graph_trainer.memory import GraphSize
 from graph_trainer.passes import prepare
 from graph_trainer.save_set import Decision, recompute, tag
@@ -199,7 +200,7 @@ def read_before_a_write(tensors: list[Tensor]) -> list[Tensor | None]:
 
 def losses_and_gradients(y: Tensor, weight: Tensor) -> list[Tensor | None]:
     loss = y.square().sum()
-    with backward_phase():
+    with backward_phase(loss):
         return [loss.detach(), *torch.autograd.grad(loss, [weight])]
 
 
@@ -224,6 +225,43 @@ def test_what_is_written_to_is_saved(step: Callable, monkeypatch: pytest.MonkeyP
     assert torch.equal(gradient(), expected)
     monkeypatch.setattr(save_set, "last_writes", lambda nodes: {})
     assert not torch.allclose(gradient(), expected, rtol=0.01), "the rule has nothing to do"
+
+
+def drawing(tensors: list[Tensor]) -> list[Tensor | None]:
+    """A block that multiplies by random numbers."""
+    x, weight = tensors
+    with annotate({BLOCK: "0"}):
+        h = x @ weight
+        y = (h * torch.rand_like(h)).sin().sin()
+    return losses_and_gradients(y, weight)
+
+
+def test_random_numbers_are_drawn_once() -> None:
+    inputs = [torch.ones(4, 4), torch.ones(4, 4, requires_grad=True)]
+    module = trace(drawing, inputs)
+    tag(module.graph, {"0": default_activation_checkpoint_policy(mode="full")}, let_go=False)
+    assert recompute(module) > 0
+    found = []
+    for step in (drawing, module):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found.append(step(inputs)[1] if step is drawing else module(*(each.detach() for each in inputs))[1])
+    assert torch.equal(*found)
+
+
+def test_backward_belongs_to_the_block_whose_gradient_it_computes() -> None:
+    case = Case(Toy.Config(), n_rows=2, length=16)
+    built, objective = built_for_graphs(case, GraphCompile())
+    (batch,) = batches_of(case, objective.layout)
+    microbatch = objective.layout.to_rank_tokens(batch, documents=True)
+    module = objective.trace(microbatch, None, objective.inputs(microbatch, 32.0, None))
+    products = module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    counts = Counter((node.meta[BLOCK], is_backward(node)) for node in products)
+    blocks = list(built.models[0].layers)
+    for block in blocks:
+        assert counts[block, True] == 2 * counts[block, False] > 0
+    parts = [part for part in split_by_block(module).children() if isinstance(part, GraphModule) and of_block(part)]
+    assert len(parts) == 2 * len(blocks), "forward and backward of each"
 
 
 LAYOUTS = {"fsdp": Parallelism(), "tensor": Parallelism(tensor_parallel_degree=2)}

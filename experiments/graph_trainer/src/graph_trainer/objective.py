@@ -106,12 +106,12 @@ class GraphObjective(Objective):
                 main, total = self._loss(microbatch, cast(float, TokenCount(count)), own)
                 weights = stored[:n_weights]
                 asked = [weight for weight in weights if weight.requires_grad]
-                with backward_phase():
+                with backward_phase(total, ran):
                     found = iter(torch.autograd.grad(total, asked, allow_unused=True))
                     gradients = [next(found) if weight.requires_grad else None for weight in weights]
                     return [main.detach(), total.detach(), *gradients]
 
-        with blocks_named(model.layers):
+        with blocks_named(model.layers) as ran:
             return trace(step, inputs)
 
     def _loss(self, batch: Microbatch, n_valid: float, tally: Tally | None) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class GraphObjective(Objective):
             if weight.grad is not None:
                 local_tensor(weight.grad).add_(gradient)
                 continue
-            place = gradient.untyped_storage().data_ptr()
+            place = gradient.data_ptr()  # slices of a merged message are no copies of each other
             if place in seen or not gradient.is_contiguous():  # it is scaled in place afterwards
                 gradient = gradient.clone(memory_format=torch.contiguous_format)
             seen.add(place)

@@ -39,7 +39,7 @@ def plan(run: Run, graphs: GraphCompile, *, world_size: int | None, rank: int) -
         traffic.append(Traffic(axis=kind.axis, collective=kind.collective, calls=n * calls, bytes=n * n_bytes))
     notes = [each for each in found.notes if not each.startswith("activations are those")]
     on_host = [f"{size.on_host / 2**20:,.1f} MiB of them lie in the host's memory"] if size.on_host else []
-    told = f"activations are those of a step's graph after {', '.join(graphs.passes)}; compiled, it holds less"
+    told = f"activations are those of a step's graph after {', '.join(graphs.passes)}, interpreted"
     return replace(
         found,
         activations_bytes=size.peak - found.gradients_bytes,

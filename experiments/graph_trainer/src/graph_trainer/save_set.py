@@ -2,13 +2,14 @@
 
 The policy is asked what it is asked in eager training: the operations of a block in their order, with the marks that
 modules set. A node that it recomputes is copied in front of the first node of the backward that reads it, with all that
-it needs; the forward's result is freed where the forward has done with it. Four kinds of nodes are saved whatever the
+it needs; the forward's result is freed where the forward has done with it. Five kinds of nodes are saved whatever the
 policy says:
 
 * what a block returns, which is the next one's input;
 * what shares storage with a tensor that some operation writes to: a copy would lack the write, and gradients would be
   wrong without an error (PyTorch 2.13's own pass loses such writes);
 * what reads such a storage before a later write: a copy would read it after;
+* what draws random numbers: a copy would draw others;
 * what is no computation of a block: embedding, masks, head and loss.
 
 Gathered weights are the other way round: a block's are gathered again in its backward in every mode if they are let go.
@@ -116,8 +117,9 @@ def must_save(graph: Graph) -> Iterator[Node]:
         own = storages_of(node).keys()
         read = {storage for each in node.all_input_nodes for storage in storages_of(each)}
         later = any(written.get(storage, -1) >= place for storage in read)
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         leaves = any(not is_backward(user) and user.meta.get(BLOCK) != node.meta[BLOCK] for user in node.users)
-        if own & written.keys() or later or leaves:
+        if own & written.keys() or later or drawn or leaves:
             yield node
 
 

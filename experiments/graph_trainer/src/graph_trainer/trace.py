@@ -7,8 +7,8 @@ real one when the graph runs. Each node knows the block that it belongs to, the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,14 +61,29 @@ class Slots:
                 table[leaf] = tensor
 
 
+class Numbered(NamedTuple):
+    """The gradient functions that autograd numbered from `first` up to `end` while a block ran forward."""
+
+    first: int
+    end: int
+    block: str
+
+
 @contextmanager
-def blocks_named(blocks: nn.ModuleDict) -> Iterator[None]:
-    """While this runs, what the blocks compute is traced with their numbers; what looks at their results is not."""
+def blocks_named(blocks: nn.ModuleDict) -> Iterator[list[Numbered]]:
+    """While this runs, what the blocks compute is traced with their numbers; what looks at their results is not.
+
+    The list that the context has grows by an entry as a block has run; `backward_phase` needs it.
+    """
+    ran: list[Numbered] = []
 
     def named(number: str, forward: Callable) -> Callable:
         def inside(*args: Any, **kwargs: Any) -> Any:
+            first = torch.autograd._get_sequence_nr()
             with annotate({BLOCK: number}):
-                return forward(*args, **kwargs)
+                results = forward(*args, **kwargs)
+            ran.append(Numbered(first, torch.autograd._get_sequence_nr(), number))
+            return results
 
         return inside
 
@@ -77,7 +92,7 @@ def blocks_named(blocks: nn.ModuleDict) -> Iterator[None]:
         block.forward = named(number, block.forward)
         block._forward_hooks.clear()
     try:
-        yield
+        yield ran
     finally:
         for number, block in blocks.items():
             block._forward_hooks.update(own[number][1])
@@ -87,9 +102,36 @@ def blocks_named(blocks: nn.ModuleDict) -> Iterator[None]:
                 block.forward = forward
 
 
-def backward_phase() -> Any:
-    """A context: what is computed inside is backward, and so is all that follows."""
-    return annotate({PHASE: "backward"})
+@contextmanager
+def backward_phase(loss: Tensor, ran: Sequence[Numbered] = ()) -> Iterator[None]:
+    """While this runs, what computes gradients of `loss` () is traced as backward, with the number of the block that
+    the gradient is of; sums of gradients have that of the last one that they add. All that follows is backward."""
+    with ExitStack() as now, annotate({PHASE: "backward"}):
+
+        def begin(block: str | None) -> None:
+            now.close()
+            now.enter_context(annotate({BLOCK: block}))
+
+        for function in gradient_functions(loss):
+            number = function._sequence_nr()  # pyrefly: ignore[missing-attribute] - each has one
+            block = next((each.block for each in ran if each.first <= number < each.end), None)
+            function.register_prehook(lambda _, block=block: begin(block))
+        try:
+            yield
+        finally:
+            now.close()
+
+
+def gradient_functions(loss: Tensor) -> list[Any]:
+    """What autograd runs for the gradient of `loss` ()."""
+    found: dict[Any, None] = {}
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in found:
+            found[function] = None
+            waiting += [each for each, _ in function.next_functions]
+    return list(found)
 
 
 def trace(step: Step, inputs: Sequence[Tensor]) -> GraphModule:
@@ -112,17 +154,11 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> GraphModule:
 
 def mark_phases(graph: Graph) -> None:
     """Note in each node of a fresh trace its block, None outside of all, and whether it is backward."""
-    backward, of_number = False, {}
+    backward = False
     for node in graph.nodes:
         custom = node.meta.get("custom", {})
         backward = backward or PHASE in custom
-        node.meta[PHASE] = backward
-        number = custom.get(BLOCK)
-        if backward:
-            number = of_number.get(node.meta.get("seq_nr"))
-        elif number is not None and "seq_nr" in node.meta:
-            of_number[node.meta["seq_nr"]] = number
-        node.meta[BLOCK] = number
+        node.meta[PHASE], node.meta[BLOCK] = backward, custom.get(BLOCK)
         node.meta[GATHER] = GATHER in custom and not backward
 
 

@@ -31,6 +31,8 @@ class GraphTrainer(Trainer):
                 yield "activation_checkpoint.mode", "memory_budget is torch.compile's: use none, selective or full"
             elif mode != "none" and "save_set" not in passes:
                 yield "compile.passes", f"activation_checkpoint.mode {mode} is the work of the pass save_set: add it"
+            if self.activation_checkpoint.debug:
+                yield "activation_checkpoint.debug", "the log says what the pass save_set saves: leave debug out"
             if self.optimizer.in_backward:
                 yield "optimizer.in_backward", "a graph returns all gradients at once: unset in_backward"
             if self.converters:
