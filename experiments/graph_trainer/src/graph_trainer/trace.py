@@ -104,8 +104,9 @@ def blocks_named(blocks: nn.ModuleDict) -> Iterator[list[Numbered]]:
 
 @contextmanager
 def backward_phase(loss: Tensor, ran: Sequence[Numbered] = ()) -> Iterator[None]:
-    """While this runs, what computes gradients of `loss` () is traced as backward, with the number of the block that
-    the gradient is of; sums of gradients have that of the last one that they add. All that follows is backward."""
+    """While this runs, what computes gradients of `loss`, of any shape, is traced as backward, with the number of the
+    block that the gradient is of; sums of gradients have that of the last one that they add. All that follows is
+    backward."""
     with ExitStack() as now, annotate({PHASE: "backward"}):
 
         def begin(block: str | None) -> None:
@@ -123,7 +124,7 @@ def backward_phase(loss: Tensor, ran: Sequence[Numbered] = ()) -> Iterator[None]
 
 
 def gradient_functions(loss: Tensor) -> list[Any]:
-    """What autograd runs for the gradient of `loss` ()."""
+    """What autograd runs for the gradient of `loss`, of any shape."""
     found: dict[Any, None] = {}
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
