@@ -14,11 +14,12 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from core.config.errors import UserError
 from core.runtime.meta import meta_model
 from core.step import joined_kernels
+from core.step.assemble import block_compiler
 from core.step.checks import check_model
 from core.step.compiler import compiler_problem, skip_vector_trials
 from core.step.loss import CrossEntropy
 from core.step.settings import Compile
-from core.testing.toy import Toy
+from core.testing.toy import Toy, on_cpu
 from core.train.trainer import Trainer
 
 NEW, OLD, BROKEN = "exit 0", "case $* in *avx512f*) exit 1;; esac", "exit 1"
@@ -65,6 +66,21 @@ def test_a_loss_that_is_compiled_without_blocks_skips_trials_too(
     with inductor.patch({"cpp.vec_isa_ok": None, "cpp.cxx": compiler(tmp_path, NEW)}):
         CrossEntropy(CrossEntropy.Config(), compile_backend="inductor")
         assert inductor.cpp.vec_isa_ok is True
+
+
+@torch.no_grad()
+def test_a_process_may_compile_one_model_after_another() -> None:
+    """PyTorch compiles a function 8 times in all, and a block is compiled anew for each width."""
+    tokens_BL = torch.zeros(1, 4, dtype=torch.long)
+    for dim in range(16, 16 * 10, 16):
+        model, compile_block = (
+            on_cpu(Toy.Config(dim=dim, n_layers=1)),
+            block_compiler(Compile(enable=True, backend="eager")),
+        )
+        assert compile_block is not None
+        for block in model.layers.values():
+            compile_block(block)
+        model(tokens_BL)
 
 
 @pytest.fixture

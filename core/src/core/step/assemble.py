@@ -26,6 +26,9 @@ from core.step.checks import Run, expert_parts
 from core.step.compiler import skip_vector_trials
 from core.step.settings import Compile
 
+KINDS_OF_BLOCK = 8
+"""As often may torch.compile compile the blocks of a model, of other kinds or for other rows: PyTorch's own limit."""
+
 
 class BuiltModel(NamedTuple):
     """The model, or the stages of it that this rank holds and the pipeline that runs them."""
@@ -137,7 +140,10 @@ def largest_dispatch(run: Run, device: torch.device, world_size: int) -> Sizes |
 
 def block_compiler(settings: Compile) -> Callable[[nn.Module], None] | None:
     """What compiles a block as a run's settings ask; None where they do not."""
-    return partial(compile_block, backend=settings.backend) if settings.takes("model") else None
+    if not settings.takes("model"):
+        return None
+    torch._dynamo.config.recompile_limit += KINDS_OF_BLOCK  # it counts those of all models that a process ever had
+    return partial(compile_block, backend=settings.backend)
 
 
 def compile_block(block: torch.nn.Module, backend: str) -> None:
