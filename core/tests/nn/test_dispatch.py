@@ -59,6 +59,17 @@ def test_combine_sums_the_rows_of_each_token(n_experts: int, choices: list[list[
     torch.testing.assert_close(local.combine(y_RD, back), expected_TD, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_in_16_bits_are_the_nearest(dtype: torch.dtype) -> None:
+    """Half way between two numbers the even one is taken: rounding away from 0 would make all tokens larger."""
+    ids_TK = torch.tensor([[0, 1], [1, 0]] * 32)
+    x_TD = numbers(64, 256).to(dtype)
+    local = Local()
+    back = local.dispatch(x_TD, ids_TK, torch.ones(64, 2), 2).back
+    y_RD = numbers(128, 256, seed=2).to(dtype)
+    assert torch.equal(local.combine(y_RD, back), local.combine(y_RD.double(), back).to(dtype))
+
+
 @every_choice
 def test_combine_is_the_transpose_of_dispatch(n_experts: int, choices: list[list[int]]) -> None:
     """<dispatch x, y> = <x, combine y> for any x and y."""

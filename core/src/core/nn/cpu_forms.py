@@ -31,7 +31,7 @@ FEW_ROWS = range(4, 17)
 SLOPE, LIMIT = 1.702, 7.0
 """Of GPT-OSS's gate."""
 BEYOND = 7.0000005
-"""The next number of fp32 after the limit, from which on there is no gradient."""
+"""The next number of fp32 after the limit."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,7 +216,8 @@ class ClampedSwiGLU(torch.autograd.Function):
         for_gate = torch.ops.aten.silu_backward(up.clamp(-LIMIT, LIMIT).add_(1).mul_(grad), slope)
         for_up = F.silu(slope, inplace=True).div_(SLOPE).mul_(grad)
         clamped = torch.ops.aten.hardtanh_backward  # zero at its limits and beyond
-        return clamped(for_gate, gate, -math.inf, BEYOND), clamped(for_up, up, -BEYOND, BEYOND)
+        beyond = math.nextafter(LIMIT, math.inf) if gate.dtype == torch.float64 else BEYOND
+        return clamped(for_gate, gate, -math.inf, beyond), clamped(for_up, up, -beyond, beyond)
 
 
 @torch.library.impl(LIBRARY, "cpu_clamped_swiglu", "CPU")

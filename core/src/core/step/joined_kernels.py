@@ -11,13 +11,14 @@ from concurrent.futures import Future
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
-from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
 from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
 
 LEAST = 4
 """A further file is worth an empty one's time for so many kernels."""
 INCLUDES = "#include <Python.h>\n#include <cerrno>\n#include <cstdlib>\n#include <sstream>\n"
 """What the binding of a kernel includes, which must not happen within a namespace."""
+FUNCTION = re.compile(r'(extern "C"[^(]*\s)kernel\(')
 _Function = Callable[..., None]
 one_by_one = AsyncCompile.cpp_pybinding
 
@@ -60,8 +61,7 @@ class JoinedKernels:
 def module_text(number: int, argtypes: list[str], source: str) -> str:
     """The text of a kernel in a namespace, with what makes it the function of a Python module, kernel_<number> both."""
     name = f"kernel_{number}"
-    source, found = re.subn(r'(extern "C"[^(]*\s)kernel\(', rf"\g<1>{name}(", source)
-    assert found == 1, f"expected the function of one kernel, found {found}:\n{source}"
+    source = FUNCTION.sub(rf"\g<1>{name}(", source)
     arguments = ", ".join(f"parse_arg<{kind.replace('const ', '')}>(args, {n})" for n, kind in enumerate(argtypes))
     binding = CppPythonBindingsCodeCache.suffix_template.format(
         arg_len=len(argtypes),
@@ -75,8 +75,9 @@ def module_text(number: int, argtypes: list[str], source: str) -> str:
 
 def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
     """What waits for a kernel, in the place of Inductor's method of this name."""
-    if get_compile_threads() <= 1:
-        return one_by_one(self, argtypes, source_code)  # which is compiled at once, and not waited for
+    if get_compile_threads() <= 1 or len(FUNCTION.findall(source_code)) != 1:
+        return one_by_one(self, argtypes, source_code)  # with one thread it is compiled at once, and not waited for
+    kernel_code_log.info("CPP Kernel:\n%s", source_code)
     joined = self.__dict__.setdefault("joined", JoinedKernels(self.submit))
     return LambdaFuture(joined.add(argtypes, source_code))
 
