@@ -97,8 +97,6 @@ class _Gather(torch.autograd.Function):
 
 
 def _sum_of_choices(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
-    if (
-        cpu_forms(rows_RD) and rows_RD.itemsize >= 4
-    ):  # one pass, which in 16 bits rounds half away from 0
+    if cpu_forms(rows_RD) and rows_RD.itemsize >= 4:  # one pass, which in 16 bits rounds half away from 0
         return F.embedding_bag(place_TK, rows_RD, mode="sum")
     return rows_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape).sum(1)
