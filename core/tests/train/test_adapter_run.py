@@ -81,6 +81,22 @@ def test_adapters_alone_are_saved_gone_on_with_and_merged(
         torch.testing.assert_close(logits(published), logits(merged), rtol=0, atol=1e-5)
 
 
+def test_adapters_of_a_run_go_to_peft_and_on(tmp_path: Path) -> None:
+    """The base is the folder of another run's checkpoints, which peft's folder names."""
+    first = toy_run(tmp_path / "first", steps=2)
+    first.checkpoint = Checkpoint(enable=True, interval=2)
+    _, base = first.build().run()
+    config = adapter_run(tmp_path / "second")
+    config.checkpoint.initial_load_path = str(base / "checkpoint")
+    trainer: Trainer = config.build()
+    _, folder = trainer.run()
+    to_hf({"toy": Toy}, folder, tmp_path / "peft", dtype=None, shard_gib=1.0, trust=[], peft=True)
+    third = adapter_run(tmp_path / "third")
+    third.checkpoint.initial_load_path = str(tmp_path / "peft")
+    on: Trainer = third.build()
+    torch.testing.assert_close(logits(on.built.models[0]), logits(trainer.built.models[0]), rtol=0, atol=1e-5)
+
+
 def test_mistakes_are_told(tmp_path: Path) -> None:
     config = adapter_run(tmp_path)
     config.checkpoint.initial_load_path = None

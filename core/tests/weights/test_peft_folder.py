@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from core.config.errors import UserError
 from core.runtime.meta import meta_model
 from core.testing.toy import Toy, on_cpu
-from core.weights.companions import published_companions, read_companions, tokenizer_in
+from core.weights.companions import published_companions, read_companions, stated_ids, tokenizer_in
 from core.weights.folder import load_folder, merged_peft
 from core.weights.hf import save_hf
 
@@ -99,3 +99,6 @@ def test_the_tokenizer_is_that_of_the_adapters_or_of_their_base(tmp_path: Path) 
     assert found.keys() == {"tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"}
     assert found["chat_template.jinja"] == b"{{ no tokenizer }}"
     assert json.loads(found["generation_config.json"]) == {"eos_token_id": 3}
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert json.loads(published_companions(folder)["generation_config.json"]) == {"eos_token_id": [7, 3]}
+    assert stated_ids(folder)["eos_token_id"] == [7, 3]

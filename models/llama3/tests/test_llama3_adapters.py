@@ -112,7 +112,7 @@ def test_a_tokenizer_beside_adapters_is_theirs(tuned: Tuned, tmp_path: Path, cap
         generate.main(configs, asked)
         told = " ".join(capsys.readouterr().err.split())
         assert f"({place}), that of the checkpoint" in told
-        assert (f"with a tokenizer of their own, which is not that of {base}" in told) == (place.parent == peft)
+        assert (f"with a tokenizer of their own, whose files are not those of {base}" in told) == (place.parent == peft)
         refused = [path for path, _ in base_problems(str(peft), config.tokenizer)]
         assert refused == (["tokenizer.path"] if place.parent == peft else [])
     convert.main({"llama": Llama3}, ["from-hf", str(peft), str(tmp_path / "merged")])

@@ -132,7 +132,7 @@ class Evaluation(FolderModel):
         from core.evaluate.harness import HarnessModel, run_tasks  # loads lm_eval
 
         c = self.config
-        ends = end_ids(self.tokenizer, self.described)
+        ends = end_ids(self.tokenizer, self.folder)
         asked = HarnessModel(self.model, self.tokenizer, end_ids=ends, batch_tokens=c.batch_tokens, reader=self.cached)
         options = {"include_path": c.include_path, "limit": c.limit, "num_fewshot": c.num_fewshot}
         return run_tasks(asked, c.tasks, **options)

@@ -167,7 +167,7 @@ class Generation(FolderModel):
             self.begin = ChatPrompts(self.tokenizer)
         self.prompts = [self.encode(text, number) for number, text in enumerate(self.texts, start=1)]
         self.limits = [min(config.max_new_tokens, config.model.max_seq_len - len(ids)) for ids in self.prompts]
-        self.end_ids = end_ids(self.tokenizer, self.described)
+        self.end_ids = end_ids(self.tokenizer, self.folder)
         self.model = self.load(ragged=len({len(ids) for ids in self.prompts}) > 1)
 
     def encode(self, text: str, number: int) -> list[int]:

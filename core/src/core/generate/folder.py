@@ -86,7 +86,7 @@ class FolderModel(Configurable, ABC):
             yield f"adapters   of peft's, merged into the weights of {self.described}"
             base = tokenizer_in(self.described)
             if self.own_tokenizer is not None and base is not None and not cmp(self.own_tokenizer, base, shallow=False):
-                yield f"           with a tokenizer of their own, which is not that of {self.described}"
+                yield f"           with a tokenizer of their own, whose files are not those of {self.described}"
         run = read_config(described_in(self.described))
         adapters = adapter_settings(run)
         if adapters is not None:

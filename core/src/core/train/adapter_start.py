@@ -14,7 +14,7 @@ from core.parallel.layout import RankView
 from core.quantization.converter import converted_model, kinds
 from core.quantization.lora import LoRAConverter
 from core.step.checks import Run
-from core.weights.folder import folder_source
+from core.weights.folder import folder_source, weights_under
 from core.weights.key_map import hf_key_map
 from core.weights.peft_folder import PeftAdapters, PeftFolder, is_peft
 
@@ -29,7 +29,7 @@ def adapters_at_start(run: Run, model: Decoder) -> PeftAdapters | None:
         return None
     (config,) = found
     folder = PeftFolder(Path(path))
-    base = folder_source(model, folder.place, allow_model_change=run.checkpoint.allow_model_change)
+    base = folder_source(model, weights_under(path), allow_model_change=run.checkpoint.allow_model_change)
     adapters = PeftAdapters(folder, hf_key_map(model), base, quantised=config.quantize_base)
     names = [name for name, _ in converted_model(model.config, run.converters)[0].named_parameters()]
     layers = {name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")}

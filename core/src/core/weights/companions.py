@@ -177,7 +177,7 @@ def with_begin(files: Files, bos: int | None, begins: bool, say: Say) -> Files:
 def published_companions(folder: Path) -> Files:
     """The companions in a Hugging Face folder. Ids that only its `config.json` states, which is not kept, are put into
     `generation_config.json`."""
-    files, ids = read_companions(folder), stated_ids(describing(folder))
+    files, ids = read_companions(folder), stated_ids(folder)
     stated = generation_config(files)
     before = ids_of(stated, GENERATION_CONFIG)
     more = {role: found for role, found in ids.items() if set(found) - set(before[role])}
@@ -215,10 +215,12 @@ def stated_roles(files: Files) -> Roles:
 
 def stated_ids(folder: str | Path) -> dict[str, list[int]]:
     """The ids that `generation_config.json` and `config.json` in a folder state for each of `ROLES`, each once, of the
-    first file first; a checkpoint has the first one among its companions. Raises `UserError` for what is no id, or list
-    of ids."""
+    first file first; a checkpoint has the first one among its companions, and a folder of adapters stands before its
+    base. Raises `UserError` for what is no id, or list of ids."""
     found: dict[str, list[int]] = {role: [] for role in ROLES}
-    for place, name in ((companions_place(folder), GENERATION_CONFIG), (Path(folder), CONFIG_FILE)):
+    base = describing(folder)
+    of_both = ((companions_place(each), GENERATION_CONFIG) for each in (folder, base))
+    for place, name in (*of_both, (Path(base), CONFIG_FILE)):
         if (file := file_in(place, name)) is not None:
             for role, ids in ids_of(read_json(file), file).items():
                 found[role] += [token for token in ids if token not in found[role]]

@@ -230,7 +230,7 @@ def to_hf(
         if isinstance(weights, MergedWeights) and isinstance(adapters, SavedAdapters):
             base = read_config(place)["checkpoint"]["initial_load_path"]
             base = str(describing(base)) if is_peft(base) else base
-            if "://" in base or not is_published(base):
+            if "://" in base or not is_published(newest(base)):
                 say(f"peft reads them beside a Hugging Face folder, which {base} is not: write one with to-hf {base},")
                 say("and name it in adapter_config.json, base_model_name_or_path")
             return write_peft(model, weights, adapters, base, folder)

@@ -149,7 +149,8 @@ def told_class(run: dict[str, Any]) -> str:
     decoder, model = ConfigDecoder(), model_of(run)
     try:
         trains = decoder.class_of(run, Configurable.Config)
-        owner = owner_of(decoder.class_of(model, field_types(trains)["model"])) if model is not run else None
+        kind = field_types(trains).get("model")
+        owner = owner_of(decoder.class_of(model, kind)) if kind is not None and model is not run else None
     except UserError:
         return ""
     return f"{owner.__module__}:{owner.__qualname__}" if owner else ""
