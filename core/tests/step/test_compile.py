@@ -115,6 +115,17 @@ def test_a_run_without_a_compiler_of_c_is_refused(check: Callable[..., None], tm
             check(compiling)
 
 
+NO_HEADER = 'case $1 in --version) echo g++;; *) grep -q Python.h "$1" && echo "error: no Python.h" >&2; exit 1;; esac'
+
+
+@pytest.mark.parametrize(("does", "error"), [(NO_HEADER, "no Python.h"), ("echo g++", "ends well and writes nothing")])
+def test_a_compiler_that_makes_nothing_is_told(
+    check: Callable[..., None], does: str, error: str, tmp_path: Path
+) -> None:
+    with inductor.patch({"cpp.cxx": compiler(tmp_path, does)}), pytest.raises(UserError, match=error):
+        check(Compile(enable=True))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor imports what uses it
 def test_the_kernels_of_a_graph_are_compiled_in_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a forward and of its backward, which compute what eager does."""

@@ -1,7 +1,7 @@
 """How weights lie in memory where a CPU generates."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.nn.grouped import GroupedLinear
 from core.nn.layers import Embedding, Linear
@@ -19,4 +19,14 @@ def lay_by_columns(model: nn.Module) -> None:
         if isinstance(module, Linear | GroupedLinear) and id(module.weight) not in embeddings:
             weight = module.weight.data
             if weight.is_cpu and weight.dtype == torch.float32:
-                module.weight.data = weight.mT.contiguous().mT
+                module.weight.data = by_columns(weight)
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """A copy of a weight (..., O, I) whose matrices lie by columns. PyTorch turns single matrices twice as fast
+    as a stack of them."""
+    laid = weight.new_empty(weight.mT.shape)
+    size = weight.shape[-2:]
+    for target, matrix in zip(laid.view(-1, *laid.shape[-2:]), weight.reshape(-1, *size), strict=True):
+        target.copy_(matrix.mT)
+    return laid.mT

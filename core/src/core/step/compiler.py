@@ -16,6 +16,9 @@ VECTOR_FLAGS = {
 }
 """What a compiler is told of the vectors that PyTorch's kernels use, by PyTorch's name for them."""
 
+TRIAL = "#include <Python.h>\n#include <c10/macros/Macros.h>\nint trial() { return 0; }\n"
+"""A program that reads the headers of both that kernels need."""
+
 
 def skip_vector_trials(backend: str) -> None:
     """Have Inductor take the vectors of this CPU for granted where PyTorch's own kernels use them and the compiler has
@@ -52,7 +55,7 @@ def check_compiler() -> None:
 
 @cache
 def compiler_problem() -> str | None:
-    """Why the C++ compiler makes nothing of an empty program with Inductor's options; None where it does."""
+    """Why the C++ compiler makes nothing of a small program with Inductor's options; None where it does."""
     skip_vector_trials("inductor")
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions, get_cpp_compiler  # as above
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -62,9 +65,12 @@ def compiler_problem() -> str | None:
         get_cpp_compiler()
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "trial.cpp")
-            source.write_text("int trial() { return 0; }\n")
+            source.write_text(TRIAL)
             options = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu")
-            CppBuilder("trial", str(source), options, output_dir=folder).build()
+            trial = CppBuilder("trial", str(source), options, output_dir=folder)
+            trial.build()
+            if not Path(trial.get_target_file_path()).exists():
+                return f"{get_cpp_compiler()} ends well and writes nothing"
     except (InvalidCxxCompiler, OSError) as error:
         return str(error)
     except CppCompileError as error:
