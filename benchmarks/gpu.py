@@ -3,12 +3,12 @@
     pip install models/llama3 models/qwen3 models/deepseek_v3 models/gpt_oss
     python benchmarks/gpu.py --output figures
 
-It needs no network, and of the checkout nothing but these files; without installed packages it takes the checkout's
-own. A section is a process of its own: what one breaks, the next does not meet. Each figure is written as it is found,
-a line of JSON in figures/gpu.jsonl, and each section as a table in figures/gpu.txt when it ends; one that fails or runs
-out of time leaves its traceback there and its figures so far. What earlier sections leave of their time, the next may
-use. A folder that has figures is left alone: the next run writes to figures-2. On a machine without a GPU everything
-runs in small on the CPU, which shows that it runs and nothing more.
+It needs no network. Where it stands in a checkout it runs that checkout's packages, else those that are installed. A
+section is a process of its own: what one breaks, the next does not meet. Each figure is written as it is found, a line
+of JSON in figures/gpu.jsonl, and each section as a table in figures/gpu.txt when it ends; one that fails or runs out of
+time leaves its traceback there and its figures so far. What earlier sections leave of their time, the next may use. A
+folder that has figures is left alone: the next run writes to figures-2. On a machine without a GPU everything runs in
+small on the CPU, which shows that it runs and nothing more.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def main() -> None:
 
 def has_gpu() -> bool:
     """Whether torch sees one, and else says so; asked of another process: this one needs no memory of a GPU."""
-    code = "import torch; print(torch.__version__); raise SystemExit(not torch.accelerator.is_available())"
+    code = "import torch; print(torch.__version__); raise SystemExit(not torch.cuda.is_available())"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if asked.returncode:
         version = asked.stdout.strip() or "is missing"

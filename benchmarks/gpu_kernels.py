@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from gpu_steps import Cases, Row, reset_peak, synchronize
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from core.config.errors import UserError
 from core.data.packing import Batch
@@ -25,6 +26,8 @@ from core.runtime.device import GIB, peak_memory
 from core.step.loss import CrossEntropy
 
 Call = Callable[[], Tensor]
+QUERIES = 512
+"""So many at once are compared with their keys by definition."""
 
 
 def milliseconds(call: Call, leaves: list[Tensor], device: torch.device, n: int) -> float:
@@ -55,6 +58,13 @@ class Case(NamedTuple):
         parts = ((part.expand(self.rows, -1).contiguous()) for part in (place, place, place % each, place // each))
         return whole_rows(Batch(*parts), device, documents=self.documents > 1).positions
 
+    def seen(self, first: int, end: int, device: torch.device) -> Tensor:
+        """Which keys before `end` the queries from `first` on see, (queries, keys): said anew, for comparison."""
+        query, key = torch.arange(first, end, device=device)[:, None], torch.arange(end, device=device)
+        each = self.length // self.documents
+        near = query - key < (self.window or self.length)
+        return (key <= query) & near & (query // each == key // each)
+
     def pairs(self) -> float:
         """Pairs of a query and a key that it sees."""
         each = self.length // self.documents
@@ -63,13 +73,34 @@ class Case(NamedTuple):
 
 
 def attention(device: torch.device, tiny: bool) -> Cases:
-    """Forward and backward of the attention kernels in bf16, against `sdpa`, which is computed first."""
+    """Forward and backward of the attention kernels in bf16, against the definition in fp32."""
     for rows, length in [(2, 64)] if tiny else [(4, 4096), (1, 32768)]:
         cases = [Case(rows, length), Case(rows, length, documents=8), Case(rows, length, window=length // 16)]
         for case in cases:
             expected: list[Tensor] = []
             for name in ("sdpa", "varlen", "flex"):
                 yield {"kernel": name, **case._asdict()}, partial(measured, name, case, device, expected, tiny)
+
+
+def by_definition(case: Case, sides: list[Tensor], grad_BNLH: Tensor, scale: float) -> list[Tensor]:
+    """The result of attention to a case's queries, keys and values, and its gradients by these, in fp32: some queries
+    after the other, as tables of queries by keys would not fit."""
+    q_BNLH, k_BKLH, v_BKLH = (side.detach().float() for side in sides)
+    shared = q_BNLH.shape[1] // k_BKLH.shape[1]
+    out, sums = torch.empty_like(q_BNLH), [torch.zeros_like(side) for side in (q_BNLH, k_BKLH, v_BKLH)]
+    for first in range(0, case.length, QUERIES):
+        end = min(first + QUERIES, case.length)
+        parts = [q_BNLH[:, :, first:end], k_BKLH[:, :, :end], v_BKLH[:, :, :end]]
+        q, k, v = parts = [part.detach().requires_grad_() for part in parts]
+        k, v = (side.repeat_interleave(shared, 1) for side in (k, v))
+        scores = (scale * q @ k.mT).masked_fill(~case.seen(first, end, q.device), -torch.inf)
+        of_chunk = scores.softmax(-1) @ v
+        out[:, :, first:end] = of_chunk.detach()
+        slices = (slice(first, end), slice(end), slice(end))
+        found = torch.autograd.grad(of_chunk, parts, grad_BNLH[:, :, first:end].float())
+        for total, where, part in zip(sums, slices, found, strict=True):
+            total[:, :, where] += part
+    return [out, *sums]
 
 
 def measured(name: str, case: Case, device: torch.device, expected: list[Tensor], tiny: bool) -> Row:
@@ -81,33 +112,46 @@ def measured(name: str, case: Case, device: torch.device, expected: list[Tensor]
     if problem := kernel.problem(use._replace(documents=case.documents > 1)):
         raise UserError(problem)
     torch.manual_seed(0)
-    shapes = [(case.rows, case.length, n, width) for n in heads]
-    sides = [
-        torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for shape in shapes
-    ]
+    shapes = [(case.rows, case.length, n, width) for n in (*heads, heads[0])]
+    *sides, grad = [torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for shape in shapes]
+    for side in sides:
+        side.requires_grad_()
+    expected[:] = expected or by_definition(case, sides, grad, width**-0.5)
     positions = case.positions(device)
-    synchronize(device)
-    began = time.perf_counter()
-    mask: Mask = kernel.mask(positions)
-    host_ms = 1000 * (time.perf_counter() - began)
+    masks: list[Mask] = []
+    times = []
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        masks[:] = [kernel.mask(positions)]
+        times.append(time.perf_counter() - began)
+    (mask,) = masks
     reset_peak(device)
     call = partial(kernel, *sides, mask, scale=width**-0.5)
     out = call()
-    found = [out.detach(), *torch.autograd.grad(out, sides, torch.ones_like(out))]
+    found = [out.detach(), *torch.autograd.grad(out, sides, grad)]
     peak = None if device.type == "cpu" else peak_memory(device) / GIB
-    off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected or found, strict=True))
-    expected[:] = expected or found
+    off = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
     del out, found
     ms = milliseconds(call, sides, device, 1 if tiny else 5)
     flops = 2 * 7 * case.pairs() * heads[0] * width  # two products forward, five backward
     return {
         "ms": ms,
         "TFLOP/s": flops / ms / 1e9,
-        "mask ms": host_ms,
+        "mask ms": 1000 * statistics.median(times),
         "off": off,
         "equal": off < 0.02,
         "peak GiB": peak,
+        "by": chosen(sides, mask) if name == "sdpa" else None,
     }
+
+
+def chosen(sides: list[Tensor], mask: Mask) -> str | None:
+    """Which of its kernels PyTorch takes for queries, keys and values; None for masks that are our own."""
+    if not (mask is None or isinstance(mask, Tensor)):
+        return None
+    number = torch._fused_sdp_choice(*sides, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return next(name.lower() for name, value in SDPBackend.__members__.items() if int(value) == number)
 
 
 def loss(device: torch.device, tiny: bool) -> Cases:

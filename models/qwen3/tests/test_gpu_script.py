@@ -30,7 +30,7 @@ def test_every_section_runs_in_small(gpu: ModuleType, name: str) -> None:
     assert rows and not [row for row in rows if "failed" in row]
     assert all(row["equal"] for row in rows if "equal" in row)
     kernels = {row.get("kernel", row.get("attention")) for row in rows if "refused" in row}
-    assert kernels == ({"varlen", "flex"} if name in ("sizes", "attention") else set())
+    assert kernels == ({"varlen", "flex"} if name in ("sizes", "waits", "attention") else set())
     assert all(json.loads(json.dumps(row)) == row for row in rows)
     assert gpu.table(name, rows).startswith(f"== {name}\n")
 

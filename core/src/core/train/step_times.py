@@ -47,14 +47,21 @@ def time_table(events: Iterable[Any], title: str) -> str:
 
 
 def times_by_kind(events: list[Any]) -> Iterator[tuple[str, float]]:
-    """Microseconds by kind, of the kernels if there are any."""
-    measure = "self_device_time_total" if any(event.self_device_time_total for event in events) else ""
+    """Microseconds by kind, of the kernels if there are any.
+
+    PyTorch counts a kernel for the operation that launched it, and lists it beside the operations once more; only those
+    that nobody launched, as far as is known, are taken from there.
+    """
+    on_device = any(event.self_device_time_total for event in events)
+    measure = "self_device_time_total" if on_device else "self_cpu_time_total"
     spent: Counter[str] = Counter()
-    for event in events:
-        if measure and event.name == ROWS_EVENT and is_of_cpu(event):
-            spent[DATA] += event.time_range.elapsed_us()
-        elif not event.name.startswith(STEP_EVENT):
-            spent[kind_of(event)] += getattr(event, measure) if measure else event.self_cpu_time_total
+    for event in filter(is_of_cpu, events):
+        if not event.name.startswith(STEP_EVENT) and not (on_device and event.name == ROWS_EVENT):
+            spent[kind_of(event)] += getattr(event, measure)
+    kernels = (event for event in events if not is_of_cpu(event) and not event.is_user_annotation)
+    spent[OTHER_OPERATIONS] += max(sum(event.self_device_time_total for event in kernels) - spent.total(), 0.0)
+    if on_device:
+        spent[DATA] += sum(e.time_range.elapsed_us() for e in events if e.name == ROWS_EVENT and is_of_cpu(e))
     yield from spent.items()
 
 
