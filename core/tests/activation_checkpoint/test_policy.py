@@ -31,10 +31,16 @@ def weight(n_in, n_out):
     return torch.empty(n_in, n_out)
 
 
+def in_forward():
+    context = SelectiveCheckpointContext(is_recompute=False)
+    context.op_output = None  # no argument before torch 2.12
+    return context
+
+
 def decisions(calls, **settings):
     """What the policy says to calls (operation, arguments...) of one block, S for save, r for recompute."""
     forward, _ = default_activation_checkpoint_policy(**settings)()
-    context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
+    context = in_forward()
     answers = {SAVE: "S", RECOMPUTE: "r"}
     return "".join(answers[forward.policy_fn(context, op, *args)] for op, *args in calls)
 
@@ -71,7 +77,7 @@ def test_products_are_counted_together_and_nothing_else_is():
 def test_counting_restarts_with_every_call_of_a_block():
     assert [decisions([mm()]) for _ in range(3)] == ["S", "S", "S"]
     policy = default_activation_checkpoint_policy()
-    context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
+    context = in_forward()
     (first, _), (second, _) = policy(), policy()
     op, *args = mm()
     assert [block.policy_fn(context, op, *args) for block in (first, second, first, second)] == [
@@ -99,7 +105,7 @@ def test_marks_come_first():
     with recomputed():
         assert decisions([mm(), mm(), SILU, *OTHERS]) == "rrr" + "rrrrr"
     forward, _ = default_activation_checkpoint_policy()()
-    context, (op, *args) = SelectiveCheckpointContext(is_recompute=False, op_output=None), mm()
+    context, (op, *args) = in_forward(), mm()
     with recomputed():
         assert forward.policy_fn(context, op, *args) is RECOMPUTE
     assert forward.policy_fn(context, op, *args) is SAVE, "a marked product is not counted"
@@ -146,7 +152,7 @@ def test_an_operation_that_registers_later_is_saved():
 )
 def test_copies_to_the_host_are_saved(mode, source, target, saved):
     forward, _ = default_activation_checkpoint_policy(mode=mode)()
-    context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
+    context = in_forward()
     tensor = SimpleNamespace(device=torch.device(source))
     decision = forward.policy_fn(context, aten._to_copy.default, tensor, device=target, dtype=torch.int64)
     assert decision is (SAVE if saved else RECOMPUTE)

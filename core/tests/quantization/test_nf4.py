@@ -120,6 +120,16 @@ def test_an_estimate_and_a_plan_count_the_bytes() -> None:
     assert found["nf4"] < 0.4 * found["plain"]
 
 
+def test_ranks_want_a_torch_that_shares_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.parallel.data.HAS_MESH_PER_WEIGHT", False)
+    run = Trainer.Config(model=wide(), training=Training(steps=1, seq_len=32, local_batch_size=2, device="cpu"))
+    run.converters, run.checkpoint.enable, run.checkpoint.initial_load_path = QLORA, True, "base"
+    with pytest.raises(UserError, match=r"converters: .* in 4 bits on several ranks needs torch 2\.12, this is "):
+        Trainer.plan(run, world_size=2, rank=0)
+    run.converters = LORA
+    Trainer.plan(run, world_size=2, rank=0)
+
+
 def test_checkpoints_of_activations_count_its_products() -> None:
     for mode in ("selective", "full"):
         settings: Any = {"shape": (2, 64), "dtype": torch.float32}

@@ -81,7 +81,16 @@ def test_each_product_has_its_operands(recipe: str) -> None:
             assert torch.equal(dw, expected(grad[rows].T, own[rows].T, forms.grad_weight, amax_g, amax_x))
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "tensorwise",
+        pytest.param(
+            "rowwise",
+            marks=pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 scales no rows on a CPU"),
+        ),
+    ],
+)
 def test_a_gpu_is_asked_for_the_same(recipe: str) -> None:
     """PyTorch computes its kernels' products on a CPU, too: the same operands and scales, sums in another order."""
     layers = [Linear(64, 32, std=1.0) for _ in range(2)]

@@ -59,7 +59,7 @@ class GroupedLinear(Module):
 def to_autocast(tensor: Tensor) -> Tensor:
     """The tensor, of any shape, in the dtype that autocast asks of a matrix product; fp64 it leaves alone."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if tensor.is_meta or not torch.is_autocast_enabled(device):  # autocast knows no meta
         return tensor
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
 

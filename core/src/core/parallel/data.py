@@ -37,6 +37,17 @@ def expert_problem(degrees: Degrees) -> str | None:
     return f"{axis}_parallel_degree {degree} with experts needs torch 2.12, this is {torch.__version__}"
 
 
+def check_frozen(model: nn.Module) -> None:
+    """Raise `UserError` for weights of whole numbers, as frozen ones of 4 bits are, which FSDP of torch 2.11 does not
+    take: it asks every weight for a gradient, and then changes its mind."""
+    bits = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
+    if bits is not None and not HAS_MESH_PER_WEIGHT:
+        raise UserError(
+            f"converters: {bits} in 4 bits on several ranks needs torch 2.12, this is {torch.__version__}: use one "
+            "rank, or set quantize_base false"
+        )
+
+
 def apply_data(
     model: Decoder,
     views: Views,
@@ -50,6 +61,7 @@ def apply_data(
     selective checkpointing and torch.compile both lose their way there). Weights are gathered in `compute_dtype`,
     gradients summed in fp32.
     """
+    check_frozen(model)
     dense = mesh_info(views.weight)
     same = views.degrees.expert == views.degrees.tensor == 1
     sparse = dense if same else mesh_info(views.expert)
