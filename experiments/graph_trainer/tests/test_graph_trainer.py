@@ -1,6 +1,7 @@
 """A step's graph: equal to eager bit for bit, with core's save set; on ranks equal to FSDP2; its passes and its run."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,6 +18,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.traceback import annotate
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
+from core.activation_checkpoint.meter import Meter
 from core.activation_checkpoint.policy import Policy, default_activation_checkpoint_policy, weight_shape
 from core.activation_checkpoint.replay import Replay
 from core.checkpoint.settings import Checkpoint
@@ -176,6 +178,22 @@ def test_a_graph_is_eager_bit_for_bit_and_saves_what_eager_saves(family: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_graph_is_eager_bit_for_bit(family: str, mask: Literal["causal", "document"]) -> None:
     check_family(family, mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_holds_what_it_is_said_to_hold(mode: str) -> None:
+    """The peak that the log and a dry run tell, against the bytes of tensors that live as the graph runs."""
+    case = Case(ToyMoE.Config(), n_rows=4, length=32, checkpoint=mode)  # pyrefly: ignore[bad-argument-type]
+    built, objective = built_for_graphs(case, GraphCompile())
+    (batch,) = batches_of(case, objective.layout)
+    microbatch = objective.layout.to_rank_tokens(batch, documents=True)
+    inputs = objective.inputs(microbatch, 100.0, None)
+    start_step(built.models[0], 100.0)
+    objective.run(microbatch, 100.0)
+    (prepared,) = objective.prepared.values()
+    with torch.no_grad(), Meter() as meter:
+        prepared.call(*(each.detach() for each in inputs))
+    assert meter.peak == pytest.approx(prepared.sizes["save_set"][1].peak, rel=0.01)
 
 
 def writing(tensors: list[Tensor]) -> list[Tensor | None]:
@@ -441,7 +459,28 @@ def test_a_run_of_graphs_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         lines = map(json.loads, (trainer.folder / "metrics.jsonl").read_text().splitlines())
         losses.append([(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line])
     assert losses[0] == [pytest.approx(each, rel=1e-6) for each in losses[1]] and len(losses[0]) >= 3
-    assert "graph pass save_set: " in capsys.readouterr().out
+    log = capsys.readouterr().out
+    size = r"[\d,]+ -> [\d,]+ nodes, kept [\d.]+ -> [\d.]+ MiB, peak [\d.]+ -> [\d.]+ MiB"
+    assert re.findall(rf"graph pass (\w+): {size}", log) == ["dead_code", "save_set"]
+
+
+def numbers_by_layer(folder: Path, config: Trainer.Config) -> dict[str, float]:
+    """What a run of one step says of single layers."""
+    run = tiny_run(folder, config)
+    run.training.steps, run.metrics.per_layer_freq = 1, 1
+    trainer = run.build()
+    trainer.run()
+    (first, *_) = map(json.loads, (trainer.folder / "metrics.jsonl").read_text().splitlines())
+    return {name: number for name, number in first.items() if "/" in name}
+
+
+def test_the_step_that_is_traced_is_measured_layer_by_layer(tmp_path: Path) -> None:
+    """All but what only a look into a block that runs can tell."""
+    eager, found = (numbers_by_layer(tmp_path, each) for each in (qwen3_debug(), configs.graph_trainer_debug()))
+    hidden = {name for name in eager if name.startswith(("activation_rms/", "attention_max_logit/"))}
+    assert hidden and found.keys() == eager.keys() - hidden
+    for name in found:
+        assert found[name] == pytest.approx(eager[name], rel=1e-5), name
 
 
 def test_passes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,6 +500,7 @@ def test_passes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         ("optimizer.in_backward", True, "returns all gradients at once"),
         ("activation_checkpoint.mode", "memory_budget", "use none, selective or full"),
         ("debug.detect_anomaly", True, "no traceback"),
+        ("profiling.enable_memory_snapshot", True, "its log has peaks"),
     ],
 )
 def test_what_no_graph_does_is_refused(path: str, value: Any, message: str) -> None:

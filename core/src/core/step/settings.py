@@ -119,6 +119,10 @@ class Compile(Configurable.Config):
         """Whether that part of the run is compiled."""
         return self.enable and component in self.components
 
+    def shows_blocks(self) -> bool:
+        """Whether blocks run as modules do, so that what looks into them sees each step."""
+        return not self.takes("model")
+
 
 @dataclass(kw_only=True, slots=True)
 class Debug(Configurable.Config):

@@ -46,7 +46,7 @@ class StepReport:
         self.metrics, self.models, self.flops_per_token = metrics, list(models), flops_per_token
         self.last_step, self.observers, self.rows = last_step, observers, rows
         self._reported = checkpoints.start.step, checkpoints.start.tokens
-        self._layers = LayerNumbers(models, layout, activations=not run.compile.takes("model"))
+        self._layers = LayerNumbers(models, layout, activations=run.compile.shows_blocks())
         self._of_layers: dict[str, float] = {}
         self.last: Record | None = None
         """What was reported last."""

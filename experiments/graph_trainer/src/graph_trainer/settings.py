@@ -38,3 +38,7 @@ class GraphCompile(Compile):
     def takes(self, component: Literal["model", "loss"]) -> bool:
         """Neither part is compiled by itself."""
         return False
+
+    def shows_blocks(self) -> bool:
+        """Blocks run once, as they are traced."""
+        return False

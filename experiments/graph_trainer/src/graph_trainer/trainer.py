@@ -37,6 +37,9 @@ class GraphTrainer(Trainer):
                 yield "optimizer.in_backward", "a graph returns all gradients at once: unset in_backward"
             if self.converters:
                 yield "converters", "no layer of a graph was compared with a converted one: leave converters out"
+            if self.profiling.enable_memory_snapshot:
+                path = "profiling.enable_memory_snapshot"
+                yield path, "a graph does not say for which part a tensor is: unset it, its log has peaks"
             if self.debug.detect_anomaly:
                 yield "debug.detect_anomaly", "a graph's operations have no traceback: train without graph_trainer"
 
