@@ -182,3 +182,17 @@ def test_a_clamped_gate_has_a_gradient_up_to_its_limit() -> None:
     _, for_gate, for_up = with_gradients(cpu_forms.clamped_swiglu, sides)
     assert [bool(g) for g in for_gate] == [True, False, True, True, True]
     assert [bool(g) for g in for_up] == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_say_what_they_return(dtype: torch.dtype) -> None:
+    """Shapes, types and strides without numbers, and tracing with sizes that change, as PyTorch checks them."""
+    x, weight_D = (numbers(*shape, dtype=dtype) for shape in ((2, 6, 4, 8), (8,)))
+    cos, sin = (numbers(1, 6, 1, 4, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    torch.library.opcheck(cpu_forms.RMS_NORM, (x, weight_D, 1e-6))
+    _, reciprocal = cpu_forms.RMS_NORM(x, weight_D, 1e-6)
+    torch.library.opcheck(cpu_forms.RMS_NORM_BACKWARD, (x, x, weight_D, reciprocal))
+    for interleaved in (False, True):
+        torch.library.opcheck(cpu_forms.ROTATE, (x, cos, sin, interleaved))
+        torch.library.opcheck(cpu_forms.ROTATE, (x.transpose(1, 2).contiguous().transpose(1, 2), cos, sin, interleaved))
+    torch.library.opcheck(cpu_forms.CLAMPED_SWIGLU, (x, x))

@@ -17,7 +17,15 @@ from core.quantization.converter import Converter
 from core.quantization.float8 import RECIPES, Float8LinearConverter
 from core.quantization.forms import FORMS, rotated
 from core.quantization.microscaling import FP4LinearConverter, MXFP8LinearConverter
-from core.quantization.product import Forms, Pair, QuantisedProduct
+from core.quantization.product import (
+    AMAX,
+    QUANTISED_GROUPED_MM,
+    QUANTISED_GROUPED_MM_WEIGHT,
+    QUANTISED_MM,
+    Forms,
+    Pair,
+    QuantisedProduct,
+)
 from core.testing.parity import Case, StepResult, result_of
 
 BLOCKS = {
@@ -106,6 +114,20 @@ def test_a_gpu_is_asked_for_the_same(recipe: str) -> None:
         results.append([layer(own), own.grad, layer.weight.grad])
     for ours, theirs in zip(*results, strict=True):
         assert ((ours - theirs).norm() / ours.norm()).item() < 0.01, "bfloat16 is off by up to 0.004"
+
+
+@pytest.mark.parametrize(("form", "rotate"), [("e4m3_tensorwise", False), ("e4m3_rowwise", False), ("mxfp8", True)])
+def test_operations_say_what_they_return(form: str, rotate: bool) -> None:
+    """Shapes, types and strides without numbers, and tracing with sizes that change, as PyTorch checks them."""
+    x_RI, weight_GOI = torch.randn(5, 32).bfloat16(), torch.randn(3, 16, 32).bfloat16()
+    counts_G, grad_RO = torch.tensor([2, 0, 3]), torch.randn(5, 16).bfloat16()
+    amax = torch.tensor(4.0) if form == "e4m3_tensorwise" else None
+    way = (amax, amax, form, form, rotate, True)
+    torch.library.opcheck(AMAX, (x_RI,))
+    torch.library.opcheck(QUANTISED_MM, (x_RI, weight_GOI[0], *way))
+    torch.library.opcheck(QUANTISED_MM, (grad_RO, weight_GOI[0].mT, *way))
+    torch.library.opcheck(QUANTISED_GROUPED_MM, (x_RI, weight_GOI, counts_G, *way))
+    torch.library.opcheck(QUANTISED_GROUPED_MM_WEIGHT, (grad_RO, x_RI, counts_G, *way))
 
 
 def test_a_rounded_weight_gets_the_gradient_of_the_plain_one() -> None:
