@@ -29,6 +29,7 @@ def check(out: torch.Tensor, shape: tuple[int, ...], leaves: list[torch.Tensor],
         assert (gradient.shape, gradient.dtype, gradient.device.type) == (leaf.shape, leaf.dtype, device)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("window", [None, 16])
