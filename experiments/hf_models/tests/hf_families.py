@@ -29,8 +29,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         n_embd=64, n_layer=3, n_head=4, vocab_size=97, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),
     "gpt_oss": lambda: tf.GptOssConfig(**SIZES, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+    "lfm2": lambda: tf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"]),
+    "recurrent_gemma": lambda: tf.RecurrentGemmaConfig(**SIZES, head_dim=16, lru_width=64, attention_window_size=8),
 }
-CHUNKED = {"llama", "qwen3", "gpt_neox", "olmoe", "gpt2", "gpt_oss"}
+CHUNKED = {"llama", "qwen3", "gpt_neox", "olmoe", "gpt2", "gpt_oss", "lfm2"}
 """Families that hand on as logits what their head makes."""
-APART = set(FAMILIES) - {"gpt_oss"}
-"""Families that keep the documents of a row apart: GPT-OSS makes its masks without positions."""
+APART = set(FAMILIES) - {"gpt_oss", "lfm2", "recurrent_gemma"}
+"""Families that keep the documents of a row apart: GPT-OSS makes its masks without positions, convolutions and
+recurrences run on from one document into the next."""
+WRITING = set(FAMILIES) - {"recurrent_gemma"}
+"""Families that hand on what they keep of a text."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from hf_families import FAMILIES
+from hf_families import FAMILIES, SIZES, WRITING
 from test_hf_runs import a_run
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,10 +33,10 @@ from hf_models.model import HFModel
 from hf_models.trainer import fill
 
 
-def both(family: str, path: Path) -> tuple[HFModel, Any]:
-    """A model of a family whose weights all matter, as a command reads it out of its folder, and transformers' own."""
+def both(stated: Any, path: Path) -> tuple[HFModel, Any]:
+    """A model whose weights all matter, as a command reads it out of its folder, and transformers' own."""
     torch.manual_seed(0)
-    theirs = tf.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    theirs = tf.AutoModelForCausalLM.from_config(stated).eval()
     for weight in theirs.parameters():
         with torch.no_grad():
             weight.mul_(3.0) if weight.dim() > 1 else weight.normal_(0.5, 0.1)
@@ -48,9 +48,9 @@ def both(family: str, path: Path) -> tuple[HFModel, Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(WRITING))
 def test_pieces_of_a_batch_are_read_as_each_row_alone(family: str, tmp_path: Path) -> None:
-    ours, theirs = both(family, tmp_path)
+    ours, theirs = both(FAMILIES[family](), tmp_path)
     n_pads, length, end = [0, 9, 4], 24, 0
     tokens_BL = torch.randint(97, (3, length), generator=torch.Generator().manual_seed(1))
     alone = [theirs(row_L[None, n:]).logits[0] for row_L, n in zip(tokens_BL, n_pads, strict=True)]
@@ -63,9 +63,39 @@ def test_pieces_of_a_batch_are_read_as_each_row_alone(family: str, tmp_path: Pat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["RobertaConfig", "MambaConfig"])
+def test_rows_without_pads_are_read_as_a_model_by_itself_counts_and_hides(name: str, tmp_path: Path) -> None:
+    """RoBERTa counts positions from the one behind its padding's, and Mamba has a mask for new tokens alone."""
+    ours, theirs = both(getattr(tf, name)(**SIZES, is_decoder=True, state_size=8), tmp_path)
+    tokens_BL = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+    expected_BLV = theirs(tokens_BL).logits
+    with CachedHFModel(ours, n_pads=[0, 0], capacity=12) as reader:
+        found = [reader(piece_BL) for piece_BL in tokens_BL.split([9, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.stack(found, 1), expected_BLV[:, 8:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(tokens_BL), expected_BLV, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_read_otherwise_in_pieces_is_refused(tmp_path: Path) -> None:
+    """RoBERTa with rows that begin with no text: its positions would be others."""
+    ours, _ = both(tf.RobertaConfig(**SIZES, is_decoder=True), tmp_path)
+    with (
+        pytest.raises(UserError, match=r"has other logits, by \d+% of their deviation, for a text in a batch"),
+        CachedHFModel(ours, n_pads=[0, 3], capacity=12),
+    ):
+        pass
+    ours, _ = both(FAMILIES["recurrent_gemma"](), tmp_path / "other")
+    with (
+        pytest.raises(UserError, match="keeps nothing of a text that it hands on"),
+        CachedHFModel(ours, n_pads=[0], capacity=12),
+    ):
+        pass
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "granite"])  # whose head is read in chunks, and whose logits are whole
 def test_rows_are_scored_as_transformers_predicts_them(family: str, tmp_path: Path) -> None:
-    ours, theirs = both(family, tmp_path)
+    ours, theirs = both(FAMILIES[family](), tmp_path)
     rows = [torch.randint(97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 9)]
     found = score_rows(ours, [ScoredRow(ids, len(ids) - 1) for ids in rows], batch_tokens=64)  # pyrefly: ignore
     for ids, score in zip(rows, found, strict=True):
@@ -103,7 +133,7 @@ def test_a_run_and_its_export_write_and_are_measured_alike(tmp_path: Path, capsy
 
 
 def test_a_model_that_keeps_nothing_of_a_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = both("llama", tmp_path)
+    ours, _ = both(FAMILIES["llama"](), tmp_path)
     monkeypatch.setattr(cached, "accepts", lambda path, name: name == "input_ids")
     with pytest.raises(UserError, match="LlamaForCausalLM of transformers keeps nothing of a text"):
         CachedHFModel(ours, n_pads=[0], capacity=4)

@@ -54,14 +54,17 @@ def test_a_run_goes_on_and_comes_out_as_a_folder_of_its_family(tmp_path: Path) -
     source = tmp_path / "source"
     model.save_pretrained(source)
     (source / "tokenizer.model").write_bytes(bundled_model())
-    (source / "LICENSE").write_text("Do as you like.")
+    companions = {"LICENSE": "Do as you like.", "chat_template.jinja": "{{ messages[0]['content'] }}"}
+    for name, text in companions.items():
+        (source / name).write_text(text)
     whole, halves = (tmp_path / name for name in ("whole", "halves"))
     for folder in (whole, halves):
         folder.mkdir()
     config = a_run(source, whole)
     config.tokenizer.path = str(source)
     config.training.steps = 4
-    config.build().run()
+    trainer = config.build()
+    trainer.run()
     config.dump_folder, config.training.steps = str(halves), 2
     config.build().run()
     again = from_json((halves / "config.json").read_text(), HFTrainer.Config)
@@ -77,17 +80,19 @@ def test_a_run_goes_on_and_comes_out_as_a_folder_of_its_family(tmp_path: Path) -
     assert {name: value.shape for name, value in was.items()} == {name: value.shape for name, value in now.items()}
     assert all(torch.equal(now[name], other[name]) for name in now)
     assert not torch.equal(now["lm_head.weight"], was["lm_head.weight"])
-    assert {"tokenizer.model", "LICENSE", "generation_config.json"} <= {file.name for file in exported.iterdir()}
+    assert {"tokenizer.model", "generation_config.json"} <= {file.name for file in exported.iterdir()}
+    assert {name: (exported / name).read_text() for name in companions} == companions
     before, after = (json.loads((place / "config.json").read_text()) for place in (source, exported))
     assert {key: after[key] for key in before if "token_id" not in key} == {
         k: v for k, v in before.items() if "token_id" not in k
     }
-    theirs = tf.AutoModelForCausalLM.from_pretrained(exported)
+    theirs, (trained,) = tf.AutoModelForCausalLM.from_pretrained(exported), trainer.built.models
     ours = meta_model(HFModel.Config(path=str(exported)))
     materialise(ours, torch.device("cpu"), torch.float32)
     fill(ours, start_values(str(exported), "auto", "weights", 0), SingleRank(torch.device("cpu")))
     tokens_BL = torch.randint(0, 2048, (2, 16))
     assert torch.equal(theirs(tokens_BL).logits, ours(tokens_BL))
+    assert torch.equal(theirs(tokens_BL).logits, trained.eval()(tokens_BL))
 
 
 def problems(config: HFTrainer.Config) -> str:
@@ -121,6 +126,7 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
         ({"model_type": "lama"}, "no causal language model of type lama; did you mean"),
         ({"model_type": "llama", "quantization_config": {}}, "stores its weights in few bits"),
         ({"model_type": "olmoe", "output_router_logits": True}, "a loss of its routers"),
+        ({"model_type": "xlnet"}, "tokens of xlnet see later ones"),
     ):
         if stated is not None:
             (folder / "config.json").write_text(json.dumps(stated))
@@ -130,6 +136,37 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(bundled_model())
     assert f"add --tokenizer.path {folder}" in problems(a_run(folder, tmp_path))
     assert "path is empty: --model.path FOLDER" in problems(configs.hf_models())
+
+
+def test_a_model_that_sees_ahead_is_refused(tmp_path: Path) -> None:
+    for is_decoder in (False, True):
+        path = tmp_path / str(is_decoder)
+        tf.BertConfig(**SIZES, is_decoder=is_decoder).save_pretrained(path)
+        found = list(HFModel.Config(path=str(path), start="random").problems())
+        assert found == [] if is_decoder else "say is_decoder true in its config.json" in found[0][1]
+
+
+def test_documents_of_a_row_run_into_each_other_by_recurrence(tmp_path: Path) -> None:
+    tf.RecurrentGemmaConfig(**(SIZES | {"vocab_size": 2048}), head_dim=16, lru_width=64).save_pretrained(tmp_path)
+    config = a_run(tmp_path, tmp_path)
+    config.model.start = "random"
+    config.training.mask = "document"
+    assert "does not keep documents of a row apart: use --training.mask causal" in problems(config)
+
+
+def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
+    """Of a type that transformers knows: its own code is used in place of that which the folder names."""
+    path, ran = tmp_path / "model", tmp_path / "ran"
+    tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**(SIZES | {"vocab_size": 2048}))).save_pretrained(path)
+    stated = json.loads((path / "config.json").read_text())
+    stated["auto_map"] = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
+    (path / "config.json").write_text(json.dumps(stated))
+    (path / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    trainer = a_run(path, tmp_path).build()
+    trainer.run()
+    export(tmp_path / "run", tmp_path / "exported")
+    assert type(trainer.built.models[0].theirs) is tf.LlamaForCausalLM and not ran.exists()
+    assert "auto_map" not in json.loads((tmp_path / "exported/config.json").read_text())
 
 
 def test_a_dry_run_plans_the_model_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ def export(src: Path, dst: Path, dtype: torch.dtype | None = None) -> None:
     theirs.load_state_dict(values, strict=False, assign=True)
     theirs.tie_weights()
     theirs.config.dtype = next(theirs.parameters()).dtype
+    vars(theirs.config).pop("auto_map", None)  # code that the folder named has not made this model, nor is it exported
     files = read_companions(config.path) | companions_of(place, run, say)
     add_bos = run.get("tokenizer", {}).get("add_bos")
     files, ids = complete_companions(files, max_length=config.max_seq_len, add_bos=add_bos, say=say)

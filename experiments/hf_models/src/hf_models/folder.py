@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ from core.data.tokenizer import tokenizer_file
 
 Attention = Literal["auto", "sdpa", "eager"]
 
+LAYERS_OF_MASKS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers, as transformers names them, in which a mask alone decides which tokens a token sees."""
+SEE_AHEAD = ("cpmant", "xlm", "xlnet")
+"""Types whose tokens see later ones by masks of their own making."""
+
 
 def folder_problem(path: str) -> str:
     """What keeps a folder from describing a model of transformers' own code; empty if nothing does."""
@@ -34,6 +39,8 @@ def folder_problem(path: str) -> str:
             remote = " and the code that it names (auto_map) is never run" if "auto_map" in stated else ""
             near = did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
             return f"{path}: transformers has no causal language model of type {kind}{remote}{near and f'; {near}'}"
+        if kind in SEE_AHEAD:
+            return f"{path}: tokens of {kind} see later ones, so that there is nothing to predict: name another model"
         if "quantization_config" in stated:
             return f"{path} stores its weights in few bits: name a folder with plain weights"
         if stated.get("output_router_logits"):
@@ -84,27 +91,44 @@ def accepts(path: str, argument: str) -> bool:
 
 
 @cache
-def keeps_documents_apart(path: str, attention: Attention) -> bool:
-    """Whether the model of a folder lets a token see its own document alone: positions tell documents apart, if all of
-    its masks are made of them. Not all models hand positions on to what makes masks, so the model itself is asked."""
-    if not accepts(path, "position_ids"):
-        return False
+def masks_of(path: str, attention: Attention) -> list[tuple[str, bool]]:
+    """The masks that the model of a folder has transformers make: the function that it asks, and whether it hands it
+    the positions of tokens. The model itself is asked, since no setting says so."""
     model, told = without_memory(path, attention), []
+    vars(model.config)["pad_token_id"] = None  # a model that has one looks for it in the tokens, which have no numbers
     module = sys.modules[type(model).__module__]
     makers = {name: each for name, each in vars(module).items() if name.startswith("create_") and "mask" in name}
 
-    def asked(*args: Any, position_ids: Any = None, **kwargs: Any) -> None:
-        told.append(position_ids is not None)
+    def asked(name: str, *args: Any, position_ids: Any = None, **kwargs: Any) -> None:
+        told.append((name, position_ids is not None))
 
-    vars(module).update(dict.fromkeys(makers, asked))
+    vars(module).update({name: partial(asked, name) for name in makers})
+    ids_BL = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    positions = {"position_ids": ids_BL} if accepts(path, "position_ids") else {}
     try:
-        ids_BL = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-        model.to("meta")(input_ids=ids_BL, position_ids=ids_BL, use_cache=False)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        model.to("meta")(input_ids=ids_BL, use_cache=False, **positions)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         pass  # without numbers a model need not come to its end: masks are made before the first block
     finally:
         vars(module).update(makers)
-    return bool(told) and all(told)
+    return told
+
+
+def sees_ahead(path: str, attention: Attention) -> bool:
+    """Whether tokens of the model of a folder see later ones, as in a BERT that is no decoder."""
+    makers = {maker for maker, _ in masks_of(path, attention)}
+    return makers == {"create_bidirectional_mask"}  # beside another it is for what an encoder has read
+
+
+def keeps_documents_apart(path: str, attention: Attention) -> bool:
+    """Whether the model of a folder lets a token see its own document alone: positions tell documents apart, if all of
+    its masks are made of them, and if no layer has another way to earlier tokens, as convolutions and recurrent states
+    are, which run on from one document into the next."""
+    kinds = set(getattr(text_config(path), "layer_types", None) or ())
+    if model_class(path)._is_stateful or not kinds <= LAYERS_OF_MASKS or not accepts(path, "position_ids"):
+        return False
+    masks = masks_of(path, attention)
+    return bool(masks) and all(has_positions for _, has_positions in masks)
 
 
 def tokenizer_in(path: str) -> bool:

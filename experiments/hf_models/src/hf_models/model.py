@@ -19,7 +19,14 @@ from core.nn.kernel import Positions
 from core.nn.layers import Head
 from core.nn.module import Flops, Module
 from core.nn.start import Constant
-from hf_models.folder import Attention, accepts, folder_problem, text_config, without_memory
+from hf_models.folder import (
+    Attention,
+    folder_problem,
+    keeps_documents_apart,
+    sees_ahead,
+    text_config,
+    without_memory,
+)
 from hf_models.head import HeadDoor, WholeLogits, plain_head
 
 LONGEST = 2**20
@@ -47,6 +54,8 @@ class HFModel(Module, Configurable):
                 yield "path", problem
             elif self.start == "weights" and not any(Path(self.path).expanduser().glob("*.safetensors")):
                 yield "start", f"{self.path} has no weights (*.safetensors): --model.start random draws them anew"
+            elif sees_ahead(self.path, self.attention):
+                yield "path", f"{self.path}: its tokens see later ones; say is_decoder true in its config.json"
 
         def places(self) -> dict[str, Any]:
             return {"path": absolute(self.path)}
@@ -83,6 +92,8 @@ class HFModel(Module, Configurable):
     config: Config
     theirs: Any
     door: HeadDoor | None
+    checked: set[bool]
+    """Ways to read pieces, rows that begin with no text or not, that were found to be right (`hf_models.cached`)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -108,6 +119,7 @@ class HFModel(Module, Configurable):
             tok_embeddings=embedding,
             output=head,
             ahead=nn.ModuleDict(),
+            checked=set(),
         )
 
     @classmethod
@@ -128,8 +140,8 @@ class HFModel(Module, Configurable):
         if tokens_BL.shape[1] > self.config.max_seq_len:
             raise UserError(f"{tokens_BL.shape[1]} positions asked for, the model has {self.config.max_seq_len}")
         positions = positions or Positions.rows(tokens_BL)
-        where = {"position_ids": positions.position_BL.expand(tokens_BL.shape)}
-        where = where if accepts(self.config.path, "position_ids") else {}
+        apart = keeps_documents_apart(self.config.path, self.config.attention)  # others count positions by themselves
+        where = {"position_ids": positions.position_BL.expand(tokens_BL.shape)} if apart else {}
         read = read or logits
         if self.door is None:
             made = self.theirs(input_ids=tokens_BL, use_cache=False, **where).logits
