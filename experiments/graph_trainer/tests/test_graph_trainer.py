@@ -35,7 +35,7 @@ from core.parallel.settings import Parallelism
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.source_losses import Tally
-from core.testing.parity import Case, StepResult, batches_of, largest_differences, result_of
+from core.testing.parity import Case, StepResult, batches_of, largest_differences, result_of, step_result
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE
 from core.train.trainer import Trainer
@@ -123,9 +123,9 @@ def saved_and_products(decisions: dict[str, list[Decision]]) -> dict[str, Any]:
     }
 
 
-def check_family(family: str, mask: Literal["causal", "document"]) -> None:
+def check_family(family: str, mask: Literal["causal", "document"], compute_dtype: torch.dtype = torch.float32) -> None:
     """In every mode a graph has eager's losses, gradients and buffers, bit for bit, and eager's save set."""
-    case = Case(small(family), n_rows=4, length=32, mask=mask, loss=CrossEntropy.Config())
+    case = Case(small(family), n_rows=4, length=32, mask=mask, loss=CrossEntropy.Config(), compute_dtype=compute_dtype)
     built, objective = built_for_graphs(case, GraphCompile())
     (model,) = built.models
     (batch,) = map(with_all_labels, batches_of(case, objective.layout))
@@ -194,6 +194,21 @@ def test_a_graph_holds_what_it_is_said_to_hold(mode: str) -> None:
     with torch.no_grad(), Meter() as meter:
         prepared.call(*(each.detach() for each in inputs))
     assert meter.peak == pytest.approx(prepared.sizes["save_set"][1].peak, rel=0.01)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gpt_oss", "deepseek_v3"])
+def test_a_graph_in_16_bits_is_eager_bit_for_bit(family: str) -> None:
+    check_family(family, "document", torch.bfloat16)
+
+
+def test_microbatches_of_two_kinds_have_a_graph_each() -> None:
+    """Of four the last has padding, and sees no more than the others do."""
+    case = Case(ToyMoE.Config(), n_rows=8, local_batch_size=2, checkpoint="selective")
+    built, objective = built_for_graphs(case, GraphCompile())
+    worst = largest_differences([step_result(case, built, objective)], result_of(case))
+    assert max(worst.values()) < 1e-6, worst
+    assert len(objective.prepared) == 2
 
 
 def writing(tensors: list[Tensor]) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from graph_trainer.wrapping import GraphWrapping, lets_go
 
 
 class GraphStep(NamedTuple):
-    """What a step by a graph did, and the graph."""
+    """What a step by a graph did, and the graph of its first microbatch."""
 
     result: StepResult
     prepared: Prepared
@@ -40,8 +40,7 @@ def graph_step(case: Case, graphs: GraphCompile) -> GraphStep:
     """One step of `case` on this rank by a graph, and the loss of a second one; every rank gets whole tensors."""
     built, objective = built_for_graphs(case, graphs)
     result = step_result(case, built, objective)
-    (prepared,) = objective.prepared.values()
-    return GraphStep(result, prepared)
+    return GraphStep(result, next(iter(objective.prepared.values())))
 
 
 def drop_policy(prepared: Prepared) -> None:
