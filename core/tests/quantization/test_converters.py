@@ -114,7 +114,12 @@ def test_the_bias_is_added_and_other_layers_are_untouched() -> None:
         ([float8(), float8()], "layers.0.attention.wq: it has been converted before"),
         ([float8(patterns=[])], "float8: patterns is empty: name layers, or leave it out for all"),
         ([LoRAConverter.Config(), float8()], "wq: it has an adapter: put this converter in front of that one"),
-        ([QATConverter.Config(), LoRAConverter.Config()], "wq: its weight is trained to be published in few bits"),
+        ([QATConverter.Config(), LoRAConverter.Config()], "quantisation-aware changes how weights are trained, and be"),
+        ([LoRAConverter.Config(), QATConverter.Config()], "quantisation-aware changes how weights are trained, and be"),
+        (
+            [QATConverter.Config(patterns=["*.wq"]), LoRAConverter.Config(patterns=["*.wv"])],
+            "quantisation-aware changes how weights are trained, and beside adapters none is: use one",
+        ),
     ],
 )
 def test_mistakes_are_told(converters: list[Converter.Config], error: str) -> None:

@@ -38,7 +38,7 @@ class RoundedWeight(Product):
 class QATConverter(Converter):
     """Layers whose weights are rounded to few bits for each use, and whose other numbers stay as they are."""
 
-    label, multiple = "quantisation-aware", 32
+    label, multiple, trains_weights = "quantisation-aware", 32, True
 
     @dataclass(kw_only=True, slots=True)
     class Config(Converter.Config):

@@ -78,6 +78,8 @@ class Converter(Configurable, ABC):
     """Inputs and outputs of a layer must be multiples of this, or it is left out."""
     adapts: bool = False
     """Weights are added, which alone are trained and saved: the others are those that the run begins with."""
+    trains_weights: bool = False
+    """It changes how weights are trained, and nothing else: beside adapters it would do nothing."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -141,9 +143,15 @@ class Converter(Configurable, ABC):
 
 
 def converted_model(config: Decoder.Config, converters: Sequence[Converter.Config]) -> tuple[Decoder, list[Conversion]]:
-    """A model without memory, converted, and what was done to it. Raises `UserError` as `Converter.apply` does."""
-    model = meta_model(config)
-    return model, [converter.build().apply(model) for converter in converters]
+    """A model without memory, converted, and what was done to it.
+
+    Raises `UserError` as `Converter.apply` does, and for what trains weights beside adapters, in any order.
+    """
+    model, built = meta_model(config), [each.build() for each in converters]
+    if idle := [each for each in built if each.trains_weights and adapts(converters)]:
+        label = idle[0].label or type(idle[0]).__name__
+        raise UserError(f"converters: {label} changes how weights are trained, and beside adapters none is: use one")
+    return model, [converter.apply(model) for converter in built]
 
 
 def adapts(converters: Iterable[Converter.Config]) -> bool:

@@ -10,7 +10,6 @@ from core.nn.decoder import Decoder
 from core.nn.nf4 import NF4Product, keep_in_nf4
 from core.nn.product import ByProduct, put_product
 from core.nn.weights import NF4_BLOCK
-from core.quantization.aware import RoundedWeight
 from core.quantization.converter import Converter, Layer
 
 
@@ -41,8 +40,6 @@ class LoRAConverter(Converter):
         c = self.config
         if c.rank > min(layer.sizes):
             return f"{layer.sizes[0]:,} x {layer.sizes[1]:,} has no rank {c.rank:,}"
-        if isinstance(layer.module, ByProduct) and isinstance(layer.module.product, RoundedWeight):
-            return "its weight is trained to be published in few bits, and beside an adapter it would be frozen"
         if c.quantize_base and (reason := why_not_nf4(layer)):
             return reason
         if c.quantize_base:
