@@ -9,15 +9,17 @@ import torch
 from core.checkpoint.settings import Checkpoint
 from core.config.errors import joined
 from core.config.fields import Problem
-from core.config.links import file_in
-from core.data.tokenizer import Tokenizer, bundled_model
+from core.data.tokenizer import Tokenizer
 from core.nn.decoder import Decoder
 from core.nn.product import layer_products
 from core.nn.weights import NF4_BLOCK, NF4_BLOCK_BYTES, weights
 from core.parallel.settings import Parallelism
 from core.quantization.converter import Converter, adapts
 from core.step.shares import ranks_that_share
-from core.weights.companions import SENTENCEPIECE, tokenizer_in
+from core.weights.companions import tokenizer_in
+
+SAMPLE = "The sum of 12 and 345 is 357.\n\tdef area(x): return x ** 2  # Größe, 数学, площадь\n"
+"""What two tokenizers with equal tokens encode alike."""
 
 
 class ConvertedRun(Protocol):
@@ -41,16 +43,16 @@ def check_converted(model: Decoder, run: ConvertedRun, device: torch.device) -> 
 
 
 def base_problems(path: str | None, tokenizer: Tokenizer.Config) -> Iterator[Problem]:
-    """What a run of adapters lacks: weights, or the tokenizer that comes with them."""
+    """What a run of adapters lacks: weights, or the tokens of the tokenizer that comes with them."""
     if path is None:
         yield "checkpoint.initial_load_path", "adapters are for weights that are there: name their folder"
-    elif tokenizer.path is None and "://" not in path and (found := tokenizer_in(Path(path).expanduser())) is not None:
-        pieces = file_in(found.parent, SENTENCEPIECE)
-        if pieces is None or pieces.read_bytes() != bundled_model():
+    elif "://" not in path and (found := tokenizer_in(Path(path).expanduser())) is not None:
+        own, theirs = tokenizer.build(), Tokenizer.Config(path=str(found)).build()
+        if own.encode(SAMPLE) != theirs.encode(SAMPLE):
             yield (
                 "tokenizer.path",
-                f"the weights in {path} come with a tokenizer, {found}, and adapters learn with its tokens, not those "
-                f"of the bundled one: add --tokenizer.path {found.parent}",
+                f"the weights in {path} come with a tokenizer, {found}, and adapters learn with its tokens; those of "
+                f"this run are others ({own.description}): use --tokenizer.path {found.parent}",
             )
 
 
