@@ -126,6 +126,7 @@ def test_a_folder_that_holds_no_weights(tmp_path: Path) -> None:
         "[]": "config.json is no JSON object",
         "{}": "states no class: this is no folder of our weights",
         '{"class": "core.train.trainer:Trainer", "model": {}}': "states no class",  # it trains models of many classes
+        '{"class": "a_stranger.trainer:Odd", "model": {}}': "config.json: a_stranger.trainer:Odd is code of the module",
         '{"class": "core.train.trainer:Trainer"}': "has no weights, just the config.json of core.train.trainer:Trainer",
     }.items():
         (tmp_path / "config.json").write_text(text)

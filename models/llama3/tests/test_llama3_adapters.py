@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from core.config.errors import UserError
 from core.data.tokenizer import Tokenizer, bundled_model
 from core.data.tokenizer_json import read_model, tokenizer_json
 from core.generate import command as generate
 from core.quantization.lora import LoRAConverter
-from core.step.converted import base_problems
+from core.step.converted import SAMPLE, base_problems
 from core.testing.adapter_suite import (
     TOKENS,
     adapter_run,
@@ -70,6 +71,30 @@ def test_a_folder_of_peft_is_read_back(tuned: Tuned) -> None:
     torch.testing.assert_close(found, tuned.expected, rtol=0, atol=1e-5)
 
 
+def test_a_folder_of_peft_for_weights_of_ours_is_read(tuned: Tuned, tmp_path: Path) -> None:
+    peft = Path(shutil.copytree(tuned.folder / "peft", tmp_path / "peft"))
+    convert.main({"llama": Llama3}, ["from-hf", str(tuned.folder / "base"), str(tmp_path / "ours")])
+    stated = json.loads((peft / "adapter_config.json").read_text())
+    (peft / "adapter_config.json").write_text(json.dumps(stated | {"base_model_name_or_path": str(tmp_path / "ours")}))
+    convert.main({"llama": Llama3}, ["from-hf", str(peft), str(tmp_path / "merged")])
+    found = logits_of(tuned.config, tmp_path / "merged")
+    torch.testing.assert_close(found, tuned.expected, rtol=0, atol=1e-5)
+
+
+def test_the_tokenizer_goes_along_with_adapters(tuned: Tuned) -> None:
+    """As programs that train adapters have it; nothing else of the base does."""
+    names = {path.name for path in (tuned.folder / "peft").iterdir()}
+    assert names == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    own = Tokenizer(tuned.config.tokenizer)
+    assert AutoTokenizer.from_pretrained(tuned.folder / "peft")(SAMPLE).input_ids == own.encode_prompt(SAMPLE)
+
+
 @pytest.mark.filterwarnings("ignore")  # warnings of other programs are theirs
 def test_peft_computes_the_same(tuned: Tuned) -> None:
     found = logits_in_peft(tuned.folder / "base", tuned.folder / "peft")
@@ -118,6 +143,8 @@ def test_a_run_begins_with_the_adapters_of_a_folder(tuned: Tuned) -> None:
 def test_a_tokenizer_beside_adapters_is_theirs(tuned: Tuned, tmp_path: Path, capsys: Any) -> None:
     """As long as they have none it is that of the base; a run of adapters does not learn with another."""
     base, peft = (Path(shutil.copytree(tuned.folder / name, tmp_path / name)) for name in ("base", "peft"))
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        (peft / name).unlink()
     stated = json.loads((peft / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
     (peft / "adapter_config.json").write_text(json.dumps(stated))
     (base / "tokenizer.model").write_bytes(bundled_model())

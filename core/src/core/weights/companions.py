@@ -62,6 +62,11 @@ def without_tokenizer(files: Files) -> Files:
     return {name: files[name] for name in (GENERATION_CONFIG, *LICENSES) if name in files}
 
 
+def tokenizer_files(files: Files) -> Files:
+    """Those of these companions that belong to a tokenizer."""
+    return {name: files[name] for name in files.keys() - without_tokenizer(files).keys()}
+
+
 def tokenizer_in(folder: str | Path) -> Path | None:
     """The file of the tokenizer in a folder of weights, if there is one: a run has it in its checkpoints, and adapters
     in peft's form one of their own, or that of the model which they are for."""
@@ -112,6 +117,15 @@ def companions_of(place: Path | Found, stated: Mapping[str, Any], say: Say) -> F
     except UserError as error:
         say(f"without a tokenizer: that of the run is not here any more: {error}")
         return {}
+
+
+def companions_for_others(
+    place: Path | Found, run: Mapping[str, Any], stated: Mapping[str, Any], say: Say
+) -> tuple[Files, dict[str, Any]]:
+    """What goes along with the weights of a place with this configuration, for a folder whose Hugging Face
+    `config.json` states that: see `complete_companions`."""
+    files, add_bos = companions_of(place, run, say), run.get("tokenizer", {}).get("add_bos")
+    return complete_companions(files, max_length=stated.get("max_position_embeddings"), add_bos=add_bos, say=say)
 
 
 def complete_companions(

@@ -21,16 +21,16 @@ from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.help import PRINT_COMPLETION, VERSION, show
 from core.config.recipe import load_config
-from core.config.record import from_dict, to_json
+from core.config.record import to_json
 from core.config.validate import validate
 from core.config.version import version_lines
 from core.runtime.meta import meta_model
 from core.weights.adapters import MergedWeights, SavedAdapters
 from core.weights.atomic_folder import atomic_folder, vacant
-from core.weights.companions import companions_of, complete_companions, published_companions, write_companions
+from core.weights.companions import companions_for_others, published_companions, tokenizer_files, write_companions
 from core.weights.export import dtypes, outputs
 from core.weights.files import write_files
-from core.weights.folder import class_of, hf_config, is_published, merged_peft, model_of, read_config, with_base
+from core.weights.folder import hf_config, is_published, merged_peft, own_config, read_config, with_base
 from core.weights.hf import largest_dtype, write_hf_config
 from core.weights.hf_model import HFModel, StoredModel, with_hf
 from core.weights.key_map import hf_key_map, own_key_map
@@ -119,7 +119,7 @@ def main(families: Mapping[str, type[HFModel]], argv: Sequence[str] | None = Non
         if asked.mxfp4 and (asked.way != "to-hf" or asked.peft):
             raise UserError("--mxfp4 is for to-hf, without --peft")
         publish = partial(to_hf, trust=trust, ema=asked.ema, peft=asked.peft, mxfp4=asked.mxfp4)
-        convert: Any = {"from-hf": from_hf, "to-hf": publish}.get(asked.way)
+        convert: Any = {"from-hf": partial(from_hf, trust=trust), "to-hf": publish}.get(asked.way)
         if convert is None:
             config = load_config(asked.config, import_module(f"{package}.configs"), trust=trust)
             convert = partial(from_peer, peer=peer, config=config, with_optimizer=asked.with_optimizer)
@@ -135,17 +135,26 @@ class Answer(argparse.Action):
 
 
 def from_hf(
-    families: Mapping[str, type[HFModel]], src: Path, dst: Path, *, dtype: torch.dtype | None, shard_gib: float
+    families: Mapping[str, type[HFModel]],
+    src: Path,
+    dst: Path,
+    *,
+    dtype: torch.dtype | None,
+    shard_gib: float,
+    trust: Sequence[str],
 ) -> None:
     """Write the weights of a Hugging Face folder as a folder in our format; of one of peft's, its adapters merged into
-    the folder that it names."""
-    place = describing(src)
-    stated = read_config(place)
-    family = families.get(str(stated.get("model_type")))
-    if family is None:
-        found = f"model_type {stated['model_type']}" if "model_type" in stated else "no model_type"
-        raise UserError(f"{place}/config.json states {found}, not {' or '.join(families)}")
-    config = hf_config(family, place, say)
+    the folder that it names, of either kind."""
+    place = newest(describing(src))
+    if is_peft(src) and not is_published(place):
+        config = own_config(families, place, trust)
+    else:
+        stated = read_config(place)
+        family = families.get(str(stated.get("model_type")))
+        if family is None:
+            found = f"model_type {stated['model_type']}" if "model_type" in stated else "no model_type"
+            raise UserError(f"{place}/config.json states {found}, not {' or '.join(families)}")
+        config = hf_config(family, describing(src), say)
     validate(config)
     model = meta_model(config)
     source = merged_peft(model, src) if is_peft(src) else WeightSource(hf_key_map(model), src)
@@ -215,11 +224,7 @@ def to_hf(
         if not isinstance(place, Found):
             raise UserError(f"--ema: {place} is no checkpoint of a run, which alone has means of weights")
         place = place.averaged()
-    known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
-    if (found := class_of(place)) not in known:
-        raise UserError(f"{place} holds the weights of {found}, not of {' or '.join(sorted(known))}")
-    packages = {family.__module__.partition(".")[0] for family in families.values()}
-    config = from_dict(model_of(read_config(place)), trust=[*packages, *trust])
+    config = own_config(families, place, trust)
     validate(config)
     model = meta_model(config)
     weights = with_base(model, place) if peft else None
@@ -233,7 +238,9 @@ def to_hf(
             if "://" in base or not is_published(newest(base)):
                 say(f"peft reads them beside a Hugging Face folder, which {base} is not: write one with to-hf {base},")
                 say("and name it in adapter_config.json, base_model_name_or_path")
-            return write_peft(model, weights, adapters, base, folder)
+            write_peft(model, weights, adapters, base, folder)
+            beside, _ = companions_for_others(place, read_config(place), with_hf(model).to_hf_config(), say)
+            return write_companions(tokenizer_files(beside), folder)
         write_as_hf(model, place, folder, dtype=dtype, shard_gib=shard_gib, mxfp4=mxfp4, say=say)
 
 
@@ -256,11 +263,7 @@ def write_as_hf(
     )
     for name in [name for name in source.pieces if name not in types]:
         say(f"{name} has no place at Hugging Face: left out")
-    run = read_config(src)
-    add_bos = run.get("tokenizer", {}).get("add_bos")
-    companions, ids = complete_companions(
-        companions_of(src, run, say), max_length=stated.get("max_position_embeddings"), add_bos=add_bos, say=say
-    )
+    companions, ids = companions_for_others(src, run := read_config(src), stated, say)
     made = outputs(key_map, types, source.read, source.span)
     if mxfp4:
         made, stated = in_mxfp4(made, key_map), {**stated, "quantization_config": quantization_config()}

@@ -1,7 +1,7 @@
 """Weights in a folder in our format: `config.json`, which names the model's class, and safetensors under our own names
 or the pieces of a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -15,7 +15,7 @@ from core.config.errors import UserError
 from core.config.fields import field_types
 from core.config.json_file import read_json
 from core.config.links import file_in
-from core.config.record import to_dict, to_json
+from core.config.record import from_dict, to_dict, to_json
 from core.weights.adapters import MergedWeights, SavedAdapters, adapter_settings
 from core.weights.hf import load_from, save_by
 from core.weights.hf_model import StoredModel, with_hf
@@ -133,10 +133,14 @@ def hf_config(family: type, folder: str | Path, say: Callable[[str], object] = s
 def class_of(folder: str | Path | Found) -> str:
     """The class of the model whose weights a folder in our format holds, as "module:Class".
 
-    Raises `UserError` for a folder of another kind: that of a run may have a `config.json`, and no weights.
+    Raises `UserError` for a folder of another kind, that of a run may have a `config.json` and no weights, and for a
+    run whose class is not to be had.
     """
     config = read_config(folder)
-    name = model_of(config).get("class") or told_class(config)
+    try:
+        name = model_of(config).get("class") or told_class(config)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
     if not name:
         raise UserError(f"{folder}/config.json states no class: this is no folder of our weights")
     if not isinstance(folder, Found) and not any(Path(folder).glob("*.safetensors*")):
@@ -144,16 +148,30 @@ def class_of(folder: str | Path | Found) -> str:
     return str(name)
 
 
+def own_config(families: Mapping[str, type], place: Path | Found, trust: Sequence[str]) -> Any:
+    """The configuration of the model whose weights a folder in our format, or a checkpoint, holds, which is of one of
+    these families; raises `UserError` for another."""
+    known = {f"{family.__module__}:{family.__qualname__}" for family in families.values()}
+    if (found := class_of(place)) not in known:
+        raise UserError(f"{place} holds the weights of {found}, not of {' or '.join(sorted(known))}")
+    packages = {family.__module__.partition(".")[0] for family in families.values()}
+    return from_dict(model_of(read_config(place)), trust=[*packages, *trust])
+
+
 def told_class(run: dict[str, Any]) -> str:
-    """The class of the model of a run that takes no other, and so does not state it; "" where nothing says which."""
-    decoder, model = ConfigDecoder(), model_of(run)
-    try:
-        trains = decoder.class_of(run, Configurable.Config)
-        kind = field_types(trains).get("model")
-        owner = owner_of(decoder.class_of(model, kind)) if kind is not None and model is not run else None
-    except UserError:
+    """The class of the model of a run that takes no other, and so does not state it; "" where nothing says which.
+
+    Raises `UserError` where the class of the run is none, or nobody trusts its package.
+    """
+    if "class" not in run or (model := model_of(run)) is run:
         return ""
-    return f"{owner.__module__}:{owner.__qualname__}" if owner else ""
+    decoder = ConfigDecoder()
+    kind = field_types(decoder.class_of(run, Configurable.Config)).get("model")
+    try:
+        owner = owner_of(decoder.class_of(model, kind))
+    except UserError:
+        return ""  # it takes models of several classes
+    return f"{owner.__module__}:{owner.__qualname__}"
 
 
 def model_of(stated: dict[str, Any]) -> dict[str, Any]:
