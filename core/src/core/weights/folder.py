@@ -171,7 +171,7 @@ def told_class(run: dict[str, Any]) -> str:
         owner = owner_of(decoder.class_of(model, kind))
     except UserError:
         return ""  # it takes models of several classes
-    return f"{owner.__module__}:{owner.__qualname__}"
+    return f"{owner.__module__}:{owner.__qualname__}" if owner else ""
 
 
 def model_of(stated: dict[str, Any]) -> dict[str, Any]:
