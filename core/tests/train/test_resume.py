@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_run import toy_run, train_until
 
-from core.checkpoint.find import inspect
+from core.checkpoint.find import find_in, inspect
 from core.checkpoint.index import read_tensor
 from core.checkpoint.settings import Checkpoint
 from core.checkpoint.storage import Storage, steps_in
@@ -23,6 +23,7 @@ from core.step.settings import Training
 from core.testing.ranks import run_ranks
 from core.testing.resume_suite import measured
 from core.testing.toy import Toy, ToyMoE, on_cpu
+from core.train.state import stored_tensors
 from core.train.trainer import Trainer
 from core.weights.folder import save_weights
 
@@ -219,7 +220,7 @@ def test_resume_never_and_must(tmp_path):
     assert begun(a_run(tmp_path / "x", resume="must")).checkpoints.start.step == 4
 
 
-def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path):
+def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path, capfd):
     trained(tmp_path)
     whole = weights(tmp_path, 4)
     for left, start in (("train_state", (0, 0, 32)), ("dataloader", (4, 512, 0)), ("optimizer", (4, 512, 32))):
@@ -230,6 +231,19 @@ def test_what_is_excluded_stays_as_a_new_run_has_it(tmp_path):
         assert torch.equal(moment, whole["optimizer.norm.weight.exp_avg"]) == (left != "optimizer")
     trainer = begun(a_run(tmp_path, steps=6, exclude_from_loading=["model"], load_only=True))
     assert not torch.equal(trainer.built.models[0].norm.weight, whole["model.norm.weight"])
+    said = capfd.readouterr()
+    for left in ("train_state", "dataloader", "optimizer", "model"):
+        assert f"checkpoint.exclude_from_loading: {left} of " in said.out + said.err
+
+
+def test_tensors_that_a_checkpoint_lacks_are_told(tmp_path, capfd):
+    found = find_in(str(trained(tmp_path)), Ranks())
+    there = {name: torch.empty(1) for name in found.tensors() if name.startswith("model.")}
+    new = {f"outer.{name}": torch.empty(1) for name in "ab"}
+    assert stored_tensors(there | {"model.new": torch.empty(1)} | new, found) == there
+    said = "".join(capfd.readouterr())
+    assert f"lacks 1 of the {len(there) + 1} tensors model, which begin anew: model.new" in said
+    assert "has no tensors outer: they begin anew" in said and "no tensors model" not in said
 
 
 def test_load_only_saves_nothing(tmp_path):

@@ -141,6 +141,8 @@ class RunCheckpoints:
                 tensors |= optimizer_tensors(optimizer) | stored_tensors(self.further, self.found)
             self.saver.load(self.found, tensors | random)
             set_random(random, self.layout.device)
+            if left:
+                log.info(f"checkpoint.exclude_from_loading: {', '.join(left)} of {self.found}: not loaded, begun anew")
             log.info(f"going on from {self.found} after step {self.start.step:,}")
         elif self.settings.initial_load_path is not None:
             self._begin_with(self.settings.initial_load_path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint.find import Found
-from core.config.errors import UserError
+from core.config.errors import UserError, at_most
 from core.config.record import differences
 from core.nn.decoder import Decoder
 from core.optim.optimizer import Optimizer
@@ -87,8 +87,14 @@ def check_optimizer_state(stored: Iterable[str], keys: Iterable[str], optimizer:
 def stored_tensors(tensors: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:
     """Those of `tensors`, of any shape, that a checkpoint has; the others stay as they are, and a line says so."""
     stored = found.tensors()
-    if lacking := sorted({name.partition(".")[0] for name in tensors.keys() - stored}):
-        log.info(f"{found} has no tensors {', '.join(lacking)}: they begin anew")
+    for kind in dict.fromkeys(name.partition(".")[0] for name in tensors):
+        names = [name for name in tensors if name.partition(".")[0] == kind]
+        lacking = [name for name in names if name not in stored]
+        if len(lacking) == len(names):
+            log.info(f"{found} has no tensors {kind}: they begin anew")
+        elif lacking:
+            few = f"{len(lacking):,} of the {len(names):,} tensors {kind}"
+            log.info(f"{found} lacks {few}, which begin anew: {', '.join(at_most(3, lacking))}")
     return {name: tensor for name, tensor in tensors.items() if name in stored}
 
 
