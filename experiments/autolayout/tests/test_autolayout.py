@@ -221,6 +221,18 @@ def test_the_command_trains_in_the_layout() -> None:
     assert command(config, Layout(), 12, 8).startswith("torchrun --nnodes 3 --nproc-per-node 4 ")
 
 
+def test_the_command_has_what_the_run_differs_in_from_its_recipe() -> None:
+    """Of a run of ours it is not to search again, in which it would choose another layout than this one."""
+    config = load_config(["autolayout_debug"], configs)
+    assert isinstance(config, AutolayoutTrainer.Config)
+    words = ["--training.seq_len", "64", "--model.attention.rope.theta", "5000", "--device_memory_gib", "40"]
+    cli.override(config, cli.split_flags(words))
+    layout, again = Layout(tensor=2, mode="full"), load_config(["autolayout_debug"], configs)
+    words = command(config, layout, 2, 8).replace("\\\n", " ").split()
+    cli.override(again, cli.split_flags(words[words.index("autolayout_debug") + 1 :]))
+    assert again == replace(applied(config, layout, 2), autolayout=False, device_memory_gib=None)
+
+
 def test_where_nothing_fits_the_least_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = iter(range(50, 500))
     monkeypatch.setattr("autolayout.search.Estimator", lambda *_: lambda layout: estimate(1.0, next(sizes)))
@@ -289,7 +301,11 @@ def test_figures_of_ones_own(tmp_path: Path) -> None:
     for data, words in {
         '{"inner_gb": 1}': "no figure inner_gb; did you mean inner_gb_s",
         '{"inner_gb_s": 0}': "inner_gb_s must be a number above 0, got 0",
+        '{"inner_gb_s": Infinity}': "inner_gb_s must be a number above 0, got Infinity",
+        '{"ranks_per_host": 7.5}': "ranks_per_host must be a whole number, got 7.5",
+        '{"overlap": 1.5}': "overlap is a part of messages and must be at most 1, got 1.5",
         '{"like": "tpu"}': "no hardware 'tpu' to be like",
+        '{"like": []}': r"no hardware \[\] to be like",
     }.items():
         file.write_text(data)
         with pytest.raises(UserError, match=words):
@@ -305,9 +321,9 @@ def test_a_dry_run_says_what_was_searched_and_plans_the_layout_that_would_be_cho
 ) -> None:
     asked = []
 
-    def searched(config: Trainer.Config, n: int, ranks: Hardware, flags: list[str]) -> Found:
+    def searched(config: Trainer.Config, n: int, ranks: Hardware) -> Found:
         asked.append((n, ranks.memory_gib, ranks.outer_gb_s))
-        return replace(found, config=config, flags=flags)
+        return replace(found, config=config)
 
     monkeypatch.setattr(trainer, "search", searched)
     mine, file = tmp_path / "mine.json", tmp_path / "layouts.svg"
@@ -319,7 +335,8 @@ def test_a_dry_run_says_what_was_searched_and_plans_the_layout_that_would_be_cho
     said = capsys.readouterr().out
     assert asked == [(1, 40, 7)] and said.index("layouts of autolayout_debug") < said.index("autolayout_debug: rank 0")
     assert f"{found.best[0].peak_bytes / 2**20:12.3f}" in said
-    assert "-m autolayout.train --config autolayout_debug \\\n    --no-autolayout" in said
+    assert "-m autolayout.train --config autolayout_debug \\\n    --no-autolayout \\\n    --model.n_layers 1" in said
+    assert str(mine) not in said
     assert ElementTree.parse(file).getroot().tag.endswith("svg")
     cli.main(configs, [*words, "--no-autolayout"])
     assert len(asked) == 1 and capsys.readouterr().out.startswith("autolayout_debug: rank 0")
@@ -337,9 +354,23 @@ def test_the_command_prints_the_table_and_draws(
         rooms == [40] and "layouts of qwen3_debug on 1 ranks" in said and "-m qwen3.train --config qwen3_debug" in said
     )
     assert ElementTree.parse(file).getroot().tag.endswith("svg")
-    with pytest.raises(SystemExit):
-        main(configs, [*words, "--picture", str(tmp_path / "nowhere" / "layouts.svg")])
-    assert "choose another --picture" in capsys.readouterr().err
+    for wrong, told in (
+        (["--picture", str(tmp_path / "nowhere" / "layouts.svg")], "choose another --picture"),
+        (["--device-memory-gib", "0"], "--device-memory-gib 0 must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(configs, [*words, *wrong])
+        assert told in capsys.readouterr().err and len(rooms) == 1, "it was searched before"
+
+
+def test_one_rank_draws(found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trainer, "search", lambda *_: found)
+    config, file = configs.autolayout_debug(), tmp_path / "layouts.svg"
+    config.picture = str(file)
+    trainer.chosen(config, 1, 1)
+    assert not file.exists()
+    trainer.chosen(config, 1, 0)
+    assert file.exists()
 
 
 @pytest.mark.matrix

@@ -112,17 +112,33 @@ def test_rounds_of_groups_that_were_all_lost_go_on_from_what_one_saved(tmp_path:
     check_rounds(tmp_path, trainers, expected)
 
 
-def test_a_run_that_is_stopped_within_a_round_of_diloco_and_goes_on_is_as_one_that_nobody_stops(tmp_path: Path) -> None:
-    """All bytes of weights, moments and outer momentum; the round that was left is taken again."""
+def test_a_run_that_is_stopped_within_a_round_of_diloco_and_goes_on_is_as_one_that_nobody_stops(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All bytes of weights, moments and outer momentum; the round that was left is taken again. Where the optimizer's
+    state is not loaded the outer momentum is not either, and a line says so."""
     diloco = Replicas.Config(method="diloco")
     whole = in_rounds(tmp_path / "whole", diloco)
     left = in_rounds(tmp_path / "left", diloco, at={5: asks_to_stop})
     last_saved = left.checkpoints.last_saved()
     assert left.replicas.state.step == SYNC and last_saved is not None and last_saved.manifest.progress.step == SYNC
+    without = begun_without_optimizer(tmp_path / "left", diloco)
+    assert not any(tensor.any() for tensor in without.checkpoints.further.values())
+    assert "checkpoint.exclude_from_loading: optimizer, outer of " in caplog.text
     again = in_rounds(tmp_path / "left", diloco)
     expected = whole.replicas.state.tensors()
     assert sum(name.startswith("outer.") and bool(tensor.any()) for name, tensor in expected.items()) > 5
     torch.testing.assert_close(again.replicas.state.tensors(), expected, rtol=0, atol=0)
+
+
+def begun_without_optimizer(folder: Path, replicas: Replicas.Config) -> Watched:
+    """A group that has gone on from what was saved, and takes no step."""
+    config = small_run(folder, steps=STEPS)
+    config.checkpoint.interval = config.validator.freq = SYNC
+    config.checkpoint.exclude_from_loading = ["optimizer"]
+    trainer = built_group(config, replace(replicas, sync_steps=SYNC))
+    trainer.lock.__exit__()
+    return trainer
 
 
 def check_rounds(folder: Path, trainers: list[Watched], expected: dict[str, Tensor]) -> None:

@@ -142,7 +142,9 @@ class RunCheckpoints:
             self.saver.load(self.found, tensors | random)
             set_random(random, self.layout.device)
             if left:
-                log.info(f"checkpoint.exclude_from_loading: {', '.join(left)} of {self.found}: not loaded, begun anew")
+                further = sorted({name.partition(".")[0] for name in self.further}) if "optimizer" in left else []
+                names = ", ".join([*left, *further])
+                log.info(f"checkpoint.exclude_from_loading: {names} of {self.found}: not loaded, begun anew")
             log.info(f"going on from {self.found} after step {self.start.step:,}")
         elif self.settings.initial_load_path is not None:
             self._begin_with(self.settings.initial_load_path)

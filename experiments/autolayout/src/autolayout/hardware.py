@@ -1,6 +1,7 @@
 """What ranks and the wires between them do in a second."""
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -81,7 +82,7 @@ def hardware(name: str, bandwidth: str | None = None) -> Hardware:
             raise UserError(f"no hardware {name}; {', '.join(KNOWN)} are known, or give a .json file")
         data = read_json(name)
         like = data.pop("like", "h100")
-        if like not in KNOWN:
+        if not isinstance(like, str) or like not in KNOWN:
             raise UserError(f"{name}: no hardware {like!r} to be like: use one of {', '.join(KNOWN)}")
         found = changed(KNOWN[like], data, name)
     return found if bandwidth is None else changed(found, read_json(bandwidth), bandwidth)
@@ -95,6 +96,10 @@ def changed(found: Hardware, data: dict[str, Any], file: str) -> Hardware:
             raise UserError(f"{file}: no figure {key}; {did_you_mean(key, known, n=3) or ', '.join(known)}")
         least = "at least" if key in MAY_BE_0 else "above"
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (value > 0 or (value == 0 and key in MAY_BE_0)):
+        if not number or not (0 < value < math.inf or (value == 0 and key in MAY_BE_0)):
             raise UserError(f"{file}: {key} must be a number {least} 0, got {json.dumps(value)}")
+        if key == "ranks_per_host" and not isinstance(value, int):
+            raise UserError(f"{file}: ranks_per_host must be a whole number, got {value}")
+        if key == "overlap" and value > 1:
+            raise UserError(f"{file}: overlap is a part of messages and must be at most 1, got {value}")
     return replace(found, **data)

@@ -45,6 +45,13 @@ def picture(estimates: Sequence[Estimate], best: Sequence[Estimate], room_gib: f
     return "\n".join([*lines, "</svg>", ""])
 
 
+def check_picture(file: str) -> None:
+    """Raise `UserError` where there is no folder for a picture, before a search of minutes."""
+    folder = Path(file).expanduser().parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {file}: there is no folder {folder}; choose another --picture")
+
+
 def draw(file: str, estimates: Sequence[Estimate], best: Sequence[Estimate], room_gib: float) -> None:
     """Write the picture. Raises `UserError` where the file cannot be written."""
     try:

@@ -14,7 +14,7 @@ from types import ModuleType
 from autolayout.estimate import Estimate, Estimator
 from autolayout.hardware import Hardware, hardware
 from autolayout.layout import Layout, applied, candidates, possible
-from autolayout.picture import draw
+from autolayout.picture import check_picture, draw
 from core.config import cli
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
@@ -35,6 +35,8 @@ OPTIONS = {
 }
 PLANNED = 5
 """So many of the best are planned in full."""
+OF_SEARCH = ("autolayout", "hardware", "bandwidth", "device_memory_gib", "picture")
+"""Settings of `AutolayoutTrainer` that a run which searches no more has no use for."""
 ROOM = 1.12
 """How far above the room an estimate may lie to be planned all the same: estimates of memory are so far off."""
 
@@ -51,8 +53,6 @@ class Found:
     estimates: list[Estimate]
     refused: dict[str, list[Layout]] = field(default_factory=dict)
     """Layouts by the reason against them."""
-    flags: Sequence[str] = ()
-    """What the command has beside the layout."""
 
     def __str__(self) -> str:
         shown = best_of_degrees(self.best)
@@ -67,7 +67,7 @@ class Found:
         lines += ["", "not possible:"] * bool(self.refused)
         lines += [f"  {n:5,}  {words}" for words, n in self.reasons().items()]
         ranks = self.hardware.ranks_per_host
-        trains = command(self.config, self.best[0].layout, self.world_size, ranks, self.flags)
+        trains = command(self.config, self.best[0].layout, self.world_size, ranks)
         return "\n".join([*lines, "", trains])
 
     def reasons(self) -> dict[str, int]:
@@ -86,16 +86,9 @@ class Found:
 
 
 def search(
-    config: Trainer.Config,
-    world_size: int,
-    found: Hardware,
-    say: Callable[[str], object] = lambda line: None,
-    flags: Sequence[str] = (),
+    config: Trainer.Config, world_size: int, found: Hardware, say: Callable[[str], object] = lambda line: None
 ) -> Found:
-    """The layouts of a run that fit, best first; `flags` are what its command needs beside them.
-
-    Raises `UserError` where none does, with the nearest.
-    """
+    """The layouts of a run that fit, best first. Raises `UserError` where none does, with the nearest."""
     layouts, refused = possible(config, world_size, candidates(config, world_size, found.ranks_per_host))
     if not layouts:
         raise UserError("\n".join([f"no layout of {world_size} ranks is possible:", *refused]))
@@ -134,7 +127,6 @@ def search(
         best=best,
         estimates=estimates,
         refused=refused,
-        flags=flags,
     )
 
 
@@ -156,19 +148,29 @@ def best_of_degrees(found: Sequence[Estimate]) -> list[Estimate]:
     return list(first.values())
 
 
-def command(
-    config: Trainer.Config, layout: Layout, world_size: int, ranks_per_host: int, flags: Sequence[str] = ()
-) -> str:
-    """The command line that trains in this layout, with equally many ranks on each host."""
-    changes = diff(applied(config, layout, world_size), config)
-    settings = [f"--{path} {shlex.quote(str(value))}" for path, _, value in changes]
+def command(config: Trainer.Config, layout: Layout, world_size: int, ranks_per_host: int) -> str:
+    """The command line that trains in this layout, with equally many ranks on each host: the run's recipe with all
+    that differs from it."""
     trainer, model = (type(each).__module__.partition(".")[0] for each in (config, config.model))
     package = model if trainer == "core" else trainer
+    changes = diff(applied(config, layout, world_size), recipe_of(config, package))
+    settings = [f"--{path} {shlex.quote(str(value))}" for path, _, value in changes if path not in OF_SEARCH]
+    searches_no_more = ["--no-autolayout"] if hasattr(config, "autolayout") else []
     ranks = math.gcd(world_size, ranks_per_host)
     hosts = world_size // ranks
     nodes = f" --nnodes {hosts}" if hosts > 1 else ""
     head = f"torchrun{nodes} --nproc-per-node {ranks} -m {package}.train --config {config.recipe}"
-    return " \\\n    ".join([head, *flags, *settings])
+    return " \\\n    ".join([head, *searches_no_more, *settings])
+
+
+def recipe_of(config: Trainer.Config, package: str) -> Trainer.Config:
+    """The recipe of a package that a run came from as it was made; the run itself where there is none of its name."""
+    configs = recipe_module(f"{package}.configs")
+    if config.recipe not in recipes(configs):
+        return config
+    found = load_config([config.recipe], configs)
+    assert isinstance(found, Trainer.Config)
+    return found
 
 
 def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
@@ -189,9 +191,13 @@ def main(configs: str | ModuleType, argv: Sequence[str] | None = None) -> None:
         world_size = cli.number("--world-size", *own.get("world_size", ["1"]))
         if world_size < 1:
             raise UserError("--world-size 0 must be at least 1")
+        if "picture" in own:
+            check_picture(own["picture"][0])
         ranks = hardware(*own.get("hardware", ["h100"]), *own.get("bandwidth", []))
         if "device_memory_gib" in own:
             ranks = replace(ranks, memory_gib=float(cli.number("--device-memory-gib", *own["device_memory_gib"])))
+            if not ranks.memory_gib:
+                raise UserError("--device-memory-gib 0 must be at least 1")
         found = search(deepcopy(config), world_size, ranks, show)
         show(str(found))
         if "picture" in own:

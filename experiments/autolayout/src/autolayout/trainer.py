@@ -7,7 +7,7 @@ from typing import Any
 
 from autolayout.hardware import hardware
 from autolayout.layout import applied
-from autolayout.picture import draw
+from autolayout.picture import check_picture, draw
 from autolayout.search import Found, search
 from core.config.derive import derive
 from core.config.help import show
@@ -44,7 +44,7 @@ class AutolayoutTrainer(Trainer):
 
     def __init__(self, config: Config) -> None:
         world = find_world() or World()
-        settled, found = chosen(config, world.size)
+        settled, found = chosen(config, world.size, world.rank)
         if found is not None and world.rank == 0:
             show(str(found))
         super().__init__(settled)
@@ -53,7 +53,7 @@ class AutolayoutTrainer(Trainer):
     def plan(config: Trainer.Config, *, world_size: int | None, rank: int) -> Any:
         """What was searched, and the plan of the layout that would be chosen: a `core.plan.plan.Plan`."""
         world_size = world_size or config.parallelism.degrees(1).world
-        settled, found = chosen(config, world_size)
+        settled, found = chosen(config, world_size, 0)
         planned = Trainer.plan(settled, world_size=world_size, rank=rank)
         return planned if found is None else SearchedPlan(**vars(planned), search=str(found))
 
@@ -69,8 +69,9 @@ class SearchedPlan(Plan):
         return f"{self.search}\n\n{super().__str__()}"
 
 
-def chosen(config: Trainer.Config, world_size: int) -> tuple[AutolayoutTrainer.Config, Found | None]:
-    """The configuration in the layout that was found for so many ranks, which searches no more, and the search."""
+def chosen(config: Trainer.Config, world_size: int, rank: int) -> tuple[AutolayoutTrainer.Config, Found | None]:
+    """The configuration in the layout that was found for so many ranks, which searches no more, and the search; the
+    first rank draws the picture."""
     assert isinstance(config, AutolayoutTrainer.Config)
     if not config.autolayout:
         return config, None
@@ -78,8 +79,11 @@ def chosen(config: Trainer.Config, world_size: int) -> tuple[AutolayoutTrainer.C
     ranks = hardware(config.hardware, config.bandwidth)
     if config.device_memory_gib is not None:
         ranks = replace(ranks, memory_gib=config.device_memory_gib)
-    found = search(config, world_size, ranks, flags=["--no-autolayout"])
-    if config.picture is not None:
+    draws = rank == 0 and config.picture is not None
+    if draws:
+        check_picture(config.picture)
+    found = search(config, world_size, ranks)
+    if draws:
         draw(config.picture, found.estimates, found.best, ranks.memory_gib)
     settled = applied(config, found.best[0].layout, world_size)
     return derive(deepcopy(settled), AutolayoutTrainer.Config, autolayout=False), found
