@@ -79,11 +79,11 @@ def chosen(config: Trainer.Config, world_size: int, rank: int) -> tuple[Autolayo
     ranks = hardware(config.hardware, config.bandwidth)
     if config.device_memory_gib is not None:
         ranks = replace(ranks, memory_gib=config.device_memory_gib)
-    draws = rank == 0 and config.picture is not None
-    if draws:
-        check_picture(config.picture)
+    file = config.picture if rank == 0 else None
+    if file is not None:
+        check_picture(file)
     found = search(config, world_size, ranks)
-    if draws:
-        draw(config.picture, found.estimates, found.best, ranks.memory_gib)
+    if file is not None:
+        draw(file, found.estimates, found.best, ranks.memory_gib)
     settled = applied(config, found.best[0].layout, world_size)
     return derive(deepcopy(settled), AutolayoutTrainer.Config, autolayout=False), found
