@@ -225,7 +225,7 @@ def test_the_command_has_what_the_run_differs_in_from_its_recipe() -> None:
     """Of a run of ours it is not to search again, in which it would choose another layout than this one."""
     config = load_config(["autolayout_debug"], configs)
     assert isinstance(config, AutolayoutTrainer.Config)
-    words = ["--training.seq_len", "64", "--model.attention.rope.theta", "5000", "--device_memory_gib", "40"]
+    words = ["--training.seq_len", "64", "--model.rope.theta", "5000", "--device_memory_gib", "40"]
     cli.override(config, cli.split_flags(words))
     layout, again = Layout(tensor=2, mode="full"), load_config(["autolayout_debug"], configs)
     words = command(config, layout, 2, 8).replace("\\\n", " ").split()
