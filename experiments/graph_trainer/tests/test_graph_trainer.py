@@ -1,7 +1,9 @@
 """A step's graph: equal to eager bit for bit, with core's save set; on ranks equal to FSDP2; its passes and its run."""
 
 import json
+import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -25,7 +27,7 @@ from core.checkpoint.settings import Checkpoint
 from core.config import cli
 from core.config.errors import UserError
 from core.config.recipe import recipes
-from core.config.record import diff
+from core.config.record import diff, from_json, to_json
 from core.config.validate import validate
 from core.data.packing import Batch
 from core.nn.balance import start_step
@@ -35,6 +37,7 @@ from core.parallel.settings import Parallelism
 from core.step.loss import CrossEntropy
 from core.step.objective import Objective
 from core.step.source_losses import Tally
+from core.step.update import StepInfo
 from core.testing.parity import Case, StepResult, batches_of, largest_differences, result_of, step_result
 from core.testing.ranks import run_ranks
 from core.testing.toy import Toy, ToyMoE
@@ -300,12 +303,11 @@ def test_backward_belongs_to_the_block_whose_gradient_it_computes() -> None:
 LAYOUTS = {"fsdp": Parallelism(), "tensor": Parallelism(tensor_parallel_degree=2)}
 
 
-def cases_of(layout: str, world_size: int) -> list[Case]:
-    """Models in every mode, one of them with tied weights and one sparse."""
+def cases_of(layout: str, world_size: int, mode: Any) -> list[Case]:
+    """Models in a mode, one of them sparse and one with tied weights."""
     models = (Toy.Config(), ToyMoE.Config(), Toy.Config(tie_embeddings=True))
-    settings: dict[str, Any] = {"world_size": world_size, "n_rows": 8, "length": 16}
-    chosen = zip(models, MODES, strict=True)
-    return [Case(model, LAYOUTS[layout], checkpoint=mode, **settings) for model, mode in chosen]
+    settings: dict[str, Any] = {"world_size": world_size, "n_rows": 8, "length": 16, "checkpoint": mode}
+    return [Case(model, LAYOUTS[layout], **settings) for model in models]
 
 
 def simple_and_fsdp2(cases: list[Case]) -> list[tuple[StepResult, StepResult, dict[str, tuple[GraphSize, GraphSize]]]]:
@@ -330,7 +332,7 @@ def check_ranks(cases: list[Case], world_size: int) -> list[dict[str, tuple[Grap
 
 @pytest.mark.layout
 def test_simple_fsdp_equals_fsdp2_on_two_ranks() -> None:
-    for sizes in check_ranks(cases_of("fsdp", 2)[1:], 2):
+    for sizes in check_ranks([cases_of("fsdp", 2, "selective")[1], cases_of("fsdp", 2, "full")[2]], 2):
         before, after = sizes["merge_collectives"]
         assert before.sent == after.sent
         assert (after.calls["all-gather"], after.calls["reduce-scatter"]) <= (6, 6) < (25, 25)
@@ -340,8 +342,19 @@ def test_simple_fsdp_equals_fsdp2_on_two_ranks() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_simple_fsdp_equals_fsdp2(layout: str, world_size: int) -> None:
-    check_ranks(cases_of(layout, world_size), world_size)
+@pytest.mark.parametrize("mode", MODES)
+def test_simple_fsdp_equals_fsdp2(mode: str, layout: str, world_size: int) -> None:
+    check_ranks(cases_of(layout, world_size, mode), world_size)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gpt_oss", "deepseek_v3"])
+def test_simple_fsdp_of_a_family_equals_fsdp2(family: str, layout: str) -> None:
+    """Two microbatches of two rows by each rank that reads its own."""
+    mode = "selective" if layout == "fsdp" else "full"
+    case = Case(small(family), LAYOUTS[layout], world_size=2, length=16, local_batch_size=2, checkpoint=mode)
+    check_ranks([case], 2)
 
 
 def gathers_ahead(graph: Graph) -> list[bool]:
@@ -496,6 +509,47 @@ def test_the_step_that_is_traced_is_measured_layer_by_layer(tmp_path: Path) -> N
     assert hidden and found.keys() == eager.keys() - hidden
     for name in found:
         assert found[name] == pytest.approx(eager[name], rel=1e-5), name
+
+
+def train_until(run: str, leaves_at: int) -> None:
+    """Train the run of this JSON, asked to stop in step `leaves_at`; 0 asks for nothing."""
+    trainer = from_json(run).build()
+    step = trainer.step
+
+    def leaving(number: int) -> StepInfo:
+        if number == leaves_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number)
+
+    trainer.step = leaving
+    trainer.run()
+
+
+def measured_steps(folder: Path) -> list[dict[str, float]]:
+    """The losses, norms and validation losses of a run."""
+    names = ("step", "loss", "grad_norm", "validation_loss")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: line[name] for name in names if line.get(name) is not None} for line in lines if "loss" in line]
+
+
+@pytest.mark.layout
+def test_a_run_goes_on_as_graphs_and_back(tmp_path: Path) -> None:
+    """Checkpoints of FSDP2 and of simple FSDP are alike: a run of two ranks that is a graph's every second time."""
+
+    def run_of(name: str, recipe: Trainer.Config) -> str:
+        run = tiny_run(tmp_path, recipe)
+        run.training.steps, run.training.global_batch_size = 6, 8
+        run.validator.enable, run.validator.freq = True, 3
+        run.checkpoint = Checkpoint(enable=True, interval=2, allow_config_change=True)
+        run.dump_folder = str(tmp_path / name)
+        return to_json(run)
+
+    run_ranks(train_until, 2, run_of("whole", qwen3_debug()), 0)
+    for recipe, leaves_at in ((qwen3_debug, 2), (configs.graph_trainer_debug, 4), (qwen3_debug, 0)):
+        run_ranks(train_until, 2, run_of("moving", recipe()), leaves_at)
+    expected, found = measured_steps(tmp_path / "whole"), measured_steps(tmp_path / "moving")
+    assert [line["step"] for line in expected] == [1, 2, 3, 4, 5, 6] and sum(map(len, expected)) == 3 * 6 + 2
+    assert found == [pytest.approx(line, rel=1e-5) for line in expected]
 
 
 def test_passes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
