@@ -38,25 +38,29 @@ def rows_by_loops(n_experts: int, choices: list[list[int]]) -> list[tuple[int, i
     ]
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @every_choice
-def test_rows_are_sorted_by_expert(n_experts: int, choices: list[list[int]]) -> None:
+def test_rows_are_sorted_by_expert(n_experts: int, choices: list[list[int]], inference: bool) -> None:
     x_TD, ids_TK, weight_TK = tensors(choices)
-    rows, expected = Local().dispatch(x_TD, ids_TK, weight_TK, n_experts), rows_by_loops(n_experts, choices)
+    with torch.inference_mode(inference):
+        rows, expected = Local().dispatch(x_TD, ids_TK, weight_TK, n_experts), rows_by_loops(n_experts, choices)
     assert rows.x_RD.shape == (ids_TK.numel(), D) and rows.counts_G.dtype == torch.int64
     assert rows.counts_G.tolist() == [sum(chosen.count(e) for chosen in choices) for e in range(n_experts)]
     for x_D, weight, (token, k) in zip(rows.x_RD, rows.weight_R, expected, strict=True):
         assert torch.equal(x_D, x_TD[token]) and weight == weight_TK[token, k]
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @every_choice
-def test_combine_sums_the_rows_of_each_token(n_experts: int, choices: list[list[int]]) -> None:
+def test_combine_sums_the_rows_of_each_token(n_experts: int, choices: list[list[int]], inference: bool) -> None:
     x_TD, ids_TK, weight_TK = tensors(choices)
     local = Local()
-    back = local.dispatch(x_TD, ids_TK, weight_TK, n_experts).back
     y_RD, expected_TD = numbers(ids_TK.numel(), D, seed=2), torch.zeros_like(x_TD)
     for y_D, (token, _) in zip(y_RD, rows_by_loops(n_experts, choices), strict=True):
         expected_TD[token] += y_D
-    torch.testing.assert_close(local.combine(y_RD, back), expected_TD, rtol=0, atol=1e-14)
+    with torch.inference_mode(inference):
+        y_TD = local.combine(y_RD, local.dispatch(x_TD, ids_TK, weight_TK, n_experts).back).clone()
+    torch.testing.assert_close(y_TD, expected_TD, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -166,6 +166,21 @@ def test_grouped_linear_is_a_linear_for_each_group(counts: list[int], dtype: tor
     tolerance = {"rtol": 2**-7, "atol": 2e-2} if dtype == torch.bfloat16 else tolerance
     for value, exact in zip(found, (y_RO, grad_RI, grad_GOI, grad_GO), strict=True):
         torch.testing.assert_close(value.double(), exact, **tolerance)
+    for by_columns in (False, True):
+        if by_columns:
+            layer.weight.data = layer.weight.data.mT.contiguous().mT
+        with torch.inference_mode():
+            inferred = layer(x_RI.detach(), counts_G).clone()
+        assert inferred.dtype == dtype
+        torch.testing.assert_close(inferred.double(), y_RO, **tolerance)
+
+
+def test_without_a_gradient_only_groups_with_rows_are_looked_at() -> None:
+    layer, x_RI, counts_G, _ = linear([0, 1, 0, 0, 1, 0, 0, 0, 0], torch.float32)
+    with torch.inference_mode(), Dispatched() as dispatched:
+        layer(x_RI.detach(), counts_G)
+    names = [str(op).removeprefix("aten.").partition(".")[0] for op, _ in dispatched.calls]
+    assert names.count("addmv_") == names.count("select") == 2 and "armature.grouped_mm" not in str(dispatched.calls)
 
 
 def test_grouped_linear_says_how_it_starts_and_its_parent_names_the_axes() -> None:
@@ -225,6 +240,12 @@ def test_fake_tensors_have_shapes_and_gradients(dtype: torch.dtype) -> None:
     for tensor in (x_RI, layer.weight, layer.bias):
         assert (tensor.grad.shape, tensor.grad.stride()) == (tensor.shape, tensor.stride())
         assert tensor.grad.dtype == torch.float32
+
+
+def test_fake_tensors_have_shapes_without_a_gradient() -> None:
+    with FakeTensorMode(), torch.inference_mode():
+        y_RO = GroupedLinear(3, I, O, std=0.1, bias=True)(torch.empty(4, I), torch.empty(3, dtype=torch.int64))
+    assert y_RO.shape == (4, O)
 
 
 def test_meta_device_has_shapes() -> None:

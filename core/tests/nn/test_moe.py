@@ -108,7 +108,7 @@ def by_loops(moe: MoE, w: dict[str, Tensor], x_BLD: Tensor) -> Tensor:
 
 
 def assert_equal_to_loops(moe: MoE, x_BLD: Tensor) -> None:
-    """Result, and gradients of the input and of every weight."""
+    """Result, also without gradients, and gradients of the input and of every weight."""
     grad_BLD = numbers(*x_BLD.shape, seed=7)
     doubles = {name: weight.detach().double().requires_grad_() for name, weight in moe.named_parameters()}
     x_leaf, x_float = x_BLD.clone().requires_grad_(), x_BLD.float().requires_grad_()
@@ -117,6 +117,9 @@ def assert_equal_to_loops(moe: MoE, x_BLD: Tensor) -> None:
     out = moe(x_float)
     (out * grad_BLD.float()).sum().backward()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        inferred = moe.eval()(x_float.detach()).clone()
+    torch.testing.assert_close(inferred.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     pairs = {name: (weight.grad, doubles[name].grad) for name, weight in moe.named_parameters()}
     for name, (found, theirs) in {**pairs, "x": (x_float.grad, x_leaf.grad)}.items():
         assert theirs is not None and found is not None, name

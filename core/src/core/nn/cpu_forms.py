@@ -35,17 +35,36 @@ BEYOND = 7.0000005
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x (..., I), without a gradient: of one row by one call, of a few by oneDNN, except with a weight
-    that lies by columns."""
-    n_rows = x.numel() // x.shape[-1]
-    if x.dtype == weight.dtype == torch.float32 and n_rows == 1:
-        x_I = x.reshape(-1)
-        y_O = torch.mv(weight, x_I) if bias is None else torch.addmv(bias, weight, x_I)
-        return y_O.view(*x.shape[:-1], -1)
-    few = x.dtype == weight.dtype == torch.float32 and n_rows in FEW_ROWS and weight.is_contiguous()
-    if few and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """`F.linear` of x (..., I), without a gradient: with a weight by rows that of one row is a product with a vector,
+    that of a few is oneDNN's."""
+    if weight.is_contiguous() and x.dtype == weight.dtype == torch.float32:
+        n_rows = x.numel() // x.shape[-1]
+        if n_rows == 1:
+            x_I = x.reshape(-1)
+            y_O = torch.mv(weight, x_I) if bias is None else torch.addmv(bias, weight, x_I)
+            return y_O.view(*x.shape[:-1], -1)
+        if n_rows in FEW_ROWS and torch.backends.mkldnn.is_available():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def grouped_linear(x_RI: Tensor, weight_GOI: Tensor, bias_GO: Tensor | None, counts_G: Tensor) -> Tensor:
+    """`GroupedLinear` of rows (R, I) sorted by group, (R, O), without a gradient: only groups that have rows are looked
+    at; where each has one, as the experts of one token do, products are those with a vector."""
+    sizes, n_rows = counts_G.tolist(), x_RI.shape[0]
+    groups, used = [group for group, size in enumerate(sizes) if size], [size for size in sizes if size]
+    if bias_GO is None:
+        y_RO = x_RI.new_zeros(n_rows, weight_GOI.shape[1])
+    else:
+        y_RO = bias_GO.repeat_interleave(counts_G, dim=0, output_size=n_rows)
+    if used == [1] * n_rows and x_RI.dtype == torch.float32:
+        for group, x_I, y_O in zip(groups, x_RI.unbind(), y_RO.unbind(), strict=True):
+            y_O.addmv_(weight_GOI[group], x_I)
+    else:
+        weight_GIO = weight_GOI.mT
+        for group, x, y in zip(groups, x_RI.split(used), y_RO.split(used), strict=True):
+            y.addmm_(x, weight_GIO[group])
+    return y_RO
 
 
 @cache

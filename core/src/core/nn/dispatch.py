@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from core.activation_checkpoint.region import kept
-from core.nn.module import cpu_forms
+from core.nn.module import cpu_forms, inference_forms
 
 
 class Rows(NamedTuple):
@@ -46,6 +46,8 @@ class Local:
     """All experts live here: tokens are sorted, and sorted back."""
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> Rows:
+        if len(x_TD) == 1 and inference_forms(x_TD):
+            return _of_one_token(x_TD, ids_TK, weight_TK, n_experts)
         with kept():
             order_R = ids_TK.flatten().argsort(stable=True)
             in_order_R = torch.arange(order_R.numel(), device=order_R.device)
@@ -53,11 +55,22 @@ class Local:
             token_R = order_R // ids_TK.shape[1]
             counts_G = count(ids_TK, n_experts)
         back = token_R, place_TK
-        return Rows(_Spread.apply(x_TD, *back), weight_TK.flatten().index_select(0, order_R), counts_G, back)
+        x_RD = x_TD.index_select(0, token_R) if torch.is_inference_mode_enabled() else _Spread.apply(x_TD, *back)
+        return Rows(x_RD, weight_TK.flatten().index_select(0, order_R), counts_G, back)
 
     def combine(self, y_RD: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
         """As `Dispatcher.combine`; `back` is the token of each row (R,) and the rows of each token (T, K)."""
+        if torch.is_inference_mode_enabled():
+            return _sum_of_choices(y_RD, back[1])
         return _Gather.apply(y_RD, *back)
+
+
+def _of_one_token(x_1D: Tensor, ids_1K: Tensor, weight_1K: Tensor, n_experts: int) -> Rows:
+    """As `Local.dispatch`: the token is the row of each of its experts."""
+    order_1K = ids_1K.argsort()
+    counts_G = count(ids_1K, n_experts)
+    x_KD, weight_K = x_1D.expand(ids_1K.shape[1], -1), weight_1K.gather(1, order_1K)[0]
+    return Rows(x_KD, weight_K, counts_G, (order_1K, order_1K))
 
 
 def count(ids: Tensor, n: int) -> Tensor:
@@ -97,6 +110,8 @@ class _Gather(torch.autograd.Function):
 
 
 def _sum_of_choices(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
+    if len(place_TK) == 1 and inference_forms(rows_RD):
+        return rows_RD.sum(0, keepdim=True)
     if cpu_forms(rows_RD) and rows_RD.itemsize >= 4:  # one pass, which in 16 bits rounds half away from 0
         return F.embedding_bag(place_TK, rows_RD, mode="sum")
     return rows_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from core.activation_checkpoint.save_output import save_output
-from core.nn.module import Module
+from core.nn.module import Module, inference_forms
 from core.nn.start import Constant, Normal
 
 LIBRARY = torch.library.Library("armature", "FRAGMENT")  # custom_op would import torch._dynamo at its first call
@@ -46,6 +46,9 @@ class GroupedLinear(Module):
         self.n_numbers = n_groups * n_out * n_in
 
     def forward(self, x_RI: Tensor, counts_G: Tensor) -> Tensor:
+        forms = inference_forms(x_RI)
+        if forms and type(counts_G) is Tensor:  # no fake one, which has no numbers
+            return forms.grouped_linear(x_RI, self.weight, self.bias, counts_G)
         return self._with_bias(grouped_mm(x_RI, self.weight, counts_G), counts_G)
 
     def _with_bias(self, y_RO: Tensor, counts_G: Tensor) -> Tensor:

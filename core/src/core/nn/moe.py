@@ -24,7 +24,7 @@ from core.config.configurable import Configurable
 from core.nn.dispatch import Dispatcher, Local, count
 from core.nn.feed_forward import FeedForward, swiglu
 from core.nn.grouped import GroupedLinear, to_autocast
-from core.nn.module import Flops, Module, cpu_forms, size_problems
+from core.nn.module import Flops, Module, cpu_forms, inference_forms, size_problems
 from core.nn.start import Constant, Normal, Scale
 
 
@@ -38,8 +38,11 @@ class Gate(Module):
         self.start = {"weight": Normal(std), "bias": Constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
+        sides = x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+        if inference_forms(x):  # autocast is off already
+            return F.linear(*sides)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return F.linear(*sides)
 
     def flops_per_token(self, seq_len: int) -> Flops:
         return Flops(matmul=2 * self.weight.numel())
@@ -140,8 +143,9 @@ class Router(Module, Configurable):
         logit_BLE = self.gate(x_BLD)
         score_BLE = logit_BLE.sigmoid() if c.score == "sigmoid" else logit_BLE.softmax(-1)
         ids_BLK = self.choose(score_BLE.detach())
-        with kept():  # the choice alone: what it was sorted from is many times larger
-            ids_BLK = ids_BLK.clone()
+        if inference_forms(score_BLE) is None:
+            with kept():  # the choice alone: what it was sorted from is many times larger
+                ids_BLK = ids_BLK.clone()
         if self.training:
             if c.balance_loss_coeff > 0:
                 score_BLE = self._with_balance_loss(score_BLE, ids_BLK, padding_BL)
