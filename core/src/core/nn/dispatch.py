@@ -69,7 +69,7 @@ def _of_one_token(x_1D: Tensor, ids_1K: Tensor, weight_1K: Tensor, n_experts: in
     """As `Local.dispatch`: the token is the row of each of its experts."""
     order_1K = ids_1K.argsort()
     counts_G = count(ids_1K, n_experts)
-    x_KD, weight_K = x_1D.expand(ids_1K.shape[1], -1), weight_1K.gather(1, order_1K)[0]
+    x_KD, weight_K = x_1D.expand(ids_1K.shape[1], -1).contiguous(), weight_1K.gather(1, order_1K)[0]
     return Rows(x_KD, weight_K, counts_G, (order_1K, order_1K))
 
 

@@ -143,7 +143,9 @@ class Router(Module, Configurable):
         logit_BLE = self.gate(x_BLD)
         score_BLE = logit_BLE.sigmoid() if c.score == "sigmoid" else logit_BLE.softmax(-1)
         ids_BLK = self.choose(score_BLE.detach())
-        if inference_forms(score_BLE) is None:
+        if inference_forms(score_BLE):
+            ids_BLK = ids_BLK.contiguous()
+        else:
             with kept():  # the choice alone: what it was sorted from is many times larger
                 ids_BLK = ids_BLK.clone()
         if self.training:
