@@ -55,12 +55,12 @@ class Local:
             token_R = order_R // ids_TK.shape[1]
             counts_G = count(ids_TK, n_experts)
         back = token_R, place_TK
-        x_RD = x_TD.index_select(0, token_R) if torch.is_inference_mode_enabled() else _Spread.apply(x_TD, *back)
+        x_RD = x_TD.index_select(0, token_R) if inference_forms(x_TD) else _Spread.apply(x_TD, *back)
         return Rows(x_RD, weight_TK.flatten().index_select(0, order_R), counts_G, back)
 
     def combine(self, y_RD: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
         """As `Dispatcher.combine`; `back` is the token of each row (R,) and the rows of each token (T, K)."""
-        if torch.is_inference_mode_enabled():
+        if inference_forms(y_RD):
             return _sum_of_choices(y_RD, back[1])
         return _Gather.apply(y_RD, *back)
 
