@@ -67,6 +67,17 @@ def grouped_linear(x_RI: Tensor, weight_GOI: Tensor, bias_GO: Tensor | None, cou
     return y_RO
 
 
+def rows_of_one_token(
+    x_1D: Tensor, ids_1K: Tensor, weight_1K: Tensor, n_experts: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What `core.nn.dispatch.Local` makes of one token x (1, D) with its choices and their weights (1, K), without a
+    gradient: rows (K, D), weights (K), counts (n_experts), and the way back."""
+    order_1K = ids_1K.argsort()
+    counts_G = torch.bincount(ids_1K[0], minlength=n_experts)
+    x_KD = x_1D.expand(ids_1K.shape[1], -1).contiguous()
+    return x_KD, weight_1K.gather(1, order_1K)[0], counts_G, (order_1K, order_1K)
+
+
 @cache
 def epsilon(value: float, dtype: torch.dtype) -> Tensor:
     """The number as a tensor ()."""

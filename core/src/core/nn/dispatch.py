@@ -35,42 +35,29 @@ class Dispatcher(Protocol):
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> Rows:
         """One row per token and choice, sorted by expert."""
-        ...
 
     def combine(self, y_RD: Tensor, back: Any) -> Tensor:
         """For each token the sum (T, D) of its rows, in the type of `y_RD`."""
-        ...
 
 
 class Local:
     """All experts live here: tokens are sorted, and sorted back."""
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, n_experts: int) -> Rows:
-        if len(x_TD) == 1 and inference_forms(x_TD):
-            return _of_one_token(x_TD, ids_TK, weight_TK, n_experts)
+        if len(x_TD) == 1 and (forms := inference_forms(x_TD)):
+            return Rows(*forms.rows_of_one_token(x_TD, ids_TK, weight_TK, n_experts))
         with kept():
             order_R = ids_TK.flatten().argsort(stable=True)
-            in_order_R = torch.arange(order_R.numel(), device=order_R.device)
-            place_TK = torch.empty_like(order_R).scatter(0, order_R, in_order_R).view_as(ids_TK)
+            place_R = torch.empty_like(order_R).scatter(0, order_R, torch.arange(len(order_R), device=order_R.device))
             token_R = order_R // ids_TK.shape[1]
             counts_G = count(ids_TK, n_experts)
-        back = token_R, place_TK
+        back = token_R, place_R.view_as(ids_TK)
         x_RD = x_TD.index_select(0, token_R) if inference_forms(x_TD) else _Spread.apply(x_TD, *back)
         return Rows(x_RD, weight_TK.flatten().index_select(0, order_R), counts_G, back)
 
     def combine(self, y_RD: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
         """As `Dispatcher.combine`; `back` is the token of each row (R,) and the rows of each token (T, K)."""
-        if inference_forms(y_RD):
-            return _sum_of_choices(y_RD, back[1])
-        return _Gather.apply(y_RD, *back)
-
-
-def _of_one_token(x_1D: Tensor, ids_1K: Tensor, weight_1K: Tensor, n_experts: int) -> Rows:
-    """As `Local.dispatch`: the token is the row of each of its experts."""
-    order_1K = ids_1K.argsort()
-    counts_G = count(ids_1K, n_experts)
-    x_KD, weight_K = x_1D.expand(ids_1K.shape[1], -1).contiguous(), weight_1K.gather(1, order_1K)[0]
-    return Rows(x_KD, weight_K, counts_G, (order_1K, order_1K))
+        return _sum_of_choices(y_RD, back[1]) if inference_forms(y_RD) else _Gather.apply(y_RD, *back)
 
 
 def count(ids: Tensor, n: int) -> Tensor:
@@ -90,8 +77,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override] - the decorator is untyped
-        (place_TK,) = ctx.saved_tensors
-        return _sum_of_choices(grads[0], place_TK), None, None
+        return _sum_of_choices(grads[0], *ctx.saved_tensors), None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -105,13 +91,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyrefly: ignore[bad-override] - the decorator is untyped
-        (token_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, token_R), None, None
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
 
 
 def _sum_of_choices(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
-    if len(place_TK) == 1 and inference_forms(rows_RD):
-        return rows_RD.sum(0, keepdim=True)
     if cpu_forms(rows_RD) and rows_RD.itemsize >= 4:  # one pass, which in 16 bits rounds half away from 0
         return F.embedding_bag(place_TK, rows_RD, mode="sum")
     return rows_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape).sum(1)

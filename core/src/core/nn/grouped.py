@@ -46,8 +46,7 @@ class GroupedLinear(Module):
         self.n_numbers = n_groups * n_out * n_in
 
     def forward(self, x_RI: Tensor, counts_G: Tensor) -> Tensor:
-        forms = inference_forms(x_RI)
-        if forms and type(counts_G) is Tensor:  # no fake one, which has no numbers
+        if (forms := inference_forms(x_RI)) and type(counts_G) is Tensor:  # a fake one has no numbers
             return forms.grouped_linear(x_RI, self.weight, self.bias, counts_G)
         return self._with_bias(grouped_mm(x_RI, self.weight, counts_G), counts_G)
 

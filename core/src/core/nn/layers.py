@@ -69,9 +69,7 @@ class RMSNorm(Module):
         self.start = {"weight": Constant(1.0)}
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_D = self.weight
-        if weight_D.dtype != x.dtype:
-            weight_D = weight_D.to(x.dtype)
+        weight_D = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
         if forms := cpu_forms(x):
             return forms.rms_norm(x, weight_D, self.eps)
         return F.rms_norm(x, weight_D.shape, weight_D, self.eps).to(x.dtype)

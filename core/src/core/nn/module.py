@@ -46,9 +46,8 @@ def cpu_forms(x: Tensor) -> Any:
 def inference_forms(x: Tensor) -> Any:
     """`cpu_forms` for x, of any shape, under `torch.inference_mode`, where what only inference has may be used; not
     under autocast, which does not know it."""
-    if torch.compiler.is_compiling() or not x.is_cpu or not torch.is_inference_mode_enabled():
-        return None
-    return None if torch.is_autocast_enabled("cpu") else _loaded_forms()
+    usable = not torch.compiler.is_compiling() and x.is_cpu and torch.is_inference_mode_enabled()
+    return _loaded_forms() if usable and not torch.is_autocast_enabled("cpu") else None
 
 
 @cache

@@ -12,6 +12,7 @@ for experts, F hidden width of an expert.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,11 +39,8 @@ class Gate(Module):
         self.start = {"weight": Normal(std), "bias": Constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
-        if inference_forms(x):  # autocast is off already
-            return F.linear(*sides)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(*sides)
+        with nullcontext() if inference_forms(x) else torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
     def flops_per_token(self, seq_len: int) -> Flops:
         return Flops(matmul=2 * self.weight.numel())
@@ -143,11 +141,10 @@ class Router(Module, Configurable):
         logit_BLE = self.gate(x_BLD)
         score_BLE = logit_BLE.sigmoid() if c.score == "sigmoid" else logit_BLE.softmax(-1)
         ids_BLK = self.choose(score_BLE.detach())
-        if inference_forms(score_BLE):
-            ids_BLK = ids_BLK.contiguous()
-        else:
-            with kept():  # the choice alone: what it was sorted from is many times larger
-                ids_BLK = ids_BLK.clone()
+        with (
+            nullcontext() if inference_forms(ids_BLK) else kept()
+        ):  # the choice alone: what it was sorted from is many times larger
+            ids_BLK = ids_BLK.clone()
         if self.training:
             if c.balance_loss_coeff > 0:
                 score_BLE = self._with_balance_loss(score_BLE, ids_BLK, padding_BL)
@@ -164,8 +161,7 @@ class Router(Module, Configurable):
         """The `top_k` best experts (B, L, K) by score and bias; of equal ones those with the lower number."""
         c = self.config
         if self.force_balance:
-            n = score_BLE[..., 0].numel() * c.top_k
-            in_turn = torch.arange(n, device=score_BLE.device) % c.n_experts
+            in_turn = torch.arange(score_BLE[..., 0].numel() * c.top_k, device=score_BLE.device) % c.n_experts
             return in_turn.view(*score_BLE.shape[:-1], c.top_k)
         if self.selection_bias is not None:
             score_BLE = score_BLE + self.selection_bias
@@ -217,8 +213,7 @@ class _AlongWith(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return grads[0], scale.clone(), None
+        return grads[0], ctx.saved_tensors[0].clone(), None
 
 
 class Experts(Module, Configurable):
