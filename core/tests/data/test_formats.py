@@ -263,3 +263,10 @@ def test_a_missing_package_is_named(tmp_path: Path, name: str, monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     wanted = f"{tmp_path / name} needs the package pyarrow: in the checkout run pip install './core[data]'"
     assert said(tmp_path / name) == wanted
+
+
+def test_long_fields_are_read_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
+    limit, texts = csv.field_size_limit(), ["a" * 200_000, "b"]
+    (tmp_path / "a.csv").write_bytes(as_csv(texts, ","))
+    assert documents(tmp_path / "a.csv") == texts
+    assert csv.field_size_limit() == limit < len(texts[0])

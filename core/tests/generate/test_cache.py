@@ -1,17 +1,23 @@
 """A cached model against the whole forward, of every kind of model."""
 
+import re
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny_models import KINDS, tiny
 from torch import Tensor
 
-from core.generate.cache import CachedDecoder
+from core.config.errors import UserError
+from core.generate import cache
+from core.generate.cache import CachedDecoder, Memory
 from core.nn.attention import Attention
 from core.nn.decoder import Decoder
 from core.nn.flex import Flex
 from core.nn.kernel import KeyValues
 from core.nn.sdpa import SDPA
 from core.runtime.device import n_gpus
+from core.runtime.units import size_text
 from core.testing.toy import Toy, on_cpu, randomise
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -188,6 +194,24 @@ def test_kept_keys_are_not_copied() -> None:
         with pytest.raises(AssertionError, match="13 tokens, there is room for 12"):
             cached(draw(1, 1))
     assert hooks(model) == 0
+
+
+@kinds
+@torch.no_grad()
+def test_what_is_kept_must_fit_into_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known before the first of it is there, to the byte."""
+    model, tokens_BL = tiny(kind), draw(3, 4)
+    with CachedDecoder(model, n_pads=[0, 0, 0], capacity=12) as cached:
+        cached(tokens_BL)
+        found = [hook for each in model.modules() for hook in each._forward_hooks.values() if isinstance(hook, Memory)]
+        n_bytes = sum(side.untyped_storage().nbytes() for memory in found for side in memory.sides)
+    assert len(found) == model.config.n_layers
+    for free, fits in ((n_bytes, True), (n_bytes - 1, False)):
+        monkeypatch.setattr(cache, "free_memory", lambda device, free=free: free)
+        error = f"kept of 3 x 12 tokens takes {size_text(n_bytes)} in float32, cpu has {size_text(free)} left"
+        refused = pytest.raises(UserError, match=re.escape(error))
+        with nullcontext() if fits else refused, CachedDecoder(model, n_pads=[0, 0, 0], capacity=12) as cached:
+            cached(tokens_BL)
 
 
 @torch.no_grad()

@@ -25,14 +25,13 @@ def csv_sections(file: IO[bytes], path: Path, reader: RowReader, bad: BadLines, 
 
     Raises UserError for a head without the column, whatever is done about bad lines.
     """
-    csv.field_size_limit(_FIELD_CHARACTERS)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     head: list[str] | None = None
     columns: list[str] = []
     while True:
         try:
-            row = next(rows, None)
+            row = _next_row(rows)
         except csv.Error as error:
             bad.add(f"{path}:{rows.line_num}", f"not a row of a table ({error})")
             continue
@@ -49,6 +48,15 @@ def csv_sections(file: IO[bytes], path: Path, reader: RowReader, bad: BadLines, 
                 bad.add(f"{path}:{rows.line_num}", "not UTF-8")
             else:
                 yield from reader.sections(values, f"{path}:{rows.line_num}", bad)
+
+
+def _next_row(rows: Iterator[list[str]]) -> list[str] | None:
+    """The next row, whose fields may be long; the limit that Python has for a process is put back."""
+    limit = csv.field_size_limit(_FIELD_CHARACTERS)
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def parquet_sections(path: Path, reader: RowReader, bad: BadLines) -> Iterator[Section]:

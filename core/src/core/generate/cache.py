@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from core.config.errors import UserError
 from core.nn.decoder import Decoder
 from core.nn.kernel import KeyValues, Positions
+from core.runtime.device import free_memory
+from core.runtime.units import size_text
 
 
 class Memory:
@@ -22,13 +25,16 @@ class Memory:
     next to each other, (B, ..., M, H), because attention reads head by head.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, n_alike: int = 0) -> None:
+        """The first of `n_alike` attentions looks whether there is room for all of them, before it makes its own."""
+        self.capacity, self.n_alike = capacity, n_alike
         self.length = 0
         self.sides: list[Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not self.sides:
+            if self.n_alike:
+                check_room(new, self.capacity, self.n_alike)
             self.sides = [self.buffer(side) for side in new]
         start, n_new = self.length, new[0].shape[1]
         self.length += n_new
@@ -40,6 +46,19 @@ class Memory:
         """Room for all that a side will be, (B, capacity, ..., H)."""
         n_rows, _, *heads, width = side.shape
         return side.new_empty(n_rows, *heads, self.capacity, width).movedim(-2, 1)
+
+
+def check_room(sides: Sequence[Tensor], capacity: int, n_layers: int) -> None:
+    """Raise `UserError` where keys and values like these, (B, L, ..., H), of `capacity` tokens a row and so many layers
+    do not fit into memory."""
+    n_rows, device = len(sides[0]), sides[0].device
+    n_bytes = n_layers * sum(side[:, :1].numel() * side.itemsize for side in sides) * capacity
+    if (free := free_memory(device)) is not None and n_bytes > free:
+        raise UserError(
+            f"what is kept of {n_rows:,} x {capacity:,} tokens takes {size_text(n_bytes)} in "
+            f"{str(sides[0].dtype).removeprefix('torch.')}, {device} has {size_text(free)} left: continue fewer or "
+            "shorter prompts at once, or by fewer tokens"
+        )
 
 
 class CachedReader(Protocol):
@@ -74,9 +93,11 @@ class CachedDecoder:
 
     def __enter__(self) -> "CachedDecoder":
         assert self.model.output is not None, "a stage of a pipeline returns no logits"
-        for module in self.model.modules():
-            if isinstance(module, KeyValues):
-                self.hooks.append(module.register_forward_hook(Memory(self.capacity)))
+        blocks = list(self.model.layers.values())[: self.model.config.n_layers]  # no further predictions
+        sides = [part for block in blocks for part in block.modules() if isinstance(part, KeyValues)]
+        for i, module in enumerate(sides):
+            memory = Memory(self.capacity, n_alike=0 if i else len(sides))
+            self.hooks.append(module.register_forward_hook(memory))
         self.hooks.append(self.model.output.register_forward_pre_hook(_last_token))
         return self
 

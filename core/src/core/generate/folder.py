@@ -21,7 +21,7 @@ from core.config.record import from_dict
 from core.config.validate import validate
 from core.data.tokenizer import Tokenizer
 from core.generate.cache import CachedDecoder, CachedReader
-from core.generate.columns import lay_by_columns
+from core.generate.columns import lay_by_columns, max_moving_bytes
 from core.nn.decoder import Block, Decoder
 from core.nn.init import materialise
 from core.nn.kernel_checks import check_kernels
@@ -178,10 +178,12 @@ def loaded_model(
 def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
     """Give a meta model memory, and return its bytes. Raises `UserError` where there is not enough."""
     n_bytes = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    moving = max_moving_bytes(model) if device.type == "cpu" and dtype == torch.float32 else 0
     free = free_memory(device)
-    if free is not None and n_bytes > free:
+    if free is not None and n_bytes + moving > free:
+        twice = f", of which {size_text(moving)} for a moment" if moving else ""
         raise UserError(
-            f"the weights take {size_text(n_bytes)} in {dtype_name(dtype)}, {device} has "
+            f"the weights take {size_text(n_bytes + moving)} in {dtype_name(dtype)}{twice}, {device} has "
             f"{size_text(free)} left: choose a smaller model or another device"
         )
     materialise(model, device, dtype)
