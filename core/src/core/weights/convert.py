@@ -145,7 +145,7 @@ def from_hf(
 ) -> None:
     """Write the weights of a Hugging Face folder as a folder in our format; of one of peft's, its adapters merged into
     the folder that it names, of either kind."""
-    place = newest(describing(src))
+    place = newest(describing(src)) if is_peft(src) else src
     if is_peft(src) and not is_published(place):
         config = own_config(families, place, trust)
     else:
