@@ -220,11 +220,8 @@ def cuda_build(session: nox.Session) -> None:
     session.install(CUDA_BUILD, "pytest>=8")
     for folder in FOLDERS.values():
         session.install(f"./{folder}")
-    here = [
-        "core/tests/runtime/test_device.py",
-        "core/tests/nn/test_kernels_without_a_gpu.py",
-    ]  # old drivers, fake GPUs
-    session.run("python", "-m", "pytest", *here)
+    of_drivers, on_fake_gpus = "core/tests/runtime/test_device.py", "core/tests/nn/test_kernels_without_a_gpu.py"
+    session.run("python", "-m", "pytest", of_drivers, on_fake_gpus)
     session.env["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as away, session.chdir(away):
         session.run("python", "-m", "core.doctor")

@@ -141,9 +141,8 @@ class Router(Module, Configurable):
         logit_BLE = self.gate(x_BLD)
         score_BLE = logit_BLE.sigmoid() if c.score == "sigmoid" else logit_BLE.softmax(-1)
         ids_BLK = self.choose(score_BLE.detach())
-        with (
-            nullcontext() if inference_forms(ids_BLK) else kept()
-        ):  # the choice alone: what it was sorted from is many times larger
+        # Kept is the choice alone: what it was sorted from is many times larger.
+        with nullcontext() if inference_forms(ids_BLK) else kept():
             ids_BLK = ids_BLK.clone()
         if self.training:
             if c.balance_loss_coeff > 0:
