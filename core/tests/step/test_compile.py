@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch._inductor.config as inductor
+import torch._inductor.sizevars as sizevars
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from core.config.errors import UserError
 from core.runtime.meta import meta_model
-from core.step import joined_kernels
+from core.step import inductor_cpu
 from core.step.assemble import block_compiler
 from core.step.checks import check_model
 from core.step.compiler import compiler_problem, skip_vector_trials
@@ -129,7 +132,7 @@ def test_a_compiler_that_makes_nothing_is_told(
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor imports what uses it
 def test_the_kernels_of_a_graph_are_compiled_in_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a forward and of its backward, which compute what eager does."""
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", joined_kernels.cpp_pybinding)
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", inductor_cpu.cpp_pybinding)
     files: list[str] = []
     load = CppPythonBindingsCodeCache.load_async.__func__
 
@@ -154,4 +157,18 @@ def test_the_kernels_of_a_graph_are_compiled_in_few_files(monkeypatch: pytest.Mo
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), x)[0])
     n_kernels = [len(re.findall(r"^namespace in_kernel_", text, re.MULTILINE)) for text in files]
-    assert sum(n_kernels) >= 12 and len(files) <= sum(n_kernels) // joined_kernels.LEAST, n_kernels
+    assert sum(n_kernels) >= 12 and len(files) <= sum(n_kernels) // inductor_cpu.LEAST, n_kernels
+
+
+@pytest.mark.parametrize("vec_length", [8, 16])
+def test_what_is_not_simplified_has_the_same_strides(vec_length: int) -> None:
+    """Of polynomials; what holds a quotient or a rest goes to Inductor."""
+    x, y, rows = sympy.symbols("d0 d1 s0", integer=True, positive=True)
+    for index in (x, 256 * x + y, 256 * (x + y), rows * x + 3 * y, x * (rows + 1) + rows * y, y, sympy.Integer(7)):
+        assert inductor_cpu.simplify_index_in_vec_range(index, x, vec_length) is index
+        simplified = inductor_cpu.simplify_any(index, x, vec_length)
+        assert sizevars.stride_at(index, x) == sizevars.stride_at(simplified, x)
+    for index in (FloorDiv(x, 16) + y, 64 * ModularIndexing(x, 1, 16) + y, x + FloorDiv(y, 2)):
+        simplified = inductor_cpu.simplify_index_in_vec_range(index, x, vec_length)
+        assert simplified == inductor_cpu.simplify_any(index, x, vec_length)
+    assert not inductor_cpu.simplify_index_in_vec_range(FloorDiv(x, 16) + y, x, vec_length).has(x)

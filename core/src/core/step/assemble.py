@@ -150,9 +150,9 @@ def compile_block(block: torch.nn.Module, backend: str) -> None:
     """Let torch.compile have a block, in one graph; numbers that the host reads, such as rows to send, stay in it."""
     skip_vector_trials(backend)
     if backend == "inductor":
-        from core.step.joined_kernels import join_kernels  # imports Inductor
+        from core.step.inductor_cpu import shorten_compilation  # imports Inductor
 
-        join_kernels()
+        shorten_compilation()
     torch._dynamo.config.capture_scalar_outputs = True
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     block.compile(backend=backend, fullgraph=True)
