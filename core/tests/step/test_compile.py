@@ -9,7 +9,7 @@ import pytest
 import sympy
 import torch
 import torch._inductor.config as inductor
-import torch._inductor.sizevars as sizevars
+from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
@@ -17,7 +17,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from core.config.errors import UserError
 from core.runtime.meta import meta_model
 from core.step import inductor_cpu
-from core.step.assemble import block_compiler
+from core.step.assemble import block_compiler, compile_block
 from core.step.checks import check_model
 from core.step.compiler import compiler_problem, skip_vector_trials
 from core.step.loss import CrossEntropy
@@ -167,8 +167,55 @@ def test_what_is_not_simplified_has_the_same_strides(vec_length: int) -> None:
     for index in (x, 256 * x + y, 256 * (x + y), rows * x + 3 * y, x * (rows + 1) + rows * y, y, sympy.Integer(7)):
         assert inductor_cpu.simplify_index_in_vec_range(index, x, vec_length) is index
         simplified = inductor_cpu.simplify_any(index, x, vec_length)
-        assert sizevars.stride_at(index, x) == sizevars.stride_at(simplified, x)
+        assert inductor_cpu.strides.stride_at(index, x) == inductor_cpu.strides.stride_at(simplified, x)
     for index in (FloorDiv(x, 16) + y, 64 * ModularIndexing(x, 1, 16) + y, x + FloorDiv(y, 2)):
         simplified = inductor_cpu.simplify_index_in_vec_range(index, x, vec_length)
         assert simplified == inductor_cpu.simplify_any(index, x, vec_length)
     assert not inductor_cpu.simplify_index_in_vec_range(FloorDiv(x, 16) + y, x, vec_length).has(x)
+
+
+class _Tripled(torch.autograd.Function):
+    """2 x, with a gradient of 3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * 3
+
+
+class _Fivefold(_Tripled):
+    """2 x, with a gradient of 5."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * 5
+
+
+class _Through(torch.nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(x).sin()
+
+
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # dynamo does, torch 2.13
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_later_process_finds_graphs_of_functions_with_a_gradient_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that differ in their gradients alone are told apart."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for function, factor, hits in ((_Tripled, 3, 0), (_Fivefold, 5, 0), (_Tripled, 3, 1), (_Fivefold, 5, 1)):
+        torch._dynamo.reset()
+        counters.clear()
+        block = _Through(function)
+        compile_block(block, "inductor")
+        x = torch.linspace(-1, 1, 64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(block(x).sum(), x)
+        torch.testing.assert_close(gradient, factor * torch.cos(2 * x.detach()))
+        assert counters["aot_autograd"]["autograd_cache_hit"] == hits

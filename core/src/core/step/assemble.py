@@ -155,4 +155,5 @@ def compile_block(block: torch.nn.Module, backend: str) -> None:
         shorten_compilation()
     torch._dynamo.config.capture_scalar_outputs = True
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # they are in its key as graphs
     block.compile(backend=backend, fullgraph=True)

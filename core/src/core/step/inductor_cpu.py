@@ -1,5 +1,5 @@
-"""Kernels that Inductor makes for a CPU, with less work: those of a graph are compiled in as many files as there are
-cores, and indices that are polynomials are not simplified.
+"""Kernels that Inductor makes for a CPU, in less time: those of a graph are compiled in as many files as there are
+cores, while Python goes on with its backward, and indices that are polynomials are not simplified.
 
 Inductor writes a file of C++ for each kernel, that is for whatever lies between two matrix products: a dozen and more
 for a block. Of the 0.8 s that the compiler takes for one, 0.55 are those of an empty file, which reads PyTorch's header
@@ -7,15 +7,18 @@ in compiled form. Here kernels keep their text and stand in a namespace each, wi
 """
 
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import sympy
-import torch._inductor.sizevars as sizevars
+import torch._functorch.config
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
 from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
+from torch._inductor.codegen.cpp import stride_at_vec_range
 
 LEAST = 4
 """A further file is worth an empty one's time for so many kernels."""
@@ -24,11 +27,12 @@ INCLUDES = "#include <Python.h>\n#include <cerrno>\n#include <cstdlib>\n#include
 FUNCTION = re.compile(r'(extern "C"[^(]*\s)kernel\(')
 _Function = Callable[..., None]
 one_by_one = AsyncCompile.cpp_pybinding
-simplify_any = sizevars.simplify_index_in_vec_range
+strides = sys.modules[stride_at_vec_range.__module__]  # sizevars, which was a part of codegen.cpp before torch 2.13
+simplify_any = strides.simplify_index_in_vec_range
 
 
 class JoinedKernels:
-    """The kernels of a graph, which are compiled as soon as one of them is waited for."""
+    """The kernels of a graph, which are compiled as soon as one of them is asked for, and waited for when called."""
 
     def __init__(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
         """`submit` has a function called in another thread."""
@@ -45,6 +49,10 @@ class JoinedKernels:
     def _kernel(self, number: int) -> _Function:
         if not self._files:
             self._compile()
+        compiled = cache(lambda: self._load(number))
+        return lambda *arguments: compiled()(*arguments)
+
+    def _load(self, number: int) -> _Function:
         name = f"kernel_{number}"
         file = self._files[number % len(self._files)]().__self__.__file__  # pyrefly: ignore[missing-attribute]
         spec = spec_from_file_location(name, file)
@@ -94,7 +102,15 @@ def simplify_index_in_vec_range(index: sympy.Expr, var: sympy.Symbol, vec_length
     return index if index.is_polynomial() else simplify_any(index, var, vec_length)
 
 
+@cache
+def compile_header() -> None:
+    """Have another thread compile PyTorch's header, which kernels include, unless it is found compiled."""
+    AsyncCompile.submit(partial(CppPythonBindingsCodeCache.load_pybinding_async, [], 'extern "C" void kernel() {}\n'))
+
+
 def shorten_compilation() -> None:
     """Have this process compile for a CPU in less time from now on."""
     AsyncCompile.cpp_pybinding = cpp_pybinding  # pyrefly: ignore[bad-assignment]
-    sizevars.simplify_index_in_vec_range = simplify_index_in_vec_range
+    strides.simplify_index_in_vec_range = simplify_index_in_vec_range
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    compile_header()
