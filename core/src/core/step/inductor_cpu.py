@@ -111,6 +111,6 @@ def compile_header() -> None:
 def shorten_compilation() -> None:
     """Have this process compile for a CPU in less time from now on."""
     AsyncCompile.cpp_pybinding = cpp_pybinding  # pyrefly: ignore[bad-assignment]
-    strides.simplify_index_in_vec_range = simplify_index_in_vec_range
+    strides.simplify_index_in_vec_range = simplify_index_in_vec_range  # pyrefly: ignore[missing-attribute]
     torch._functorch.config.force_non_lazy_backward_lowering = True
     compile_header()
