@@ -4,6 +4,8 @@ Letters: B rows, L length, V vocabulary.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from hf_models import cached
 from hf_models.cached import CachedHFModel
 from hf_models.commands import HFEvaluation, HFGeneration
 from hf_models.configs import TINY
-from hf_models.convert import export
 from hf_models.folder import start_values
 from hf_models.model import HFModel
 from hf_models.trainer import fill
@@ -112,7 +113,8 @@ def log_probs(theirs: Any, ids: list[int]) -> Tensor:
 def test_a_run_and_its_export_write_and_are_measured_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(TINY, tmp_path).build().run()
     exported, text = tmp_path / "exported", tmp_path / "text.txt"
-    export(tmp_path / "run", exported)
+    words = ["-m", "hf_models.convert", "to-hf", str(tmp_path / "run"), str(exported)]
+    subprocess.run([sys.executable, *words], check=True)  # by itself, with nothing imported that the run names
     text.write_text("def main() -> None:\n    return None\n" * 4)
     theirs, tokenizer = tf.AutoModelForCausalLM.from_pretrained(exported), Tokenizer.Config().build()
     ids = tokenizer.encode_prompt("def main")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import hf_models.trainer  # noqa: F401 - the classes that a run's config.json names
 from core.config.errors import UserError
 from core.config.exit import exit_plainly
 from core.config.record import from_dict
