@@ -10,14 +10,11 @@ from core.nn.product import Product, put_product
 from core.quantization.converter import Converter, Layer
 
 
+@dataclass(eq=False)
 class Stepped(Product):
     """The plain product with a weight whose numbers are rounded to even steps; the gradient passes the rounding by."""
 
-    def __init__(self, n_steps: int) -> None:
-        self.n_steps = n_steps
-
-    def __repr__(self) -> str:
-        return f"Stepped({self.n_steps})"
+    n_steps: int
 
     def rounded(self, weight: Tensor) -> Tensor:
         step = self.maximum(weight.detach().abs().amax()) / self.n_steps
@@ -39,8 +36,6 @@ class SteppedConverter(Converter):
     class Config(Converter.Config):
         n_steps: int = 7
         """Steps on each side of zero."""
-
-    config: Config
 
     def convert(self, layer: Layer) -> str:
         put_product(layer.module, Stepped(self.config.n_steps))

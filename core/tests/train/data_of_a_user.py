@@ -26,17 +26,11 @@ class NpyRows(IndexedSamples):
     class Config(IndexedSamples.Config):
         path: str
         """The rows to train on, (rows, seq_len + 1) whole numbers."""
-        validation_path: str | None = None
+        validation_path: str
         """Rows that are held out."""
 
         def places(self) -> dict[str, Any]:
             return {"path": absolute(self.path), "validation_path": absolute(self.validation_path)}
-
-        def validation_problems(self) -> Iterator[tuple[str, str]]:
-            if self.validation_path is None:
-                yield "validation_path", "names no rows for the validator: give a file, or --validator.no-enable"
-
-    config: Config
 
     def open(self) -> None:
         path = self.config.path if self.split == "train" else self.config.validation_path
@@ -52,8 +46,7 @@ class NpyRows(IndexedSamples):
         self.fingerprint = hashlib.sha256(self.array).hexdigest()
 
     def rows_at(self, numbers: np.ndarray) -> Batch:
-        windows = self.array[numbers]
-        return pack_rows(windows, starts=np.zeros(windows.shape, np.bool_))
+        return pack_rows(self.array[numbers], starts=np.zeros((len(numbers), self.seq_len + 1), np.bool_))
 
 
 class Chapters(Source):

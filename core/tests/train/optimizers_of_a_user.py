@@ -54,13 +54,11 @@ class Orthogonal(Optimizer):
         for weight in weights:
             weight.state["momentum"].mul_(c.momentum).add_(weight.grad)
         matrices = [weight for weight in weights if weight.is_matrix and "vocab" not in weight.axes]
-        others = [weight for weight in weights if weight not in matrices]
-        moments = [weight.state["momentum"] for weight in matrices]
-        moves = [(c.lr, *pair) for pair in zip(matrices, self.map_matrices(orthogonal, matrices, moments), strict=True)]
-        moves += [(c.sign_lr, weight, weight.state["momentum"].sign()) for weight in others]
+        made = self.map_matrices(orthogonal, matrices, [weight.state["momentum"] for weight in matrices])
+        moves = [(c.lr, *pair) for pair in zip(matrices, made, strict=True)]
+        moves += [(c.sign_lr, weight, weight.state["momentum"].sign()) for weight in weights if weight not in matrices]
         for lr, weight, direction in moves:
-            lr *= lr_factor
-            weight.value.mul_(1 - lr * self.weight_decay(weight)).sub_(direction, alpha=lr)
+            weight.value.mul_(1 - lr * lr_factor * self.weight_decay(weight)).sub_(direction, alpha=lr * lr_factor)
 
 
 def orthogonal(x_NRC: Tensor) -> Tensor:

@@ -280,5 +280,4 @@ def test_the_document_has_the_optimizer_that_is_tested() -> None:
     text = (Path(__file__).parents[3] / "docs/add-an-optimizer.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert inspect.getsource(Orthogonal) in code and code.endswith(inspect.getsource(orthogonal))
-    assert len([line for line in code.splitlines() if line]) <= 40
     exec(compile(code, "docs/add-an-optimizer.md", "exec"), {"__name__": __name__})

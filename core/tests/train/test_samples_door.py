@@ -24,6 +24,7 @@ from core.data.packing import IGNORE
 from core.data.samples import Samples
 from core.data.sampling import SPLITS
 from core.data.text import IndexedText, StreamedText
+from core.data.token_files import TokenFiles
 from core.data.tokenizer import Tokenizer
 from core.parallel.settings import Parallelism
 from core.step.settings import Training
@@ -83,7 +84,7 @@ def test_rows_train_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
 def mixture(folder: Path) -> Mixture.Config:
     """Rows of two files, of which the one is read once."""
     rows = npy_rows(folder)
-    few = NpyRows.Config(path=stored(folder / "few.npy", 9, 2), epochs=1)
+    few = replace(npy_rows(folder), path=stored(folder / "few.npy", 9, 2), epochs=1)
     return Mixture.Config(sources=[MixtureSource(data=rows, weight=3.0), MixtureSource(data=few)])
 
 
@@ -146,7 +147,7 @@ def told(text: str) -> str:
 
 
 def test_ranks_with_other_rows_are_told(tmp_path: Path) -> None:
-    run = a_run(tmp_path, replace(npy_rows(tmp_path), validation_path=None))
+    run = a_run(tmp_path, npy_rows(tmp_path))
     run.validator.enable = False
     stored(Path(f"{run.dataloader.path}.before.npy"), N_ROWS, seed=0)
     first, second = run_ranks(told, 2, to_json(run))
@@ -177,13 +178,14 @@ def refused(data: Samples.Config) -> str:
 
 def test_files_that_hold_no_rows_are_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.npy"
-    assert refused(NpyRows.Config(path=str(path))).startswith(f"cannot read {path}: ")
+    data = NpyRows.Config(path=str(path), validation_path="held.npy")
+    assert refused(data).startswith(f"cannot read {path}: ")
     path.write_bytes(b"")
-    assert refused(NpyRows.Config(path=str(path))).startswith(f"cannot read {path}: ")
+    assert refused(data).startswith(f"cannot read {path}: ")
     np.save(path, np.zeros((3, SEQ_LEN), np.int32))
-    assert refused(NpyRows.Config(path=str(path))) == f"{path} holds int32 (3, 16), expected whole numbers (rows, 17)"
+    assert refused(data) == f"{path} holds int32 (3, 16), expected whole numbers (rows, 17)"
     np.save(path, np.full((3, SEQ_LEN + 1), 2048, np.int32))
-    said = refused(NpyRows.Config(path=str(path)))
+    said = refused(data)
     assert said.startswith(f"{path}: 3 rows (train): rows 0 to 1 hold the id 2,048, and the tokenizer has 2,048: give")
 
 
@@ -203,9 +205,9 @@ def test_rows_that_are_none_are_refused(fault: str, said: str) -> None:
 
 
 def test_a_validator_without_rows_is_refused(tmp_path: Path) -> None:
-    run = a_run(tmp_path, replace(npy_rows(tmp_path), validation_path=None, epochs=0))
+    run = a_run(tmp_path, TokenFiles.Config(path="tokens.bin", epochs=0))
     assert problems_of(run) == [
-        ("dataloader.validation_path", "names no rows for the validator: give a file, or --validator.no-enable"),
+        ("dataloader.validation_path", "names no tokens for the validator: give a file, or --validator.no-enable"),
         ("dataloader.epochs", "must be at least 1, or None to repeat without end, not 0"),
     ]
     run = a_run(tmp_path, Counting.Config())
