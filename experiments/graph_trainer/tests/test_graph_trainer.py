@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.fx.traceback import annotate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.activation_checkpoint.apply import ActivationCheckpoint
 from core.activation_checkpoint.meter import Meter
@@ -174,6 +175,49 @@ def check_family(family: str, mask: Literal["causal", "document"], compute_dtype
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gpt_oss", "deepseek_v3"])
 def test_a_graph_is_eager_bit_for_bit_and_saves_what_eager_saves(family: str) -> None:
     check_family(family, "document")
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts the products by weights that are computed, by operation and shape: what a policy hands back is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, Any]] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if shape := weight_shape(op, args):
+            self.found[str(op), shape] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gpt_oss", "deepseek_v3"])
+def test_a_graph_computes_the_products_of_an_eager_step(family: str) -> None:
+    """One that ends a block's second forward with the last of what backward reads, as a graph does."""
+    case = Case(small(family), n_rows=4, length=32, loss=CrossEntropy.Config())
+    built, objective = built_for_graphs(case, GraphCompile())
+    (model,) = built.models
+    (batch,) = map(with_all_labels, batches_of(case, objective.layout))
+    n_valid = float(batch.labels_BL.numel())
+    microbatch = objective.layout.to_rank_tokens(batch, documents=False)
+    inputs = objective.inputs(microbatch, n_valid, None)
+    traced = objective.trace(microbatch, None, inputs)
+    eager = Objective(built.models, case.loss.build(), layout=objective.layout, dtype=case.compute_dtype, mask="causal")
+    n_products = {}
+    for mode in MODES:
+        policies = ActivationCheckpoint.Config(mode=mode).build(folder=Path()).policies(model)
+        prepared = prepare(deepcopy(traced), GraphCompile(), policies, [], let_go=False)
+        start_step(model, n_valid)
+        with CountedProducts() as in_graph, torch.no_grad():
+            prepared.call(*inputs)
+        ActivationCheckpoint.Config(mode=mode, early_stop=True).build(folder=Path()).apply(model)
+        start_step(model, n_valid)
+        with CountedProducts() as in_eager:
+            eager.accumulate([batch], n_valid, [None])
+        for block in model.layers.values():
+            vars(block).pop("forward", None)
+        assert in_graph.found == in_eager.found, mode
+        n_products[mode] = in_graph.found.total()
+    assert n_products["none"] < n_products["selective"] < n_products["full"]
 
 
 @pytest.mark.matrix
@@ -388,7 +432,14 @@ def check_compiled(
     """A step by a graph that Inductor compiled is the eager one: loss and norm to 1e-6, `gradients` as one vector
     of all weights, single numbers by the largest of their weight, as layouts are, and the `following` loss."""
     case = Case(model, n_rows=4, length=16, checkpoint=mode)
-    compiled, eager = graph_step(case, GraphCompile(enable=True, regions=regions)).result, result_of(case)
+    check_step(*compiled_and_eager(case, regions), gradients=gradients, following=following)
+
+
+def compiled_and_eager(case: Case, regions: Literal["whole", "blocks"]) -> tuple[StepResult, StepResult]:
+    return graph_step(case, GraphCompile(enable=True, regions=regions)).result, result_of(case)
+
+
+def check_step(compiled: StepResult, eager: StepResult, *, gradients: float, following: float) -> None:
     worst = largest_differences([compiled], eager)
     assert worst.pop("gradient") < 1e-5
     assert worst.pop("next loss") < following
@@ -412,6 +463,15 @@ def test_a_compiled_graph_is_eager_to_a_millionth(regions: Any, mode: Any) -> No
 def test_a_family_compiled_whole_is_eager(family: str, mode: str) -> None:
     """Gradients of larger sums are rounded to 1.4e-6, and Adam's step makes more of what is nearly 0."""
     check_compiled(small(family), "whole", mode, gradients=2e-6, following=5e-6)
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize("regions", ["whole", "blocks"])
+def test_a_compiled_graph_of_simple_fsdp_is_fsdp2(regions: Literal["whole", "blocks"]) -> None:
+    case = Case(ToyMoE.Config(), world_size=2, n_rows=8, length=16, checkpoint="selective")
+    for compiled, eager in run_ranks(compiled_and_eager, 2, case, regions, timeout_s=600):
+        check_step(compiled, eager, gradients=2e-6, following=5e-6)
 
 
 def products_run(call: Callable[..., Any], inputs: list[Tensor]) -> int:
