@@ -20,6 +20,8 @@ from torch._inductor.async_compile import AsyncCompile, get_compile_threads, ker
 from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
 from torch._inductor.codegen.cpp import stride_at_vec_range
 
+from core.runtime.device import accelerator
+
 LEAST = 4
 """A further file is worth an empty one's time for so many kernels."""
 INCLUDES = "#include <Python.h>\n#include <cerrno>\n#include <cstdlib>\n#include <sstream>\n"
@@ -113,4 +115,5 @@ def shorten_compilation() -> None:
     AsyncCompile.cpp_pybinding = cpp_pybinding  # pyrefly: ignore[bad-assignment]
     strides.simplify_index_in_vec_range = simplify_index_in_vec_range  # pyrefly: ignore[missing-attribute]
     torch._functorch.config.force_non_lazy_backward_lowering = True
-    compile_header()
+    if not accelerator().count:
+        compile_header()
