@@ -42,7 +42,7 @@ def test_an_attention_kernel_stays_on_its_device(
         pytest.skip("varlen has no sinks")
     if (name, device) == ("flex", "meta"):
         pytest.skip("PyTorch's flex_attention takes no meta tensors")
-    monkeypatch.setattr("core.nn.flex._compiled", lambda function: function)  # Inductor asks for the GPU
+    monkeypatch.setattr("core.nn.flex.compiled_kernel", lambda function: function)  # Inductor asks for the GPU
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))  # varlen of 2.14 asks for it
     with FakeTensorMode():
         of: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": device == "meta"}

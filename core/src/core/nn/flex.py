@@ -55,7 +55,7 @@ class Flex:
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
         plain = q_BNLH.device.type == "cpu" or torch.compiler.is_compiling()
-        attend = flex_attention if plain else _compiled(flex_attention)
+        attend = flex_attention if plain else compiled_kernel(flex_attention)
         grouped = q_BNLH.shape[1] != k_BKMH.shape[1]
         if sinks_N is None:
             return attend(q_BNLH, k_BKMH, v_BKMV, block_mask=mask, enable_gqa=grouped, scale=scale)
@@ -94,5 +94,7 @@ def block_mask(start_BL: Tensor, window: int | None, rule: MaskMod) -> Mask:
 
 
 @cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function)
+def compiled_kernel(function: Callable) -> Callable:
+    """The function compiled by itself, as one operation that checkpointing sees: unseen it would run again in backward,
+    whatever is to be saved."""
+    return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
